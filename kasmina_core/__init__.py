@@ -1,0 +1,208 @@
+"""Kasmina: networks that grow while they train.
+
+Everything public is here; a name is imported when it is first used, so that listing plugins needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kasmina_core.attachment import HookedHost as HookedHost
+    from kasmina_core.blending import AlphaSchedule as AlphaSchedule
+    from kasmina_core.blending import blend_with_isolation as blend_with_isolation
+    from kasmina_core.blueprints import BlueprintRegistry as BlueprintRegistry
+    from kasmina_core.blueprints import BlueprintSpec as BlueprintSpec
+    from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
+    from kasmina_core.checks import RegistrationReport as RegistrationReport
+    from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
+    from kasmina_core.discovery import PackRecord as PackRecord
+    from kasmina_core.discovery import PackState as PackState
+    from kasmina_core.discovery import PluginRegistry as PluginRegistry
+    from kasmina_core.discovery import default_registry as default_registry
+    from kasmina_core.discovery import list_packs as list_packs
+    from kasmina_core.errors import AmbiguousNameError as AmbiguousNameError
+    from kasmina_core.errors import BlueprintError as BlueprintError
+    from kasmina_core.errors import CheckpointError as CheckpointError
+    from kasmina_core.errors import GerminationError as GerminationError
+    from kasmina_core.errors import HostError as HostError
+    from kasmina_core.errors import KasminaError as KasminaError
+    from kasmina_core.errors import NameConflictError as NameConflictError
+    from kasmina_core.errors import PluginError as PluginError
+    from kasmina_core.errors import SeedShapeError as SeedShapeError
+    from kasmina_core.errors import TopologyError as TopologyError
+    from kasmina_core.errors import TransitionError as TransitionError
+    from kasmina_core.errors import UnknownNameError as UnknownNameError
+    from kasmina_core.events import AlphaChanged as AlphaChanged
+    from kasmina_core.events import BlueprintRegistered as BlueprintRegistered
+    from kasmina_core.events import GateEvaluated as GateEvaluated
+    from kasmina_core.events import IsolationViolation as IsolationViolation
+    from kasmina_core.events import SeedCulled as SeedCulled
+    from kasmina_core.events import SeedFossilized as SeedFossilized
+    from kasmina_core.events import SeedGerminated as SeedGerminated
+    from kasmina_core.events import SeedTelemetry as SeedTelemetry
+    from kasmina_core.events import StageChanged as StageChanged
+    from kasmina_core.events import TelemetryEvent as TelemetryEvent
+    from kasmina_core.events import TelemetryEventType as TelemetryEventType
+    from kasmina_core.evidence import SeedEvidence as SeedEvidence
+    from kasmina_core.gates import CheckVerdict as CheckVerdict
+    from kasmina_core.gates import GateCheck as GateCheck
+    from kasmina_core.gates import GateCheckSpec as GateCheckSpec
+    from kasmina_core.gates import GateLevel as GateLevel
+    from kasmina_core.gates import GateProfile as GateProfile
+    from kasmina_core.gates import GateResult as GateResult
+    from kasmina_core.gates import GateThresholds as GateThresholds
+    from kasmina_core.gates import QualityGates as QualityGates
+    from kasmina_core.hookspecs import hookimpl as hookimpl
+    from kasmina_core.hookspecs import hookspec as hookspec
+    from kasmina_core.hosts import HostProtocol as HostProtocol
+    from kasmina_core.hosts import HostSpec as HostSpec
+    from kasmina_core.hosts import InjectionPoint as InjectionPoint
+    from kasmina_core.isolation import GradientIsolationMonitor as GradientIsolationMonitor
+    from kasmina_core.isolation import IsolationReading as IsolationReading
+    from kasmina_core.isolation import bound_deviation as bound_deviation
+    from kasmina_core.isolation import straight_through as straight_through
+    from kasmina_core.lifecycle import VALID_TRANSITIONS as VALID_TRANSITIONS
+    from kasmina_core.lifecycle import SeedMetrics as SeedMetrics
+    from kasmina_core.lifecycle import SeedStage as SeedStage
+    from kasmina_core.lifecycle import SeedState as SeedState
+    from kasmina_core.lifecycle import is_active_stage as is_active_stage
+    from kasmina_core.lifecycle import is_failure_stage as is_failure_stage
+    from kasmina_core.lifecycle import is_terminal_stage as is_terminal_stage
+    from kasmina_core.lifecycle import is_valid_transition as is_valid_transition
+    from kasmina_core.model import MorphogeneticModel as MorphogeneticModel
+    from kasmina_core.model import SlotSummary as SlotSummary
+    from kasmina_core.optim import tie_optimizer as tie_optimizer
+    from kasmina_core.policy import Advance as Advance
+    from kasmina_core.policy import Command as Command
+    from kasmina_core.policy import Continue as Continue
+    from kasmina_core.policy import Cull as Cull
+    from kasmina_core.policy import Germinate as Germinate
+    from kasmina_core.policy import NoGrowthPolicy as NoGrowthPolicy
+    from kasmina_core.policy import Observation as Observation
+    from kasmina_core.policy import Pause as Pause
+    from kasmina_core.policy import PlateauPolicy as PlateauPolicy
+    from kasmina_core.policy import Policy as Policy
+    from kasmina_core.policy import Resume as Resume
+    from kasmina_core.policy import SetAlpha as SetAlpha
+    from kasmina_core.policy import SlotObservation as SlotObservation
+    from kasmina_core.slots import GradientPolicy as GradientPolicy
+    from kasmina_core.slots import Incubation as Incubation
+    from kasmina_core.slots import RampUnit as RampUnit
+    from kasmina_core.slots import SeedSlot as SeedSlot
+    from kasmina_core.slots import SlotConfig as SlotConfig
+    from kasmina_core.telemetry import CallableSink as CallableSink
+    from kasmina_core.telemetry import JsonLinesSink as JsonLinesSink
+    from kasmina_core.telemetry import MemorySink as MemorySink
+    from kasmina_core.telemetry import Sink as Sink
+    from kasmina_core.telemetry import Telemetry as Telemetry
+    from kasmina_core.topology import Topology as Topology
+
+_HOME = {
+    "Advance": "policy",
+    "AlphaChanged": "events",
+    "AlphaSchedule": "blending",
+    "AmbiguousNameError": "errors",
+    "BlueprintError": "errors",
+    "BlueprintRegistered": "events",
+    "BlueprintRegistry": "blueprints",
+    "BlueprintSpec": "blueprints",
+    "CallableSink": "telemetry",
+    "CheckVerdict": "gates",
+    "CheckpointError": "errors",
+    "Command": "policy",
+    "Continue": "policy",
+    "Cull": "policy",
+    "GateCheck": "gates",
+    "GateCheckSpec": "gates",
+    "GateEvaluated": "events",
+    "GateLevel": "gates",
+    "GateProfile": "gates",
+    "GateResult": "gates",
+    "GateThresholds": "gates",
+    "Germinate": "policy",
+    "GerminationError": "errors",
+    "GradientIsolationMonitor": "isolation",
+    "GradientPolicy": "slots",
+    "HookedHost": "attachment",
+    "HostError": "errors",
+    "HostProtocol": "hosts",
+    "HostSpec": "hosts",
+    "Incubation": "slots",
+    "InjectionPoint": "hosts",
+    "IsolationReading": "isolation",
+    "IsolationViolation": "events",
+    "JsonLinesSink": "telemetry",
+    "KasminaError": "errors",
+    "MemorySink": "telemetry",
+    "MorphogeneticModel": "model",
+    "NameConflictError": "errors",
+    "NoGrowthPolicy": "policy",
+    "Observation": "policy",
+    "PackRecord": "discovery",
+    "PackState": "discovery",
+    "Pause": "policy",
+    "PlateauPolicy": "policy",
+    "PluginError": "errors",
+    "PluginRegistry": "discovery",
+    "Policy": "policy",
+    "QualityGates": "gates",
+    "RampUnit": "slots",
+    "RegisteredBlueprint": "blueprints",
+    "RegistrationReport": "checks",
+    "Resume": "policy",
+    "SeedCulled": "events",
+    "SeedEvidence": "evidence",
+    "SeedFossilized": "events",
+    "SeedGerminated": "events",
+    "SeedMetrics": "lifecycle",
+    "SeedShapeError": "errors",
+    "SeedSlot": "slots",
+    "SeedStage": "lifecycle",
+    "SeedState": "lifecycle",
+    "SeedTelemetry": "events",
+    "SetAlpha": "policy",
+    "Sink": "telemetry",
+    "SlotConfig": "slots",
+    "SlotObservation": "policy",
+    "SlotSummary": "model",
+    "StageChanged": "events",
+    "Telemetry": "telemetry",
+    "TelemetryEvent": "events",
+    "TelemetryEventType": "events",
+    "Topology": "topology",
+    "TopologyError": "errors",
+    "TransitionError": "errors",
+    "UnknownNameError": "errors",
+    "VALID_TRANSITIONS": "lifecycle",
+    "blend_with_isolation": "blending",
+    "bound_deviation": "isolation",
+    "check_blueprint_spec": "checks",
+    "default_registry": "discovery",
+    "hookimpl": "hookspecs",
+    "hookspec": "hookspecs",
+    "is_active_stage": "lifecycle",
+    "is_failure_stage": "lifecycle",
+    "is_terminal_stage": "lifecycle",
+    "is_valid_transition": "lifecycle",
+    "list_packs": "discovery",
+    "straight_through": "isolation",
+    "tie_optimizer": "optim",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kasmina_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kasmina_core.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,94 @@
+"""What can go wrong, as types: every error of the library derives from `KasminaError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KasminaError(Exception):
+    """Base of every error the library raises on purpose."""
+
+
+class TopologyError(KasminaError, ValueError):
+    """A topology that does not exist, or a blueprint for another topology."""
+
+
+class TransitionError(KasminaError):
+    """A stage change, or a command, that the lifecycle does not allow from the present stage."""
+
+
+class GerminationError(KasminaError):
+    """A seed could not be germinated; nothing was changed.
+
+    Attributes:
+        result: The G0 `GateResult` that says which check failed, if the gate was reached.
+    """
+
+    def __init__(self, message: str, result: object | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class SeedShapeError(KasminaError, ValueError):
+    """A seed returned features of another shape than the host's.
+
+    Attributes:
+        host_shape: Shape of the host's features at the slot.
+        seed_shape: Shape the seed returned.
+    """
+
+    def __init__(self, host_shape: Iterable[int], seed_shape: Iterable[int]) -> None:
+        self.host_shape = tuple(host_shape)
+        self.seed_shape = tuple(seed_shape)
+        super().__init__(
+            "A seed must return features of the shape it was given.\n"
+            f"  host: {self.host_shape}\n"
+            f"  seed: {self.seed_shape}\n"
+            "Change the blueprint so that width and length are kept (padding, stride 1, a last projection)."
+        )
+
+
+class HostError(KasminaError):
+    """A host whose injection points do not exist, do not fire once, or have another shape than declared."""
+
+
+class UnknownNameError(KasminaError, KeyError):
+    """A slot, blueprint, pack, host or policy that nobody offers; the message suggests near names."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class AmbiguousNameError(UnknownNameError):
+    """A short name that more than one pack offers; the message lists the full ids."""
+
+
+class BlueprintError(KasminaError, ValueError):
+    """A blueprint declaration, or an option given to it, that cannot be used."""
+
+
+class NameConflictError(KasminaError):
+    """Two claims to one name; the message names both claimants."""
+
+
+class PluginError(KasminaError):
+    """A plugin pack that could not be loaded or registered; the cause is chained."""
+
+
+class CheckpointError(KasminaError):
+    """Saved state that is truncated, foreign, newer or does not fit this model; nothing was changed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, else the known names, else ``""``.
+
+    >>> did_you_mean("atention", ["attention", "norm"])
+    " Did you mean 'attention'?"
+    >>> did_you_mean("zzz", ["attention", "norm"])
+    ' Known: attention, norm.'
+    """
+    names = sorted(set(known))
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(names)}." if names else ""

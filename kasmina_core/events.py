@@ -1,0 +1,184 @@
+"""What happened, as typed, frozen data. Events are emitted after the fact, in order, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, Final, final
+
+
+@final
+class TelemetryEventType(Enum):
+    """Kinds of event."""
+
+    BLUEPRINT_REGISTERED = "blueprint_registered"
+    SEED_GERMINATED = "seed_germinated"
+    SEED_STAGE_CHANGED = "seed_stage_changed"
+    GATE_EVALUATED = "gate_evaluated"
+    ALPHA_CHANGED = "alpha_changed"
+    ISOLATION_VIOLATION = "isolation_violation"
+    SEED_FOSSILIZED = "seed_fossilized"
+    SEED_CULLED = "seed_culled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the event ends a seed's life; such events are never dropped."""
+        return self in (TelemetryEventType.SEED_FOSSILIZED, TelemetryEventType.SEED_CULLED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryEvent:
+    """Base of all events.
+
+    Attributes:
+        slot: Name of the slot; empty for events of a registry.
+        seed_id: The seed; empty for events of a registry.
+        epoch: Epochs the model has stepped.
+        sequence: Position among the events of one model, from 0, without gaps.
+    """
+
+    type: ClassVar[TelemetryEventType]
+    slot: str = ""
+    seed_id: str = ""
+    epoch: int = 0
+    sequence: int = -1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: the type's value under ``type``, then every field."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"type": self.type.value} | {
+            key: dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlueprintRegistered(TelemetryEvent):
+    """A blueprint entered a registry; ``verdict`` is that of its registration checks."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.BLUEPRINT_REGISTERED
+    blueprint_id: str
+    distribution: str = ""
+    verdict: str = ""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedGerminated(TelemetryEvent):
+    """A seed was made; ``parameters`` counts what it added."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_GERMINATED
+    blueprint_id: str
+    parameters: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChanged(TelemetryEvent):
+    """A seed went from one stage to another (names of `SeedStage`)."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_STAGE_CHANGED
+    before: str
+    after: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateEvaluated(TelemetryEvent):
+    """A gate was evaluated; ``checks`` holds plain data of each check: name, value, threshold, verdict."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.GATE_EVALUATED
+    gate: str
+    passed: bool
+    reason: str
+    checks: tuple[Mapping[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return TelemetryEvent.to_dict(self) | {"checks": [dict(check) for check in self.checks]}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlphaChanged(TelemetryEvent):
+    """The blend weight moved; ``progress`` is the share of the ramp done."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.ALPHA_CHANGED
+    alpha: float
+    progress: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolationViolation(TelemetryEvent):
+    """A seed leaked gradient into the host: ``leak`` is its L2 norm relative to the gradient at the slot."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.ISOLATION_VIOLATION
+    leak: float
+    threshold: float
+    tensors: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedFossilized(TelemetryEvent):
+    """A seed became part of the model; ``gain`` is its last measured gain, ``None`` if never measured."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_FOSSILIZED
+    blueprint_id: str
+    parameters: int
+    gain: float | None = None
+    total_improvement: float | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedCulled(TelemetryEvent):
+    """A seed was removed; ``stage`` is the one it was culled from."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_CULLED
+    blueprint_id: str
+    reason: str
+    stage: str
+    gain: float | None = None
+    total_improvement: float | None = None
+
+
+VANISHING_GRADIENT: Final = 1e-7
+EXPLODING_GRADIENT: Final = 1e2
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedTelemetry:
+    """A seed's record at one moment, as plain data.
+
+    Attributes:
+        metric: Last metric of the whole model.
+        delta: Improvement of the whole model since the stage began.
+        gain: Last paired gain of the seed itself.
+        gradient_norm: L2 norm of the seed's gradient, mean over the last epoch.
+        gradient_health: 1 for a healthy gradient, 0 for none, a vanishing, an exploding or a NaN one.
+        is_vanishing: Norm below 1e-7.
+        is_exploding: Norm above 1e2, infinite or NaN.
+    """
+
+    seed_id: str
+    slot: str
+    blueprint_id: str
+    stage: str
+    epoch: int
+    epochs_in_current_stage: int
+    alpha: float
+    metric: float | None
+    delta: float | None
+    gain: float | None
+    gradient_norm: float | None
+    gradient_health: float
+    is_vanishing: bool
+    is_exploding: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,0 +1,300 @@
+"""The life of a seed as data: stages, the transitions between them, its metrics and its state.
+
+Nothing here needs torch. The one function that changes a stage is `SeedState.move_to`; everything else only asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, Final, final
+
+from kasmina_core.errors import CheckpointError, TransitionError
+
+HISTORY_LENGTH: Final = 100
+
+
+@final
+class SeedStage(IntEnum):
+    """Where a seed is in its life. The values are stable: they are written to checkpoints and telemetry."""
+
+    UNKNOWN = 0
+    DORMANT = 1
+    GERMINATED = 2
+    TRAINING = 3
+    BLENDING = 4
+    SHADOWING = 5
+    PROBATIONARY = 6
+    FOSSILIZED = 7
+    CULLED = 8
+    EMBARGOED = 9
+    RESETTING = 10
+
+
+VALID_TRANSITIONS: Final[Mapping[SeedStage, tuple[SeedStage, ...]]] = MappingProxyType(
+    {
+        SeedStage.UNKNOWN: (),
+        SeedStage.DORMANT: (SeedStage.GERMINATED,),
+        SeedStage.GERMINATED: (SeedStage.TRAINING, SeedStage.CULLED),
+        SeedStage.TRAINING: (SeedStage.BLENDING, SeedStage.CULLED),
+        SeedStage.BLENDING: (SeedStage.SHADOWING, SeedStage.CULLED),
+        SeedStage.SHADOWING: (SeedStage.PROBATIONARY, SeedStage.CULLED),
+        SeedStage.PROBATIONARY: (SeedStage.FOSSILIZED, SeedStage.CULLED),
+        SeedStage.FOSSILIZED: (),
+        SeedStage.CULLED: (SeedStage.EMBARGOED,),
+        SeedStage.EMBARGOED: (SeedStage.RESETTING,),
+        SeedStage.RESETTING: (SeedStage.DORMANT,),
+    }
+)
+"""Every stage change that may happen; the first target of a stage is the way forward."""
+
+_ACTIVE: Final = frozenset(
+    {
+        SeedStage.TRAINING,
+        SeedStage.BLENDING,
+        SeedStage.SHADOWING,
+        SeedStage.PROBATIONARY,
+        SeedStage.FOSSILIZED,
+    }
+)
+_FAILURE: Final = frozenset({SeedStage.CULLED, SeedStage.EMBARGOED, SeedStage.RESETTING})
+
+
+def is_valid_transition(current: SeedStage, target: SeedStage) -> bool:
+    """Say whether a seed may go from ``current`` to ``target`` in one move.
+
+    >>> is_valid_transition(SeedStage.TRAINING, SeedStage.BLENDING)
+    True
+    >>> is_valid_transition(SeedStage.TRAINING, SeedStage.FOSSILIZED)
+    False
+    """
+    return target in VALID_TRANSITIONS.get(current, ())
+
+
+def is_active_stage(stage: SeedStage) -> bool:
+    """Say whether the seed computes in this stage (TRAINING to FOSSILIZED)."""
+    return stage in _ACTIVE
+
+
+def is_terminal_stage(stage: SeedStage) -> bool:
+    """Say whether no transition leaves this stage: FOSSILIZED alone."""
+    return stage is SeedStage.FOSSILIZED
+
+
+def is_failure_stage(stage: SeedStage) -> bool:
+    """Say whether the seed was rejected and its slot is cooling down (CULLED, EMBARGOED, RESETTING)."""
+    return stage in _FAILURE
+
+
+@dataclass(slots=True)
+class SeedMetrics:
+    """What was measured of a seed; ``None`` means never measured.
+
+    Improvements are positive when the model got better, whichever way the metric points:
+    ``current - since`` where higher is better, ``since - current`` where lower is.
+
+    Attributes:
+        higher_is_better: True for accuracy, False for a loss.
+        epochs_total: Epochs since germination.
+        epochs_in_current_stage: Epochs since the stage began.
+        initial_metric: First metric recorded after germination.
+        current_metric: Last metric recorded.
+        best_metric: Best metric recorded.
+        metric_at_stage_start: The metric that was current when the stage began.
+        isolation_violations: Times the seed was measured to leak into the host.
+        gradient_norm: L2 norm of the seed's gradient, mean over the steps of the last epoch.
+        gradient_norm_max: Largest such norm of a step in the last epoch.
+        alpha: Blend weight in [0, 1].
+        blending_steps_done: Ramp steps taken.
+        blending_steps_total: Ramp steps planned; 0 before blending.
+    """
+
+    higher_is_better: bool = False
+    epochs_total: int = 0
+    epochs_in_current_stage: int = 0
+    initial_metric: float | None = None
+    current_metric: float | None = None
+    best_metric: float | None = None
+    metric_at_stage_start: float | None = None
+    isolation_violations: int = 0
+    gradient_norm: float | None = None
+    gradient_norm_max: float | None = None
+    alpha: float = 0.0
+    blending_steps_done: int = 0
+    blending_steps_total: int = 0
+
+    def record(self, metric: float) -> None:
+        """Take one validation measurement of the whole model; NaN and infinity are kept, so that a gate sees them."""
+        value = float(metric)
+        if self.initial_metric is None:
+            self.initial_metric = value
+        if self.metric_at_stage_start is None:
+            self.metric_at_stage_start = value
+        self.current_metric = value
+        if (
+            self.best_metric is None
+            or self._improvement(self.best_metric, value) > 0
+            or math.isnan(self.best_metric)
+        ):
+            self.best_metric = value
+
+    @property
+    def total_improvement(self) -> float | None:
+        """Improvement of the whole model since germination; ``None`` before two measurements could differ."""
+        return self._since(self.initial_metric)
+
+    @property
+    def improvement_since_stage_start(self) -> float | None:
+        """Improvement of the whole model since the stage began. It measures the host as much as the seed."""
+        return self._since(self.metric_at_stage_start)
+
+    @property
+    def ramp_progress(self) -> float:
+        """``blending_steps_done / blending_steps_total`` in [0, 1]; 0 before blending."""
+        return self.blending_steps_done / self.blending_steps_total if self.blending_steps_total else 0.0
+
+    def _since(self, start: float | None) -> float | None:
+        if start is None or self.current_metric is None:
+            return None
+        return self._improvement(start, self.current_metric)
+
+    def _improvement(self, before: float, after: float) -> float:
+        return after - before if self.higher_is_better else before - after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SeedMetrics:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or of the wrong type.
+        """
+        _require_keys("SeedMetrics", data, {f.name for f in fields(cls)})
+        metrics = cls(**data)
+        for f in fields(cls):
+            value = getattr(metrics, f.name)
+            wanted: type | tuple[type, ...] = (
+                type(f.default) if f.default is not None else (float, int, type(None))
+            )
+            if wanted is float:
+                wanted = (float, int)
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                raise CheckpointError(f"SeedMetrics.{f.name} cannot be {value!r}.")
+        return metrics
+
+
+@dataclass(slots=True)
+class SeedState:
+    """One seed's place in its life.
+
+    Attributes:
+        seed_id: Unique name of this seed.
+        blueprint_id: ``pack:name`` it was made from.
+        slot: Name of the slot that holds it.
+        stage: Where it is.
+        metrics: What was measured.
+        stage_history: ``(stage entered, epochs_total then)``, the last `HISTORY_LENGTH` of them.
+        is_paused: Whether its clock and its training stand still.
+        cull_reason: Why it was culled; empty if it was not.
+    """
+
+    seed_id: str
+    blueprint_id: str
+    slot: str
+    stage: SeedStage = SeedStage.DORMANT
+    metrics: SeedMetrics = field(default_factory=SeedMetrics)
+    stage_history: deque[tuple[SeedStage, int]] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    is_paused: bool = False
+    cull_reason: str = ""
+
+    @property
+    def previous_stage(self) -> SeedStage:
+        """The stage before this one; UNKNOWN if there was none."""
+        return self.stage_history[-2][0] if len(self.stage_history) > 1 else SeedStage.UNKNOWN
+
+    def can_move_to(self, target: SeedStage) -> bool:
+        """Say whether ``target`` is a valid transition from here."""
+        return is_valid_transition(self.stage, target)
+
+    def move_to(self, target: SeedStage) -> None:
+        """Enter ``target`` and restart the counters of the stage.
+
+        Raises:
+            TransitionError: If `VALID_TRANSITIONS` does not hold the move; nothing is changed.
+        """
+        if not self.can_move_to(target):
+            allowed = ", ".join(stage.name for stage in VALID_TRANSITIONS.get(self.stage, ())) or "none"
+            target_name = target.name if isinstance(target, SeedStage) else repr(target)
+            raise TransitionError(
+                f"Seed '{self.seed_id}' in slot '{self.slot}' cannot go from {self.stage.name} to {target_name}.\n"
+                f"  allowed from {self.stage.name}: {allowed}"
+            )
+        self.stage = target
+        self.stage_history.append((target, self.metrics.epochs_total))
+        self.metrics.epochs_in_current_stage = 0
+        self.metrics.metric_at_stage_start = self.metrics.current_metric
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that ``torch.load(weights_only=True)`` and JSON accept."""
+        return {
+            "seed_id": self.seed_id,
+            "blueprint_id": self.blueprint_id,
+            "slot": self.slot,
+            "stage": int(self.stage),
+            "metrics": self.metrics.to_dict(),
+            "stage_history": [[int(stage), epoch] for stage, epoch in self.stage_history],
+            "is_paused": self.is_paused,
+            "cull_reason": self.cull_reason,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SeedState:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or of the wrong type.
+        """
+        _require_keys("SeedState", data, {f.name for f in fields(cls)})
+        try:
+            history = deque(
+                ((SeedStage(stage), int(epoch)) for stage, epoch in data["stage_history"]),
+                maxlen=HISTORY_LENGTH,
+            )
+            state = cls(
+                seed_id=_text(data["seed_id"]),
+                blueprint_id=_text(data["blueprint_id"]),
+                slot=_text(data["slot"]),
+                stage=SeedStage(data["stage"]),
+                metrics=SeedMetrics.from_dict(data["metrics"]),
+                stage_history=history,
+                is_paused=bool(data["is_paused"]),
+                cull_reason=_text(data["cull_reason"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"The saved seed state cannot be read: {error}") from error
+        return state
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _require_keys(what: str, data: Mapping[str, Any], wanted: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"The saved {what} is not a mapping but {type(data).__name__}.")
+    if set(data) != wanted:
+        missing, foreign = sorted(wanted - set(data)), sorted(map(str, set(data) - wanted))
+        raise CheckpointError(
+            f"The saved {what} has other fields than this version of kasmina.\n"
+            f"  missing: {', '.join(missing) or 'none'}\n"
+            f"  unknown: {', '.join(foreign) or 'none'}"
+        )
