@@ -1,0 +1,176 @@
+"""Sinks: what receives batches of events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+from kasmina_core.events import TelemetryEvent
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """What receives events. Both methods are called from one worker thread, never from the training thread.
+
+    A sink may have an attribute ``max_batch`` (int): the largest batch it wants.
+    """
+
+    def write(self, batch: Sequence[TelemetryEvent]) -> None:
+        """Take events in the order they were emitted; raise if they could not be taken."""
+        ...
+
+    def close(self) -> None:
+        """Free what the sink holds; no ``write`` follows."""
+        ...
+
+
+@final
+class MemorySink:
+    """Keep events in a list.
+
+    Args:
+        limit: Keep only the last ``limit`` events, at least 1; ``None`` keeps all.
+
+    Raises:
+        ValueError: If ``limit`` is below 1.
+
+    Attributes:
+        events: The events received, oldest first.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 or None, not {limit}.")
+        self.limit = limit
+        self.events: list[TelemetryEvent] = []
+
+    def write(self, batch: Sequence[TelemetryEvent]) -> None:
+        """Append the batch."""
+        self.events.extend(batch)
+        if self.limit is not None:
+            del self.events[: -self.limit]
+
+    def close(self) -> None:
+        """Do nothing; the events stay readable."""
+
+
+@final
+class CallableSink:
+    """Call a function once an event.
+
+    Args:
+        function: Called with the event; what it returns is ignored. If it raises, only that event is affected.
+    """
+
+    max_batch = 1
+
+    def __init__(self, function: Callable[[TelemetryEvent], object]) -> None:
+        self.function = function
+
+    def write(self, batch: Sequence[TelemetryEvent]) -> None:
+        """Call the function with each event."""
+        for event in batch:
+            self.function(event)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@final
+class JsonLinesSink:
+    """Append events to a file, one JSON object a line.
+
+    The JSON is strict: NaN and the infinities, which JSON has no numbers for, become the strings ``"NaN"``,
+    ``"Infinity"`` and ``"-Infinity"``, so that they stay distinct from ``null`` (never measured).
+
+    A batch goes to the operating system in one append, so a crash of the process loses no batch that was written;
+    processes that append to one file do not mix their lines. A line that a crash cut short is left alone and the
+    next one starts on a line of its own; `read` skips it.
+
+    Args:
+        path: The file; it is created with its parent folders, or appended to.
+
+    Raises:
+        OSError: If the file cannot be opened for appending.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Read and append: the last byte tells whether the last line is whole.
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._line_is_open = self._ends_inside_a_line()
+
+    def write(self, batch: Sequence[TelemetryEvent]) -> None:
+        """Append the batch.
+
+        Raises:
+            ValueError: If the sink is closed.
+            OSError: If the file cannot be written, for instance because the disk is full.
+        """
+        if self._descriptor is None:
+            raise ValueError(f"The sink for {self.path} is closed.")
+        if not batch:
+            return
+        text = "".join(json.dumps(_plain(event.to_dict()), allow_nan=False) + "\n" for event in batch)
+        data = memoryview((b"\n" if self._line_is_open else b"") + text.encode("ascii"))
+        self._line_is_open = True  # until everything is out: a failure part-way leaves a cut line
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        self._line_is_open = False
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+        """Yield the events of a file as dictionaries, without lines that a crash cut short.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict):
+                    yield event
+
+    def _ends_inside_a_line(self) -> bool:
+        assert self._descriptor is not None
+        size = os.lseek(self._descriptor, 0, os.SEEK_END)
+        if size == 0:
+            return False
+        os.lseek(self._descriptor, size - 1, os.SEEK_SET)
+        return os.read(self._descriptor, 1) != b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as something strict JSON can hold; what JSON does not know becomes its ``str``."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return [_plain(item) for item in sorted(value, key=str)]
+    return str(value)
