@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
     from kasmina_core.checks import RegistrationReport as RegistrationReport
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
+    from kasmina_core.config import GradientPolicy as GradientPolicy
+    from kasmina_core.config import GrowthConfig as GrowthConfig
+    from kasmina_core.config import Incubation as Incubation
+    from kasmina_core.config import RampUnit as RampUnit
     from kasmina_core.discovery import PackRecord as PackRecord
     from kasmina_core.discovery import PackState as PackState
     from kasmina_core.discovery import PluginRegistry as PluginRegistry
@@ -87,11 +91,7 @@ if TYPE_CHECKING:
     from kasmina_core.policy import Resume as Resume
     from kasmina_core.policy import SetAlpha as SetAlpha
     from kasmina_core.policy import SlotObservation as SlotObservation
-    from kasmina_core.slots import GradientPolicy as GradientPolicy
-    from kasmina_core.slots import Incubation as Incubation
-    from kasmina_core.slots import RampUnit as RampUnit
     from kasmina_core.slots import SeedSlot as SeedSlot
-    from kasmina_core.slots import SlotConfig as SlotConfig
     from kasmina_core.telemetry import CallableSink as CallableSink
     from kasmina_core.telemetry import JsonLinesSink as JsonLinesSink
     from kasmina_core.telemetry import MemorySink as MemorySink
@@ -124,12 +124,12 @@ _HOME = {
     "Germinate": "policy",
     "GerminationError": "errors",
     "GradientIsolationMonitor": "isolation",
-    "GradientPolicy": "slots",
+    "GradientPolicy": "config",
     "HookedHost": "attachment",
     "HostError": "errors",
     "HostProtocol": "hosts",
     "HostSpec": "hosts",
-    "Incubation": "slots",
+    "Incubation": "config",
     "InjectionPoint": "hosts",
     "IsolationReading": "isolation",
     "IsolationViolation": "events",
@@ -148,7 +148,7 @@ _HOME = {
     "PluginRegistry": "discovery",
     "Policy": "policy",
     "QualityGates": "gates",
-    "RampUnit": "slots",
+    "RampUnit": "config",
     "RegisteredBlueprint": "blueprints",
     "RegistrationReport": "checks",
     "Resume": "policy",
@@ -164,7 +164,7 @@ _HOME = {
     "SeedTelemetry": "events",
     "SetAlpha": "policy",
     "Sink": "telemetry",
-    "SlotConfig": "slots",
+    "GrowthConfig": "config",
     "SlotObservation": "policy",
     "SlotSummary": "model",
     "StageChanged": "events",

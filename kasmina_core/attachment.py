@@ -1,0 +1,289 @@
+"""How a slot gets into a host: by name, through a forward hook, proved by a probe forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
+from kasmina_core.hosts import HostProtocol, InjectionPoint
+from kasmina_core.randomness import private_rng
+from kasmina_core.topology import Topology
+
+
+@final
+class SlotHook:
+    """A forward hook that passes a module's output through a slot.
+
+    The output is a tensor, or a tuple whose first element is the features; the rest of it is kept.
+    """
+
+    def __init__(self, slot: nn.Module) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.slot(output[0]), *output[1:])
+        return self.slot(output)
+
+
+class HookedHost:
+    """Gives ``register_slot`` and ``unregister_slot`` to a module that declares ``injection_points``.
+
+    >>> class Host(HookedHost, nn.Sequential):
+    ...     def injection_points(self):
+    ...         return [InjectionPoint("first", "0", dim=4, topology=Topology.TRANSFORMER)]
+    >>> isinstance(Host(nn.Linear(4, 4)), HostProtocol)
+    True
+    """
+
+    def injection_points(self) -> Sequence[InjectionPoint]:
+        """Return the places where a slot can be. To be written by the host."""
+        raise NotImplementedError(f"{type(self).__name__} must return its injection points.")
+
+    def register_slot(self, name: str, slot: nn.Module) -> None:
+        """Pass the output of the submodule at point ``name`` through ``slot``.
+
+        Raises:
+            HostError: If the host is no module, has no such point, or already has a slot there.
+        """
+        points = {point.name: point for point in self.injection_points()}
+        if name not in points:
+            raise HostError(
+                f"{type(self).__name__} has no injection point '{name}'.{did_you_mean(name, points)}"
+            )
+        handles: dict[str, RemovableHandle] = self.__dict__.setdefault("_slot_handles", {})
+        if name in handles:
+            raise HostError(
+                f"Injection point '{name}' already has a slot: a host can be in one model at a time."
+            )
+        if not isinstance(self, nn.Module):
+            raise HostError(f"{type(self).__name__} is not a torch.nn.Module.")
+        handles[name] = submodule(self, points[name].path).register_forward_hook(SlotHook(slot))
+
+    def unregister_slot(self, name: str) -> None:
+        """Undo `register_slot`; nothing happens if there is no slot."""
+        handle = self.__dict__.get("_slot_handles", {}).pop(name, None)
+        if handle is not None:
+            handle.remove()
+
+
+def submodule(host: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path.
+
+    Raises:
+        HostError: If there is none; the message suggests a near path.
+    """
+    named: dict[str, nn.Module] = dict(host.named_modules(remove_duplicate=False))
+    if path in named:
+        return named[path]
+    raise HostError(f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, _short(named))}")
+
+
+def _short(named: Mapping[str, object], limit: int = 40) -> list[str]:
+    return [name for name in named if name][:limit]
+
+
+def matching_paths(host: nn.Module, pattern: str) -> list[str]:
+    """Return the paths that a pattern names, in module order.
+
+    ``*``, ``?`` and ``[…]`` match within one part of a dotted path: ``"layers.*"`` names the layers, not what is in
+    them.
+
+    Raises:
+        HostError: If nothing matches.
+    """
+    if not any(sign in pattern for sign in "*?["):
+        submodule(host, pattern)
+        return [pattern]
+    wanted = pattern.split(".")
+    found = [
+        path
+        for path, _ in host.named_modules(remove_duplicate=False)
+        if path and len(parts := path.split(".")) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    ]
+    if not found:
+        names = ", ".join(_short(dict(host.named_modules()), 12))
+        raise HostError(f"No submodule of {type(host).__name__} matches '{pattern}'. There are: {names}.")
+    return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ProbedPoint:
+    """A point that a probe forward has proved, with the features seen there."""
+
+    point: InjectionPoint
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def call_with(host: nn.Module, example: object) -> Any:
+    """Call a host with one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(example, Mapping):
+        return host(**example)
+    if isinstance(example, tuple):
+        return host(*example)
+    return host(example)
+
+
+@contextmanager
+def quiet_evaluation(host: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
+    modes = {module: module.training for module in host.modules()}
+    devices = {tensor.device for tensor in [*host.parameters(), *host.buffers()]}
+    with private_rng(None, *sorted(devices, key=str)), torch.no_grad():
+        try:
+            host.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def kept_buffers(host: nn.Module) -> Iterator[None]:
+    """Put every buffer back to its value before the block, for hosts that write to them in eval mode too."""
+    before = [(buffer, buffer.detach().clone()) for buffer in host.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def requested_points(
+    host: nn.Module, slots: Iterable[str | InjectionPoint] | None
+) -> list[str | InjectionPoint]:
+    """Turn what a caller asked for into declared points and paths, each once, in the order asked.
+
+    Raises:
+        HostError: If nothing was asked of a host that declares nothing, or something does not exist.
+    """
+    declared = list(host.injection_points()) if isinstance(host, HostProtocol) else []
+    if slots is None:
+        if not declared:
+            raise HostError(
+                f"{type(host).__name__} does not declare injection points, so say where the slots go: "
+                "MorphogeneticModel(host, slots=['layer3'], example=inputs). A glob such as 'layers.*' works too."
+            )
+        return list(declared)
+    if isinstance(slots, (str, InjectionPoint)):
+        slots = [slots]
+    wanted: list[str | InjectionPoint] = []
+    for item in slots:
+        if isinstance(item, InjectionPoint):
+            submodule(host, item.path)
+            wanted.append(item)
+            continue
+        by_name = [point for point in declared if fnmatchcase(point.name, item) or point.path == item]
+        wanted.extend(by_name or matching_paths(host, item))
+    unique = list(dict.fromkeys(wanted))
+    if not unique:
+        raise HostError("The list of slots is empty: name at least one point.")
+    return unique
+
+
+def probe(
+    host: nn.Module, wanted: Sequence[str | InjectionPoint], example: object, *, causal: bool = False
+) -> list[ProbedPoint]:
+    """Run the host once and prove that every point fires, once, with features of the declared layout and width.
+
+    Args:
+        host: The module.
+        wanted: Declared points, or paths whose layout and width are then read off the features.
+        example: Inputs for one forward, see `call_with`.
+        causal: Whether points given as paths belong to a causal host.
+
+    Raises:
+        HostError: If a point does not fire, fires more than once, or is not as declared; every fault is listed.
+    """
+    paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
+    seen: dict[str, list[Any]] = {path: [] for path in paths}
+    handles = []
+    try:
+        for path in seen:
+            record = seen[path]
+            handles.append(
+                submodule(host, path).register_forward_hook(lambda _m, _a, out, r=record: r.append(out))
+            )
+        with kept_buffers(host), quiet_evaluation(host):
+            try:
+                call_with(host, example)
+            except Exception as error:
+                raise HostError(
+                    f"The probe forward of {type(host).__name__} failed: {error}\n"
+                    "Give inputs that the host takes: example=tensor, a tuple of arguments or a mapping of keywords."
+                ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    faults: list[str] = []
+    proved: list[ProbedPoint] = []
+    for item, path in zip(wanted, paths, strict=True):
+        try:
+            proved.append(_prove(item, path, seen[path], causal))
+        except HostError as error:
+            faults.append(f"  '{path}': {error}")
+    names = [p.point.name for p in proved]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        faults.append(f"  the name '{name}' is used for more than one point")
+    if faults:
+        raise HostError(f"{type(host).__name__} cannot hold the slots asked for.\n" + "\n".join(faults))
+    return proved
+
+
+def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bool) -> ProbedPoint:
+    if len(outputs) != 1:
+        times = (
+            "does not fire: the forward pass never calls it" if not outputs else f"fires {len(outputs)} times"
+        )
+        raise HostError(f"{times}; a point must fire once per forward pass")
+    output = outputs[0][0] if isinstance(outputs[0], tuple) and outputs[0] else outputs[0]
+    if not isinstance(output, Tensor):
+        raise HostError(
+            f"returns {type(outputs[0]).__name__}, not a tensor or a tuple that begins with one; "
+            "name a submodule that returns the features"
+        )
+    if not output.is_floating_point():
+        raise HostError(f"returns {output.dtype}, not floating-point features")
+    layouts = {topology.ndim: topology for topology in Topology}
+    if output.dim() not in layouts:
+        raise HostError(
+            f"has features of shape {tuple(output.shape)}; they must be (b, c, h, w) or (b, t, d)"
+        )
+    topology = layouts[output.dim()]
+    dim = output.shape[topology.feature_dim]
+    if isinstance(item, str):
+        point = InjectionPoint(
+            path.replace(".", "_"), path, dim, topology, causal and topology is Topology.TRANSFORMER
+        )
+    else:
+        point = item
+        if (point.topology, point.dim) != (topology, dim):
+            raise HostError(
+                "is not as declared\n"
+                f"    declared: {point.topology.value}, width {point.dim}\n"
+                f"    found:    {topology.value}, width {dim}, features {tuple(output.shape)}"
+            )
+    return ProbedPoint(point, tuple(output.shape), output.dtype, output.device)
+
+
+def lookup(name: str, known: Mapping[str, Any], what: str) -> Any:
+    """Return ``known[name]``.
+
+    Raises:
+        UnknownNameError: If there is none; the message suggests a near name.
+    """
+    if name in known:
+        return known[name]
+    raise UnknownNameError(f"There is no {what} '{name}'.{did_you_mean(name, known)}")

@@ -1,0 +1,159 @@
+"""How a seed's features come in: the alpha ramp and the blend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from kasmina_core.errors import CheckpointError, SeedShapeError
+
+STEPS_PER_TEMPERATURE: Final = 12.0
+"""Default steepness: the ramp spans this many temperatures, so its largest step is about 3 / total_steps."""
+
+LARGEST_STEEPNESS: Final = 24.0
+"""Steepest ramp allowed: beyond it a single step would exceed about 6 / total_steps."""
+
+
+@final
+class AlphaSchedule:
+    """A sigmoid ramp that starts at exactly ``start`` and ends at exactly ``end``.
+
+    With ``z(k) = (k - total_steps / 2) / temperature`` and ``s(z) = (1 + tanh(z / 2)) / 2``::
+
+        alpha(k) = start + (end - start) * (s(z(k)) - s(z(0))) / (s(z(total_steps)) - s(z(0)))
+
+    Args:
+        total_steps: Steps of the ramp, at least 1. A step is an epoch or an optimiser step, as its driver chooses.
+        start: Alpha at step 0, in [0, 1].
+        end: Alpha at step ``total_steps`` and after, in [0, 1], not below ``start``.
+        temperature: Width of the sigmoid, in steps. Default ``total_steps / 12``: it must scale with the steps, or
+            the ramp becomes one jump. No single step then exceeds ``3.1 / total_steps``.
+
+    Raises:
+        ValueError: If an argument is out of range, or the temperature is below ``total_steps / 24``.
+
+    >>> ramp = AlphaSchedule(10)
+    >>> ramp(0), ramp(10), ramp(99)
+    (0.0, 1.0, 1.0)
+    """
+
+    __slots__ = ("end", "start", "temperature", "total_steps")
+
+    def __init__(
+        self, total_steps: int, start: float = 0.0, end: float = 1.0, temperature: float | None = None
+    ) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of at least 1, not {total_steps!r}.")
+        if not (0.0 <= start <= end <= 1.0):
+            raise ValueError(f"A ramp needs 0 <= start <= end <= 1, not start={start!r}, end={end!r}.")
+        width = total_steps / STEPS_PER_TEMPERATURE if temperature is None else float(temperature)
+        smallest = total_steps / LARGEST_STEEPNESS
+        if not (math.isfinite(width) and width >= smallest):
+            raise ValueError(
+                f"temperature={temperature!r} makes the ramp of {total_steps} steps a jump.\n"
+                f"  smallest: {smallest:g} (total_steps / {LARGEST_STEEPNESS:g})\n"
+                f"  default:  {total_steps / STEPS_PER_TEMPERATURE:g} (total_steps / {STEPS_PER_TEMPERATURE:g})"
+            )
+        self.total_steps = total_steps
+        self.start = float(start)
+        self.end = float(end)
+        self.temperature = width
+
+    def __call__(self, step: int) -> float:
+        """Return alpha at ``step``; steps outside ``[0, total_steps]`` are clamped."""
+        if step <= 0:
+            return self.start
+        if step >= self.total_steps:
+            return self.end
+        # tanh is odd, so the normalised sigmoid is (1 + tanh(z/2) / tanh(z_end/2)) / 2.
+        half = self.total_steps / 2
+        ratio = math.tanh((step - half) / self.temperature / 2) / math.tanh(half / self.temperature / 2)
+        return self.start + (self.end - self.start) * min(1.0, max(0.0, 0.5 * (1.0 + ratio)))
+
+    def first_step_reaching(self, alpha: float) -> int:
+        """Return the first step whose alpha is at least ``alpha`` (``total_steps`` if none before it is)."""
+        low, high = 0, self.total_steps
+        while low < high:
+            middle = (low + high) // 2
+            if self(middle) >= alpha:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AlphaSchedule) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.total_steps, self.start, self.end, self.temperature))
+
+    def __repr__(self) -> str:
+        return (
+            f"AlphaSchedule({self.total_steps}, {self.start}, {self.end}, temperature={self.temperature:g})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as plain data."""
+        return {name: getattr(self, name) for name in ("total_steps", "start", "end", "temperature")}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AlphaSchedule:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If the data does not describe a ramp.
+        """
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"The saved alpha schedule cannot be read: {error}") from error
+
+
+def like_host(seed: Tensor, host: Tensor) -> Tensor:
+    """Return the seed's features in the dtype and memory format of the host's.
+
+    Raises:
+        SeedShapeError: If the two shapes differ (they would broadcast silently).
+    """
+    if seed.shape != host.shape:
+        raise SeedShapeError(host.shape, seed.shape)
+    if seed.dtype != host.dtype:
+        seed = seed.to(host.dtype)
+    if (
+        seed.dim() == 4
+        and host.is_contiguous(memory_format=torch.channels_last)
+        and not seed.is_contiguous(memory_format=torch.channels_last)
+    ):
+        seed = seed.contiguous(memory_format=torch.channels_last)
+    return seed
+
+
+def blend_with_isolation(
+    host: Tensor, seed: Tensor, alpha: float | Tensor, detach_host: bool = False
+) -> Tensor:
+    """Return ``(1 - alpha) * host + alpha * seed`` in the host's dtype and memory format.
+
+    Args:
+        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        seed: The seed's output for those features; shape of ``host``, any floating dtype.
+        alpha: Weight of the seed, clamped to [0, 1]: a float or a 0-d tensor. A tensor keeps one compiled graph for
+            all values.
+        detach_host: Whether the host's own path gets no gradient. Everything upstream of the slot is then starved of
+            the share ``1 - alpha``, and of all of it where the seed's input is detached as well; leave it False to
+            train the host.
+
+    Raises:
+        SeedShapeError: If the two shapes differ.
+
+    >>> blend_with_isolation(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), 0.25).unique()
+    tensor([0.2500])
+    """
+    seed = like_host(seed, host)
+    path = host.detach() if detach_host else host
+    if isinstance(alpha, Tensor):
+        return torch.lerp(path, seed, alpha.to(host.dtype).clamp(0.0, 1.0))
+    return torch.lerp(path, seed, min(1.0, max(0.0, float(alpha))))

@@ -1,0 +1,91 @@
+"""Building a seed, and trying it once before anything depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blueprints import BlueprintRegistry
+from kasmina_core.errors import KasminaError
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.randomness import private_rng
+
+
+@final
+@dataclass(slots=True)
+class Trial:
+    """A seed that was built, if it could be, and what was found on the way, for gate G0.
+
+    Attributes:
+        seed: The module in the slot's dtype and on its device; ``None`` if it could not be built or run.
+        findings: Whether each check held, and why, by name. A check that was not reached is not there.
+    """
+
+    seed: nn.Module | None = None
+    findings: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> str:
+        """The checks that did not hold, as text; empty if all held."""
+        return "; ".join(f"{name}: {text}" for name, (holds, text) in self.findings.items() if not holds)
+
+
+def try_seed(
+    registry: BlueprintRegistry,
+    blueprint_id: str,
+    point: InjectionPoint,
+    options: Mapping[str, Any],
+    like: Tensor,
+    random_seed: int,
+) -> Trial:
+    """Build a seed for a point and run it on random features, on random numbers of its own.
+
+    Args:
+        registry: Where the blueprint is.
+        blueprint_id: Its id.
+        point: Where the seed will be.
+        options: Options of the blueprint.
+        like: An empty tensor with the shape of one sample's features, and the slot's dtype and device.
+        random_seed: From which the seed's weights are drawn.
+
+    Raises:
+        UnknownNameError: If nobody offers the blueprint.
+    """
+    trial = Trial()
+    findings = trial.findings
+    spec = registry.get(blueprint_id).spec
+    findings["blueprint known"] = (True, "")
+    fits = spec.topology is point.topology
+    findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")
+    refusal = spec.refusal(point.dim)
+    findings["width"] = (refusal is None, refusal or "")
+    if not fits or refusal is not None:
+        return trial
+    with private_rng(random_seed, like.device):
+        try:
+            seed = registry.create(blueprint_id, point.dim, causal=point.causal, options=options)
+            seed = seed.to(like.device, like.dtype)
+        except KasminaError as error:
+            findings["builds"] = (False, str(error))
+            return trial
+        findings["builds"] = (True, "")
+        features = torch.randn(like.shape).to(like)
+        try:
+            with torch.no_grad():
+                output = seed.eval()(features)
+        except Exception as error:
+            findings["shape"] = (False, f"its forward raised {error!r}")
+            return trial
+    if not isinstance(output, Tensor):
+        findings["shape"] = (False, f"its forward returned {type(output).__name__}, not a tensor")
+        return trial
+    shapes = f"host: {tuple(features.shape)}, seed: {tuple(output.shape)}"
+    findings["shape"] = (output.shape == features.shape, shapes)
+    findings["dtype"] = (output.is_floating_point(), f"host: {features.dtype}, seed: {output.dtype}")
+    findings["finite output"] = (output.device.type == "meta" or bool(output.isfinite().all()), "")
+    trial.seed = seed
+    return trial

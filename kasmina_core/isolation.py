@@ -1,0 +1,180 @@
+"""How a seed learns without touching the host, and how one measures that it really does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blending import like_host
+from kasmina_core.errors import SeedShapeError
+from kasmina_core.randomness import private_rng
+
+if TYPE_CHECKING:
+    from kasmina_core.slots import SeedSlot
+
+DEVIATION_EPS: Final = 1e-12
+"""Added to mean squares under the root: without it a seed equal to the host has a NaN gradient."""
+
+LEAK_TOLERANCE: Final = 1e-6
+"""Relative leak up to which the host counts as untouched: rounding, not learning."""
+
+
+class _SeedGradientOnly(torch.autograd.Function):
+    """Negative zeros forward, the identity backward: adding it changes no value and routes the gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(seed: Tensor) -> Tensor:
+        # x + (-0.0) is x for every x; +0.0 would turn -0.0 into +0.0.
+        return seed.new_full((), -0.0).expand_as(seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
+
+
+def straight_through(host: Tensor, seed: Tensor) -> Tensor:
+    """Return the host's features while the seed learns from their loss.
+
+    Forward is ``host``, bit for bit, whatever the seed computed (infinity and NaN too). Backward gives both branches
+    the gradient of the output: ``dL/dhost = dL/dseed = dL/doutput``. The result is a tensor of its own, so that an
+    in-place operation behind it harms neither branch.
+
+    Args:
+        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        seed: The seed's output for those features; shape of ``host``, any floating dtype.
+
+    Raises:
+        SeedShapeError: If the two shapes differ.
+
+    Source: Bengio et al. 2013, https://arxiv.org/abs/1308.3432
+    """
+    if seed.shape != host.shape:
+        raise SeedShapeError(host.shape, seed.shape)
+    return host + cast("Tensor", _SeedGradientOnly.apply(seed.to(host.dtype)))  # type: ignore[no-untyped-call]  # torch
+
+
+def bound_deviation(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+    """Scale the seed's deviation from the host back to ``bound`` times the host's size.
+
+    With ``rms`` the root mean square over one sample and ``delta = seed - host``::
+
+        output = host + delta * min(1, bound * rms(host) / rms(delta))
+
+    Within the bound the output equals the seed's. At the bound the gradient along ``delta`` vanishes, so a step can
+    turn the deviation but not lengthen it: a straight-through loss is linear in the seed's output, and nothing else
+    would stop its growth.
+
+    Args:
+        host: Features at the slot, detached; ``(b, c, h, w)`` or ``(b, t, d)``.
+        seed: The seed's output; shape of ``host``.
+        bound: Largest deviation as a share of the host's RMS, above 0; ``inf`` for none.
+    """
+    if math.isinf(bound):
+        return seed
+    dims = tuple(range(1, host.dim()))
+    wide = torch.float32 if host.dtype in (torch.float16, torch.bfloat16) else host.dtype
+    delta = (seed - host).to(wide)
+    limit = (host.to(wide).square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt() * bound
+    size = (delta.square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt()
+    bounded = host + (delta * (limit / size)).to(host.dtype)
+    return torch.where(size > limit, bounded, seed)
+
+
+def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
+    """Return ``rms(seed - host) / rms(host)`` over all elements, a 0-d float32 tensor."""
+    host, seed = host.detach().float(), seed.detach().float()
+    return (seed - host).square().mean().sqrt() / (host.square().mean() + DEVIATION_EPS).sqrt()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class IsolationReading:
+    """One measurement of what a seed leaks into its host.
+
+    Attributes:
+        leak: L2 norm of the gradient that reached the host through the seed, relative to the gradient at the slot.
+            NaN if it could not be computed; that counts as a violation.
+        threshold: Largest leak that is not a violation.
+        tensors: What it reached: names of host parameters, and ``"features"`` for the slot's input.
+    """
+
+    leak: float
+    threshold: float
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def is_violation(self) -> bool:
+        """Whether the leak exceeds the threshold or is not a number."""
+        return not self.leak <= self.threshold
+
+
+@final
+class GradientIsolationMonitor:
+    """Measures the gradient that a seed in TRAINING sends into its host; the host's own gradient is not in it.
+
+    The slot runs eagerly on one random sample, in its training mode, and a random gradient ``g`` is sent back. The
+    host's own share of that is exactly ``g`` at the slot's input and nothing at its parameters, so::
+
+        leak = sqrt(|dL/dinput - g|^2 + sum over host parameters of |dL/dp|^2) / |g|
+
+    is what went through the seed: an input that was not detached, or a parameter that seed and host share. No
+    module's buffers, gradients or random numbers change. It costs one forward and backward of the seed on one
+    sample, so call it once an epoch, or every few dozen steps.
+
+    Args:
+        host_parameters: Names and parameters of the host.
+        threshold: Largest relative leak that is not a violation.
+    """
+
+    def __init__(
+        self, host_parameters: Iterable[tuple[str, nn.Parameter]], threshold: float = LEAK_TOLERANCE
+    ) -> None:
+        self._host = list(host_parameters)
+        self.threshold = threshold
+        self.violations = 0
+
+    def measure(self, slot: SeedSlot) -> IsolationReading:
+        """Measure one slot that holds a seed, and count a violation if there is one.
+
+        Raises:
+            TransitionError: If the slot holds no seed.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(private_rng(0, slot.device))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(slot.device.type, enabled=False))
+            features, gradient = slot.random_features(), slot.random_features()
+            features.requires_grad_()
+            output = like_host(slot.isolated_forward(features), features)
+            trainable = [(name, p) for name, p in self._host if p.requires_grad]
+            reached = torch.autograd.grad(
+                output,
+                [features, *(p for _, p in trainable)],
+                gradient,
+                allow_unused=True,
+                materialize_grads=False,
+            )
+        at_input = reached[0] if reached[0] is not None else torch.zeros_like(gradient)
+        parts = {"features": at_input.double() - gradient.double()}
+        for (name, _), grad in zip(trainable, reached[1:], strict=True):
+            if grad is not None:
+                parts[name] = grad.double()
+        sizes = {name: float(torch.linalg.vector_norm(part)) for name, part in parts.items()}
+        whole = math.sqrt(sum(size * size for size in sizes.values()))
+        leak = whole / max(float(torch.linalg.vector_norm(gradient.double())), 1e-30)
+        touched = tuple(name for name, size in sizes.items() if size != 0.0)  # NaN counts
+        reading = IsolationReading(leak, self.threshold, touched)
+        self.violations += reading.is_violation
+        return reading

@@ -1,0 +1,629 @@
+"""The model: a host with slots, and what one does with all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
+from kasmina_core.blueprints import BlueprintRegistry
+from kasmina_core.config import GrowthConfig, Incubation
+from kasmina_core.errors import HostError, KasminaError
+from kasmina_core.events import SeedTelemetry, TelemetryEvent
+from kasmina_core.evidence import SeedEvidence
+from kasmina_core.gates import GateResult
+from kasmina_core.hosts import HostProtocol, InjectionPoint
+from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
+from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.policy import (
+    Advance,
+    Command,
+    Continue,
+    Cull,
+    Germinate,
+    Observation,
+    Pause,
+    Policy,
+    Resume,
+    SetAlpha,
+    SlotObservation,
+)
+from kasmina_core.slots import ForwardMode, SeedSlot
+
+SLOTS_KEY = "kasmina_slots"
+
+Evaluator = Callable[[], Tensor]
+"""Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
+
+
+class SeedParameterListener(Protocol):
+    """Hears of parameters that come and go; optimisers are tied to a model through one."""
+
+    def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Take new parameters. May raise: the germination is then refused."""
+        ...
+
+    def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Forget parameters."""
+        ...
+
+
+class EventTarget(Protocol):
+    """Takes events; `Telemetry` is one."""
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event; never raises, never waits."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SlotSummary:
+    """One row of `MorphogeneticModel.summary`.
+
+    Attributes:
+        parameters: Parameters of the seed.
+        trainable_share: Trainable parameters of the seed over those of the model, in [0, 1].
+    """
+
+    slot: str
+    stage: str
+    blueprint: str
+    alpha: float
+    parameters: int
+    trainable_share: float
+
+
+class SlotMap(Mapping[str, SeedSlot]):
+    """The slots by name; a point's path works too."""
+
+    def __init__(self, slots: Iterable[SeedSlot]) -> None:
+        self._slots = {slot.name: slot for slot in slots}
+
+    def __getitem__(self, name: str) -> SeedSlot:
+        by_path = {slot.point.path: slot for slot in self._slots.values()}
+        if name not in self._slots and name in by_path:
+            return by_path[name]
+        return cast("SeedSlot", lookup(name, self._slots, "slot"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots or any(slot.point.path == name for slot in self._slots.values())
+
+    def __repr__(self) -> str:
+        return f"SlotMap({', '.join(f'{slot.name}: {slot.stage.name}' for slot in self._slots.values())})"
+
+
+class MorphogeneticModel(nn.Module):
+    """A host with slots in which seeds grow.
+
+    The host keeps its class, its keys and its own hooks; the slots hang on its submodules' outputs. They are attached
+    here, once, so call ``torch.compile`` afterwards. Empty slots add no key to the ``state_dict``: a model without
+    seeds saves and loads like its bare host.
+
+    Args:
+        host: Any module. One with `HostProtocol` declares its points; for others name them in ``slots``.
+        slots: Names or paths of points, globs (``"layers.*"``) or `InjectionPoint` declarations; ``None`` for all that
+            the host declares.
+        config: How seeds are treated.
+        example: Inputs for one forward: a tensor, a tuple of arguments or a mapping of keywords. It proves that each
+            point fires, once, with the declared features. Default: the host's ``example_inputs()``.
+        registry: Where blueprints come from; ``None`` for the installed packs.
+        telemetry: Takes the events.
+        evaluator: See `evaluate_with`.
+        causal: Whether points given by path lie in a causal host.
+
+    Raises:
+        HostError: If a point does not exist, does not fire exactly once, or is not as declared; the host is left as
+            it was.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        slots: Iterable[str | InjectionPoint] | None = None,
+        *,
+        config: GrowthConfig | None = None,
+        example: object = None,
+        registry: BlueprintRegistry | None = None,
+        telemetry: EventTarget | None = None,
+        evaluator: Evaluator | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        if example is None:
+            example = _example_of(host)
+        proved = probe(host, requested_points(host, slots), example, causal=causal)
+        self.host = host
+        self.config = config or GrowthConfig()
+        self.epoch = 0
+        self._sequence = 0
+        self._telemetry = telemetry
+        self._evaluator = evaluator
+        self._listeners: list[SeedParameterListener] = []
+        self._handles: dict[str, RemovableHandle] = {}
+        self._last_metric: float | None = None
+        self._gate_log: dict[str, str] = {}
+        self.add_module(
+            SLOTS_KEY,
+            nn.ModuleDict(
+                {
+                    found.point.name: SeedSlot(
+                        found.point,
+                        found.shape,
+                        self.config,
+                        registry,
+                        dtype=_parameter_dtype(host, found.point.path, found.dtype),
+                        device=found.device,
+                    ).train(host.training)
+                    for found in proved
+                }
+            ),
+        )
+        attached: list[SeedSlot] = []
+        try:
+            for slot in self.slots.values():
+                self._attach(slot)
+                attached.append(slot)
+        except Exception:
+            for slot in attached:
+                self._detach(slot)
+            raise
+        self.training = host.training
+        self.register_state_dict_post_hook(_strip_host_prefix)  # type: ignore[no-untyped-call]  # torch
+        self.register_load_state_dict_pre_hook(_add_host_prefix)  # type: ignore[no-untyped-call]  # torch
+        self._own_slots()
+
+    # -- the model as a module -------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the host, its features passing through the slots."""
+        return self.host(*args, **kwargs)
+
+    @property
+    def slots(self) -> SlotMap:
+        """The slots by name, in the order in which they were asked for."""
+        return SlotMap(cast("Iterable[SeedSlot]", getattr(self, SLOTS_KEY).values()))
+
+    def host_parameters(self) -> list[nn.Parameter]:
+        """Return the host's parameters, each once."""
+        return list(self.host.parameters())
+
+    def seed_parameters(self, slot: str | None = None) -> list[nn.Parameter]:
+        """Return the parameters that seeds added, each once, without any that belong to the host.
+
+        Args:
+            slot: Name of one slot; default all.
+        """
+        owned = {id(p) for p in self.host.parameters()}
+        chosen = [self.slots[slot]] if slot is not None else list(self.slots.values())
+        unique = {id(p): p for s in chosen for p in s.seed_parameters() if id(p) not in owned}
+        return list(unique.values())
+
+    def detach_slots(self) -> nn.Module:
+        """Take the slots off the host and return it as it was; seeds stay behind with this model."""
+        for slot in self.slots.values():
+            self._detach(slot)
+        return self.host
+
+    def _attach(self, slot: SeedSlot) -> None:
+        if isinstance(self.host, HostProtocol) and slot.point in list(self.host.injection_points()):
+            self.host.register_slot(slot.name, slot)
+            return
+        module = submodule(self.host, slot.point.path)
+        if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
+            raise HostError(f"'{slot.point.path}' already has a slot: a host can be in one model at a time.")
+        self._handles[slot.name] = module.register_forward_hook(SlotHook(slot))
+
+    def _detach(self, slot: SeedSlot) -> None:
+        if (handle := self._handles.pop(slot.name, None)) is not None:
+            handle.remove()
+        elif isinstance(self.host, HostProtocol):
+            self.host.unregister_slot(slot.name)
+
+    def _own_slots(self) -> None:
+        owner = _Owner(self)
+        for slot in self.slots.values():
+            slot._owner = owner
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def germinate(self, slot: str, blueprint: str, seed_id: str | None = None, **options: Any) -> SeedState:
+        """Make a seed in a slot. See `SeedSlot.germinate`."""
+        return self.slots[slot].germinate(blueprint, seed_id, **options)
+
+    def advance_stage(self, slot: str, target: SeedStage | None = None) -> GateResult:
+        """Ask the gate for the next stage of a slot's seed. See `SeedSlot.advance_stage`."""
+        return self.slots[slot].advance_stage(target)
+
+    def cull(self, slot: str, reason: str = "asked to") -> None:
+        """Remove a slot's seed. See `SeedSlot.cull`."""
+        self.slots[slot].cull(reason)
+
+    def step(self) -> None:
+        """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
+        for slot in self.slots.values():
+            if slot.seed is not None:
+                slot.step()
+
+    def step_epoch(self, metric: float | Tensor | None = None) -> dict[str, GateResult]:
+        """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
+
+        Args:
+            metric: Validation metric of the whole model.
+
+        Returns:
+            By slot, what the gate of this epoch said, where one was asked.
+        """
+        value = (
+            float(metric.detach() if isinstance(metric, Tensor) else metric) if metric is not None else None
+        )
+        self._last_metric = value
+        self.epoch += 1
+        results = {}
+        for name, slot in self.slots.items():
+            if slot.state is not None and (result := slot.step_epoch(value)) is not None:
+                results[name] = result
+                self._gate_log[name] = str(result)
+        return results
+
+    def execute(self, command: Command) -> SeedState | GateResult | None:
+        """Carry out one command of a policy.
+
+        Returns:
+            The new seed's state, what the gate said, or ``None``, as the command is.
+
+        Raises:
+            TransitionError: If the command is not allowed now.
+            TypeError: If it is no command.
+        """
+        match command:
+            case Germinate(slot, blueprint, options):
+                return self.germinate(slot, blueprint, **dict(options))
+            case Advance(slot):
+                return self.advance_stage(slot)
+            case Cull(slot, reason):
+                self.cull(slot, reason)
+            case SetAlpha(slot, alpha):
+                self.slots[slot].set_alpha(alpha)
+            case Pause(slot):
+                self.slots[slot].pause()
+            case Resume(slot):
+                self.slots[slot].resume()
+            case Continue():
+                pass
+            case _:
+                raise TypeError(f"{command!r} is not a command.")
+        return None
+
+    def observe(self) -> Observation:
+        """Return what a policy may look at, as plain data."""
+        return Observation(
+            epoch=self.epoch,
+            metric=self._last_metric,
+            higher_is_better=self.config.higher_is_better,
+            host_parameters=sum(p.numel() for p in self.host_parameters()),
+            seed_parameters=sum(p.numel() for p in self.seed_parameters()),
+            slots=tuple(self._observe_slot(slot) for slot in self.slots.values()),
+        )
+
+    def _observe_slot(self, slot: SeedSlot) -> SlotObservation:
+        state, gate, evidence = slot.state, slot.last_gate, slot.last_evidence
+        metrics = state.metrics if state is not None else None
+        return SlotObservation(
+            slot=slot.name,
+            topology=slot.point.topology,
+            dim=slot.point.dim,
+            stage=slot.stage,
+            blueprint=state.blueprint_id if state is not None else "",
+            seed_id=state.seed_id if state is not None else "",
+            alpha=slot.alpha,
+            epochs_in_stage=metrics.epochs_in_current_stage if metrics is not None else 0,
+            epochs_total=metrics.epochs_total if metrics is not None else 0,
+            is_paused=state.is_paused if state is not None else False,
+            isolation_violations=metrics.isolation_violations if metrics is not None else 0,
+            ramp_progress=metrics.ramp_progress if metrics is not None else 0.0,
+            improvement_since_stage_start=metrics.improvement_since_stage_start
+            if metrics is not None
+            else None,
+            gain=evidence.gain if evidence is not None else None,
+            gain_t=evidence.t if evidence is not None else None,
+            gate_passed=gate.passed if gate is not None else None,
+            gate_reason=gate.reason if gate is not None else "",
+            cull_reason=state.cull_reason if state is not None else "",
+        )
+
+    def follow(self, policy: Policy) -> list[Command]:
+        """Ask a policy once and carry out what it says; call it after `step_epoch`.
+
+        Returns:
+            The commands that were carried out.
+        """
+        done = []
+        for command in policy.decide(self.observe()):
+            self.execute(command)
+            done.append(command)
+        return done
+
+    # -- learning and measuring ------------------------------------------------------------------------------------
+
+    def incubate(self, closure: Callable[[], Tensor], scaler: Any = None) -> dict[str, Tensor]:
+        """Run the counterfactual pass: each incubating seed learns from the loss its own output would give.
+
+        For each seed in TRAINING (``Incubation.COUNTERFACTUAL``) the closure runs once more with the slot's output
+        replaced by the seed's; the gradient of that loss goes to the seed's parameters and nowhere else. The host is
+        in eval mode meanwhile, so that no statistics move, and random numbers are as before.
+
+        Call it before the optimiser step, with the same batch. With straight-through incubation, or where no seed
+        incubates, nothing runs, so a training loop may always call it.
+
+        Args:
+            closure: Returns the scalar loss of this model on a batch.
+            scaler: A ``torch.amp.GradScaler`` whose scale the gradients shall carry, if one is in use.
+
+        Returns:
+            The loss with the seed, by slot; detached.
+        """
+        losses: dict[str, Tensor] = {}
+        for name, slot in self.slots.items():
+            if self.config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
+                continue
+            parameters = [p for p in self.seed_parameters(name) if p.requires_grad]
+            if not parameters:
+                continue
+            seed = cast("nn.Module", slot.seed)
+            with self._evaluation(), torch.enable_grad(), slot.forced(ForwardMode.REPLACE):
+                seed.train()
+                loss = closure()
+                scaled = scaler.scale(loss) if scaler is not None else loss
+                scaled.backward(inputs=parameters)
+            losses[name] = loss.detach()
+        return losses
+
+    def evaluate_with(self, evaluator: Evaluator | None) -> None:
+        """Give the gates held-out samples to decide on.
+
+        Args:
+            evaluator: Returns the loss of every sample, ``(n,)``, of the same samples in the same order at every call,
+                computed with this model. It runs in eval mode without gradients.
+        """
+        self._evaluator = evaluator
+
+    def measure(self, slot: str) -> SeedEvidence | None:
+        """Measure a slot's seed on the held-out samples, with it at alpha 1 and without it.
+
+        Returns:
+            The evidence, or ``None`` if the slot has no active seed or nobody gave an evaluator.
+        """
+        return self.slots[slot].measure()
+
+    @contextmanager
+    def bypassed(self, slot: str) -> Iterator[MorphogeneticModel]:
+        """Run the block with the model as it would be without that slot's seed, fossils included."""
+        with self.slots[slot].forced(ForwardMode.PASS):
+            yield self
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        try:
+            with quiet_evaluation(self):
+                yield
+        finally:
+            for slot in self.slots.values():
+                slot._refresh_mode()
+
+    def _measure_seed(self, slot: SeedSlot) -> SeedEvidence | None:
+        if self._evaluator is None:
+            return None
+        with self._evaluation():
+            slot.deviation.zero_()
+            with slot.forced(ForwardMode.MEASURE):
+                with_seed = self._evaluator()
+            with slot.forced(ForwardMode.PASS):
+                without_seed = self._evaluator()
+        return SeedEvidence.from_losses(with_seed, without_seed, float(slot.deviation))
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def emit_to(self, telemetry: EventTarget | None) -> None:
+        """Send events to ``telemetry`` from now on; ``None`` stops them."""
+        self._telemetry = telemetry
+
+    def listen(self, listener: SeedParameterListener) -> None:
+        """Tell ``listener`` of parameters that come and go."""
+        self._listeners.append(listener)
+
+    def _emit(self, event: TelemetryEvent) -> None:
+        if self._telemetry is not None:
+            self._telemetry.emit(replace(event, epoch=self.epoch, sequence=self._sequence))
+        self._sequence += 1
+
+    def telemetry_records(self) -> list[SeedTelemetry]:
+        """Return the record of every seed at this moment, as plain data."""
+        records = (slot.telemetry(self.epoch) for slot in self.slots.values())
+        return [record for record in records if record is not None]
+
+    # -- summary ---------------------------------------------------------------------------------------------------
+
+    def summary(self) -> list[SlotSummary]:
+        """Return one row a slot: stage, blueprint, alpha, parameters, trainable share."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        rows = []
+        for slot in self.slots.values():
+            parameters = self.seed_parameters(slot.name)
+            own = sum(p.numel() for p in parameters if p.requires_grad)
+            rows.append(
+                SlotSummary(
+                    slot=slot.name,
+                    stage=slot.stage.name,
+                    blueprint=slot.state.blueprint_id
+                    if slot.seed is not None and slot.state is not None
+                    else "",
+                    alpha=slot.alpha,
+                    parameters=sum(p.numel() for p in parameters),
+                    trainable_share=own / trainable if trainable else 0.0,
+                )
+            )
+        return rows
+
+    def summary_table(self) -> str:
+        """Return `summary` as aligned text, the host in the last line."""
+        head = ("slot", "stage", "blueprint", "alpha", "parameters", "trainable")
+        rows = [
+            (
+                r.slot,
+                r.stage,
+                r.blueprint or "-",
+                f"{r.alpha:.2f}",
+                f"{r.parameters:,}",
+                f"{r.trainable_share:.1%}",
+            )
+            for r in self.summary()
+        ]
+        host = sum(p.numel() for p in self.host_parameters())
+        share = 1.0 - sum(r.trainable_share for r in self.summary())
+        rows.append(("(host)", "-", type(self.host).__name__, "-", f"{host:,}", f"{share:.1%}"))
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(w) if i > 2 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, *rows]
+        )
+
+    # -- persistence -----------------------------------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights and topology: seeds are rebuilt, or removed, as the saved model had them.
+
+        Raises:
+            KasminaError: If a saved seed cannot be rebuilt.
+            RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
+        """
+        tensors = [(t, t.detach().clone()) for t in [*self.host.parameters(), *self.host.buffers()]]
+        slots = [(slot, dict(slot.__dict__), dict(slot._modules), slot.alpha) for slot in self.slots.values()]
+        listeners, self._listeners = self._listeners, []
+        try:
+            result = super().load_state_dict(state_dict, strict, assign)
+        except (KasminaError, RuntimeError, TypeError, ValueError, KeyError):
+            with torch.no_grad():
+                for tensor, before in tensors:
+                    tensor.copy_(before)
+            for slot, attributes, modules, alpha in slots:
+                slot.__dict__.update(attributes)
+                slot.__dict__["_modules"] = modules
+                slot.alpha_buffer.fill_(alpha)
+            raise
+        finally:
+            self._listeners = listeners
+        for slot, _, modules, _ in slots:
+            old = modules.get("seed")
+            gone = list(old.parameters()) if old is not None else []
+            for listener in listeners:
+                if gone:
+                    listener.seed_removed(slot.name, gone)
+                if slot.seed is not None:
+                    listener.seed_added(slot.name, slot.seed_parameters())
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What points at the outside (sinks, loaders, optimisers) does not travel with a copy.
+        return self.__dict__ | {"_telemetry": None, "_evaluator": None, "_listeners": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
+        self._own_slots()
+
+
+class _Owner:
+    """What a slot sees of its model; no module, so that the model is not a child of its slots."""
+
+    registry: BlueprintRegistry | None = None
+
+    def __init__(self, model: MorphogeneticModel) -> None:
+        self._model = model
+
+    def emit(self, event: TelemetryEvent) -> None:
+        self._model._emit(event)
+
+    def measure(self, slot: SeedSlot) -> SeedEvidence | None:
+        return self._model._measure_seed(slot)
+
+    def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
+        return GradientIsolationMonitor(self._model.host.named_parameters()).measure(slot)
+
+    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        told: list[SeedParameterListener] = []
+        try:
+            for listener in self._model._listeners:
+                listener.seed_added(slot.name, parameters)
+                told.append(listener)
+        except Exception:
+            for listener in told:
+                listener.seed_removed(slot.name, parameters)
+            raise
+
+    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        for listener in self._model._listeners:
+            listener.seed_removed(slot.name, parameters)
+
+
+def _example_of(host: nn.Module) -> object:
+    offered = getattr(host, "example_inputs", None)
+    if callable(offered):
+        return offered()
+    raise HostError(
+        f"{type(host).__name__} must be run once to prove that its slots work, and offers no example_inputs(): "
+        "pass example=tensor, a tuple of arguments or a mapping of keywords."
+    )
+
+
+def _parameter_dtype(host: nn.Module, path: str, features: torch.dtype) -> torch.dtype:
+    """Dtype for a seed at ``path``: that of the nearest parameters, since autocast may give features another."""
+    for module in (submodule(host, path), host):
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return features
+
+
+def _strip_host_prefix(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    own = prefix + "host."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        value = state_dict.pop(key)
+        state_dict[prefix + key.removeprefix(own) if key.startswith(own) else key] = value
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        for key in [key for key in metadata if key.startswith(own)]:
+            metadata.setdefault(prefix + key.removeprefix(own), metadata[key])
+
+
+def _add_host_prefix(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    slots = f"{prefix}{SLOTS_KEY}."
+    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(slots)]:
+        state_dict[f"{prefix}host.{key.removeprefix(prefix)}"] = state_dict.pop(key)

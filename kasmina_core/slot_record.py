@@ -1,0 +1,88 @@
+"""What a slot writes down of itself beside the weights: plain data, read back with every doubt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, final
+
+from kasmina_core.blending import AlphaSchedule
+from kasmina_core.errors import CheckpointError
+from kasmina_core.evidence import SeedEvidence
+from kasmina_core.lifecycle import SeedStage, SeedState
+
+RECORD_VERSION: Final = 1
+
+
+@final
+@dataclass(slots=True)
+class SlotRecord:
+    """A slot's state, options, ramp and measurements.
+
+    ``to_dict`` gives dicts, lists, text, numbers, booleans and ``None`` alone, which JSON and
+    ``torch.load(weights_only=True)`` accept.
+    """
+
+    state: SeedState | None
+    options: dict[str, Any]
+    schedule: AlphaSchedule | None
+    germinations: int
+    gains: list[float]
+    evidence: SeedEvidence | None
+    frozen_by_pause: list[str]
+    steps_since_isolation: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, with the version of the format."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("state", "schedule", "evidence"):
+            plain[name] = plain[name].to_dict() if plain[name] is not None else None
+        return {"version": RECORD_VERSION} | plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], slot: str) -> SlotRecord:
+        """Rebuild from `to_dict`.
+
+        Args:
+            data: What was saved.
+            slot: Name of the slot that reads it.
+
+        Raises:
+            CheckpointError: If the data is of another version, damaged, or belongs to another slot.
+        """
+        version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+        if version != RECORD_VERSION:
+            raise CheckpointError(
+                f"The saved state of slot '{slot}' has another version.\n"
+                f"  saved:    {version!r}\n  readable: {RECORD_VERSION}"
+            )
+        wanted = {f.name for f in fields(cls)}
+        if lacking := sorted(wanted - set(data)):
+            raise CheckpointError(f"The saved state of slot '{slot}' lacks: {', '.join(lacking)}.")
+        try:
+            record = cls(
+                state=SeedState.from_dict(data["state"]) if data["state"] is not None else None,
+                options=dict(data["options"]),
+                schedule=AlphaSchedule.from_dict(data["schedule"]) if data["schedule"] is not None else None,
+                germinations=int(data["germinations"]),
+                gains=[float(gain) for gain in data["gains"]],
+                evidence=SeedEvidence(**data["evidence"]) if data["evidence"] is not None else None,
+                frozen_by_pause=[str(name) for name in data["frozen_by_pause"]],
+                steps_since_isolation=int(data["steps_since_isolation"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"The saved state of slot '{slot}' cannot be read: {error}") from error
+        if (state := record.state) is not None:
+            alpha = state.metrics.alpha
+            if state.slot != slot:
+                raise CheckpointError(
+                    f"The saved state belongs to another slot.\n  saved: '{state.slot}'\n  this:  '{slot}'"
+                )
+            if not (math.isfinite(alpha) and 0.0 <= alpha <= 1.0):
+                raise CheckpointError(f"The saved alpha of slot '{slot}' is {alpha!r}, not in [0, 1].")
+            if state.stage is SeedStage.BLENDING and record.schedule is None:
+                raise CheckpointError(
+                    f"The saved state of slot '{slot}' is BLENDING but has no alpha schedule."
+                )
+        return record
