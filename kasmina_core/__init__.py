@@ -15,17 +15,23 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import BlueprintRegistry as BlueprintRegistry
     from kasmina_core.blueprints import BlueprintSpec as BlueprintSpec
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
+    from kasmina_core.checks import CheckResult as CheckResult
+    from kasmina_core.checks import CheckStatus as CheckStatus
     from kasmina_core.checks import RegistrationReport as RegistrationReport
+    from kasmina_core.checks import RegistrationVerdict as RegistrationVerdict
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
     from kasmina_core.config import GradientPolicy as GradientPolicy
     from kasmina_core.config import GrowthConfig as GrowthConfig
     from kasmina_core.config import Incubation as Incubation
     from kasmina_core.config import RampUnit as RampUnit
+    from kasmina_core.discovery import HostRegistry as HostRegistry
+    from kasmina_core.discovery import PackReason as PackReason
     from kasmina_core.discovery import PackRecord as PackRecord
     from kasmina_core.discovery import PackState as PackState
     from kasmina_core.discovery import PluginRegistry as PluginRegistry
     from kasmina_core.discovery import default_registry as default_registry
     from kasmina_core.discovery import list_packs as list_packs
+    from kasmina_core.discovery import reset_default_registry as reset_default_registry
     from kasmina_core.errors import AmbiguousNameError as AmbiguousNameError
     from kasmina_core.errors import BlueprintError as BlueprintError
     from kasmina_core.errors import CheckpointError as CheckpointError
@@ -109,6 +115,8 @@ _HOME = {
     "BlueprintRegistry": "blueprints",
     "BlueprintSpec": "blueprints",
     "CallableSink": "telemetry",
+    "CheckResult": "checks",
+    "CheckStatus": "checks",
     "CheckVerdict": "gates",
     "CheckpointError": "errors",
     "Command": "policy",
@@ -128,6 +136,7 @@ _HOME = {
     "HookedHost": "attachment",
     "HostError": "errors",
     "HostProtocol": "hosts",
+    "HostRegistry": "discovery",
     "HostSpec": "hosts",
     "Incubation": "config",
     "InjectionPoint": "hosts",
@@ -140,6 +149,7 @@ _HOME = {
     "NameConflictError": "errors",
     "NoGrowthPolicy": "policy",
     "Observation": "policy",
+    "PackReason": "discovery",
     "PackRecord": "discovery",
     "PackState": "discovery",
     "Pause": "policy",
@@ -151,6 +161,7 @@ _HOME = {
     "RampUnit": "config",
     "RegisteredBlueprint": "blueprints",
     "RegistrationReport": "checks",
+    "RegistrationVerdict": "checks",
     "Resume": "policy",
     "SeedCulled": "events",
     "SeedEvidence": "evidence",
@@ -187,6 +198,7 @@ _HOME = {
     "is_terminal_stage": "lifecycle",
     "is_valid_transition": "lifecycle",
     "list_packs": "discovery",
+    "reset_default_registry": "discovery",
     "straight_through": "isolation",
     "tie_optimizer": "optim",
 }

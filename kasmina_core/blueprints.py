@@ -107,20 +107,28 @@ class BlueprintSpec:
         Raises:
             PluginError: If the import fails; the cause is chained.
         """
-        if not isinstance(self.factory, str):
-            return self.factory
-        module, _, attribute = self.factory.partition(":")
-        try:
-            loaded: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                loaded = getattr(loaded, part)
-        except Exception as error:
-            raise PluginError(
-                f"Blueprint '{self.name}': {self.factory!r} cannot be imported: {error!r}"
-            ) from error
-        if not callable(loaded):
-            raise PluginError(f"Blueprint '{self.name}': {self.factory!r} is not callable but {loaded!r}.")
-        return loaded  # type: ignore[no-any-return]  # a module attribute is untyped
+        return import_factory(f"Blueprint '{self.name}'", self.factory)
+
+
+def import_factory(owner: str, factory: Callable[..., Any] | str) -> Callable[..., Any]:
+    """Return ``factory``, importing it if it is text such as ``"package.module:attribute"``.
+
+    Raises:
+        PluginError: If the import fails, names nothing, or names nothing that can be called; the message begins with
+            ``owner`` and the cause is chained.
+    """
+    if not isinstance(factory, str):
+        return factory
+    module, _, attribute = factory.partition(":")
+    try:
+        loaded: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            loaded = getattr(loaded, part)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{owner}: {factory!r} cannot be imported: {error!r}") from error
+    if not callable(loaded):
+        raise PluginError(f"{owner}: {factory!r} is not callable but {loaded!r}.")
+    return loaded  # type: ignore[no-any-return]  # a module attribute is untyped
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +207,11 @@ class BlueprintRegistry:
         """Remember why a pack (``pack``) or blueprint (``pack:name``) is not there: asking for it raises the cause."""
         self._unavailable[name] = cause
 
+    def mark_available(self, pack: str) -> None:
+        """Forget what was remembered of a pack and its blueprints by `mark_unavailable`."""
+        for name in [n for n in self._unavailable if n.partition(":")[0] == pack]:
+            del self._unavailable[name]
+
     def get(self, blueprint_id: str, topology: Topology | None = None) -> RegisteredBlueprint:
         """Return the blueprint of a full id or a short name.
 
@@ -217,9 +230,10 @@ class BlueprintRegistry:
             pack = blueprint_id.partition(":")[0]
             for claim in (blueprint_id, pack):
                 if claim in self._unavailable:
-                    raise self._unavailable[claim]
+                    raise self._unavailable[claim].with_traceback(None)
             raise UnknownNameError(
                 f"No blueprint '{blueprint_id}' is registered.{did_you_mean(blueprint_id, self._blueprints)}"
+                f"{self._absent_packs()}"
             )
         named = [entry for entry in self._blueprints.values() if entry.spec.name == blueprint_id]
         fitting = [entry for entry in named if topology is None or entry.spec.topology is topology]
@@ -232,14 +246,19 @@ class BlueprintRegistry:
             return named[0]
         for claim, cause in sorted(self._unavailable.items()):
             if claim == blueprint_id or claim.partition(":")[2] == blueprint_id:
-                raise cause
+                raise cause.with_traceback(None)
         names = {
             e.spec.name for e in self._blueprints.values() if topology is None or e.spec.topology is topology
         }
         where = f" for {topology.value}" if topology is not None else ""
         raise UnknownNameError(
             f"No blueprint '{blueprint_id}' is registered{where}.{did_you_mean(blueprint_id, names)}"
+            f"{self._absent_packs()}"
         )
+
+    def _absent_packs(self) -> str:
+        packs = sorted(name for name in self._unavailable if ":" not in name)
+        return f" Not available: pack {', '.join(packs)}." if packs else ""
 
     def list_for_topology(self, topology: Topology) -> list[RegisteredBlueprint]:
         """Return the blueprints of a topology, sorted by id."""

@@ -6,7 +6,6 @@ not run, with the reason.
 
 from __future__ import annotations
 
-import inspect
 import random
 import sys
 import warnings
@@ -171,8 +170,8 @@ class RegistrationReport:
         subject = f"Blueprint '{self.blueprint}'" + (f" from pack '{self.origin}'" if self.origin else "")
         failures = self.failures
         message = "\n".join(check.explain(subject) for check in failures[:1])
-        if len(failures) > 1:
-            message += f"\nAlso failed: {', '.join(dict.fromkeys(_label(c) for c in failures[1:]))}."
+        if others := dict.fromkeys(c.name for c in failures if c.name != failures[0].name):
+            message += f"\nAlso failed: {', '.join(others)}."
         return message
 
     def raise_if_failed(self) -> None:
@@ -239,7 +238,7 @@ def check_blueprint_spec(
         stack.enter_context(preserved_global_state())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
-            torch.set_default_device(None)  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.set_default_device(None)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -305,10 +304,13 @@ def _restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = value
 
     def set_device(value: torch.device) -> None:
-        torch.set_default_device(None if value.type == "cpu" else value)  # type: ignore[no-untyped-call]  # untyped
+        torch.set_default_device(None if value.type == "cpu" else value)
 
     def set_grad(value: bool) -> None:
         torch.set_grad_enabled(value)
+
+    def set_seed(value: int) -> None:
+        torch.default_generator.manual_seed(value)
 
     setters: dict[str, Callable[[Any], None]] = {
         "default dtype": torch.set_default_dtype,
@@ -317,7 +319,7 @@ def _restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "gradient mode": set_grad,
         "deterministic mode": set_deterministic,
         "cuDNN benchmark mode": set_benchmark,
-        "seed of the random numbers": torch.default_generator.manual_seed,
+        "seed of the random numbers": set_seed,
     }
     found = _read_settings()
     changed = {name: value for name, value in found.items() if value != settings[name]}
@@ -569,13 +571,15 @@ class _Examination:
         if self.spec.estimate_dim is not None and not callable(self.spec.param_estimate):
             return f"Set param_estimate={counts[width]}, or estimate_dim to the width you measured at."
         more = dict(counts)
-        for candidate in _LADDER:
+        for candidate in _LADDER[:20]:
             if len(more) > 4:
                 break
-            if candidate not in more and self.spec.refusal(candidate) is None:
-                made, _ = self._build(candidate)
-                if made is not None:
-                    more[candidate] = count(made.module)
+            try:
+                if candidate not in more and self.spec.refusal(candidate) is None:
+                    made, _ = self._build(candidate)
+                    more |= {candidate: count(made.module)} if made is not None else {}
+            except (Exception, SystemExit):  # the estimate is wrong already; this only helps to correct it
+                break
         if formula := _polynomial(more):
             return f"Set param_estimate=lambda dim: {formula}."
         return f"Set param_estimate={counts[width]}, estimate_dim={width}, or correct the function."
@@ -708,6 +712,7 @@ class _Examination:
                 "Do not detach, and leave gradient mode alone.",
             )
         else:
+            module.zero_grad(set_to_none=True)
             try:
                 y.backward(cotangent)  # type: ignore[no-untyped-call]  # untyped in torch
                 grads = [p.grad for p in trainable if p.grad is not None]
@@ -924,13 +929,3 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return "(" + ", ".join(map(str, value)) + ")"
-
-
-def format_signature(function: Callable[..., Any]) -> str:
-    """Return ``name(arguments)`` of a callable, or its repr where it has no readable signature."""
-    try:
-        return (
-            f"{getattr(function, '__qualname__', type(function).__qualname__)}{inspect.signature(function)}"
-        )
-    except (TypeError, ValueError):
-        return repr(function)
