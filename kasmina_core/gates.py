@@ -298,6 +298,8 @@ _GERMINATION_CHECKS: Final = (
     "shape",
     "dtype",
     "finite output",
+    "input unchanged",
+    "random numbers",
 )
 
 

@@ -9,8 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from kasmina_core.attachment import kept_buffers
 from kasmina_core.blueprints import BlueprintRegistry
-from kasmina_core.errors import KasminaError
+from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.randomness import private_rng
 
@@ -41,8 +42,9 @@ def try_seed(
     options: Mapping[str, Any],
     like: Tensor,
     random_seed: int,
+    may_draw: bool,
 ) -> Trial:
-    """Build a seed for a point and run it on random features, on random numbers of its own.
+    """Build a seed for a point and run it on random features in both modes, on random numbers of its own.
 
     Args:
         registry: Where the blueprint is.
@@ -51,6 +53,8 @@ def try_seed(
         options: Options of the blueprint.
         like: An empty tensor with the shape of one sample's features, and the slot's dtype and device.
         random_seed: From which the seed's weights are drawn.
+        may_draw: Whether its forward may draw from the global random numbers. In the host's own pass it may not: the
+            host would then draw others.
 
     Raises:
         UnknownNameError: If nobody offers the blueprint.
@@ -61,22 +65,31 @@ def try_seed(
     findings["blueprint known"] = (True, "")
     fits = spec.topology is point.topology
     findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")
-    refusal = spec.refusal(point.dim)
+    try:
+        refusal = spec.refusal(point.dim)
+    except Exception as error:
+        refusal = f"accepts_width raised {error!r}"
     findings["width"] = (refusal is None, refusal or "")
     if not fits or refusal is not None:
         return trial
     with private_rng(random_seed, like.device):
         try:
             seed = registry.create(blueprint_id, point.dim, causal=point.causal, options=options)
+            if not isinstance(seed, nn.Module):
+                raise BlueprintError(f"its factory returned {type(seed).__name__}, not a torch.nn.Module")
             seed = seed.to(like.device, like.dtype)
-        except KasminaError as error:
-            findings["builds"] = (False, str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, KasminaError) else f"its factory raised {error!r}"
+            findings["builds"] = (False, text)
             return trial
         findings["builds"] = (True, "")
-        features = torch.randn(like.shape).to(like)
+        features = torch.randn((2, *like.shape[1:])).to(like)  # batch statistics need more than one value
+        given, numbers = features.clone(), _random_states(like.device)
         try:
-            with torch.no_grad():
-                output = seed.eval()(features)
+            with torch.no_grad(), kept_buffers(seed):
+                seed.train()(given)
+                drew = not all(map(torch.equal, numbers, _random_states(like.device)))
+                output = seed.eval()(given)
         except Exception as error:
             findings["shape"] = (False, f"its forward raised {error!r}")
             return trial
@@ -86,6 +99,23 @@ def try_seed(
     shapes = f"host: {tuple(features.shape)}, seed: {tuple(output.shape)}"
     findings["shape"] = (output.shape == features.shape, shapes)
     findings["dtype"] = (output.is_floating_point(), f"host: {features.dtype}, seed: {output.dtype}")
-    findings["finite output"] = (output.device.type == "meta" or bool(output.isfinite().all()), "")
+    is_meta = output.device.type == "meta"
+    findings["finite output"] = (is_meta or bool(output.isfinite().all()), "")
+    findings["input unchanged"] = (
+        given._version == 0,
+        "its forward must not write into the features it is given: the host reads them too",
+    )
+    findings["random numbers"] = (
+        may_draw or not drew,
+        "its forward draws global random numbers (dropout?), which would change the host's in straight-through "
+        "TRAINING; use GrowthConfig(incubation='counterfactual'), or a seed that draws none",
+    )
     trial.seed = seed
     return trial
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states

@@ -355,7 +355,7 @@ class SeedSlot(nn.Module):
         number = self.germinations + 1
         state = SeedState(seed_id or f"{self.name}-{number}", entry.id, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
-        trial = self._try_seed(entry.id, options, number)
+        trial = self._try_seed(entry.id, options, number, SeedStage.GERMINATED)
         result = self.config.gates.check(GateLevel.G0, GateContext(state, germination=trial.findings))
         if not result.passed or trial.seed is None:
             raise GerminationError(
@@ -670,10 +670,13 @@ class SeedSlot(nn.Module):
 
         return default_registry().blueprints
 
-    def _try_seed(self, blueprint_id: str, options: Mapping[str, Any], number: int) -> Trial:
+    def _try_seed(
+        self, blueprint_id: str, options: Mapping[str, Any], number: int, stage: SeedStage
+    ) -> Trial:
+        apart = self.config.incubation is Incubation.COUNTERFACTUAL or stage > SeedStage.TRAINING
         like = self.alpha_buffer.new_empty((1, *self.shape[1:]))
         random_seed = derived_seed(self.config.seed, self.name, number)
-        return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed)
+        return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed, apart)
 
     def _measure(self) -> SeedEvidence | None:
         if not self._evidence_is_fresh:
@@ -783,7 +786,7 @@ class SeedSlot(nn.Module):
         record = SlotRecord.from_dict(state, self.name)
         saved, seed = record.state, None
         if saved is not None and not is_failure_stage(saved.stage):
-            trial = self._try_seed(saved.blueprint_id, record.options, record.germinations)
+            trial = self._try_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
             if trial.seed is None or trial.faults:
                 raise CheckpointError(
                     f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
