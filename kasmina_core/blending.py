@@ -123,12 +123,10 @@ def like_host(seed: Tensor, host: Tensor) -> Tensor:
         raise SeedShapeError(host.shape, seed.shape)
     if seed.dtype != host.dtype:
         seed = seed.to(host.dtype)
-    if (
-        seed.dim() == 4
-        and host.is_contiguous(memory_format=torch.channels_last)
-        and not seed.is_contiguous(memory_format=torch.channels_last)
-    ):
-        seed = seed.contiguous(memory_format=torch.channels_last)
+    if host.is_contiguous():
+        return seed.contiguous()
+    if host.dim() == 4 and host.is_contiguous(memory_format=torch.channels_last):
+        return seed.contiguous(memory_format=torch.channels_last)
     return seed
 
 
