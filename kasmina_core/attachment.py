@@ -152,13 +152,19 @@ def quiet_evaluation(host: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_buffers(host: nn.Module) -> Iterator[None]:
     """Put every buffer back to its value before the block, for hosts that write to them in eval mode too."""
-    before = [(buffer, buffer.detach().clone()) for buffer in host.buffers()]
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in host.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
+            for module, name, buffer, value in before:
                 buffer.copy_(value)
+                module._buffers[name] = buffer  # a forward may have put another tensor in its place
 
 
 def requested_points(
