@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, final
 
 from torch import Tensor
+
+from kasmina_core.errors import CheckpointError
 
 
 @final
@@ -83,3 +86,21 @@ class SeedEvidence:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SeedEvidence:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or no number.
+        """
+        try:
+            evidence = cls(**data)
+        except TypeError as error:
+            raise CheckpointError(f"The saved evidence cannot be read: {error}") from error
+        for f in fields(cls):
+            value = getattr(evidence, f.name)
+            wanted = int if f.name == "samples" else (int, float)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise CheckpointError(f"SeedEvidence.{f.name} cannot be {value!r}.")
+        return evidence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from types import MappingProxyType
 from typing import Any, Final, final
@@ -178,7 +178,7 @@ class GateCheckSpec:
         name: What is checked.
         gates: The gates that ask it.
         measure: ``measure(context) -> float | bool | None``; ``None``, NaN and infinity mean never measured. If it
-            raises, the check fails and says so.
+            raises or returns anything else, the check fails and says so.
         minimum: Smallest value that passes.
         maximum: Largest value that passes.
         needs_evidence: Whether it asks for ``context.measure()``; such checks run only when the cheap ones passed.
@@ -204,6 +204,7 @@ class GateCheckSpec:
         """Measure and judge."""
         try:
             raw = self.measure(context)
+            value = None if raw is None else float(raw)
         except Exception as error:
             return GateCheck(
                 self.name,
@@ -213,9 +214,8 @@ class GateCheckSpec:
                 self.maximum,
                 f"the check raised {error!r}",
             )
-        if raw is None:
+        if value is None:
             return self.not_measured("no measurement")
-        value = float(raw)
         if not math.isfinite(value):
             return GateCheck(
                 self.name,
@@ -326,6 +326,11 @@ def _t_bounded(evidence: SeedEvidence) -> float:
     return max(-1e6, min(1e6, evidence.t)) if not math.isnan(evidence.t) else math.nan
 
 
+def _smallest(gains: Sequence[float]) -> float | None:
+    """The smallest gain; NaN if any is not finite, which ``min`` could pass over."""
+    return (min(gains) if all(map(math.isfinite, gains)) else math.nan) if gains else None
+
+
 def _dwell(name: str, gate: GateLevel, epochs: int) -> GateCheckSpec:
     return GateCheckSpec(name, (gate,), lambda c: c.state.metrics.epochs_in_current_stage, minimum=epochs)
 
@@ -375,7 +380,7 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
         GateCheckSpec(
             "smallest gain in probation",
             (GateLevel.G5,),
-            lambda c: min(c.gains) if c.measure() is not None and c.gains else None,
+            lambda c: _smallest(c.gains) if c.measure() is not None else None,
             minimum=t.min_gain,
             needs_evidence=True,
         )
@@ -460,16 +465,9 @@ class QualityGates:
                 )
         checks = tuple(done[id(spec)] for spec in asked)
         if level is GateLevel.G0:
-            details = context.germination
+            found = {name: text for name, (_, text) in context.germination.items()}
             checks = tuple(
-                GateCheck(
-                    c.name,
-                    c.value,
-                    c.verdict,
-                    c.minimum,
-                    c.maximum,
-                    details.get(c.name, (False, c.detail))[1],
-                )
+                c if c.verdict is CheckVerdict.PASSED else replace(c, detail=found.get(c.name, c.detail))
                 for c in checks
             )
         return GateResult(level, checks, epoch)

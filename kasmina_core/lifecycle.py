@@ -82,7 +82,7 @@ def is_active_stage(stage: SeedStage) -> bool:
 
 def is_terminal_stage(stage: SeedStage) -> bool:
     """Say whether no transition leaves this stage: FOSSILIZED alone."""
-    return stage is SeedStage.FOSSILIZED
+    return stage == SeedStage.FOSSILIZED
 
 
 def is_failure_stage(stage: SeedStage) -> bool:
@@ -187,6 +187,8 @@ class SeedMetrics:
                 wanted = (float, int)
             if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
                 raise CheckpointError(f"SeedMetrics.{f.name} cannot be {value!r}.")
+            if wanted is int and isinstance(value, int) and value < 0:
+                raise CheckpointError(f"SeedMetrics.{f.name} cannot be negative, but is {value!r}.")
         return metrics
 
 
@@ -236,8 +238,8 @@ class SeedState:
                 f"Seed '{self.seed_id}' in slot '{self.slot}' cannot go from {self.stage.name} to {target_name}.\n"
                 f"  allowed from {self.stage.name}: {allowed}"
             )
-        self.stage = target
-        self.stage_history.append((target, self.metrics.epochs_total))
+        self.stage = SeedStage(target)  # an equal int would pass the check above
+        self.stage_history.append((self.stage, self.metrics.epochs_total))
         self.metrics.epochs_in_current_stage = 0
         self.metrics.metric_at_stage_start = self.metrics.current_metric
 
@@ -264,17 +266,17 @@ class SeedState:
         _require_keys("SeedState", data, {f.name for f in fields(cls)})
         try:
             history = deque(
-                ((SeedStage(stage), int(epoch)) for stage, epoch in data["stage_history"]),
+                ((SeedStage(_whole(stage)), _whole(epoch)) for stage, epoch in data["stage_history"]),
                 maxlen=HISTORY_LENGTH,
             )
             state = cls(
                 seed_id=_text(data["seed_id"]),
                 blueprint_id=_text(data["blueprint_id"]),
                 slot=_text(data["slot"]),
-                stage=SeedStage(data["stage"]),
+                stage=SeedStage(_whole(data["stage"])),
                 metrics=SeedMetrics.from_dict(data["metrics"]),
                 stage_history=history,
-                is_paused=bool(data["is_paused"]),
+                is_paused=_truth(data["is_paused"]),
                 cull_reason=_text(data["cull_reason"]),
             )
         except (TypeError, ValueError) as error:
@@ -285,6 +287,18 @@ class SeedState:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected a whole number, found {value!r}")
+    return int(value)
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, found {value!r}")
     return value
 
 

@@ -22,6 +22,13 @@ class SlotRecord:
 
     ``to_dict`` gives dicts, lists, text, numbers, booleans and ``None`` alone, which JSON and
     ``torch.load(weights_only=True)`` accept.
+
+    Attributes:
+        gains: Gains measured since the stage began.
+        evidence_is_fresh: Whether the evidence is of this epoch.
+        isolation_is_fresh: Whether isolation was measured in this epoch.
+        frozen_by_pause: Names of the seed's parameters that `resume` makes trainable again.
+        gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
     """
 
     state: SeedState | None
@@ -30,14 +37,18 @@ class SlotRecord:
     germinations: int
     gains: list[float]
     evidence: SeedEvidence | None
+    evidence_is_fresh: bool
+    isolation_is_fresh: bool
     frozen_by_pause: list[str]
     steps_since_isolation: int
+    gradient_norms: tuple[int, float, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the version of the format."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("state", "schedule", "evidence"):
             plain[name] = plain[name].to_dict() if plain[name] is not None else None
+        plain["gradient_norms"] = list(self.gradient_norms)
         return {"version": RECORD_VERSION} | plain
 
     @classmethod
@@ -65,15 +76,22 @@ class SlotRecord:
                 state=SeedState.from_dict(data["state"]) if data["state"] is not None else None,
                 options=dict(data["options"]),
                 schedule=AlphaSchedule.from_dict(data["schedule"]) if data["schedule"] is not None else None,
-                germinations=int(data["germinations"]),
+                germinations=_count(data["germinations"]),
                 gains=[float(gain) for gain in data["gains"]],
-                evidence=SeedEvidence(**data["evidence"]) if data["evidence"] is not None else None,
+                evidence=SeedEvidence.from_dict(data["evidence"]) if data["evidence"] is not None else None,
+                evidence_is_fresh=bool(data["evidence_is_fresh"]),
+                isolation_is_fresh=bool(data["isolation_is_fresh"]),
                 frozen_by_pause=[str(name) for name in data["frozen_by_pause"]],
-                steps_since_isolation=int(data["steps_since_isolation"]),
+                steps_since_isolation=_count(data["steps_since_isolation"]),
+                gradient_norms=_norms(*data["gradient_norms"]),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"The saved state of slot '{slot}' cannot be read: {error}") from error
         if (state := record.state) is not None:
+            if state.stage in (SeedStage.UNKNOWN, SeedStage.DORMANT):
+                raise CheckpointError(
+                    f"The saved state of slot '{slot}' holds a seed that is {state.stage.name}; no seed can be."
+                )
             alpha = state.metrics.alpha
             if state.slot != slot:
                 raise CheckpointError(
@@ -86,3 +104,13 @@ class SlotRecord:
                     f"The saved state of slot '{slot}' is BLENDING but has no alpha schedule."
                 )
         return record
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a number of times, found {value!r}")
+    return value
+
+
+def _norms(count: object, total: float, largest: float) -> tuple[int, float, float]:
+    return _count(count), float(total), float(largest)

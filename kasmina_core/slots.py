@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 
@@ -166,7 +166,8 @@ class SeedSlot(nn.Module):
         self._evidence_is_fresh = False
         self._gains: list[float] = []
         self._frozen_by_pause: list[str] = []
-        self._norms: list[Tensor] = []
+        self._norm_count = 0
+        self._norm_sum = self._norm_max = torch.zeros(())
         self._steps_since_isolation = 0
         self._isolation_is_fresh = False
 
@@ -303,11 +304,8 @@ class SeedSlot(nn.Module):
             return _PASS
         if stage is SeedStage.TRAINING or (stage is SeedStage.BLENDING and self.alpha == 0.0):
             # lerp at alpha 0 is NaN where the seed is infinite, so alpha 0 goes on as TRAINING does.
-            return (
-                _STRAIGHT_THROUGH
-                if self.training and config.incubation is Incubation.STRAIGHT_THROUGH
-                else _PASS
-            )
+            learns = self.training and self.is_incubating
+            return _STRAIGHT_THROUGH if learns and config.incubation is Incubation.STRAIGHT_THROUGH else _PASS
         if stage is SeedStage.BLENDING:
             detached = config.gradient_policies[self.point.topology].detach_input_in_blending
             return _BLEND_DETACHED if detached else _BLEND
@@ -391,7 +389,9 @@ class SeedSlot(nn.Module):
         """
         state = self._require_seed("advance")
         onward = VALID_TRANSITIONS[state.stage]
-        goal = target if target is not None else next(iter(onward), None)
+        goal = next(iter(onward), None)
+        if target is not None:  # an int that equals a stage becomes that stage
+            goal = next((stage for stage in SeedStage if stage == target), target)
         if goal is None or not state.can_move_to(goal):
             allowed = ", ".join(stage.name for stage in onward) or "none"
             wanted = "anywhere" if goal is None else goal.name if isinstance(goal, SeedStage) else repr(goal)
@@ -462,7 +462,8 @@ class SeedSlot(nn.Module):
         if state.stage is SeedStage.FOSSILIZED:
             return None
         if state.stage is SeedStage.PROBATIONARY:
-            self._measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
+            with suppress(Exception):  # the gate asks again and says what an evaluator raised
+                self._measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
             return self.check_gate(GateLevel.G5)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.EPOCH:
             self._step_ramp()
@@ -478,7 +479,10 @@ class SeedSlot(nn.Module):
             return
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
-            self._norms.append(torch.nn.utils.get_total_norm(gradients).detach())
+            norm = torch.nn.utils.get_total_norm(gradients).detach().float()
+            self._norm_count += 1
+            self._norm_sum = self._norm_sum.to(norm.device) + norm
+            self._norm_max = torch.maximum(self._norm_max.to(norm.device), norm)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
             self._step_ramp()
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
@@ -577,6 +581,7 @@ class SeedSlot(nn.Module):
         self._freeze([name for name, p in self.seed.named_parameters() if p.requires_grad])
         state.is_paused = True
         self._gates.clear()
+        self._refresh_mode()
 
     def resume(self) -> None:
         """Let a paused seed go on.
@@ -594,6 +599,7 @@ class SeedSlot(nn.Module):
         self._frozen_by_pause = []
         state.is_paused = False
         self._gates.clear()
+        self._refresh_mode()
 
     # -- the one way a stage changes -------------------------------------------------------------------------------
 
@@ -679,15 +685,13 @@ class SeedSlot(nn.Module):
         return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed, apart)
 
     def _measure(self) -> SeedEvidence | None:
-        if not self._evidence_is_fresh:
-            measured = self._owner.measure(self) if self._owner is not None and self.is_active else None
-            self._evidence_is_fresh = True
-            if measured is None:
-                return None
-            self._evidence = measured
+        if self._evidence_is_fresh:
+            return self._evidence
+        measured = self._owner.measure(self) if self._owner is not None and self.is_active else None
+        if measured is not None:
+            self._evidence, self._evidence_is_fresh = measured, True
             self._gains.append(measured.gain)
-            return measured
-        return self._evidence
+        return measured
 
     def measure(self) -> SeedEvidence | None:
         """Return the seed's evidence of this epoch, measuring it if nobody has yet.
@@ -701,19 +705,23 @@ class SeedSlot(nn.Module):
         return all(bool(p.isfinite().all()) for p in self.seed_parameters())
 
     def _collect_gradient_norms(self) -> None:
-        if self._norms and self.state is not None:
-            norms = torch.stack([norm.float() for norm in self._norms])
-            self.state.metrics.gradient_norm = norms.mean().item()
-            self.state.metrics.gradient_norm_max = norms.max().item()
-        self._norms = []
+        if self._norm_count and self.state is not None:
+            self.state.metrics.gradient_norm = self._norm_sum.item() / self._norm_count
+            self.state.metrics.gradient_norm_max = self._norm_max.item()
+        self._forget_gradient_norms()
+
+    def _forget_gradient_norms(self) -> None:
+        self._norm_count = 0
+        self._norm_sum = self._norm_max = torch.zeros(())
 
     def _forget_measurements(self) -> None:
-        self._gates.clear()
-        self._gains.clear()
+        # New objects, not cleared ones: a load that fails puts the old ones back.
+        self._gates = {}
+        self._gains = []
         self._evidence = None
         self._evidence_is_fresh = self._isolation_is_fresh = False
         self._frozen_by_pause = []
-        self._norms = []
+        self._forget_gradient_norms()
         self._steps_since_isolation = 0
 
     def _freeze(self, names: list[str]) -> None:
@@ -772,8 +780,11 @@ class SeedSlot(nn.Module):
             germinations=self.germinations,
             gains=list(self._gains),
             evidence=self._evidence,
+            evidence_is_fresh=self._evidence_is_fresh,
+            isolation_is_fresh=self._isolation_is_fresh,
             frozen_by_pause=list(self._frozen_by_pause),
             steps_since_isolation=self._steps_since_isolation,
+            gradient_norms=(self._norm_count, float(self._norm_sum), float(self._norm_max)),
         ).to_dict()
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -792,17 +803,26 @@ class SeedSlot(nn.Module):
                     f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
                 )
             seed = trial.seed.train(self.training)
+            known = dict(seed.named_parameters())
+            if unknown := [name for name in record.frozen_by_pause if name not in known]:
+                raise CheckpointError(
+                    f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
+                    f"{', '.join(unknown)}."
+                )
+            if self._owner is not None:
+                self._owner.seed_added(self, list(seed.parameters()))
         self._clear()
         self.germinations = record.germinations
         if saved is None:
             return
-        if seed is not None and self._owner is not None:
-            self._owner.seed_added(self, list(seed.parameters()))
         self.state, self.seed, self.schedule = saved, seed, record.schedule
         self.options = record.options
         self._gains = record.gains
-        self._evidence = record.evidence
+        self._evidence, self._evidence_is_fresh = record.evidence, record.evidence_is_fresh
+        self._isolation_is_fresh = record.isolation_is_fresh
         self._steps_since_isolation = record.steps_since_isolation
+        self._norm_count, total, largest = record.gradient_norms
+        self._norm_sum, self._norm_max = torch.tensor(total), torch.tensor(largest)
         self.alpha_buffer.fill_(saved.metrics.alpha)
         if seed is not None and saved.is_paused:
             self._freeze(record.frozen_by_pause)
@@ -820,6 +840,10 @@ class SeedSlot(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.state is None:  # an empty slot leaves no key: the model then saves like its bare host
             destination.pop(prefix + "_extra_state", None)
+            # Its next seed shall be another one than the last, also after a load.
+            metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
+            if metadata is not None:
+                metadata["germinations"] = self.germinations
 
     def _load_from_state_dict(
         self,
@@ -834,6 +858,7 @@ class SeedSlot(nn.Module):
         key = prefix + "_extra_state"
         if key not in state_dict:
             self._clear()
+            self.germinations = local_metadata.get("germinations", self.germinations)
             state_dict = {**state_dict, key: self.get_extra_state()}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -857,8 +882,9 @@ def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    # Exact types: a subclass (an Enum, a numpy scalar) is written as its class, which a safe load refuses.
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, cast("Sequence[object]", value)))
+    return value is None or type(value) in (bool, int, float, str)

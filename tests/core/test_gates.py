@@ -1,0 +1,571 @@
+"""Quality gates: each check is named, measured and judged; what was never measured fails."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from state_helpers import FIRST, CountingEvaluator, bring_to, make_model, open_config, open_thresholds
+
+from kasmina_core import (
+    CheckpointError,
+    CheckVerdict,
+    GateCheckSpec,
+    GateLevel,
+    GateProfile,
+    GateResult,
+    GateThresholds,
+    QualityGates,
+    SeedEvidence,
+    SeedMetrics,
+    SeedStage,
+    SeedState,
+)
+from kasmina_core.errors import BlueprintError
+from kasmina_core.gates import GATE_INTO, GateContext
+
+G = GateLevel
+GERMINATION = (
+    "blueprint known",
+    "topology",
+    "width",
+    "builds",
+    "shape",
+    "dtype",
+    "finite output",
+    "input unchanged",
+)
+
+
+def evidence(**changes) -> SeedEvidence:
+    return SeedEvidence(
+        **{
+            "samples": 100,
+            "gain": 0.1,
+            "standard_error": 0.01,
+            "loss_with": 1.0,
+            "loss_without": 1.1,
+            "deviation": 0.5,
+            **changes,
+        }
+    )
+
+
+def context(stage=SeedStage.TRAINING, *, measured="good", gains=(0.1,), **metrics) -> GateContext:
+    """A seed that passes every gate, but for what the arguments change."""
+    defaults = {
+        "epochs_in_current_stage": 10,
+        "epochs_total": 21,
+        "alpha": 1.0,
+        "blending_steps_done": 5,
+        "blending_steps_total": 5,
+    }
+    state = SeedState("s", "pack:b", "x", stage, SeedMetrics(**{**defaults, **metrics}))
+    found = evidence() if measured == "good" else measured
+    return GateContext(
+        state,
+        measure=lambda: found,
+        gains=gains,
+        germination=dict.fromkeys([*GERMINATION, "random numbers"], (True, "")),
+    )
+
+
+def verdicts(result: GateResult) -> dict[str, CheckVerdict]:
+    return {check.name: check.verdict for check in result.checks}
+
+
+def check(result: GateResult, name: str):
+    (found,) = [c for c in result.checks if c.name == name]
+    return found
+
+
+def test_each_way_forward_has_its_gate():
+    assert {stage.name: gate.name for stage, gate in GATE_INTO.items()} == {
+        "GERMINATED": "G0",
+        "TRAINING": "G1",
+        "BLENDING": "G2",
+        "SHADOWING": "G3",
+        "PROBATIONARY": "G4",
+        "FOSSILIZED": "G5",
+    }
+
+
+@pytest.mark.parametrize("profile", GateProfile)
+@pytest.mark.parametrize("gate", GateLevel)
+def test_a_good_seed_passes_every_gate(profile, gate):
+    stage = SeedStage.GERMINATED if gate is G.G1 else SeedStage.TRAINING
+    measured = {"initial_metric": 60.0, "metric_at_stage_start": 60.0, "current_metric": 70.0}
+    result = QualityGates(profile).check(gate, context(stage, higher_is_better=True, **measured))
+    assert result.gate is gate
+    assert result.passed, str(result)
+    assert result.epoch == 21
+    assert result.reason == f"all {len(result.checks)} checks passed"
+
+
+def test_the_checks_of_the_evidence_gates_are_these():
+    gates = QualityGates()
+    assert {
+        g.name: [c.name for c in gates.check(g, context()).checks] for g in GateLevel if g is not G.G0
+    } == {
+        "G1": ["just germinated", "finite parameters"],
+        "G2": [
+            "epochs in training",
+            "finite parameters",
+            "isolation violations",
+            "held-out samples",
+            "gain",
+            "gain over its error",
+        ],
+        "G3": ["finite parameters", "alpha", "ramp progress"],
+        "G4": [
+            "epochs in shadowing",
+            "finite parameters",
+            "held-out samples",
+            "gain over its error",
+            "output deviation",
+        ],
+        "G5": [
+            "epochs in probation",
+            "finite parameters",
+            "isolation violations",
+            "held-out samples",
+            "gain",
+            "gain over its error",
+            "smallest gain in probation",
+        ],
+    }
+    assert set(GERMINATION) <= {c.name for c in gates.check(G.G0, context()).checks}
+
+
+@pytest.mark.parametrize(
+    ("gate", "name", "change", "value", "threshold"),
+    [
+        (G.G1, "just germinated", {"stage": SeedStage.TRAINING}, 0.0, ">= 1"),
+        (G.G2, "epochs in training", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
+        (G.G2, "isolation violations", {"isolation_violations": 1}, 1.0, "<= 0"),
+        (G.G2, "held-out samples", {"measured": evidence(samples=29)}, 29.0, ">= 30"),
+        (G.G2, "gain", {"measured": evidence(gain=-0.1)}, -0.1, ">= 0"),
+        (G.G2, "gain over its error", {"measured": evidence(gain=0.029)}, 2.9, ">= 3"),
+        (G.G3, "alpha", {"alpha": 0.99}, 0.99, ">= 1"),
+        (G.G3, "ramp progress", {"blending_steps_done": 4}, 0.8, ">= 1"),
+        (G.G4, "epochs in shadowing", {"epochs_in_current_stage": 0}, 0.0, ">= 1"),
+        (G.G4, "gain over its error", {"measured": evidence(gain=-0.021)}, -2.1, ">= -2"),
+        (G.G4, "output deviation", {"measured": evidence(deviation=10.5)}, 10.5, "<= 10"),
+        (G.G5, "epochs in probation", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
+        (G.G5, "smallest gain in probation", {"gains": (0.2, -0.3, 0.1)}, -0.3, ">= 0"),
+    ],
+)
+def test_one_bad_value_fails_its_gate_by_name_value_and_threshold(gate, name, change, value, threshold):
+    result = QualityGates().check(gate, context(**change))
+    failed = check(result, name)
+    assert not result.passed
+    assert failed.verdict is CheckVerdict.FAILED
+    assert failed.value == pytest.approx(value)
+    assert failed.threshold == threshold
+    assert str(failed) == f"{name} failed: {value:.4g} (needs {threshold})"
+    assert str(failed) in str(result)
+
+
+@pytest.mark.parametrize("gate", [G.G1, G.G2, G.G3, G.G4, G.G5])
+def test_a_seed_with_a_parameter_that_is_not_finite_passes_no_gate(gate):
+    stage = SeedStage.GERMINATED if gate is G.G1 else SeedStage.TRAINING
+    good = context(stage)
+    bad = GateContext(good.state, good.measure, good.gains, parameters_finite=lambda: False)
+    assert QualityGates().check(gate, good).passed
+    assert check(QualityGates().check(gate, bad), "finite parameters").verdict is CheckVerdict.FAILED
+
+
+@pytest.mark.parametrize(
+    ("gate", "name", "measured"),
+    [
+        (G.G2, "held-out samples", None),
+        (G.G2, "gain", evidence(gain=math.nan)),
+        (G.G2, "gain", evidence(gain=math.inf)),
+        (G.G2, "gain over its error", evidence(standard_error=math.nan)),
+        (G.G2, "gain over its error", evidence(standard_error=math.inf)),
+        (G.G4, "output deviation", evidence(deviation=math.nan)),
+        (G.G4, "output deviation", evidence(deviation=math.inf)),
+        (G.G4, "gain over its error", evidence(gain=-math.inf)),
+        (G.G5, "gain", None),
+        (G.G5, "smallest gain in probation", None),
+    ],
+)
+def test_missing_nan_and_infinite_evidence_was_never_measured_and_fails(gate, name, measured):
+    result = QualityGates().check(gate, context(measured=measured))
+    assert not result
+    assert check(result, name).verdict is CheckVerdict.NEVER_MEASURED
+    assert "never measured" in str(check(result, name))
+
+
+def test_a_nan_among_the_gains_of_probation_fails():
+    for gains in [(math.nan, 0.1), (0.1, math.nan), ()]:
+        assert not QualityGates().check(G.G5, context(gains=gains)), gains
+
+
+def test_a_seed_that_saves_the_same_on_every_sample_passes():
+    assert QualityGates().check(G.G2, context(measured=evidence(standard_error=0.0)))
+    assert not QualityGates().check(G.G2, context(measured=evidence(standard_error=0.0, gain=0.0)))
+
+
+@given(st.sampled_from([G.G2, G.G4, G.G5]), st.floats(allow_nan=True), st.floats(allow_nan=True))
+def test_no_gate_passes_on_a_number_that_is_not_finite(gate, gain, error):
+    result = QualityGates().check(gate, context(measured=evidence(gain=gain, standard_error=abs(error))))
+    if not (math.isfinite(gain) and math.isfinite(error)):
+        assert not result
+    assert result.passed == (not result.failed_checks)
+
+
+@pytest.mark.parametrize("gate", [6, -1, "G2", None, 2.5])
+def test_an_unknown_gate_fails_and_says_which_there_are(gate):
+    result = QualityGates().check(gate, context())
+    assert not result.passed
+    assert result.gate is None
+    assert f"{gate!r} is none of G0, G1, G2, G3, G4, G5" in result.reason
+
+
+def test_a_gate_without_checks_does_not_pass():
+    empty = GateResult(G.G2, ())
+    assert not empty
+    assert empty.reason == "nothing was checked"
+
+
+def test_the_reason_is_the_first_failure_before_what_was_not_measured():
+    result = QualityGates().check(G.G2, context(epochs_in_current_stage=1, measured=None))
+    assert result.reason == "epochs in training failed: 1 (needs >= 3)"
+    assert str(result) == f"G2 failed: {result.reason}"
+    unmeasured = QualityGates().check(G.G2, context(measured=None))
+    assert unmeasured.reason.startswith("held-out samples never measured: nothing (needs >= 30)")
+
+
+def test_a_result_as_plain_data_names_every_check():
+    data = QualityGates().check(G.G3, context(alpha=0.5)).to_dict()
+    assert (data["gate"], data["passed"], data["epoch"]) == ("G3", False, 21)
+    assert data["checks"][1] == {
+        "name": "alpha",
+        "value": 0.5,
+        "minimum": 1.0,
+        "maximum": None,
+        "verdict": "failed",
+        "detail": "",
+    }
+
+
+# -- germination -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GERMINATION)
+def test_each_finding_at_germination_can_refuse_it(name):
+    findings = context().germination
+    refused = QualityGates().check(
+        G.G0, GateContext(context().state, germination={**findings, name: (False, "because")})
+    )
+    assert [c.name for c in refused.failed_checks] == [name]
+    assert refused.reason == f"{name} failed: 0 (needs >= 1): because"
+    unseen = {key: found for key, found in findings.items() if key != name}
+    result = QualityGates().check(G.G0, GateContext(context().state, germination=unseen))
+    assert verdicts(result)[name] is CheckVerdict.NEVER_MEASURED
+    assert not result
+
+
+# -- checks from packs -----------------------------------------------------------------------------------------------
+
+
+def extra(measure, **more) -> GateCheckSpec:
+    return GateCheckSpec(**{"name": "extra", "gates": (G.G2,), "measure": measure, "minimum": 1.0, **more})
+
+
+def raises(_):
+    raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("measure", "verdict", "says"),
+    [
+        (raises, CheckVerdict.FAILED, "RuntimeError('out of order')"),
+        (lambda _: "much", CheckVerdict.FAILED, "could not convert string to float: 'much'"),
+        (lambda _: [1.0], CheckVerdict.FAILED, "TypeError"),
+        (lambda _: torch.ones(2), CheckVerdict.FAILED, "the check raised"),
+        (lambda _: None, CheckVerdict.NEVER_MEASURED, "no measurement"),
+        (lambda _: math.nan, CheckVerdict.NEVER_MEASURED, "not a finite number"),
+        (lambda _: math.inf, CheckVerdict.NEVER_MEASURED, "not a finite number"),
+        (lambda _: 0.5, CheckVerdict.FAILED, "0.5 (needs >= 1)"),
+        (lambda _: False, CheckVerdict.FAILED, "0 (needs >= 1)"),
+        (lambda _: True, CheckVerdict.PASSED, "1 (needs >= 1)"),
+        (lambda _: torch.tensor(1.0), CheckVerdict.PASSED, "1 (needs >= 1)"),
+    ],
+)
+def test_an_extra_check_can_veto(measure, verdict, says):
+    result = QualityGates(extra_checks=[extra(measure)]).check(G.G2, context())
+    assert check(result, "extra").verdict is verdict
+    assert says in str(check(result, "extra"))
+    assert result.passed == (verdict is CheckVerdict.PASSED)
+
+
+def test_an_extra_check_cannot_force_a_gate():
+    gates = QualityGates(extra_checks=[extra(lambda _: 1e9)])
+    result = gates.check(G.G2, context(measured=evidence(gain=-1.0)))
+    assert verdicts(result)["extra"] is CheckVerdict.PASSED
+    assert not result
+
+
+def test_an_extra_check_concerns_its_own_gates_only():
+    gates = QualityGates(extra_checks=[extra(raises)])
+    assert gates.check(G.G3, context()).passed
+    assert not gates.check(G.G2, context()).passed
+
+
+def test_two_checks_of_one_name_both_count():
+    gates = QualityGates(extra_checks=[extra(lambda _: 1.0), extra(lambda _: 0.0)])
+    assert [c.verdict.value for c in gates.check(G.G2, context()).checks if c.name == "extra"] == [
+        "passed",
+        "failed",
+    ]
+
+
+def test_a_check_with_both_bounds_shows_both():
+    spec = extra(lambda _: 3.0, minimum=1.0, maximum=2.0)
+    assert spec.run(context()).threshold == ">= 1, <= 2"
+    assert spec.run(context()).verdict is CheckVerdict.FAILED
+
+
+def test_a_check_needs_a_bound_and_a_gate():
+    with pytest.raises(BlueprintError, match="'extra' needs a minimum or a maximum"):
+        extra(lambda _: 1.0, minimum=None)
+    with pytest.raises(BlueprintError, match="'extra' names no gate"):
+        extra(lambda _: 1.0, gates=())
+
+
+def test_costly_checks_run_only_when_the_cheap_ones_passed():
+    asked = []
+
+    def measure():
+        asked.append(1)
+        return evidence()
+
+    state = context(epochs_in_current_stage=0).state
+    result = QualityGates().check(G.G2, GateContext(state, measure))
+    assert asked == []
+    assert check(result, "gain").verdict is CheckVerdict.NEVER_MEASURED
+    assert check(result, "gain").detail == "an earlier check failed"
+
+
+# -- the report's profile --------------------------------------------------------------------------------------------
+
+
+def test_the_report_profile_has_the_thresholds_of_the_reviewed_system():
+    thresholds = QualityGates(GateProfile.REPORT).thresholds
+    assert thresholds == GateThresholds.report()
+    assert thresholds.max_isolation_violations == 10
+    assert thresholds.min_training_improvement == 0.5
+    assert thresholds.min_blending_alpha == 0.95
+    assert QualityGates().thresholds == GateThresholds()
+    assert QualityGates("report").profile is GateProfile.REPORT  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gate", "name", "change"),
+    [
+        (G.G2, "improvement since stage start", {"metric_at_stage_start": 60.0, "current_metric": 60.4}),
+        (G.G2, "isolation violations", {"isolation_violations": 11}),
+        (G.G3, "alpha", {"alpha": 0.94}),
+        (G.G3, "epochs in blending", {"epochs_in_current_stage": 2}),
+        (G.G5, "total improvement", {"initial_metric": 60.0, "current_metric": 59.0}),
+    ],
+)
+def test_the_report_profile_judges_the_whole_model(gate, name, change):
+    good = {"initial_metric": 50.0, "metric_at_stage_start": 60.0, "current_metric": 60.5, "measured": None}
+    gates = QualityGates(GateProfile.REPORT)
+    assert gates.check(gate, context(higher_is_better=True, **good))
+    result = gates.check(gate, context(higher_is_better=True, **{**good, **change}))
+    assert [c.name for c in result.failed_checks] == [name]
+
+
+@pytest.mark.parametrize("metric", [None, math.nan, math.inf])
+@pytest.mark.parametrize("gate", [G.G2, G.G4, G.G5])
+def test_the_report_profile_fails_without_a_usable_metric(gate, metric):
+    measured = {"initial_metric": metric, "metric_at_stage_start": metric, "current_metric": metric}
+    result = QualityGates(GateProfile.REPORT).check(gate, context(**measured))
+    assert not result
+    assert CheckVerdict.NEVER_MEASURED in verdicts(result).values()
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", GateProfile)
+def test_gates_survive_pickling_with_their_checks(profile):
+    gates = QualityGates(profile, open_thresholds(min_gain=0.25), [extra(raises)])
+    again = pickle.loads(pickle.dumps(gates))
+    assert (again.profile, again.thresholds, again.extra_checks) == (
+        profile,
+        gates.thresholds,
+        gates.extra_checks,
+    )
+    assert [c.name for c in again.checks] == [c.name for c in gates.checks]
+    assert again.check(G.G2, context()).reason == gates.check(G.G2, context()).reason
+
+
+# -- in a slot -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_is_evaluated_once_an_epoch():
+    model, recorder = make_model()
+    evaluator = CountingEvaluator(model)
+    model.evaluate_with(evaluator)
+    bring_to(model, SeedStage.PROBATIONARY)
+    evaluator.calls = 0
+    result = model.step_epoch(1.0)[FIRST]
+    assert evaluator.calls == 2  # with the seed and without it
+    assert model.slots[FIRST].check_gate(G.G5) is result
+    assert model.advance_stage(FIRST) is result
+    assert model.measure(FIRST) is model.slots[FIRST].last_evidence
+    assert evaluator.calls == 2
+    assert [e.gate for e in recorder.events if e.type.value == "gate_evaluated"][-1:] == ["G5"]
+    model.step_epoch(1.0)
+    assert evaluator.calls == 4
+
+
+def test_an_evaluator_that_is_gone_leaves_nothing_to_pass_on():
+    model, _ = make_model()
+    bring_to(model, SeedStage.PROBATIONARY)
+    for _ in range(3):
+        assert model.slots[FIRST].stage is SeedStage.PROBATIONARY
+        passed = model.step_epoch(1.0)[FIRST].passed
+    assert passed
+    model.evaluate_with(None)
+    result = model.step_epoch(1.0)[FIRST]
+    assert model.measure(FIRST) is None
+    assert model.measure(FIRST) is None
+    assert not result
+    assert check(result, "gain").verdict is CheckVerdict.NEVER_MEASURED
+    assert not model.advance_stage(FIRST)
+    assert model.slots[FIRST].stage is SeedStage.PROBATIONARY
+
+
+def test_asking_too_early_does_not_hide_the_evidence_of_the_epoch():
+    model, _ = make_model()
+    bring_to(model, SeedStage.GERMINATED)
+    assert model.measure(FIRST) is None
+    assert model.advance_stage(FIRST)
+    assert model.measure(FIRST) is not None
+
+
+@pytest.mark.parametrize("stage", [SeedStage.TRAINING, SeedStage.SHADOWING, SeedStage.PROBATIONARY])
+def test_an_evaluator_that_raises_fails_the_gate_and_not_the_training(stage):
+    model, _ = make_model()
+    bring_to(model, stage)
+
+    def broken():
+        raise RuntimeError("no data")
+
+    model.evaluate_with(broken)
+    for _ in range(3):
+        result = model.step_epoch(1.0)[FIRST]
+        assert not result
+    assert "RuntimeError('no data')" in result.reason
+    assert model.slots[FIRST].stage is stage
+
+
+def test_a_mean_loss_is_no_evidence():
+    model, _ = make_model()
+    bring_to(model, SeedStage.TRAINING)
+    model.evaluate_with(lambda: torch.tensor(1.0))
+    model.step_epoch(1.0)
+    result = model.step_epoch(1.0)[FIRST]
+    assert not result
+    assert "one loss per held-out sample: reduction=" in result.reason
+
+
+def test_every_epoch_of_probation_counts_for_its_smallest_gain():
+    model, _ = make_model(open_config(gates=QualityGates(thresholds=open_thresholds(min_probation_epochs=3))))
+    bring_to(model, SeedStage.PROBATIONARY)
+    gains = []
+    for _ in range(4):
+        result = model.step_epoch(1.0)[FIRST]
+        gains.append(model.slots[FIRST].last_evidence.gain)
+        with torch.no_grad():
+            for parameter in model.slots[FIRST].seed_parameters():
+                parameter.mul_(1.1)
+    assert result.passed
+    assert check(result, "smallest gain in probation").value == min(gains)
+    assert len(set(gains)) == 4
+
+
+def test_measuring_changes_nothing_but_what_is_known():
+    model, _ = make_model()
+    bring_to(model, SeedStage.TRAINING, blueprint="normed")
+    weights = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    random_numbers = torch.get_rng_state()
+    assert model.training
+    assert model.measure(FIRST) is not None
+    assert all(module.training for module in model.modules())
+    assert torch.equal(random_numbers, torch.get_rng_state())
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in weights.items())
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_the_paired_t_test():
+    with_seed, without = torch.tensor([1.0, 2.0, 2.5, 0.5]), torch.tensor([1.5, 2.0, 3.5, 1.5])
+    found = SeedEvidence.from_losses(with_seed, without, 0.25)
+    saved = [0.5, 0.0, 1.0, 1.0]
+    mean = sum(saved) / 4
+    error = math.sqrt(sum((s - mean) ** 2 for s in saved) / 3) / 2
+    assert found.samples == 4
+    assert found.gain == pytest.approx(mean)
+    assert found.standard_error == pytest.approx(error)
+    assert found.t == pytest.approx(mean / error)
+    assert found.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+    assert (found.loss_with, found.loss_without, found.deviation) == (1.5, 2.125, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shown"),
+    [
+        (torch.ones(3), torch.ones(4), r"\(3,\)\n.*\(4,\)"),
+        (torch.ones(()), torch.ones(()), r"\(\)\n.*\(\)"),
+        (torch.ones(1), torch.ones(1), r"\(1,\)\n.*\(1,\)"),
+        (torch.ones(2, 2), torch.ones(2, 2), r"\(2, 2\)\n.*\(2, 2\)"),
+    ],
+)
+def test_losses_that_are_not_paired_are_refused(a, b, shown):
+    with pytest.raises(ValueError, match=shown):
+        SeedEvidence.from_losses(a, b)
+
+
+@given(
+    st.builds(
+        SeedEvidence,
+        samples=st.integers(0, 10**6),
+        gain=st.floats(),
+        standard_error=st.floats(),
+        loss_with=st.floats(),
+        loss_without=st.floats(),
+        deviation=st.floats(),
+    )
+)
+def test_evidence_survives_as_plain_data(found):
+    again = SeedEvidence.from_dict(found.to_dict())
+    assert repr(again) == repr(found)
+    assert math.isnan(found.t) or found.t == again.t
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"samples": 3}, "cannot be read"),
+        ([], "cannot be read"),
+        (evidence().to_dict() | {"gain": "much"}, "SeedEvidence.gain cannot be 'much'"),
+        (evidence().to_dict() | {"samples": 1.5}, "SeedEvidence.samples cannot be 1.5"),
+        (evidence().to_dict() | {"colour": 1}, "colour"),
+    ],
+)
+def test_damaged_evidence_is_refused(data, says):
+    with pytest.raises(CheckpointError, match=says):
+        SeedEvidence.from_dict(data)
