@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
-from kasmina_core.errors import HostError, KasminaError
+from kasmina_core.errors import HostError
 from kasmina_core.events import SeedTelemetry, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.gates import GateResult
@@ -374,6 +374,10 @@ class MorphogeneticModel(nn.Module):
 
         Returns:
             The loss with the seed, by slot; detached.
+
+        Raises:
+            RuntimeError: From torch, if the host uses reentrant gradient checkpointing, which cannot give the gradient to
+                chosen parameters; use ``use_reentrant=False``.
         """
         losses: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
@@ -492,7 +496,8 @@ class MorphogeneticModel(nn.Module):
             for r in self.summary()
         ]
         host = sum(p.numel() for p in self.host_parameters())
-        share = 1.0 - sum(r.trainable_share for r in self.summary())
+        learns = any(p.requires_grad for p in self.parameters())
+        share = 1.0 - sum(r.trainable_share for r in self.summary()) if learns else 0.0
         rows.append(("(host)", "-", type(self.host).__name__, "-", f"{host:,}", f"{share:.1%}"))
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         return "\n".join(
@@ -515,14 +520,18 @@ class MorphogeneticModel(nn.Module):
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
         tensors = [(t, t.detach().clone()) for t in [*self.host.parameters(), *self.host.buffers()]]
+        places = [(module, dict(module._parameters), dict(module._buffers)) for module in self.host.modules()]
         slots = [(slot, dict(slot.__dict__), dict(slot._modules), slot.alpha) for slot in self.slots.values()]
         listeners, self._listeners = self._listeners, []
         try:
             result = super().load_state_dict(state_dict, strict, assign)
-        except (KasminaError, RuntimeError, TypeError, ValueError, KeyError):
+        except Exception:
             with torch.no_grad():
                 for tensor, before in tensors:
                     tensor.copy_(before)
+            for module, parameters, buffers in places:  # assign=True puts other tensors in their places
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
             for slot, attributes, modules, alpha in slots:
                 slot.__dict__.update(attributes)
                 slot.__dict__["_modules"] = modules
