@@ -216,7 +216,7 @@ def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
         f"epoch {record.epoch:>{width}}/{total_epochs}",
         f"train loss {wording.loss(record.train_loss)}",
         f"val loss {wording.loss(record.val_loss)}",
-        f"{metric_name} {wording.metric(record.val_metric, metric_name)}",
+        f"{clean(metric_name)} {wording.metric(record.val_metric, metric_name)}",
         f"parameters {wording.count(record.parameters)}",
     ]
     for slot in record.slots:
@@ -227,10 +227,10 @@ def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
             words.append(f"alpha {slot.alpha:.2f}")
         if slot.gain is not None:
             words.append(f"gain {_gain(slot)}")
-        parts.append(" ".join(word for word in words if word))
+        parts.append(" ".join(clean(word) for word in words if word))
     if record.gate:
-        parts.append(f"gate {record.gate}")
-    return clean(" | ".join(parts))
+        parts.append(f"gate {clean(record.gate)}")
+    return " | ".join(parts)
 
 
 def final_tables(record: RunRecord) -> list[RenderableType]:

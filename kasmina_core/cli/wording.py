@@ -225,6 +225,8 @@ def _caveat(record: RunRecord, grown: ArmResult, alone: ArmResult | None) -> str
         f"the grown model has {grown.parameters / alone.parameters:.3g} times the host's parameters "
         f"({count(grown.parameters)} against {count(alone.parameters)})"
     )
+    if not (math.isfinite(grown.test_loss) and math.isfinite(alone.test_loss)):
+        return f"{seeds}, and {size}."
     if len(record.arms) > 2:
         return f"{seeds}, and {size}; one run does not tell how much of the difference is chance."
     return (

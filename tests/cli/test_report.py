@@ -1,0 +1,292 @@
+"""The record of a run and the files made from it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from fake_runs import fake_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kasmina_core.cli import report
+from kasmina_core.cli.record import (
+    GROWN,
+    HOST_ALONE,
+    ArmResult,
+    EpochRecord,
+    RunRecord,
+    SeedRecord,
+    SlotRecord,
+    write_atomically,
+)
+from kasmina_core.cli.report import (
+    ReportError,
+    metrics_csv,
+    render_html,
+    render_png,
+    require_plots,
+    write_run,
+)
+from kasmina_core.errors import CheckpointError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HOSTILE = '</td><script src="http://evil.example/x.js">alert(1)</script>"\' $\\frac{1}{$ _\x1b[31m\n'
+
+# The record
+
+numbers = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e300])
+whole = st.integers(0, 10**15)
+slots = st.builds(SlotRecord, st.text(), st.text(), st.text(), numbers, st.none() | numbers)
+epochs = st.builds(
+    EpochRecord, whole, numbers, numbers, numbers, whole, numbers, st.lists(slots, max_size=2), st.text()
+)
+seeds = st.builds(
+    SeedRecord,
+    st.text(),
+    st.text(),
+    st.text(),
+    st.sampled_from(["fossilized", "culled", "unfinished"]),
+    whole,
+    st.none() | whole,
+    st.lists(st.tuples(st.text(), whole), max_size=2),
+    whole,
+    st.none() | numbers,
+    st.none() | numbers,
+    st.none() | numbers,
+    st.text(),
+)
+arms = st.builds(ArmResult, st.text(), whole, numbers, whole, numbers, numbers, numbers, numbers)
+runs = st.builds(
+    RunRecord,
+    st.text(),
+    st.text(),
+    st.text(),
+    st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.lists(st.booleans(), max_size=2)),
+    st.lists(epochs, max_size=2),
+    st.lists(epochs, max_size=2),
+    st.lists(seeds, max_size=2),
+    st.lists(arms, max_size=2),
+    st.booleans(),
+    st.lists(st.text(), max_size=2),
+    st.booleans(),
+)
+
+
+def refuse(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+@given(run=runs)
+def test_any_run_survives_strict_json_unchanged(run):
+    data = json.loads(run.to_json(), parse_constant=refuse)
+    again = RunRecord.from_dict(data)
+    assert again.to_json() == run.to_json()
+    assert repr(again) == repr(run)  # by repr, for NaN differs from itself
+
+
+def test_a_run_is_read_back_from_its_file(tmp_path):
+    run = fake_run()
+    run.write(tmp_path / "run.json")
+    assert RunRecord.read(tmp_path / "run.json") == run
+    assert run.arm(HOST_ALONE).parameters == 338
+    assert run.arm("another") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.update(format=2), "format 2"),
+        (lambda data: data.pop("arms"), "missing: arms"),
+        (lambda data: data.update(surprise=1), "unknown: surprise"),
+        (lambda data: data["epochs"][0].update(epoch="one"), "epoch is not a whole number but 'one'"),
+        (lambda data: data["epochs"][0]["slots"].append(3), "SlotRecord must be a mapping"),
+        (lambda data: data["seeds"][0].update(outcome="eaten"), "outcome cannot be 'eaten'"),
+        (lambda data: data["arms"][0].update(test_loss="low"), "ArmResult cannot be read"),
+        (lambda data: data.update(interrupted=1), "interrupted"),
+    ],
+)
+def test_a_foreign_record_is_refused_and_the_message_names_the_fault(change, said):
+    data = fake_run().to_dict()
+    change(data)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        RunRecord.from_dict(data)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', "null"])
+def test_a_file_that_holds_no_record_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError):
+        RunRecord.read(tmp_path / "run.json")
+
+
+def test_a_failed_write_leaves_the_previous_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "before")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# The files
+
+
+class Page(HTMLParser):
+    """Collects tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return render_png(fake_run())
+
+
+def test_a_run_is_written_as_five_files_that_can_be_read(tmp_path):
+    run = fake_run()
+    paths = write_run(run, tmp_path / "new" / "run")
+    assert [path.name for path in paths] == [
+        "run.json",
+        "config.json",
+        "metrics.csv",
+        "report.png",
+        "report.html",
+    ]
+    assert sorted(os.listdir(tmp_path / "new" / "run")) == sorted(path.name for path in paths)
+    assert RunRecord.read(paths[0]) == run
+    assert json.loads(paths[1].read_text()) == run.config
+    assert paths[3].read_bytes().startswith(PNG)
+    assert base64.b64encode(paths[3].read_bytes()).decode() in paths[4].read_text()
+
+
+def test_metrics_have_a_row_an_epoch_of_each_arm():
+    run = fake_run()
+    rows = list(csv.DictReader(io.StringIO(metrics_csv(run))))
+    assert [row["arm"] for row in rows] == [GROWN] * 40 + [HOST_ALONE] * len(run.baseline)
+    for row, epoch in zip(rows, [*run.epochs, *run.baseline], strict=True):
+        assert int(row["epoch"]) == epoch.epoch
+        assert float(row["val_loss"]) == epoch.val_loss
+        assert float(row["val_accuracy"]) == epoch.val_metric
+        assert float(row["flops"]) == epoch.flops
+    assert rows[13]["block1.stage"] == "BLENDING"
+    assert float(rows[13]["block1.alpha"]) == pytest.approx(0.4)
+    assert rows[13]["block2.blueprint"] == "kasmina-cnn:norm"
+    assert rows[40]["block1.stage"] == ""
+
+
+def test_the_page_needs_no_network_and_runs_nothing(picture):
+    page = Page(render_html(fake_run(), picture))
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    sources = [
+        value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")
+    ]
+    assert len(sources) == 1
+    assert sources[0].startswith("data:image/png;base64,")
+    assert not re.search(r"url\(|@import", report._STYLE)
+    assert "default-src 'none'" in str(page.tags)
+
+
+def test_the_page_holds_the_summary_the_tables_and_the_words(picture):
+    run = fake_run()
+    run.notes.append("The gates decided on 200 samples.")
+    text = Page(render_html(run, picture)).text
+    for part in ("0.305 lower", "93.5 %", "37.4 G", "seed-4", "never measured", "no gain after six epochs"):
+        assert part in text
+    for word in ("host", "seed", "gate", "alpha", "blending", "fossilized", "training FLOPs"):
+        assert word in text
+    assert "The gates decided on 200 samples." in text
+    assert '["block1"]' in text
+
+
+def hostile_run():
+    run = fake_run()
+    run.task = run.host = run.metric_name = HOSTILE
+    run.config = {HOSTILE: HOSTILE}
+    run.notes = [HOSTILE]
+    slot = SlotRecord(HOSTILE, HOSTILE, HOSTILE, math.nan, math.nan)
+    run.epochs = [EpochRecord(1, math.nan, math.inf, math.nan, 1, math.nan, (slot,), HOSTILE)]
+    run.seeds = [SeedRecord(HOSTILE, HOSTILE, HOSTILE, "culled", 1, 1, [], 1, math.nan, 0.0, 1.0, HOSTILE)]
+    run.arms = [ArmResult(HOSTILE, 1, math.inf, 1, math.nan, math.nan, math.nan, 0.0)]
+    return run
+
+
+def test_hostile_names_are_text_in_the_page_and_in_the_picture():
+    run = hostile_run()
+    picture = render_png(run)
+    assert picture.startswith(PNG)
+    page = Page(render_html(run, picture))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "</td><script" in page.text
+    assert "\x1b" not in page.text
+    known = {"alt", "src", "class", "style", "charset", "content", "name", "lang", "http-equiv"}
+    assert {key for _, attrs in page.tags for key in attrs} <= known
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        RunRecord("digits", "accuracy", "host"),
+        RunRecord("digits", "accuracy", "host", epochs=fake_run().epochs[:1], interrupted=True),
+        RunRecord("digits", "accuracy", "host", baseline=fake_run().baseline),
+        RunRecord("digits", "accuracy", "host", epochs=[EpochRecord(1, 1.0, 1.0, 0.5, 3, 0.0)]),
+    ],
+    ids=["nothing", "one epoch", "host alone only", "no slots"],
+)
+def test_a_run_that_was_stopped_early_has_a_report_too(tmp_path, run):
+    write_run(run, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_the_host_alone_is_drawn_where_the_grown_run_had_spent_the_same_flops():
+    run = RunRecord("t", "accuracy", "h")
+    run.epochs = [EpochRecord(i, 1.0, 1.0, 0.5, 1, flops) for i, flops in ((1, 10.0), (2, 30.0))]
+    run.baseline = [EpochRecord(i, 1.0, 1.0, 0.5, 1, 5.0 * i) for i in range(1, 7)]
+    assert report._epoch_of_equal_flops(run) == pytest.approx([0.5, 1.0, 1.25, 1.5, 1.75, 2.0])
+
+
+def test_equal_runs_make_equal_pictures(picture):
+    assert render_png(fake_run()) == picture
+
+
+def test_drawing_leaves_the_global_matplotlib_state_alone(picture):
+    import matplotlib
+
+    before = (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False))
+    render_png(fake_run())
+    assert (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)) == before
+
+
+def test_without_matplotlib_the_data_is_written_and_the_message_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ReportError, match=r"pip install 'kasmina\[grow\]'"):
+        require_plots()
+    with pytest.raises(ReportError):
+        write_run(fake_run(), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "metrics.csv", "run.json"]
