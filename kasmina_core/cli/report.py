@@ -221,6 +221,8 @@ def _epoch_of_equal_flops(record: RunRecord) -> list[float]:
 
 
 def _draw_losses(axes: Axes, record: RunRecord) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     at = [epoch.epoch for epoch in record.epochs]
     arms: tuple[tuple[str, str, Sequence[float], Sequence[EpochRecord]], ...] = (
         (GROWN, _GROWN_COLOUR, at, record.epochs),
@@ -250,9 +252,9 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
             )
     if values and max(values) / min(values) > 8:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("loss (nats)")
     axes.set_title("Loss: lower is better", loc="left", fontsize=10)
     _tidy(axes)
