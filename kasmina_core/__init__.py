@@ -15,22 +15,14 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import BlueprintRegistry as BlueprintRegistry
     from kasmina_core.blueprints import BlueprintSpec as BlueprintSpec
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
-    from kasmina_core.checks import CheckResult as CheckResult
-    from kasmina_core.checks import CheckStatus as CheckStatus
-    from kasmina_core.checks import RegistrationReport as RegistrationReport
-    from kasmina_core.checks import RegistrationVerdict as RegistrationVerdict
+    from kasmina_core.catalogue import HostRegistry as HostRegistry
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
     from kasmina_core.config import GradientPolicy as GradientPolicy
     from kasmina_core.config import GrowthConfig as GrowthConfig
     from kasmina_core.config import Incubation as Incubation
     from kasmina_core.config import RampUnit as RampUnit
-    from kasmina_core.discovery import HostRegistry as HostRegistry
-    from kasmina_core.discovery import PackReason as PackReason
-    from kasmina_core.discovery import PackRecord as PackRecord
-    from kasmina_core.discovery import PackState as PackState
     from kasmina_core.discovery import PluginRegistry as PluginRegistry
     from kasmina_core.discovery import default_registry as default_registry
-    from kasmina_core.discovery import list_packs as list_packs
     from kasmina_core.discovery import reset_default_registry as reset_default_registry
     from kasmina_core.errors import AmbiguousNameError as AmbiguousNameError
     from kasmina_core.errors import BlueprintError as BlueprintError
@@ -84,6 +76,10 @@ if TYPE_CHECKING:
     from kasmina_core.model import MorphogeneticModel as MorphogeneticModel
     from kasmina_core.model import SlotSummary as SlotSummary
     from kasmina_core.optim import tie_optimizer as tie_optimizer
+    from kasmina_core.packs import PackReason as PackReason
+    from kasmina_core.packs import PackRecord as PackRecord
+    from kasmina_core.packs import PackState as PackState
+    from kasmina_core.packs import list_packs as list_packs
     from kasmina_core.policy import Advance as Advance
     from kasmina_core.policy import Command as Command
     from kasmina_core.policy import Continue as Continue
@@ -97,6 +93,10 @@ if TYPE_CHECKING:
     from kasmina_core.policy import Resume as Resume
     from kasmina_core.policy import SetAlpha as SetAlpha
     from kasmina_core.policy import SlotObservation as SlotObservation
+    from kasmina_core.reports import CheckResult as CheckResult
+    from kasmina_core.reports import CheckStatus as CheckStatus
+    from kasmina_core.reports import RegistrationReport as RegistrationReport
+    from kasmina_core.reports import RegistrationVerdict as RegistrationVerdict
     from kasmina_core.slots import SeedSlot as SeedSlot
     from kasmina_core.telemetry import CallableSink as CallableSink
     from kasmina_core.telemetry import JsonLinesSink as JsonLinesSink
@@ -115,8 +115,8 @@ _HOME = {
     "BlueprintRegistry": "blueprints",
     "BlueprintSpec": "blueprints",
     "CallableSink": "telemetry",
-    "CheckResult": "checks",
-    "CheckStatus": "checks",
+    "CheckResult": "reports",
+    "CheckStatus": "reports",
     "CheckVerdict": "gates",
     "CheckpointError": "errors",
     "Command": "policy",
@@ -136,7 +136,7 @@ _HOME = {
     "HookedHost": "attachment",
     "HostError": "errors",
     "HostProtocol": "hosts",
-    "HostRegistry": "discovery",
+    "HostRegistry": "catalogue",
     "HostSpec": "hosts",
     "Incubation": "config",
     "InjectionPoint": "hosts",
@@ -149,9 +149,9 @@ _HOME = {
     "NameConflictError": "errors",
     "NoGrowthPolicy": "policy",
     "Observation": "policy",
-    "PackReason": "discovery",
-    "PackRecord": "discovery",
-    "PackState": "discovery",
+    "PackReason": "packs",
+    "PackRecord": "packs",
+    "PackState": "packs",
     "Pause": "policy",
     "PlateauPolicy": "policy",
     "PluginError": "errors",
@@ -160,8 +160,8 @@ _HOME = {
     "QualityGates": "gates",
     "RampUnit": "config",
     "RegisteredBlueprint": "blueprints",
-    "RegistrationReport": "checks",
-    "RegistrationVerdict": "checks",
+    "RegistrationReport": "reports",
+    "RegistrationVerdict": "reports",
     "Resume": "policy",
     "SeedCulled": "events",
     "SeedEvidence": "evidence",
@@ -197,7 +197,7 @@ _HOME = {
     "is_failure_stage": "lifecycle",
     "is_terminal_stage": "lifecycle",
     "is_valid_transition": "lifecycle",
-    "list_packs": "discovery",
+    "list_packs": "packs",
     "reset_default_registry": "discovery",
     "straight_through": "isolation",
     "tie_optimizer": "optim",

@@ -1,24 +1,18 @@
-"""What a blueprint must show before it is registered: its size, shapes, gradient and manners, measured on a device.
-
-Nothing is called passed that did not run: a report names the devices that were really used and every check that did
-not run, with the reason.
-"""
+"""What a blueprint must show before it is registered: its size, shapes, gradient and manners, measured on a device."""
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints import BlueprintSpec
-from kasmina_core.errors import BlueprintError
+from kasmina_core.global_state import preserved_global_state, read_settings, restore_settings
+from kasmina_core.reports import CheckResult, CheckStatus, RegistrationReport
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -40,175 +34,6 @@ _DEVICE_CHECKS: Final = (
     "forward_draws_no_random_numbers",
     "gradient_at_birth",
 )
-
-
-@final
-class CheckStatus(StrEnum):
-    """What became of one check."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    NOT_RUN = "not run"
-
-
-@final
-class RegistrationVerdict(StrEnum):
-    """What became of all checks on the devices that were asked for.
-
-    ``failed`` if one failed, else ``incomplete`` if one did not run, else ``passed``.
-    """
-
-    PASSED = "passed"
-    FAILED = "failed"
-    INCOMPLETE = "incomplete"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """One check of one blueprint.
-
-    Attributes:
-        name: What was checked, such as ``param_estimate``.
-        status: Passed, failed, or not run.
-        device: Where, ``"cpu"`` or ``"cuda:0"``; empty for checks that are about no device.
-        where: Width and input at which it was measured; for a failure, the first that failed.
-        expected: What was asked, as plain data.
-        measured: What was found, as plain data; ``None`` if nothing was.
-        tolerance: How far the two may differ.
-        hint: What to do about a failure, or why the check did not run.
-        claim: What is wrong, to be read after the name of the blueprint.
-        error: The exception behind a failure.
-    """
-
-    name: str
-    status: CheckStatus
-    device: str = ""
-    where: str = ""
-    expected: Any = None
-    measured: Any = None
-    tolerance: str = "none"
-    hint: str = ""
-    claim: str = ""
-    error: BaseException | None = field(default=None, compare=False, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for JSON."""
-        return {
-            "name": self.name,
-            "status": self.status.value,
-            "device": self.device,
-            "where": self.where,
-            "expected": self.expected,
-            "measured": self.measured,
-            "tolerance": self.tolerance,
-            "hint": self.hint,
-        }
-
-    def explain(self, subject: str) -> str:
-        """Return the message of a failure: what is wrong with ``subject``, both values aligned, what to do."""
-        lines = [f"{subject} {self.claim or 'fails the check ' + self.name}."]
-        if self.name == "param_estimate" and isinstance(self.measured, int):
-            ratio = f"{self.measured / self.expected:.2f}" if self.expected else "inf"
-            declared, counted = f"{self.expected:,}", f"{self.measured:,}"
-            wide = max(len(declared), len(counted))
-            lines += [
-                f"  declared: {declared:>{wide}} parameters at {self.where}",
-                f"  counted:  {counted:>{wide}} parameters at {self.where} (fvcore)",
-                f"  ratio:    {ratio:>{wide}}",
-            ]
-        elif self.expected is not None or self.measured is not None:
-            place = ", ".join(filter(None, (self.where, f"on {self.device}" if self.device else "")))
-            lines += [
-                f"  expected: {_plain(self.expected)}" + (f" at {place}" if place else ""),
-                f"  measured: {_plain(self.measured)}",
-            ]
-        return "\n".join([*lines, self.hint] if self.hint else lines)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class RegistrationReport:
-    """What the registration checks of one blueprint found.
-
-    Attributes:
-        blueprint: Name of the blueprint.
-        origin: Who offers it, such as ``"kasmina-cnn 0.1"``; may be empty.
-        devices: The devices that modules really ran on.
-        asked: The kinds of device, ``"cpu"`` and ``"cuda"``, that had to be used for a verdict.
-        checks: Every check, also those that did not run.
-    """
-
-    blueprint: str
-    origin: str
-    devices: tuple[str, ...]
-    asked: tuple[str, ...]
-    checks: tuple[CheckResult, ...]
-
-    @property
-    def verdict(self) -> RegistrationVerdict:
-        """The verdict on the devices asked for; it says nothing about others (see `not_run`)."""
-        if self.failures:
-            return RegistrationVerdict.FAILED
-        if any(c.device.partition(":")[0] in ("", *self.asked) for c in self.not_run) or not self.checks:
-            return RegistrationVerdict.INCOMPLETE
-        return RegistrationVerdict.PASSED
-
-    @property
-    def failures(self) -> tuple[CheckResult, ...]:
-        """The checks that failed."""
-        return tuple(c for c in self.checks if c.status is CheckStatus.FAILED)
-
-    @property
-    def not_run(self) -> tuple[CheckResult, ...]:
-        """The checks that did not run; ``hint`` says why."""
-        return tuple(c for c in self.checks if c.status is CheckStatus.NOT_RUN)
-
-    @property
-    def failure_message(self) -> str:
-        """What is wrong and what to do, for people; empty if nothing failed."""
-        subject = f"Blueprint '{self.blueprint}'" + (f" from pack '{self.origin}'" if self.origin else "")
-        failures = self.failures
-        message = "\n".join(check.explain(subject) for check in failures[:1])
-        if others := dict.fromkeys(c.name for c in failures if c.name != failures[0].name):
-            message += f"\nAlso failed: {', '.join(others)}."
-        return message
-
-    def raise_if_failed(self) -> None:
-        """Raise what failed.
-
-        Raises:
-            BlueprintError: If a check failed; the exception behind it, if there was one, is chained.
-        """
-        if failures := self.failures:
-            raise BlueprintError(self.failure_message) from failures[0].error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "blueprint": self.blueprint,
-            "origin": self.origin,
-            "verdict": self.verdict.value,
-            "devices": list(self.devices),
-            "checks": [check.to_dict() for check in self.checks],
-            "not_run": [
-                {"name": c.name, "device": c.device, "where": c.where, "why": c.hint} for c in self.not_run
-            ],
-        }
-
-    def __str__(self) -> str:
-        rows = [(c.status.value, _label(c), c) for c in self.checks]
-        wide = max((len(label) for _, label, _ in rows), default=0)
-        lines = [f"{self.blueprint}: {self.verdict.value} on {', '.join(self.devices) or 'no device'}"]
-        for status, label, check in rows:
-            if check.status is CheckStatus.NOT_RUN:
-                detail = check.hint
-            elif check.status is CheckStatus.PASSED:
-                detail = _plain(check.measured)
-            else:
-                detail = f"expected {_plain(check.expected)}, measured {_plain(check.measured)}"
-            lines.append(f"  {status:<7}  {label:<{wide}}  {detail}".rstrip())
-        return "\n".join(lines)
 
 
 def check_blueprint_spec(
@@ -247,87 +72,6 @@ def check_blueprint_spec(
         return _Examination(spec, origin).report(device, widths)
 
 
-@contextmanager
-def preserved_global_state() -> Iterator[None]:
-    """Run the block, then put back what foreign code may not change.
-
-    That is the random numbers of Python, numpy and torch, and torch's default dtype, default device, number of
-    threads, gradient mode, deterministic mode and cuDNN benchmark mode. What has not been imported is not touched.
-    """
-    torch = sys.modules.get("torch")
-    numpy_random = sys.modules.get("numpy.random")
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    settings = _read_settings() if torch is not None else {}
-    torch_state = torch.get_rng_state() if torch is not None else None
-    cuda_states = (
-        torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
-    )
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
-        if torch is not None:
-            _restore_settings(settings)
-            torch.set_rng_state(torch_state)
-            if cuda_states is not None:
-                torch.cuda.set_rng_state_all(cuda_states)
-
-
-def _read_settings() -> dict[str, Any]:
-    import torch
-
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "number of threads": torch.get_num_threads(),
-        "gradient mode": torch.is_grad_enabled(),
-        "deterministic mode": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "cuDNN benchmark mode": torch.backends.cudnn.benchmark,
-        "seed of the random numbers": torch.initial_seed(),
-    }
-
-
-def _restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the settings back and return those that had been changed, with the values found."""
-    import torch
-
-    def set_deterministic(value: tuple[bool, bool]) -> None:
-        torch.use_deterministic_algorithms(value[0], warn_only=value[1])
-
-    def set_benchmark(value: bool) -> None:
-        torch.backends.cudnn.benchmark = value
-
-    def set_device(value: torch.device) -> None:
-        torch.set_default_device(None if value.type == "cpu" else value)
-
-    def set_grad(value: bool) -> None:
-        torch.set_grad_enabled(value)
-
-    def set_seed(value: int) -> None:
-        torch.default_generator.manual_seed(value)
-
-    setters: dict[str, Callable[[Any], None]] = {
-        "default dtype": torch.set_default_dtype,
-        "default device": set_device,
-        "number of threads": torch.set_num_threads,
-        "gradient mode": set_grad,
-        "deterministic mode": set_deterministic,
-        "cuDNN benchmark mode": set_benchmark,
-        "seed of the random numbers": set_seed,
-    }
-    found = _read_settings()
-    changed = {name: value for name, value in found.items() if value != settings[name]}
-    for name in changed:
-        setters[name](settings[name])
-    return changed
-
-
 @dataclass(slots=True)
 class _Built:
     """A module of the blueprint, at one width, on the CPU."""
@@ -357,7 +101,7 @@ class _Examination:
 
         asked, runnable, absent = _devices(device)
         with private_rng(_SEED, *(torch.device(name) for name in runnable)):
-            self.settings = _read_settings()
+            self.settings = read_settings()
             chosen = self._choose_widths(widths)
             built = self._build_all(chosen)
             self._check_options(built)
@@ -737,7 +481,7 @@ class _Examination:
     # -- keeping the results ----------------------------------------------------------------------------------------
 
     def _note_settings(self) -> None:
-        for name, value in _restore_settings(self.settings).items():
+        for name, value in restore_settings(self.settings).items():
             self.changed_settings.setdefault(name, value)
 
     def _pass(self, name: str, **facts: Any) -> None:
@@ -861,9 +605,8 @@ def _fvcore_counter() -> Callable[[nn.Module], int] | str:
     """Return a function that counts parameters with fvcore, or why there is none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # fvcore scripts functions when it is imported, which torch deprecates
+            # fvcore scripts functions when it is imported, which torch deprecates.
+            warnings.simplefilter("ignore")
             from fvcore.nn import parameter_count
     except ImportError as error:
         return f"fvcore cannot be imported: {error}"
@@ -898,15 +641,6 @@ def _polynomial(counts: Mapping[int, int]) -> str | None:
     return text or "0"
 
 
-def _label(check: CheckResult) -> str:
-    where = check.where if check.name in ("param_estimate", "param_count") else ""
-    return " ".join(
-        filter(
-            None, (check.name, f"at {where}" if where else "", f"on {check.device}" if check.device else "")
-        )
-    )
-
-
 def _order(check: CheckResult) -> tuple[int, int]:
     """Causes before consequences: the first failure is the one to read."""
     names = (
@@ -919,13 +653,3 @@ def _order(check: CheckResult) -> tuple[int, int]:
         *_DEVICE_CHECKS,
     )
     return (names.index(check.name), int(check.status is CheckStatus.NOT_RUN))
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, list, dict)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return "(" + ", ".join(map(str, value)) + ")"

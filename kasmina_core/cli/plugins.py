@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from kasmina_core.discovery import PackRecord, PackState, list_packs
 from kasmina_core.errors import UnknownNameError, did_you_mean
+from kasmina_core.packs import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:
-    from kasmina_core.checks import RegistrationReport
     from kasmina_core.discovery import PluginRegistry
+    from kasmina_core.reports import RegistrationReport
 
 SHOWN_WIDTHS: Final = (16, 64, 256)
 """Feature widths at which ``info`` shows the declared number of parameters."""
