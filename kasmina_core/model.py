@@ -112,6 +112,9 @@ class MorphogeneticModel(nn.Module):
     here, once, so call ``torch.compile`` afterwards. Empty slots add no key to the ``state_dict``: a model without
     seeds saves and loads like its bare host.
 
+    Compiled, each forward mode of each slot is a graph of its own: up to 4 in training and 4 without gradients. torch
+    stops at 8, so set ``torch._dynamo.config.recompile_limit`` to 8 times the number of slots that will hold seeds.
+
     Args:
         host: Any module. One with `HostProtocol` declares its points; for others name them in ``slots``.
         slots: Names or paths of points, globs (``"layers.*"``) or `InjectionPoint` declarations; ``None`` for all that
