@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, final
 
@@ -22,16 +22,37 @@ from kasmina_core.topology import Topology
 class SlotHook:
     """A forward hook that passes a module's output through a slot.
 
-    The output is a tensor, or a tuple whose first element is the features; the rest of it is kept.
+    The output is the features, or holds them first (see `features_in`); the rest of it is kept.
     """
 
     def __init__(self, slot: nn.Module) -> None:
         self.slot = slot
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self.slot(output)
         if isinstance(output, tuple):
             return (self.slot(output[0]), *output[1:])
+        if (name := _first_field(output)) is not None:
+            return replace(output, **{name: self.slot(getattr(output, name))})
         return self.slot(output)
+
+
+def features_in(output: Any) -> Any:
+    """Return what a slot takes of a module's output: all of it, a tuple's first element, or a dataclass's first field.
+
+    A field that is ``None`` does not count.
+    """
+    if isinstance(output, tuple) and output:
+        return output[0]
+    name = _first_field(output)
+    return output if name is None else getattr(output, name)
+
+
+def _first_field(output: Any) -> str | None:
+    if isinstance(output, type) or not is_dataclass(output):
+        return None
+    return next((field.name for field in fields(output) if getattr(output, field.name) is not None), None)
 
 
 class HookedHost:
@@ -254,10 +275,10 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
             "does not fire: the forward pass never calls it" if not outputs else f"fires {len(outputs)} times"
         )
         raise HostError(f"{times}; a point must fire once per forward pass")
-    output = outputs[0][0] if isinstance(outputs[0], tuple) and outputs[0] else outputs[0]
+    output = features_in(outputs[0])
     if not isinstance(output, Tensor):
         raise HostError(
-            f"returns {type(outputs[0]).__name__}, not a tensor or a tuple that begins with one; "
+            f"returns {type(outputs[0]).__name__}, not a tensor or a tuple or dataclass that begins with one; "
             "name a submodule that returns the features"
         )
     if not output.is_floating_point():
