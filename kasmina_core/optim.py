@@ -15,34 +15,49 @@ from kasmina_core.model import MorphogeneticModel
 class _TiedOptimizer:
     """Gives each seed a parameter group of its own and takes it back."""
 
-    def __init__(self, optimizer: Optimizer, lr_factor: float, weight_decay: float | None) -> None:
+    def __init__(
+        self, host: nn.Module, optimizer: Optimizer, lr_factor: float, weight_decay: float | None
+    ) -> None:
+        self._host = host
         self._optimizer = optimizer
         self._lr_factor = lr_factor
         self._weight_decay = weight_decay
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        fresh = [p for p in parameters if id(p) not in held]
-        if not fresh:
+        own = self._without_host(parameters)
+        if not own:
             return
+        groups = self._optimizer.param_groups
         group = {
-            "params": fresh,
+            "params": own,
             "kasmina_slot": slot,
-            "lr": self._optimizer.param_groups[0]["lr"] * self._lr_factor,
+            "lr": groups[0]["lr"] * self._lr_factor,
         }
         if self._weight_decay is not None:
             group["weight_decay"] = self._weight_decay
+        self._drop(own)
         self._optimizer.add_param_group(group)
+        # A state_dict knows parameters by position: an order that does not depend on who grew first keeps it right.
+        groups.sort(key=lambda g: str(g.get("kasmina_slot", "")))
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
+        own = self._without_host(parameters)
+        self._drop(own)
+        # Memory is freed only when both the groups and the state let go.
+        for parameter in own:
+            self._optimizer.state.pop(parameter, None)
+
+    def _without_host(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        host = {id(p) for p in self._host.parameters()}
+        return [p for p in parameters if id(p) not in host]
+
+    def _drop(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take parameters out of every group, and groups of seeds that are then empty out of the optimiser."""
         gone = {id(p) for p in parameters}
         groups = self._optimizer.param_groups
-        # Memory is freed only when both the group and the state let go.
-        groups[:] = [
-            g for g in groups if g.get("kasmina_slot") != slot or not gone & {id(p) for p in g["params"]}
-        ]
-        for parameter in parameters:
-            self._optimizer.state.pop(parameter, None)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        groups[:] = [g for g in groups if g["params"] or "kasmina_slot" not in g]
 
 
 def tie_optimizer(
@@ -55,10 +70,11 @@ def tie_optimizer(
     """Keep an optimiser's parameter groups in step with a model's seeds from now on.
 
     Each germination adds a group ``{"kasmina_slot": name, ...}``; a cull removes it with its state; fossilisation
-    changes nothing. Groups and state of other parameters are untouched.
+    changes nothing. State of other parameters is untouched. The groups of seeds come after the others, sorted by
+    slot, so that the optimiser's ``state_dict`` fits a model that was loaded, whichever seed was germinated first.
 
     Args:
-        model: The model; seeds that are already there are added now.
+        model: The model; seeds that are already there get a group of their own now.
         optimizer: The optimiser of the host.
         lr_factor: Learning rate of seeds over that of the first group.
         weight_decay: Weight decay of seeds; default the optimiser's.
@@ -66,7 +82,7 @@ def tie_optimizer(
     Returns:
         The same optimiser.
     """
-    tied = _TiedOptimizer(optimizer, lr_factor, weight_decay)
+    tied = _TiedOptimizer(model.host, optimizer, lr_factor, weight_decay)
     for slot in model.slots:
         if parameters := model.seed_parameters(slot):
             tied.seed_added(slot, parameters)
