@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final, runtime_checkable
@@ -153,8 +154,9 @@ class PlateauPolicy:
         blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
         patience: Epochs without improvement that make a plateau, at least 1.
         min_delta: Smallest improvement that counts, as a share of the best metric.
-        max_training_epochs: Epochs in TRAINING after which a seed that G2 refuses is culled.
-        max_probation_epochs: Epochs in SHADOWING or PROBATIONARY after which a seed that its gate refuses is culled.
+        max_training_epochs: Epochs in GERMINATED or TRAINING after which a seed that its gate refuses is culled.
+        max_probation_epochs: Epochs in SHADOWING, PROBATIONARY or, once the ramp is done, BLENDING after which a seed
+            that its gate refuses is culled.
         max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
 
     Raises:
@@ -178,6 +180,8 @@ class PlateauPolicy:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value!r}.")
+        if not 0.0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, not {min_delta!r}.")
         self._candidates = blueprints if callable(blueprints) else _from_mapping(blueprints)
         self.patience = patience
         self.min_delta = min_delta
@@ -207,8 +211,8 @@ class PlateauPolicy:
 
     def _note(self, observation: Observation) -> bool:
         metric = observation.metric
-        if metric is None:
-            return False
+        if metric is None or not math.isfinite(metric):
+            return False  # a diverged host is not on a plateau
         sign = 1.0 if observation.higher_is_better else -1.0
         if self._best is None or sign * (metric - self._best) > self.min_delta * abs(self._best):
             self._best, self._stale = metric, 0
@@ -222,7 +226,9 @@ class PlateauPolicy:
         if slot.stage is SeedStage.PROBATIONARY and slot.gate_passed:
             return Advance(slot.slot)
         limit = {
+            SeedStage.GERMINATED: self.max_training_epochs,
             SeedStage.TRAINING: self.max_training_epochs,
+            SeedStage.BLENDING: self.max_probation_epochs if slot.ramp_progress >= 1.0 else None,
             SeedStage.SHADOWING: self.max_probation_epochs,
             SeedStage.PROBATIONARY: self.max_probation_epochs,
         }.get(slot.stage)
