@@ -47,10 +47,11 @@ class PluginRegistry:
         hosts: Their hosts.
         events: A `BlueprintRegistered` for each blueprint, in order.
 
+    >>> from kasmina_core import HostSpec, Topology, hookimpl
     >>> class Pack:
-    ...     @hookspecs.hookimpl
+    ...     @hookimpl
     ...     def kasmina_hosts(self):
-    ...         return [HostSpec("tiny", "my_pack.hosts:TinyHost", hookspecs.Topology.CNN)]
+    ...         return [HostSpec("tiny", "my_pack.hosts:TinyHost", Topology.CNN)]
     >>> registry = PluginRegistry()
     >>> registry.register_pack("mine", Pack()).hosts
     ('mine:tiny',)
