@@ -105,10 +105,10 @@ def try_seed(
         given._version == 0,
         "its forward must not write into the features it is given: the host reads them too",
     )
+    advice = "use GrowthConfig(incubation='counterfactual'), or a seed that draws none"
     findings["random numbers"] = (
         may_draw or not drew,
-        "its forward draws global random numbers (dropout?), which would change the host's in straight-through "
-        "TRAINING; use GrowthConfig(incubation='counterfactual'), or a seed that draws none",
+        f"its forward draws global random numbers, which changes the host's in straight-through TRAINING; {advice}",
     )
     trial.seed = seed
     return trial
