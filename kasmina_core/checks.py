@@ -35,6 +35,17 @@ _DEVICE_CHECKS: Final = (
     "gradient_at_birth",
 )
 
+CHECK_NAMES: Final = (
+    "accepts_width",
+    "factory",
+    "options",
+    "global_state",
+    "param_estimate",
+    "param_count",
+    *_DEVICE_CHECKS,
+)
+"""Every check that a report can hold, in its order."""
+
 
 def check_blueprint_spec(
     spec: BlueprintSpec,
@@ -643,13 +654,4 @@ def _polynomial(counts: Mapping[int, int]) -> str | None:
 
 def _order(check: CheckResult) -> tuple[int, int]:
     """Causes before consequences: the first failure is the one to read."""
-    names = (
-        "accepts_width",
-        "factory",
-        "options",
-        "global_state",
-        "param_estimate",
-        "param_count",
-        *_DEVICE_CHECKS,
-    )
-    return (names.index(check.name), int(check.status is CheckStatus.NOT_RUN))
+    return (CHECK_NAMES.index(check.name), int(check.status is CheckStatus.NOT_RUN))
