@@ -1,0 +1,195 @@
+"""``kasmina grow``: train a small host on real data, grow it, and say what that was worth."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from kasmina_core.errors import KasminaError
+
+
+class RunFolderError(KasminaError):
+    """The folder for a run is already used or cannot be written."""
+
+
+@click.command(short_help="Train a host and grow it with seeds.")
+@click.option("--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10.")
+@click.option(
+    "--host", help="Host to grow, such as cnn:cnn. Default: the bundled one of the task's topology."
+)
+@click.option(
+    "--host-option", "host_options", multiple=True, metavar="NAME=VALUE", help="Option of the host."
+)
+@click.option(
+    "--slots", multiple=True, metavar="NAME", help="Injection point or glob. Default: all of the host's."
+)
+@click.option(
+    "--blueprint",
+    "blueprints",
+    multiple=True,
+    metavar="ID",
+    help="Blueprint to grow from. Default: the policy's choice.",
+)
+@click.option("--policy", default="plateau", show_default=True, help="plateau, none, or one from a pack.")
+@click.option(
+    "--incubation",
+    type=click.Choice(["counterfactual", "straight-through"]),
+    default="counterfactual",
+    show_default=True,
+    help="How seeds learn before they contribute.",
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
+@click.option("--batch-size", type=click.IntRange(min=2), help="Samples a batch. Default: the task's.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Decides every random number."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="CPU threads; models this small are fastest with one.",
+)
+@click.option(
+    "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/TASK-DATE-TIME."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the record of the run as JSON, and nothing else."
+)
+def grow(
+    task: str,
+    host: str | None,
+    host_options: tuple[str, ...],
+    slots: tuple[str, ...],
+    blueprints: tuple[str, ...],
+    policy: str,
+    incubation: str,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    seed: int,
+    device: str,
+    threads: int,
+    data_dir: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Train a host, grow it with seeds, and compare it with the same host trained alone.
+
+    Both arms get the same training FLOPs: what incubation, gates and culled seeds cost is charged to the grown one.
+    The run's folder then holds config.json, events.jsonl, metrics.csv, run.json, model.pt, report.png and report.html.
+
+    Ctrl-C ends the run with what there is.
+    """
+    import torch
+
+    from kasmina_core.cli.display import RunDisplay, print_final
+    from kasmina_core.cli.report import require_plots, write_run
+    from kasmina_core.cli.run import PRESETS, GrowthRun, RunSettings
+    from kasmina_core.cli.tasks import load_task
+    from kasmina_core.discovery import default_registry
+    from kasmina_core.telemetry import JsonLinesSink, Telemetry
+
+    torch.set_num_threads(threads)
+    place = _device(device)
+    require_plots()
+    data = load_task(task, seed, place, data_dir=data_dir)
+    preset = PRESETS[task]
+    settings = RunSettings(
+        task=task,
+        host=host,
+        slots=slots,
+        blueprints=blueprints,
+        policy=policy,
+        incubation=incubation,
+        epochs=epochs or preset.epochs,
+        batch_size=batch_size or preset.batch_size,
+        lr=lr or preset.lr,
+        seed=seed,
+        device=place,
+        ramp_epochs=preset.ramp_epochs,
+        host_options=dict(map(_option, host_options)),
+    )
+    with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
+        run = GrowthRun(settings, data, default_registry(), display)
+        folder = _folder(out, task)  # made once nothing the user said can be refused any more
+        with Telemetry([JsonLinesSink(folder / "events.jsonl")]) as telemetry, _interruptible(run.interrupt):
+            record = run.run(telemetry)
+    torch.save(run.model.state_dict(), folder / "model.pt")
+    write_run(record, folder)
+    if as_json:
+        click.echo(json.dumps(record.to_dict(), allow_nan=False))
+    else:
+        print_final(record, folder)
+    if record.interrupted:
+        sys.exit(130)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch sees no CUDA device here. Use --device auto or cpu.")
+    return wanted
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise click.UsageError(f"--host-option {text!r} must read NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _folder(out: Path | None, task: str) -> Path:
+    """Make the run's folder; one that holds something already is refused."""
+    folder = out or Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(
+            f"--out {folder}: there is something already. Name a folder that is new or empty."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out {folder}: {error.strerror}.") from error
+    return folder
+
+
+@contextmanager
+def _interruptible(interrupt: Any) -> Iterator[None]:
+    """Let the first Ctrl-C end the run after its batch; a second one is the usual KeyboardInterrupt."""
+
+    def once(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        click.echo("\nStopping after this batch; Ctrl-C again to abort.", err=True)
+        interrupt()
+
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

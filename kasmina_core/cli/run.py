@@ -1,0 +1,555 @@
+"""One run of `kasmina grow`: the same host twice, once grown and once alone, for the same training FLOPs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blueprints import import_factory
+from kasmina_core.cli.flops import FlopLedger
+from kasmina_core.cli.record import (
+    GROWN,
+    HOST_ALONE,
+    ArmResult,
+    EpochRecord,
+    RunRecord,
+    SeedOutcome,
+    SeedRecord,
+    SlotRecord,
+)
+from kasmina_core.cli.tasks import SplitName, Task
+from kasmina_core.config import GrowthConfig, RampUnit
+from kasmina_core.discovery import PluginRegistry
+from kasmina_core.errors import BlueprintError, GerminationError, UnknownNameError, did_you_mean
+from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
+from kasmina_core.evidence import SeedEvidence
+from kasmina_core.gates import QualityGates
+from kasmina_core.hosts import HostProtocol
+from kasmina_core.model import EventTarget, MorphogeneticModel
+from kasmina_core.optim import tie_optimizer
+from kasmina_core.policy import NoGrowthPolicy, PlateauPolicy, Policy, SlotObservation
+from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.topology import Topology
+
+EVALUATION_BATCH: Final = 256
+"""Samples a batch where nothing is learned."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a task is trained with unless the user says otherwise.
+
+    Attributes:
+        host_options: Keywords for the host, where its factory takes them: a host small enough to need growth.
+        epochs: Epochs of the grown arm.
+        batch_size: Samples a training batch.
+        lr: Learning rate of Adam, constant.
+        ramp_epochs: Length of the alpha ramp; it moves with every optimiser step.
+    """
+
+    host_options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 100
+    batch_size: int = 32
+    lr: float = 3e-3
+    ramp_epochs: float = 4.0
+
+
+PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {
+        "digits": Preset({"base_channels": 3, "width_factor": 1}, epochs=100),
+        "chars": Preset({"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1}, epochs=50, lr=1e-2),
+        "mnist": Preset({"base_channels": 4, "width_factor": 1}, epochs=20, batch_size=128),
+        "cifar10": Preset({"base_channels": 8}, epochs=40, batch_size=128),
+    }
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Everything that decides a run; two runs with equal settings on one machine are equal bit for bit.
+
+    Attributes:
+        host: Id of the host; ``None`` for the first one of the task's topology.
+        slots: Names, paths or globs of points; empty for all that the host declares.
+        blueprints: Blueprints to grow from; empty lets the policy choose among all of the topology.
+        policy: ``plateau``, ``none``, or the name of a policy from a pack.
+        incubation: Value of `Incubation`.
+        seed: For the split, the weights, the order of the samples and the seeds.
+        device: Torch device.
+    """
+
+    task: str
+    host: str | None
+    slots: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    policy: str
+    incubation: str
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: str
+    ramp_epochs: float
+    host_options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class Display(Protocol):
+    """Shows how a run goes on; `RunDisplay` is one."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Show an epoch of the grown arm."""
+        ...
+
+    def phase(self, text: str, total: float | None = None) -> None:
+        """Say what comes next."""
+        ...
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Move the phase's progress on."""
+        ...
+
+
+@final
+class SeedLog:
+    """Writes down the life of every seed from the events of a model, and passes the events on."""
+
+    def __init__(self) -> None:
+        self.onward: EventTarget | None = None
+        self._lives: dict[str, dict[str, Any]] = {}
+        self.evidence: dict[str, SeedEvidence] = {}
+        self.verdicts: dict[str, str] = {}
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event."""
+        life = self._lives.setdefault(event.seed_id, {"stages": [], "outcome": "unfinished", "ended": None})
+        if isinstance(event, SeedGerminated):
+            life |= {"slot": event.slot, "blueprint": event.blueprint_id, "parameters": event.parameters}
+            life["germinated"] = event.epoch
+        elif isinstance(event, StageChanged):
+            life["stages"].append((event.after, event.epoch))
+        elif isinstance(event, SeedFossilized):
+            life |= {"outcome": "fossilized", "ended": event.epoch}
+            if (decisive := self.evidence.get(event.seed_id)) is not None:
+                life["reason"] = (
+                    f"G5 passed: on the gates' samples it saved {decisive.gain:.4f} nats, "
+                    f"{decisive.t:.1f} times its standard error"
+                )
+        elif isinstance(event, SeedCulled):
+            life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason}
+        if self.onward is not None:
+            self.onward.emit(event)
+
+    def records(self) -> list[SeedRecord]:
+        """Return the seeds in the order in which they germinated."""
+        records = []
+        for seed_id, life in self._lives.items():
+            evidence = self.evidence.get(seed_id)
+            low, high = evidence.interval if evidence is not None else (None, None)
+            outcome: SeedOutcome = life["outcome"]
+            records.append(
+                SeedRecord(
+                    seed_id=seed_id,
+                    slot=life["slot"],
+                    blueprint=life["blueprint"],
+                    outcome=outcome,
+                    germinated_epoch=life["germinated"],
+                    ended_epoch=life["ended"],
+                    stages=life["stages"],
+                    parameters=life["parameters"],
+                    gain=evidence.gain if evidence is not None else None,
+                    gain_low=low,
+                    gain_high=high,
+                    reason=life.get("reason", self.verdicts.get(seed_id, "")),
+                )
+            )
+        return records
+
+
+def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
+    """Build the host of a run, with weights that depend on ``settings.seed`` alone.
+
+    The factory is given ``in_channels`` and ``num_classes``, or ``vocab_size`` and ``max_len``, as the task is, and
+    those of the preset's options that it takes.
+
+    Raises:
+        UnknownNameError: If there is no such host, or none for the task.
+        BlueprintError: If an option that the user asked for is not one of the host's.
+    """
+    topology = Topology.CNN if task.kind == "classification" else Topology.TRANSFORMER
+    host_id = plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, topology)
+    spec = plugins.hosts.get(host_id)
+    if spec.topology is not topology:
+        raise BlueprintError(
+            f"Host '{host_id}' does not fit task '{task.name}'.\n"
+            f"  host: {spec.topology.value}\n  task: {topology.value}"
+        )
+    if topology is Topology.CNN:
+        needed: dict[str, Any] = {"in_channels": task.input_shape[0], "num_classes": task.n_classes}
+    else:
+        needed = {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}
+    taken = _accepted_keywords(import_factory(f"Host '{host_id}'", spec.factory))
+    preset = PRESETS[task.name].host_options
+    chosen = {
+        k: v for k, v in preset.items() if k not in settings.host_options and (taken is None or k in taken)
+    }
+    for name in settings.host_options:
+        if taken is not None and name not in taken:
+            raise BlueprintError(f"Host '{host_id}' has no option '{name}'.{did_you_mean(name, taken)}")
+    with private_rng(derived_seed(settings.seed, "host")):
+        host = plugins.hosts.create(host_id, **needed, **chosen, **settings.host_options)
+    return host_id, host.to(settings.device)
+
+
+def _first_host(plugins: PluginRegistry, topology: Topology) -> str:
+    fitting = [name for name in plugins.hosts.ids() if plugins.hosts.get(name).topology is topology]
+    if not fitting:
+        raise UnknownNameError(f"No installed pack offers a host for {topology.value}; name one with --host.")
+    bundled = {record.name for record in plugins.packs if record.distribution == "kasmina"}
+    return min(fitting, key=lambda name: (name.partition(":")[0] not in bundled, name))
+
+
+def _accepted_keywords(factory: Callable[..., Any]) -> set[str] | None:
+    """Return the keywords a factory takes, or ``None`` if it takes any."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
+
+
+def candidates(
+    plugins: PluginRegistry, model: MorphogeneticModel, named: Sequence[str]
+) -> Callable[[SlotObservation], Sequence[str]]:
+    """Return a function that lists the blueprints for a slot: those named, or all that fit, the largest first.
+
+    Raises:
+        UnknownNameError: If nobody offers a named blueprint.
+        BlueprintError: If a named blueprint fits no slot; the message gives the reasons.
+    """
+    registry = plugins.blueprints
+    chosen = []
+    for name in named:
+        points = [slot.point for slot in model.slots.values()]
+        entry = registry.get(name, points[0].topology)
+        reasons = [
+            f"  {point.name}: it is for {entry.spec.topology.value}, the slot for {point.topology.value}"
+            if entry.spec.topology is not point.topology
+            else f"  {point.name}: {refusal}"
+            for point in points
+            if entry.spec.topology is not point.topology
+            or (refusal := entry.spec.refusal(point.dim)) is not None
+        ]
+        if len(reasons) == len(points):
+            raise BlueprintError("\n".join([f"Blueprint '{entry.id}' fits no slot of this host.", *reasons]))
+        chosen.append(entry)
+
+    def fitting(slot: SlotObservation) -> list[str]:
+        offered = chosen or sorted(
+            registry.list_for_topology(slot.topology),
+            key=lambda entry: (-(entry.spec.declared_params(slot.dim) or 0), entry.id),
+        )
+        return [
+            e.id for e in offered if e.spec.topology is slot.topology and e.spec.refusal(slot.dim) is None
+        ]
+
+    return fitting
+
+
+def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: RunSettings) -> Policy:
+    """Build the policy of a run.
+
+    A policy from a pack is called with ``blueprints=``, a function of a slot's observation that lists candidates.
+
+    Raises:
+        UnknownNameError: If there is no policy of that name, or no such blueprint.
+        BlueprintError: If a blueprint that the user named fits no slot.
+    """
+    fitting = candidates(plugins, model, settings.blueprints)
+    if settings.policy == "plateau":
+        return PlateauPolicy(fitting)
+    if settings.policy == "none":
+        return NoGrowthPolicy()
+    offered = plugins.policies()
+    if settings.policy in offered or ":" in settings.policy:
+        return offered[settings.policy](blueprints=fitting)
+    known = ["plateau", "none", *offered]
+    raise UnknownNameError(f"There is no policy '{settings.policy}'.{did_you_mean(settings.policy, known)}")
+
+
+@final
+class GrowthRun:
+    """Trains both arms and fills the record. ``interrupt`` ends it cleanly after the present batch."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        task: Task,
+        plugins: PluginRegistry,
+        display: Display,
+    ) -> None:
+        self.settings = settings
+        self.task = task
+        self._display = display
+        self._interrupted = False
+        self._log = SeedLog()
+        host_id, host = make_host(plugins, task, settings)
+        steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
+        config = GrowthConfig(
+            incubation=settings.incubation,  # type: ignore[arg-type]  # the config turns text into its Enum
+            ramp_unit=RampUnit.STEP,
+            ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
+            gates=QualityGates(extra_checks=plugins.gate_checks()),
+            seed=derived_seed(settings.seed, "seeds"),
+        )
+        example = None
+        if not (isinstance(host, HostProtocol) and hasattr(host, "example_inputs")):
+            example = (task.train.inputs[:2],)
+        self.model = MorphogeneticModel(
+            host,
+            settings.slots or None,
+            config=config,
+            example=example,
+            registry=plugins.blueprints,
+            telemetry=self._log,
+        )
+        self._policy = make_policy(plugins, self.model, settings)
+        self._host_alone = make_host(plugins, task, settings)[1]
+        self.record = RunRecord(
+            task=task.name,
+            metric_name=task.metric_name,
+            host=host_id,
+            config=settings.to_dict(),
+            higher_is_better=task.higher_is_better,
+        )
+
+    def interrupt(self) -> None:
+        """Ask the run to end with what there is."""
+        self._interrupted = True
+
+    def run(self, telemetry: EventTarget | None = None) -> RunRecord:
+        """Train, measure and return the record.
+
+        Args:
+            telemetry: Takes the events of the grown model.
+        """
+        self._log.onward = telemetry
+        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
+            self._grow()
+        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
+            self._train_alone()
+        self.record.interrupted = self._interrupted
+        if self._interrupted:
+            self.record.notes.append(
+                "The run was stopped before its end; the figures are those of what was trained."
+            )
+        return self.record
+
+    # -- the two arms ----------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        model, settings, ledger = self.model, self.settings, FlopLedger()
+        started = time.perf_counter()
+        self._display.phase(f"growing the host on {self.task.name}", settings.epochs)
+        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), settings.lr))
+        model.evaluate_with(lambda: self._losses(model, "gate", ledger, self._modes))
+        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        for epoch in range(1, settings.epochs + 1):
+            loss = self._train_epoch(model, optimizer, order, ledger, grown=True)
+            if loss is None:
+                break
+            val_loss, val_metric = self._evaluate(model, "val")
+            verdicts = model.step_epoch(val_loss)
+            for slot in model.slots.values():
+                if slot.state is not None and slot.last_evidence is not None:
+                    self._log.evidence[slot.state.seed_id] = slot.last_evidence
+                if slot.state is not None and slot.name in verdicts:
+                    self._log.verdicts[slot.state.seed_id] = str(verdicts[slot.name])
+            self._follow()
+            gate = "; ".join(
+                f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
+            )
+            record = EpochRecord(
+                epoch=epoch,
+                train_loss=loss,
+                val_loss=val_loss,
+                val_metric=val_metric,
+                parameters=_trainable(model),
+                flops=float(ledger.total),
+                slots=[self._slot_record(name) for name in model.slots],
+                gate=gate,
+            )
+            self.record.epochs.append(record)
+            self._display.epoch(record)
+        for name, slot in model.slots.items():
+            if slot.is_active and slot.state is not None:
+                # What a kept seed is worth is told on samples that decided nothing.
+                evidence = model.measure(name, lambda: self._losses(model, "test"))
+                if evidence is not None:
+                    self._log.evidence[slot.state.seed_id] = evidence
+        self.record.seeds = self._log.records()
+        if self.record.seeds:
+            self.record.notes.append(
+                "Contributions of seeds that are still there were measured on the test samples, which decided "
+                "nothing; those of culled seeds are the last that a gate saw, on samples of its own."
+            )
+        self._finish_arm(GROWN, model, ledger, len(self.record.epochs), time.perf_counter() - started)
+
+    def _follow(self) -> None:
+        """Carry out what the policy says; a seed that gate G0 refuses is noted, and the run goes on."""
+        for command in self._policy.decide(self.model.observe()):
+            try:
+                self.model.execute(command)
+            except GerminationError as error:
+                self.record.notes.append(str(error))
+
+    def _train_alone(self) -> None:
+        grown = self.record.arm(GROWN)
+        if grown is None or self._interrupted:
+            return
+        host, settings, ledger = self._host_alone, self.settings, FlopLedger()
+        started = time.perf_counter()
+        self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
+        optimizer = torch.optim.Adam(host.parameters(), settings.lr)
+        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        epoch = 0
+        while ledger.total < grown.flops:
+            before = ledger.total
+            loss = self._train_epoch(host, optimizer, order, ledger, budget=grown.flops)
+            if loss is None:
+                break
+            epoch += 1
+            val_loss, val_metric = self._evaluate(host, "val")
+            self.record.baseline.append(
+                EpochRecord(epoch, loss, val_loss, val_metric, _trainable(host), float(ledger.total))
+            )
+            self._display.advance(ledger.total - before)
+        self._finish_arm(HOST_ALONE, host, ledger, epoch, time.perf_counter() - started)
+
+    def _train_epoch(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        ledger: FlopLedger,
+        *,
+        grown: bool = False,
+        budget: float = math.inf,
+    ) -> float | None:
+        """Train one epoch and return its mean loss; ``None`` if the run was interrupted before a batch was done."""
+        module.train()
+        total, samples = 0.0, 0
+        for inputs, targets in self.task.batches("train", self.settings.batch_size, order):
+            if self._interrupted or ledger.total >= budget:
+                break
+
+            def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                return self.task.loss(module(inputs), targets).mean()
+
+            def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
+                value = loss()
+                value.backward()  # type: ignore[no-untyped-call]  # torch
+                return value.detach()
+
+            optimizer.zero_grad(set_to_none=True)
+            kind = (self._modes if grown else (), tuple(inputs.shape))
+            value = ledger.charge(("learn", kind), learn)
+            if grown:
+                ledger.charge(("incubate", kind, self._incubating), partial(self.model.incubate, loss))
+                self.model.step()
+            optimizer.step()
+            total += float(value) * len(inputs)
+            samples += len(inputs)
+        return total / samples if samples and not self._interrupted else None
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    @property
+    def _modes(self) -> Hashable:
+        """What decides the cost of a forward: each slot's forward mode and blueprint."""
+        return tuple(
+            (s.mode, s.state.blueprint_id if s.state is not None else "") for s in self.model.slots.values()
+        )
+
+    @property
+    def _incubating(self) -> Hashable:
+        return tuple(slot.is_incubating for slot in self.model.slots.values())
+
+    def _losses(
+        self,
+        module: nn.Module,
+        split: SplitName,
+        ledger: FlopLedger | None = None,
+        modes: Hashable = (),
+    ) -> Tensor:
+        losses = []
+        for inputs, targets in self.task.batches(split, EVALUATION_BATCH):
+
+            def forward(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                return self.task.loss(module(inputs), targets)
+
+            kind = ("evaluate", modes, tuple(inputs.shape))
+            losses.append(ledger.charge(kind, forward) if ledger is not None else forward())
+        return torch.cat(losses)
+
+    def _evaluate(self, module: nn.Module, split: SplitName) -> tuple[float, float]:
+        """Return mean loss and mean metric of a split."""
+        with _eval_mode(module), torch.no_grad():
+            logits = torch.cat([module(inputs) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)])
+            targets = self.task.splits[split].targets
+            return float(self.task.loss(logits, targets).mean()), float(
+                self.task.metric(logits, targets).mean()
+            )
+
+    def _slot_record(self, name: str) -> SlotRecord:
+        slot = self.model.slots[name]
+        evidence = slot.last_evidence
+        blueprint = slot.state.blueprint_id if slot.state is not None and slot.seed is not None else ""
+        gain = evidence.gain if evidence is not None else None
+        return SlotRecord(name, slot.stage.name, blueprint, slot.alpha, gain)
+
+    def _finish_arm(
+        self, name: str, module: nn.Module, ledger: FlopLedger, epochs: int, seconds: float
+    ) -> None:
+        val_loss, _ = self._evaluate(module, "val")
+        test_loss, test_metric = self._evaluate(module, "test")
+        self.record.arms.append(
+            ArmResult(
+                name,
+                _trainable(module),
+                float(ledger.total),
+                epochs,
+                val_loss,
+                test_loss,
+                test_metric,
+                seconds,
+            )
+        )
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

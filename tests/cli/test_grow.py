@@ -1,0 +1,263 @@
+"""`kasmina grow` as somebody meets it at the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from kasmina_core.cli import main
+from kasmina_core.cli.flops import FlopLedger, flop_counter
+from kasmina_core.telemetry import JsonLinesSink
+
+SHORT = ("--epochs", "3", "--batch-size", "64")
+
+
+def _grow(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["grow", *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run in which a seed lives from germination to its fossil or its end."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    result = _grow(
+        "--out",
+        str(folder),
+        "--epochs",
+        "60",
+        "--batch-size",
+        "64",
+        "--lr",
+        "0.01",
+        "--blueprint",
+        "conv_heavy",
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    return folder, json.loads(result.stdout)
+
+
+def test_json_is_the_record_and_nothing_else(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = run
+    assert record == json.loads((folder / "run.json").read_text())
+    assert [arm["name"] for arm in record["arms"]] == ["grown", "host alone"]
+    assert len(record["epochs"]) == 60
+    assert not record["interrupted"]
+
+
+def test_both_arms_spend_the_same_training_flops(run: tuple[Path, dict[str, Any]]) -> None:
+    grown, alone = run[1]["arms"]
+    one_batch = alone["flops"] / (alone["epochs"] * 16)
+    assert grown["flops"] <= alone["flops"] <= grown["flops"] + 2 * one_batch
+    assert alone["epochs"] > grown["epochs"]  # what growth cost, the host alone may train on
+
+
+def test_a_run_keeps_everything_one_needs_to_look_at_it(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = run
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "events.jsonl",
+        "metrics.csv",
+        "model.pt",
+        "report.html",
+        "report.png",
+        "run.json",
+    ]
+    with (folder / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(record["epochs"]) + len(record["baseline"])
+    state = torch.load(folder / "model.pt", weights_only=True)
+    assert "blocks.0.conv.weight" in state
+
+
+def test_every_seed_is_told_with_its_end_and_its_reason(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = run
+    events = list(JsonLinesSink.read(folder / "events.jsonl"))
+    born = [event["seed_id"] for event in events if event["type"] == "seed_germinated"]
+    assert born
+    assert [seed["seed_id"] for seed in record["seeds"]] == born
+    for seed in record["seeds"]:
+        ends = [
+            e
+            for e in events
+            if e["type"] in ("seed_culled", "seed_fossilized") and e["seed_id"] == seed["seed_id"]
+        ]
+        assert len(ends) == (seed["outcome"] != "unfinished")
+        assert seed["stages"][0] == ["GERMINATED", seed["germinated_epoch"]]
+        if ends:
+            assert seed["reason"]
+            assert ends[0]["epoch"] == seed["ended_epoch"]
+        if seed["gain"] is not None:
+            assert seed["gain_low"] <= seed["gain"] <= seed["gain_high"]
+    assert any(seed["outcome"] == "fossilized" for seed in record["seeds"])
+
+
+def test_parameters_follow_the_seeds(run: tuple[Path, dict[str, Any]]) -> None:
+    record = run[1]
+    alive = {"fossilized", "unfinished"}
+    added = sum(seed["parameters"] for seed in record["seeds"] if seed["outcome"] in alive)
+    grown, alone = record["arms"]
+    assert grown["parameters"] == alone["parameters"] + added
+
+
+def test_a_seed_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:
+    def figures(out: str, seed: str) -> list[Any]:
+        result = _grow("--out", str(tmp_path / out), *SHORT, "--seed", seed, "--json")
+        record = json.loads(result.stdout)
+        return [[epoch["train_loss"], epoch["val_loss"]] for epoch in record["epochs"] + record["baseline"]]
+
+    first = figures("a", "7")
+    assert figures("b", "7") == first
+    assert figures("c", "8") != first
+
+
+def test_the_global_random_numbers_are_left_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    assert _grow("--out", str(tmp_path / "a"), *SHORT, "--json").exit_code == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_straight_through_incubation_grows_too(tmp_path: Path) -> None:
+    result = _grow(
+        "--out",
+        str(tmp_path / "a"),
+        "--epochs",
+        "30",
+        "--batch-size",
+        "64",
+        "--lr",
+        "0.01",
+        "--incubation",
+        "straight-through",
+        "--blueprint",
+        "conv_light",
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["seeds"]
+
+
+def test_chars_trains_a_language_model(tmp_path: Path) -> None:
+    result = _grow("--task", "chars", "--out", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "128")
+    assert result.exit_code == 0, result.stderr
+    assert "bits per character" in result.stdout
+    assert (tmp_path / "a" / "report.html").exists()
+
+
+def test_without_a_terminal_there_are_no_escape_codes(tmp_path: Path) -> None:
+    result = _grow("--out", str(tmp_path / "a"), *SHORT)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "epoch" in result.stderr
+    assert "host alone" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--task", "digit"), "Did you mean 'digits'?", 1),
+        (("--task", "cifar10"), "torchvision", 1),
+        (("--host", "cnn:cn"), "cnn:cnn", 1),
+        (("--host", "transformer:transformer"), "does not fit task 'digits'", 1),
+        (("--host-option", "base_chanels=4"), "Did you mean 'base_channels'?", 1),
+        (("--host-option", "base_channels=0"), "0", 1),
+        (("--host-option", "nonsense"), "NAME=VALUE", 2),
+        (("--slots", "block9"), "block9", 1),
+        (("--blueprint", "atention"), "Did you mean", 1),
+        (("--blueprint", "lora"), "fits no slot", 1),
+        (("--blueprint", "bottleneck", "--host-option", "base_channels=1"), "2 channels or more", 1),
+        (("--policy", "platau"), "Did you mean 'plateau'?", 1),
+        (("--incubation", "none"), "counterfactual", 2),
+        (("--epochs", "0"), "epochs", 2),
+        (("--lr", "-1"), "lr", 2),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], said: str, code: int
+) -> None:
+    if arguments == ("--task", "cifar10") and _has_torchvision():
+        said = "cifar"
+    folder = tmp_path / "run"
+    result = _grow("--out", str(folder), *arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not folder.exists()
+
+
+def _has_torchvision() -> bool:
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # it may be installed and not fit this torch
+        return False
+    return True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    result = _grow("--device", "cuda", "--out", str(tmp_path / "a"))
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.stderr
+
+
+def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    result = _grow("--out", str(tmp_path), *SHORT)
+    assert result.exit_code == 1
+    assert "new or empty" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_with_what_there_is(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kasmina_core.cli", "grow", "--epochs", "100000", "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "stopped before its end" in stdout
+    record = json.loads((folder / "run.json").read_text())
+    assert record["interrupted"]
+    assert record["epochs"]
+    assert {"report.html", "report.png", "metrics.csv", "model.pt"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_flops_of_attention_on_the_cpu_are_counted() -> None:
+    b, h, t, d = 2, 3, 16, 8
+    q, k, v = (torch.randn(b, h, t, d, requires_grad=True) for _ in range(3))
+    with flop_counter() as counter:
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * (2 * b * h * t * t * d)
+    with flop_counter() as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 5 * (2 * b * h * t * t * d)
+
+
+def test_a_ledger_charges_every_call_and_counts_each_kind_once() -> None:
+    ledger, a = FlopLedger(), torch.randn(4, 5)
+    for _ in range(3):
+        ledger.charge("product", lambda: a @ a.T)
+    assert ledger.total == 3 * 2 * 4 * 4 * 5
+    assert ledger.charge("other", lambda: a.sum()) == a.sum()
+    assert ledger.total == 3 * 2 * 4 * 4 * 5
