@@ -407,13 +407,20 @@ class MorphogeneticModel(nn.Module):
         """
         self._evaluator = evaluator
 
-    def measure(self, slot: str) -> SeedEvidence | None:
-        """Measure a slot's seed on the held-out samples, with it at alpha 1 and without it.
+    def measure(self, slot: str, evaluator: Evaluator | None = None) -> SeedEvidence | None:
+        """Measure a slot's seed on held-out samples, with it at alpha 1 and without it.
+
+        Args:
+            slot: Name of the slot.
+            evaluator: Other samples than the gates', measured now. Default the gates', measured once an epoch.
 
         Returns:
-            The evidence, or ``None`` if the slot has no active seed or nobody gave an evaluator.
+            The evidence, or ``None`` if the slot has no active seed or there is no evaluator.
         """
-        return self.slots[slot].measure()
+        chosen = self.slots[slot]
+        if evaluator is None:
+            return chosen.measure()
+        return self._measure_seed(chosen, evaluator) if chosen.is_active else None
 
     @contextmanager
     def bypassed(self, slot: str) -> Iterator[MorphogeneticModel]:
@@ -430,15 +437,15 @@ class MorphogeneticModel(nn.Module):
             for slot in self.slots.values():
                 slot._refresh_mode()
 
-    def _measure_seed(self, slot: SeedSlot) -> SeedEvidence | None:
-        if self._evaluator is None:
+    def _measure_seed(self, slot: SeedSlot, evaluator: Evaluator | None) -> SeedEvidence | None:
+        if evaluator is None:
             return None
         with self._evaluation():
             slot.deviation.zero_()
             with slot.forced(ForwardMode.MEASURE):
-                with_seed = self._evaluator()
+                with_seed = evaluator()
             with slot.forced(ForwardMode.PASS):
-                without_seed = self._evaluator()
+                without_seed = evaluator()
         return SeedEvidence.from_losses(with_seed, without_seed, float(slot.deviation))
 
     # -- events ----------------------------------------------------------------------------------------------------
@@ -573,7 +580,7 @@ class _Owner:
         self._model._emit(event)
 
     def measure(self, slot: SeedSlot) -> SeedEvidence | None:
-        return self._model._measure_seed(slot)
+        return self._model._measure_seed(slot, self._model._evaluator)
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
         return GradientIsolationMonitor(self._model.host.named_parameters()).measure(slot)
