@@ -2,4 +2,5 @@
 
 from kasmina_core.cli import main
 
-main(prog_name="kasmina")
+if __name__ == "__main__":
+    main(prog_name="kasmina")

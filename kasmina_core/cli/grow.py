@@ -131,9 +131,12 @@ def grow(
         host_options=dict(map(_option, host_options)),
     )
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
-        run = GrowthRun(settings, data, default_registry(), display)
+        plugins = default_registry()
+        run = GrowthRun(settings, data, plugins, display)
         folder = _folder(out, task)  # made once nothing the user said can be refused any more
         with Telemetry([JsonLinesSink(folder / "events.jsonl")]) as telemetry, _interruptible(run.interrupt):
+            for event in plugins.events:
+                telemetry.emit(event)
             record = run.run(telemetry)
     torch.save(run.model.state_dict(), folder / "model.pt")
     write_run(record, folder)
