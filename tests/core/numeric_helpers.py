@@ -159,6 +159,20 @@ class DropoutSeed(nn.Module):
         return x + self.drop(self.conv(x))
 
 
+class CountingSeed(ConvSeed):
+    """Writes to a buffer at every call, in eval mode too."""
+
+    calls: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
 class InPlaceSeed(nn.Module):
     """Writes to its input."""
 
@@ -217,6 +231,7 @@ def registry(**factories: Callable[..., nn.Module]) -> BlueprintRegistry:
         BlueprintSpec("conv", cnn, ConvSeed, lambda d: 9 * d * d + d, options={"std": 0.1}),
         BlueprintSpec("norm", cnn, NormSeed, lambda d: 2 * d),
         BlueprintSpec("dropout", cnn, DropoutSeed, lambda d: d * d + d, options={"p": 0.5}),
+        BlueprintSpec("counting", cnn, CountingSeed, lambda d: 9 * d * d + d),
         BlueprintSpec("inplace", cnn, InPlaceSeed, lambda d: d * d + d),
         BlueprintSpec("trains-inplace", cnn, TrainsInPlaceSeed, lambda d: d * d + d),
         BlueprintSpec("foreign", cnn, ForeignSeed, lambda d: 1, options={"dtype": "", "layout": ""}),

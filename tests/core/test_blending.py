@@ -64,6 +64,12 @@ def test_ramp_has_exact_ends_is_monotone_and_takes_no_large_step(ramp: AlphaSche
     assert max(steps) <= 6.1 / n
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.2, 0.9), (0.3, 0.9), (0.0, 1.0)])
+def test_ramp_ends_at_exactly_the_end_whatever_rounding_does(start: float, end: float) -> None:
+    ramp = AlphaSchedule(7, start, end)
+    assert (ramp(0), ramp(7), ramp(8)) == (start, end, end)
+
+
 @given(st.integers(1, 5000))
 def test_default_ramp_takes_no_step_above_three_over_its_length(total: int) -> None:
     ramp, middle = AlphaSchedule(total), total // 2

@@ -422,6 +422,13 @@ def test_monitor_reads_zero_for_an_honest_seed_beside_a_large_host_gradient() ->
     assert monitor.violations == 0
 
 
+@every_dtype
+def test_monitor_reads_zero_for_an_honest_seed_in_every_dtype(dtype: torch.dtype) -> None:
+    slot = grow_to(cnn_model(cnn_host().to(dtype)), "norm", SeedStage.TRAINING)
+    scramble(slot.seed)
+    assert slot.check_isolation().leak == 0.0
+
+
 @pytest.mark.parametrize("poison", [math.inf, math.nan])
 def test_monitor_reads_zero_for_an_honest_seed_that_is_not_finite(poison: float) -> None:
     model = cnn_model()
@@ -466,7 +473,7 @@ def test_monitor_notices_a_slot_that_does_not_detach(monkeypatch: pytest.MonkeyP
     assert reading.tensors == ("features",)
 
 
-@pytest.mark.parametrize("blueprint", ["conv", "norm"])
+@pytest.mark.parametrize("blueprint", ["conv", "norm", "counting"])
 def test_monitor_changes_no_buffer_gradient_mode_or_random_number(blueprint: str) -> None:
     model = cnn_model()
     slot = grow_to(model, "norm", SeedStage.TRAINING, blueprint)
@@ -477,6 +484,13 @@ def test_monitor_changes_no_buffer_gradient_mode_or_random_number(blueprint: str
     assert same_tensors(before, (snapshot(model), gradients(model), torch.get_rng_state()))
     assert modes == [module.training for module in model.modules()]
     assert slot.stage is SeedStage.TRAINING
+
+
+def test_monitor_measures_batch_statistics_on_features_of_one_value() -> None:
+    host = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 4, 1))
+    slot = grow_to(cnn_model(host, ("1",)), "1", SeedStage.TRAINING, "norm")
+    assert slot.check_isolation().leak == 0.0
+    assert slot.seed.training
 
 
 def test_monitor_works_under_no_grad_and_autocast() -> None:

@@ -261,6 +261,14 @@ def test_copy_computes_the_same_and_lives_a_life_of_its_own(
     assert model.slots["norm"].stage is stage
 
 
+@pytest.mark.parametrize("blueprint", ["norm", "counting"])
+def test_newborn_seed_has_the_buffers_it_was_built_with(blueprint: str) -> None:
+    seed = grow_to(cnn_model(), "norm", SeedStage.GERMINATED, blueprint).seed
+    built = dict(registry().create(blueprint, 4).named_buffers())
+    assert same_tensors(dict(seed.named_buffers()), built)
+    assert seed.training
+
+
 def test_copies_do_not_take_along_evaluators_sinks_and_optimisers() -> None:
     model, events, ledger = cnn_model(), [], Ledger()
     model.emit_to(type("Target", (), {"emit": staticmethod(events.append)})())
@@ -313,6 +321,9 @@ def test_bypassing_nests_and_ends_with_an_exception() -> None:
     model = cnn_model()
     for slot in ("norm", "norm2"):
         scramble(grow_to(model, slot, SeedStage.FOSSILIZED).seed)
+    features = torch.randn(2, 4, 3, 3)
+    with model.bypassed("norm"):
+        assert model.slots["norm"](features) is features  # in training mode too
     model.eval()
     outputs = {"both": model(images())}
     with model.bypassed("norm"):
@@ -446,6 +457,15 @@ def test_evidence_pairs_the_same_samples_with_and_without_the_seed(stage: SeedSt
     assert evidence.deviation > 0.0
     assert same_tensors(before, snapshot(model))
     assert [m.training for m in model.modules()] == modes
+
+
+def test_deviation_in_the_evidence_is_that_of_this_measurement() -> None:
+    model = grown(SeedStage.SHADOWING, blueprint="conv")
+    large = model.measure("norm", image_evaluator(model)).deviation
+    with torch.no_grad():
+        for p in model.slots["norm"].seed.parameters():
+            p.mul_(0.1)
+    assert model.measure("norm", image_evaluator(model)).deviation == pytest.approx(0.1 * large, rel=1e-4)
 
 
 def test_evidence_of_one_seed_leaves_the_others_as_they_are() -> None:
