@@ -1,0 +1,131 @@
+"""Comparing what two modules computed, bit for bit, through nested outputs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.attachment import call_with
+from kasmina_core.randomness import private_rng
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensors_in(output: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in nested tuples, lists, mappings and dataclasses, with its path."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_in(value, f"{path}[{key!r}]")
+    elif isinstance(output, (tuple, list)):
+        for number, value in enumerate(output):
+            yield from tensors_in(value, f"{path}[{number}]")
+    elif is_dataclass(output) and not isinstance(output, type):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name), f"{path}.{field.name}")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit, NaN equal to NaN.
+
+    >>> same_bits(torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan]))
+    True
+    >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    False
+    """
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    a, b = a.detach(), b.detach()
+    if not a.is_floating_point() or a.layout is not torch.strided:
+        return bool(torch.equal(a, b))
+    bits = _BITS[a.element_size()]
+    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
+    return bool((equal | (a.isnan() & b.isnan())).all())
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Return the first difference between named tensors as text; empty if they are equal bit for bit."""
+    if list(expected) != list(found):
+        odd = sorted(set(expected) ^ set(found))
+        return f"{', '.join(odd[:4])}: in one and not in the other" if odd else "the order of the names"
+    for name, tensor in expected.items():
+        other = found[name]
+        if same_bits(tensor, other):
+            continue
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            return f"{name}: {other.dtype} {tuple(other.shape)}, before: {tensor.dtype} {tuple(tensor.shape)}"
+        a, b = tensor.detach().double(), other.detach().double()
+        return f"{name}: differs by up to {float((a - b).abs().max()):.3g}"
+    return ""
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass, and its backward pass if it had one, left behind.
+
+    Attributes:
+        outputs: Every tensor of the output.
+        buffers: The host's buffers afterwards.
+        random_state: State of the random number generators afterwards.
+        gradients: By parameter of the host; of those that got one.
+    """
+
+    outputs: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random_state: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def run(
+    model: nn.Module, host: nn.Module, example: Any, *, training: bool, device: torch.device, seed: int
+) -> Run:
+    """Call ``model`` once on random numbers from ``seed``; in training mode with a backward pass.
+
+    The loss is a fixed random combination of all floating-point outputs, so that every output takes part.
+    """
+    model.train(training)
+    with private_rng(seed, device), torch.set_grad_enabled(training):
+        for parameter in model.parameters():
+            parameter.grad = None
+        outputs = dict(tensors_in(call_with(model, example)))
+        state = random_state(device)
+        if training:
+            _backward(outputs)
+        gradients = {
+            name: p.grad.detach().clone() for name, p in host.named_parameters() if p.grad is not None
+        }
+        for parameter in model.parameters():
+            parameter.grad = None
+    return Run(
+        {name: tensor.detach().clone() for name, tensor in outputs.items()},
+        {name: buffer.detach().clone() for name, buffer in host.named_buffers()},
+        state,
+        gradients,
+    )
+
+
+def _backward(outputs: Mapping[str, Tensor]) -> None:
+    source = torch.Generator().manual_seed(1)
+    parts = []
+    for tensor in outputs.values():
+        weights = torch.randn(tensor.shape, generator=source)
+        if tensor.is_floating_point() and tensor.requires_grad:
+            parts.append((tensor * weights.to(tensor.device, tensor.dtype)).sum())
+    if parts:
+        torch.autograd.backward(parts)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of Python's generator, the CPU's and the device's."""
+    numbers = torch.tensor(list(random.getstate()[1]), dtype=torch.int64)
+    states = {"python": numbers, "cpu": torch.get_rng_state()}
+    if device.type not in ("cpu", "meta"):
+        states[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return states

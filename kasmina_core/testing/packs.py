@@ -1,0 +1,187 @@
+"""What a pack must show: it loads, it is light, and everything it offers passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+from kasmina_core.checks import check_blueprint_spec
+from kasmina_core.reports import CheckResult, CheckStatus
+from kasmina_core.testing.offered import registry_of, registry_with
+from kasmina_core.testing.reports import PackReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from kasmina_core.discovery import PluginRegistry
+    from kasmina_core.testing.reports import HostReport
+
+_ALONE: Final = """
+import sys
+import pkgutil
+import pluggy
+from kasmina_core import hookspecs
+
+if "torch" in sys.modules:
+    sys.exit("the interpreter itself starts with torch")
+plugin = pkgutil.resolve_name(sys.argv[1])
+manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+manager.add_hookspecs(hookspecs)
+manager.register(plugin)
+for offered in (*manager.hook.kasmina_blueprints(), *manager.hook.kasmina_hosts()):
+    list(offered)
+print("torch" in sys.modules)
+"""
+
+
+def check_pack(
+    pack: str | ModuleType | object,
+    *,
+    host_options: Mapping[str, Mapping[str, Any]] | None = None,
+    device: str | torch.device | None = None,
+) -> PackReport:
+    """Load a pack alone, check everything it offers, and report what was found.
+
+    Each blueprint gets the registration checks, each host those of `check_host`. The pack itself (`PACK_CHECKS`):
+
+    - ``loads``: it is installed, imported, and what its hooks return can be used.
+    - ``offers_something``: a blueprint, a host, a gate check, a policy or a sink.
+    - ``declarations_repeat``: asked again, its hooks declare the same names.
+    - ``imports_no_torch``: its module and its declarations need no torch, so that listing stays quick. Seen in a
+      process of its own; left out for an object that no module name leads to.
+
+    Args:
+        pack: The name of an installed pack, or a module or object with hooks.
+        host_options: Options for the factories of hosts that need some, by the host's short name.
+        device: Where modules run; ``None`` for blueprints on the CPU and, where there is one, CUDA, and hosts where
+            they are built.
+
+    Raises:
+        UnknownNameError: If no pack of that name is installed.
+    """
+    if isinstance(pack, str):
+        name, registry = pack, registry_of(pack)
+        module = registry.pack(pack).module
+    else:
+        name, registry = registry_with(pack)
+        module = pack.__name__ if isinstance(pack, ModuleType) else ""
+    record = registry.pack(name)
+    if record.reason is not None:
+        failed = CheckResult(
+            "loads",
+            CheckStatus.FAILED,
+            expected="a pack that can be used",
+            measured=record.reason.value,
+            claim=f"is not available ({record.state.value})",
+            hint=record.cause,
+            error=record.error,
+        )
+        rest = ("offers_something", "declarations_repeat", *(["imports_no_torch"] if module else []))
+        hint = "it does not load"
+        unrun = [CheckResult(check, CheckStatus.NOT_RUN, hint=hint) for check in rest]
+        return PackReport(name, record.origin, (failed, *unrun))
+    checks = [
+        CheckResult("loads", CheckStatus.PASSED, measured=record.state.value),
+        _offers(_declared(registry)),
+        _repeats(
+            _declared(registry),
+            _declared(registry_of(pack) if isinstance(pack, str) else registry_with(pack)[1]),
+        ),
+        *([_alone(module)] if module else []),
+    ]
+    return PackReport(
+        name,
+        record.origin,
+        tuple(checks),
+        {
+            entry.id: check_blueprint_spec(entry.spec, device=device, origin=record.origin)
+            for entry in registry.blueprints.list_all()
+        },
+        _check_hosts(registry, record.origin, host_options or {}, device),
+    )
+
+
+def _check_hosts(
+    registry: PluginRegistry,
+    origin: str,
+    options: Mapping[str, Mapping[str, Any]],
+    device: str | torch.device | None,
+) -> dict[str, HostReport]:
+    from kasmina_core.testing.hosts import check_host
+
+    reports = {}
+    for full in registry.hosts.ids():
+        spec = registry.hosts.get(full)
+        report = check_host(spec, options=options.get(spec.name), device=device)
+        reports[full] = replace(report, host=full, origin=origin)
+    return reports
+
+
+def _declared(registry: PluginRegistry) -> list[str]:
+    return [
+        *(entry.id for entry in registry.blueprints.list_all()),
+        *registry.hosts.ids(),
+        *(check.name for check in registry.gate_checks()),
+        *registry.policies(),
+        *registry.sinks(),
+    ]
+
+
+def _offers(names: Sequence[str]) -> CheckResult:
+    if names:
+        return CheckResult("offers_something", CheckStatus.PASSED, measured=f"{len(names)} declarations")
+    return CheckResult(
+        "offers_something",
+        CheckStatus.FAILED,
+        expected="at least one declaration",
+        measured="0 declarations",
+        claim="offers nothing",
+        hint="Return a BlueprintSpec from kasmina_blueprints, or a HostSpec from kasmina_hosts.",
+    )
+
+
+def _repeats(first: Sequence[str], second: Sequence[str]) -> CheckResult:
+    if list(first) == list(second):
+        return CheckResult("declarations_repeat", CheckStatus.PASSED, measured="the same names twice")
+    return CheckResult(
+        "declarations_repeat",
+        CheckStatus.FAILED,
+        expected=", ".join(first) or "no names",
+        measured=", ".join(second) or "no names",
+        claim="declares something else when it is asked again",
+        hint="Return a new list at each call; a generator that is kept is empty the second time.",
+    )
+
+
+def _alone(module: str) -> CheckResult:
+    """Import the pack in a fresh process and see whether torch came with it."""
+    name = "imports_no_torch"
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE, module],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    answer = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode or answer not in ("True", "False"):
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        return CheckResult(
+            name, CheckStatus.NOT_RUN, hint=f"it cannot be imported in a new process: {lines[-1]}"
+        )
+    if answer == "False":
+        return CheckResult(name, CheckStatus.PASSED, measured="torch was not imported")
+    return CheckResult(
+        name,
+        CheckStatus.FAILED,
+        expected="declarations without torch",
+        measured="torch was imported",
+        claim="imports torch to say what it offers",
+        hint="Name factories as text, 'package.module:attribute', and import torch in that module only.",
+    )
