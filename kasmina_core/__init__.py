@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kasmina_core.errors import NameConflictError as NameConflictError
     from kasmina_core.errors import PluginError as PluginError
     from kasmina_core.errors import SeedShapeError as SeedShapeError
+    from kasmina_core.errors import SwitchError as SwitchError
     from kasmina_core.errors import TopologyError as TopologyError
     from kasmina_core.errors import TransitionError as TransitionError
     from kasmina_core.errors import UnknownNameError as UnknownNameError
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from kasmina_core.reports import RegistrationReport as RegistrationReport
     from kasmina_core.reports import RegistrationVerdict as RegistrationVerdict
     from kasmina_core.slots import SeedSlot as SeedSlot
+    from kasmina_core.switches import Switches as Switches
     from kasmina_core.telemetry import CallableSink as CallableSink
     from kasmina_core.telemetry import JsonLinesSink as JsonLinesSink
     from kasmina_core.telemetry import MemorySink as MemorySink
@@ -179,6 +181,8 @@ _HOME = {
     "SlotObservation": "policy",
     "SlotSummary": "model",
     "StageChanged": "events",
+    "SwitchError": "errors",
+    "Switches": "switches",
     "Telemetry": "telemetry",
     "TelemetryEvent": "events",
     "TelemetryEventType": "events",

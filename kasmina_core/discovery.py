@@ -7,6 +7,8 @@ and asking for something it offered raises that cause.
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -26,9 +28,12 @@ from kasmina_core.offers import (
     mapping_of_callables,
     new_manager,
 )
-from kasmina_core.packs import PackReason, PackRecord, PackState, scan_packs
+from kasmina_core.packs import PackReason, PackRecord, PackState, scan_packs, unwanted
+from kasmina_core.switches import ENVIRONMENT, Switches
 
 if TYPE_CHECKING:
+    import importlib_metadata
+
     from kasmina_core.gates import GateCheckSpec
     from kasmina_core.policy import Policy
     from kasmina_core.reports import RegistrationReport
@@ -39,13 +44,23 @@ class PluginRegistry:
 
     Args:
         checks: Whether the registration checks of `check_blueprint_spec` run for every blueprint.
-        device: Where they run; ``None`` for the CPU and, where there is one, CUDA.
-        block: Names of packs that are not loaded.
+        device: Where they run. ``None`` for the CPU and, where this process uses it already, CUDA: loading packs never
+            initialises CUDA, because a process that did can no longer fork workers that use it.
+        allow: What may be loaded; see `Switches` for this and the following. Here the environment is not read: only
+            `default_registry` does that.
+        block: Like ``allow``, it holds for packs that are registered by hand as well.
+        autoload: Whether `load_installed` loads packs other than the bundled ones.
+        prefer: Distributions that win a conflict.
+        strict: Whether `load_installed` raises if any pack cannot be used.
 
     Attributes:
         blueprints: The blueprints of active packs.
         hosts: Their hosts.
         events: A `BlueprintRegistered` for each blueprint, in order.
+        switches: The switches in force.
+
+    Raises:
+        SwitchError: If a switch cannot be used.
 
     >>> from kasmina_core import HostSpec, Topology, hookimpl
     >>> class Pack:
@@ -58,11 +73,19 @@ class PluginRegistry:
     """
 
     def __init__(
-        self, *, checks: bool = True, device: str | None = None, block: Collection[str] = ()
+        self,
+        *,
+        checks: bool = True,
+        device: str | None = None,
+        allow: Collection[str] | None = None,
+        block: Collection[str] = (),
+        autoload: bool = True,
+        prefer: Collection[str] = (),
+        strict: bool = False,
     ) -> None:
         self._checks = checks
         self._device = device
-        self._block = frozenset(block)
+        self.switches = Switches(allow, block, autoload, prefer, strict)
         self._lock = threading.RLock()
         self._manager = new_manager()
         self._records: dict[tuple[str, str, str], PackRecord] = {}
@@ -99,17 +122,41 @@ class PluginRegistry:
         """Load every installed pack that was not seen yet, one by one in the order of their names.
 
         A pack that cannot be used stops nothing: its record says why.
+
+        Raises:
+            PluginError: Under ``strict``, if any pack cannot be used; the message names each. What can be used is loaded.
         """
         with self._lock:
-            for record, entry in scan_packs():
-                key = (record.name, record.distribution, record.module)
-                if key in self._records:
-                    continue
-                if entry is None:
-                    self._refuse(record, Offer())
-                else:
-                    self._load(record, entry.load)
+            for record, entry in scan_packs(self.switches):
+                if (record.name, record.distribution, record.module) not in self._records:
+                    self._take(record, entry)
+            if self.switches.strict and (bad := [record for record in self.packs if record.is_bad]):
+                rows = "".join(f"\n{r.name} ({_place(r)}), {r.state.value}: {r.cause}" for r in bad)
+                error = PluginError(
+                    f"{len(bad)} of {len(self._records)} packs cannot be used (strict is on):{rows}"
+                )
+                raise error from bad[0].error
             return self.packs
+
+    def load_pack(self, name: str) -> PackRecord:
+        """Load one installed pack, also where packs are not loaded by themselves; one that is active stays as it is.
+
+        Raises:
+            PluginError: If it cannot be used; the cause is chained and kept in its record.
+            UnknownNameError: If no pack of that name is installed.
+        """
+        with self._lock:
+            claims = [c for c in scan_packs(replace(self.switches, autoload=True)) if c[0].name == name]
+            active = [r for r in self.packs if r.name == name and r.state is PackState.ACTIVE]
+            if not claims and not active:
+                known = {r.name for r in self.packs}
+                raise UnknownNameError(f"No pack '{name}' is installed.{did_you_mean(name, known)}")
+            if not active:
+                self._forget(name)
+                active = [r for r in [self._take(*claim) for claim in claims] if r.state is PackState.ACTIVE]
+            if not active:
+                raise self._unavailable[name].with_traceback(None)
+            return active[0]
 
     def register_pack(
         self, name: str, plugin: object, distribution: str = "", version: str = ""
@@ -149,6 +196,8 @@ class PluginRegistry:
                     cause=f"{name!r} is not a pack name: use lower case letters, digits, '_' and '-', a letter first.",
                 )
                 self._refuse(record, Offer())
+            elif refused := unwanted(record, self.switches):
+                record = self._refuse(refused, Offer())
             else:
                 record = self._load(record, lambda: plugin)
             if record.state is not PackState.ACTIVE:
@@ -167,6 +216,7 @@ class PluginRegistry:
                 raise UnknownNameError(f"No pack '{name}' is active.{did_you_mean(name, active)}")
             record = active[name]
             self._withdraw(record)
+            self._clear_unavailable(name)
             del self._records[record.name, record.distribution, record.module]
             return record
 
@@ -205,26 +255,25 @@ class PluginRegistry:
                     unavailable[record.name] = error
                 else:
                     for name, factory in offered.items():
-                        found.add(f"{record.name}:{name}", factory)
+                        if not self.switches.withholds(f"{record.name}:{name}", record.distribution):
+                            found.add(f"{record.name}:{name}", factory)
         return found
 
     # -- one pack -----------------------------------------------------------------------------------------------------
 
+    def _take(self, record: PackRecord, entry: importlib_metadata.EntryPoint | None) -> PackRecord:
+        """Load what the scan found, or keep the record of why not."""
+        return self._refuse(record, Offer()) if entry is None else self._load(record, entry.load)
+
     def _load(self, record: PackRecord, load_plugin: Callable[[], object]) -> PackRecord:
         """Take a pack whole or not at all, and keep the record of that."""
         offer = Offer()
-        if record.name in self._block:
-            record = replace(
-                record,
-                state=PackState.BLOCKED,
-                reason=PackReason.BLOCKED,
-                cause=f"Pack '{record.name}' is blocked. Take its name out of block to use it.",
-            )
-            return self._refuse(record, offer)
+        withheld: tuple[str, ...] = ()
         try:
             with self._guard():
                 plugin = import_plugin(load_plugin)
                 collect_offer(plugin, offer)
+                withheld = self._withhold(record, offer)
                 if self._checks:
                     self._examine(record, offer)
             self._commit(record, plugin, offer)
@@ -237,10 +286,32 @@ class PluginRegistry:
                 error=refusal.error,
             )
             return self._refuse(record, offer)
-        record = replace(_with_ids(record, offer), state=PackState.ACTIVE)
+        record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
         self._records[record.name, record.distribution, record.module] = record
         self._clear_unavailable(record.name)
+        for full in withheld:
+            self._mark_unavailable(
+                full,
+                PluginError(f"'{full}' ({record.origin}) is left out: see the switches block and allow."),
+            )
         return record
+
+    def _withhold(self, record: PackRecord, offer: Offer) -> tuple[str, ...]:
+        """Take out of an offer what a switch leaves out, and return the ids of that."""
+
+        left_out: set[str] = set()
+
+        def kept(name: str) -> bool:
+            full = f"{record.name}:{name}"
+            if self.switches.withholds(full, record.distribution):
+                left_out.add(full)
+            return full not in left_out
+
+        offer.blueprints = [spec for spec in offer.blueprints if kept(spec.name)]
+        offer.hosts = [spec for spec in offer.hosts if kept(spec.name)]
+        offer.gate_checks = [check for check in offer.gate_checks if kept(check.name)]
+        offer.policies = {name: factory for name, factory in offer.policies.items() if kept(name)}
+        return tuple(sorted(left_out))
 
     def _guard(self) -> AbstractContextManager[None]:
         """Return a context that keeps foreign code from changing random numbers and torch's settings."""
@@ -251,8 +322,11 @@ class PluginRegistry:
     def _examine(self, record: PackRecord, offer: Offer) -> None:
         from kasmina_core.checks import check_blueprint_spec
 
+        device = self._device
+        if device is None and not sys.modules["torch"].cuda.is_initialized():
+            device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
         for spec in offer.blueprints:
-            report = check_blueprint_spec(spec, device=self._device, origin=record.origin)
+            report = check_blueprint_spec(spec, device=device, origin=record.origin)
             offer.reports[spec.name] = report
             try:
                 report.raise_if_failed()
@@ -332,10 +406,13 @@ class PluginRegistry:
         error.__cause__ = record.error
         claims = (record.name, *record.blueprints, *record.hosts, *record.gate_checks, *record.policies)
         for claim in claims:
-            self._unavailable[claim] = error
-        for claim in (record.name, *record.blueprints):
-            self.blueprints.mark_unavailable(claim, error)
+            self._mark_unavailable(claim, error)
         return record
+
+    def _mark_unavailable(self, claim: str, error: PluginError) -> None:
+        """Let questions for a pack or for one id raise the cause."""
+        self._unavailable[claim] = error
+        self.blueprints.mark_unavailable(claim, error)
 
     def _forget(self, name: str) -> None:
         """Forget earlier refusals of a pack, so that it can be tried again."""
@@ -380,10 +457,12 @@ _default_is_loading = False
 
 
 def default_registry() -> PluginRegistry:
-    """Return the registry of this process; the first call loads every installed pack.
+    """Return the registry of this process; the first call loads the installed packs that the environment lets it.
 
     Raises:
-        PluginError: If a pack calls this while it is being loaded.
+        PluginError: If a pack calls this while it is being loaded, or under ``KASMINA_PLUGINS_STRICT`` if any pack
+            cannot be used.
+        SwitchError: If a switch in the environment cannot be read (see `Switches`).
     """
     global _default, _default_is_loading
     if _default is not None:
@@ -397,7 +476,8 @@ def default_registry() -> PluginRegistry:
             )
         _default_is_loading = True
         try:
-            registry = PluginRegistry()
+            switches = Switches.from_environment()
+            registry = PluginRegistry(**{name: getattr(switches, name) for name in ENVIRONMENT})
             registry.load_installed()
             _default = registry
         finally:
@@ -410,3 +490,13 @@ def reset_default_registry() -> None:
     global _default
     with _default_lock:
         _default = None
+
+
+def _let_a_forked_child_load() -> None:
+    """Forget a load that another thread of the parent had begun: in the child nobody ends it, or frees the lock."""
+    global _default_lock, _default_is_loading
+    _default_lock, _default_is_loading = threading.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_a_forked_child_load)

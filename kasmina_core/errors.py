@@ -76,6 +76,10 @@ class PluginError(KasminaError):
     """A plugin pack that could not be loaded or registered; the cause is chained."""
 
 
+class SwitchError(KasminaError, ValueError):
+    """A switch of plugin discovery, in the environment or given as an argument, that cannot be read."""
+
+
 class CheckpointError(KasminaError):
     """Saved state that is truncated, foreign, newer or does not fit this model; nothing was changed."""
 

@@ -7,6 +7,18 @@ A pack is a module or object with functions marked `hookimpl`, named by one entr
 ...     @hookimpl
 ...     def kasmina_blueprints(self):
 ...         return [BlueprintSpec("scale", Topology.CNN, "my_pack.seeds:Scale", lambda dim: dim)]
+
+Beside the entry point the pack declares, in the group ``kasmina.api`` and under the same name, the version of this page
+that it is written for; one that declares none is taken to be written for ``v1``. In its ``pyproject.toml``:
+
+```toml
+[project.entry-points."kasmina.plugins"]
+mine = "my_pack"
+[project.entry-points."kasmina.api"]
+mine = "v1"
+```
+
+That version, and what the package requires, are compared with what is installed before any of its code is imported.
 """
 
 from __future__ import annotations
