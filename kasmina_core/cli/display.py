@@ -237,7 +237,7 @@ def final_tables(record: RunRecord) -> list[RenderableType]:
     """Return what is shown at the end of a run: the comparison, the seeds, the summary and the notes."""
     parts: list[RenderableType] = []
     if record.arms:
-        parts.append(_rich_table(wording.arms_table(record)))
+        parts.append(_Arms(record))
     if record.seeds:
         parts += [_Seeds(record), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
     parts.append(Text(wording.summary(record)))
@@ -269,6 +269,22 @@ def print_final(
         console.print(part)
     if folder is not None:
         console.print(Text(f"\nFiles: {os.fspath(folder)} (open report.html)"), soft_wrap=True)
+
+
+@final
+class _Arms:
+    """The comparison, an arm a row where the console is wide enough, else an arm a column."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = wording.arms_table(self._record)
+        columns = list(zip(table.header, *table.rows, strict=True))
+        if sum(max(map(cell_len, column)) + 2 for column in columns) > options.max_width:
+            header, *rows = columns
+            table = TextTable(table.title, header, tuple(rows), numeric=frozenset(range(1, len(header))))
+        yield _rich_table(table)
 
 
 @final

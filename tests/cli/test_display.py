@@ -255,3 +255,13 @@ def test_other_arms_answer_what_a_model_of_that_size_does():
 )
 def test_flops_have_three_figures_and_a_prefix(value, text):
     assert wording.flops(value) == text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_comparison_is_never_cut_short(width: int) -> None:
+    record = fake_run()
+    record.metric_name = "bits per character"
+    text = final_text(record, width)
+    assert "…" not in text
+    for word in ("parameters", "training FLOPs", "bits per character"):
+        assert word in text
