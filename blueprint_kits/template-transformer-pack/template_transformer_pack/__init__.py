@@ -1,0 +1,45 @@
+"""Transformer seeds for Kasmina.
+
+This module is the pack's entry point. It imports no torch: the seeds are named as text and imported when they are
+first used, so that listing the installed packs stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kasmina_core import BlueprintSpec, Topology, hookimpl
+
+
+@hookimpl
+def kasmina_blueprints() -> Iterable[BlueprintSpec]:
+    """Return the pack's seeds, for features of shape ``(b, t, d)``."""
+    return [
+        BlueprintSpec(
+            "context",
+            Topology.TRANSFORMER,
+            "template_transformer_pack.seeds:ContextSeed",
+            context_params,
+            "A linear map of the mean of all positions; of the earlier ones where the host is causal",
+            takes_causal=True,
+        ),
+        BlueprintSpec(
+            "waist",
+            Topology.TRANSFORMER,
+            "template_transformer_pack.seeds:WaistSeed",
+            waist_params,
+            "A feed-forward network through a narrow waist",
+            options={"width": 4},
+            source="https://arxiv.org/abs/1902.00751",
+        ),
+    ]
+
+
+def context_params(dim: int) -> int:
+    """One linear map with a bias: ``dim² + dim``."""
+    return dim * dim + dim
+
+
+def waist_params(dim: int) -> int:
+    """Two linear maps with biases, through 4 features: ``9 dim + 4``."""
+    return 9 * dim + 4

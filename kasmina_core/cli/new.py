@@ -1,0 +1,213 @@
+"""``kasmina new``: write a package to start from, the same as the templates that are tested with the library."""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import click
+
+from kasmina_core.blueprints import NAME_PATTERN
+from kasmina_core.errors import KasminaError
+from kasmina_core.packs import list_packs
+from kasmina_core.topology import Topology
+
+TEMPLATES: Final = {
+    "cnn": "template-cnn-pack",
+    "transformer": "template-transformer-pack",
+    "host": "template-host",
+}
+"""What can be written, and the folder of its template."""
+
+_TEMPLATE_CLASS: Final = "TemplateHost"
+_LITTER: Final = ("__pycache__", "build", "dist")
+_FOLDERS_OF_A_PACKAGE: Final = ("build", "dist", "docs", "test", "tests")
+
+_out = click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    show_default="the current folder",
+    help="Where the folder NAME is made.",
+)
+
+
+@click.group()
+def new() -> None:
+    """Write a package to start from: seeds, or a host.
+
+    It is complete: it installs, its tests pass, and kasmina finds it.
+    """
+
+
+@new.command("pack")
+@click.argument("name")
+@click.option(
+    "--topology",
+    type=click.Choice([topology.value for topology in Topology]),
+    required=True,
+    help="Layout of the features that its seeds work on: cnn (b, c, h, w), transformer (b, t, d).",
+)
+@_out
+def pack_command(name: str, topology: str, out: Path) -> None:
+    """Write a pack of seeds.
+
+    NAME becomes the folder, the distribution and the pack: `kasmina new pack acme-seeds --topology cnn` offers
+    acme-seeds:edges, from the module acme_seeds.
+    """
+    _report(write_package(topology, name, out), name, "seeds.py")
+
+
+@new.command("host")
+@click.argument("name")
+@_out
+def host_command(name: str, out: Path) -> None:
+    """Write a host: a network with places where seeds can grow.
+
+    NAME becomes the folder, the distribution and the pack: `kasmina new host acme` offers the host acme:net, of the
+    class AcmeHost in the module acme.
+    """
+    _report(write_package("host", name, out), name, "host.py")
+
+
+def _report(folder: Path, name: str, source: str) -> None:
+    click.echo(f"Wrote {folder}. Its code is in {Path(module_name(name)) / source}.\n\nNext:")
+    for line in (
+        f"cd {shlex.quote(str(folder))}",
+        'pip install --editable ".[test]"',
+        f"kasmina plugins info {name}",
+        "pytest",
+    ):
+        click.echo(f"  {line}")
+
+
+def write_package(kind: str, name: str, out: Path) -> Path:
+    """Write a package from a template and return its folder, ``out / name``.
+
+    It is made elsewhere and moved in whole, so that a failure leaves nothing behind.
+
+    Args:
+        kind: A key of `TEMPLATES`.
+        name: Name of the folder, the distribution and the pack.
+        out: Where to make the folder; made if it is not there.
+
+    Raises:
+        click.BadParameter: If the name cannot be used, or belongs to something that is installed.
+        KasminaError: If the folder is there and not empty, or cannot be written.
+    """
+    _demand_free_name(name)
+    target = out / name
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise KasminaError(
+            f"'{target}' is there already{'' if target.is_file() else ', and not empty'}: nothing was written.\n"
+            "Give another name, or another folder with --out."
+        )
+    template = _templates() / TEMPLATES[kind]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
+        try:
+            made = workshop / name
+            _copy(template, made, name)
+            if target.is_dir():  # empty, or this fails
+                target.rmdir()
+            os.rename(made, target)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+    except OSError as error:
+        raise KasminaError(f"'{target}' could not be written: {error}") from error
+    return target
+
+
+def module_name(name: str) -> str:
+    """Return the module of a package.
+
+    >>> module_name("acme-seeds")
+    'acme_seeds'
+    """
+    return name.replace("-", "_")
+
+
+def class_name(name: str) -> str:
+    """Return the class of a host package.
+
+    >>> class_name("acme-net"), class_name("tiny-host")
+    ('AcmeNetHost', 'TinyHost')
+    """
+    joined = "".join(part.capitalize() for part in re.split("[-_]", name))
+    return joined if joined.endswith("Host") else f"{joined}Host"
+
+
+def _copy(template: Path, made: Path, name: str) -> None:
+    """Copy a template, its names replaced in paths and in text."""
+    old = template.name
+    words = {old: name, module_name(old): module_name(name), _TEMPLATE_CLASS: class_name(name)}
+    pattern = re.compile("|".join(map(re.escape, words)))
+
+    def renamed(text: str) -> str:
+        return pattern.sub(lambda match: words[match[0]], text)
+
+    for source in sorted(template.rglob("*")):
+        parts = source.relative_to(template).parts
+        folders = parts if source.is_dir() else parts[:-1]
+        if any(part in _LITTER or part.startswith(".") or part.endswith(".egg-info") for part in folders):
+            continue
+        if source.is_file() and source.suffix != ".pyc":
+            goal = made.joinpath(*map(renamed, parts))
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            goal.write_text(renamed(source.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _templates() -> Path:
+    """Return the folder of the templates: beside this file in a wheel, ``blueprint_kits`` in a checkout."""
+    here = Path(__file__).resolve()
+    places = (here.parent / "templates", here.parents[2] / "blueprint_kits")
+    for place in places:
+        if all((place / folder).is_dir() for folder in TEMPLATES.values()):
+            return place
+    raise KasminaError(
+        "The templates are not where they were installed.\n  looked in: "
+        + "\n             ".join(map(str, places))
+        + "\nInstall kasmina again."
+    )
+
+
+def _demand_free_name(name: str) -> None:
+    if not NAME_PATTERN.fullmatch(name):
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").lstrip("0123456789-")
+        advice = f" Such as '{near}'." if NAME_PATTERN.fullmatch(near) else ""
+        raise click.BadParameter(
+            f"'{name}' is not a pack name: use lower case letters, digits, '_' and '-', a letter first.{advice}",
+            param_hint="'NAME'",
+        )
+    module = module_name(name)
+    taken = ""
+    if keyword.iskeyword(module):
+        taken = "it is a word of Python's own"
+    elif module in _FOLDERS_OF_A_PACKAGE:
+        taken = "it is the name of a folder that packages have"
+    elif module in sys.stdlib_module_names:
+        taken = f"the module '{module}' is in Python's standard library"
+    elif origin := _origin_of(module):
+        taken = f"the module '{module}' is installed, in {origin}"
+    else:
+        for record in list_packs():
+            if record.name == name:
+                taken = f"'{record.origin}' has a pack of that name"
+    if taken:
+        raise click.BadParameter(f"'{name}' cannot be used: {taken}. Choose another.", param_hint="'NAME'")
+
+
+def _origin_of(module: str) -> str:
+    """Return the file of a top-level module without importing it; empty for none, and for a mere folder."""
+    spec = importlib.util.find_spec(module)
+    return str(spec.origin) if spec is not None and spec.origin is not None else ""
