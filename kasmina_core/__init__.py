@@ -1,6 +1,7 @@
 """Kasmina: networks that grow while they train.
 
 Everything public is here; a name is imported when it is first used, so that listing plugins needs no torch.
+PYTEST_DONT_REWRITE: a program may import this and then start pytest, which finds our fixtures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bundled pack of convolutional seeds, and a small convolutional host to grow.
 
 This module is the pack's entry point and its door. It imports no torch: seeds and host are named as text and
-imported when they are first used.
+imported when they are first used. PYTEST_DONT_REWRITE: see `kasmina_core`.
 """
 
 from __future__ import annotations
