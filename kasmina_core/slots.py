@@ -563,7 +563,9 @@ class SeedSlot(nn.Module):
             )
         if not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
             raise ValueError(f"alpha must be in [0, 1], not {alpha!r}.")
-        self._set_alpha(float(alpha), self.schedule.first_step_reaching(float(alpha)))
+        step = self.schedule.first_step_reaching(float(alpha))
+        # The last step that lies no higher, so that the next one rises, also from just below 1.
+        self._set_alpha(float(alpha), step - (self.schedule(step) > alpha))
         self._gates.clear()
 
     def pause(self) -> None:
@@ -640,8 +642,7 @@ class SeedSlot(nn.Module):
         schedule = cast("AlphaSchedule", self.schedule)
         if metrics.blending_steps_done < schedule.total_steps:
             done = metrics.blending_steps_done + 1
-            # A hand-set alpha may lie above its step's; the ramp never falls.
-            self._set_alpha(max(self.alpha, schedule(done)), done)
+            self._set_alpha(schedule(done), done)
 
     def _set_alpha(self, alpha: float, step: int) -> None:
         cast("SeedState", self.state).metrics.blending_steps_done = step

@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -605,7 +606,7 @@ def test_the_ramp_may_go_by_optimiser_steps():
     assert slot.stage is S.SHADOWING
 
 
-@pytest.mark.parametrize("by_hand", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("by_hand", [0.0, 1e-6, 0.3, 0.5, 0.999999, 1.0])
 def test_the_ramp_goes_on_from_an_alpha_set_by_hand(by_hand):
     model, slot, *_ = grown(S.BLENDING)
     model.step_epoch(1.0)
@@ -616,9 +617,9 @@ def test_the_ramp_goes_on_from_an_alpha_set_by_hand(by_hand):
     while slot.stage is S.BLENDING:
         model.step_epoch(1.0)
         alphas.append(slot.alpha)
-    assert alphas == sorted(alphas)
     assert alphas[-1] == 1.0
     assert len(alphas) <= 5
+    assert all(a < b for a, b in pairwise(alphas)) or by_hand == 1.0
 
 
 def test_at_alpha_zero_a_blending_seed_goes_on_as_in_training():
