@@ -100,6 +100,7 @@ def test_a_run_that_is_saved_and_loaded_goes_on_like_one_that_was_not(stage, pau
     fresh.load_state_dict(through_a_file(model.state_dict()))
     again = tie_optimizer(fresh, torch.optim.Adam(fresh.host_parameters(), 1e-2))
     again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert same_picture(picture(model)["records"], picture(fresh)["records"])
     for epoch in range(5):
         for one in (model, fresh):
             slot = one.slots[FIRST]
