@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, final
 
@@ -49,11 +49,26 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool((equal | (a.isnan() & b.isnan())).all())
 
 
+def unlike_names(before: Sequence[str], after: Sequence[str]) -> str:
+    """Return in what two lists of names differ as text; empty if they are equal.
+
+    >>> unlike_names(["a", "b"], ["a"]), unlike_names(["a"], ["a", "c"]), unlike_names(["a", "b"], ["b", "a"])
+    ('lacks b', 'also c', 'another order: b, a')
+    """
+    fewer = list(dict.fromkeys(name for name in before if name not in after))
+    more = list(dict.fromkeys(name for name in after if name not in before))
+    for word, names in (("lacks", fewer), ("also", more)):
+        if names:
+            return f"{word} {', '.join(names[:4])}" + (" …" if len(names) > 4 else "")
+    if len(before) != len(after):
+        return f"{len(after)} names, before: {len(before)}"
+    return "" if list(before) == list(after) else f"another order: {', '.join(after[:4])}"
+
+
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """Return the first difference between named tensors as text; empty if they are equal bit for bit."""
-    if list(expected) != list(found):
-        odd = sorted(set(expected) ^ set(found))
-        return f"{', '.join(odd[:4])}: in one and not in the other" if odd else "the order of the names"
+    if fault := unlike_names(list(expected), list(found)):
+        return fault
     for name, tensor in expected.items():
         other = found[name]
         if same_bits(tensor, other):
@@ -84,11 +99,27 @@ class Run:
 
 
 def run(
-    model: nn.Module, host: nn.Module, example: Any, *, training: bool, device: torch.device, seed: int
+    model: nn.Module,
+    host: nn.Module,
+    own: Collection[str],
+    example: Any,
+    *,
+    training: bool,
+    device: torch.device,
+    seed: int,
 ) -> Run:
     """Call ``model`` once on random numbers from ``seed``; in training mode with a backward pass.
 
     The loss is a fixed random combination of all floating-point outputs, so that every output takes part.
+
+    Args:
+        model: What to call.
+        host: Whose buffers and gradients are kept.
+        own: Names of the host's own parameters and buffers.
+        example: See `call_with`.
+        training: Whether to run in training mode, and backward.
+        device: Whose random numbers, besides the CPU's, are used.
+        seed: Where they start.
     """
     model.train(training)
     with private_rng(seed, device), torch.set_grad_enabled(training):
@@ -99,13 +130,15 @@ def run(
         if training:
             _backward(outputs)
         gradients = {
-            name: p.grad.detach().clone() for name, p in host.named_parameters() if p.grad is not None
+            name: p.grad.detach().clone()
+            for name, p in host.named_parameters()
+            if p.grad is not None and name in own
         }
         for parameter in model.parameters():
             parameter.grad = None
     return Run(
         {name: tensor.detach().clone() for name, tensor in outputs.items()},
-        {name: buffer.detach().clone() for name, buffer in host.named_buffers()},
+        {name: buffer.detach().clone() for name, buffer in host.named_buffers() if name in own},
         state,
         gradients,
     )

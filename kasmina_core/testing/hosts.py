@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, final
 
@@ -22,7 +22,7 @@ from kasmina_core.model import MorphogeneticModel
 from kasmina_core.randomness import private_rng
 from kasmina_core.reports import CheckResult, CheckStatus
 from kasmina_core.slots import ForwardMode
-from kasmina_core.testing.comparing import Run, difference, random_state, run, tensors_in
+from kasmina_core.testing.comparing import Run, difference, random_state, run, tensors_in, unlike_names
 from kasmina_core.testing.offered import OfferedHost, host_of
 from kasmina_core.testing.reports import HOST_CHECKS, HostReport
 from kasmina_core.topology import Topology
@@ -240,6 +240,8 @@ class _Trial:
                 made: object = import_factory(f"Host '{self.name}'", factory)(**self.options)  # type: ignore[arg-type]  # checked there
             if not isinstance(made, nn.Module):
                 raise TypeError(f"the factory returned {type(made).__name__}")
+        if self.spec is None:
+            self.name = type(made).__name__
         self._pass("builds", type(made).__name__)
         return made
 
@@ -274,6 +276,10 @@ class _Trial:
 
     def _twin(self) -> nn.Module:
         return copy.deepcopy(self.host)
+
+    def _run(self, model: nn.Module, host: nn.Module, training: bool) -> Run:
+        own = _all_tensors(self.host)
+        return run(model, host, own, self.example, training=training, device=self.device, seed=_SEED)
 
     def _points(self) -> list[str | InjectionPoint]:
         host = self.host
@@ -323,10 +329,7 @@ class _Trial:
         return example
 
     def _run_bare(self, training: bool) -> Run:
-        first, second = (
-            run(twin, twin, self.example, training=training, device=self.device, seed=_SEED)
-            for twin in (self._twin(), self._twin())
-        )
+        first, second = (self._run(twin, twin, training) for twin in (self._twin(), self._twin()))
         if fault := _unlike(first, second) or difference(first.gradients, second.gradients):
             self._fail(
                 "repeatable_forward",
@@ -389,9 +392,7 @@ class _Trial:
         return model
 
     def _attach_and_detach(self) -> None:
-        host = self._twin().train()
-        for number, module in enumerate(host.modules()):
-            module.training = number % 3 != 2  # some frozen in eval mode, as users do
+        host, modes = self._with_mixed_modes(1)
         before, numbers = _Snapshot(host), random_state(self.device)
         with self._attempt(
             "attaches",
@@ -403,36 +404,44 @@ class _Trial:
             attached, numbers_attached = _Snapshot(host), random_state(self.device)
             model_keys = list(model.state_dict())
             model.detach_slots()
+            other, other_modes = self._with_mixed_modes(0)
+            other_model = self._model(other)
+            other_attached = _Snapshot(other)
+            other_model.detach_slots()
         self._pass("attaches", f"{len(self.points)} slots")
         after = _Snapshot(host)
         while_there, taken_off = "with slots attached", "after they were taken off"
         moments = ((while_there, attached), (taken_off, after))
         self._judge(
             "keys_unchanged",
-            {while_there: _unlike_names(before.keys, model_keys)}
-            | {where: _unlike_names(before.keys, now.keys) for where, now in moments}
-            | {f"submodules {where}": _unlike_names(before.modules, now.modules) for where, now in moments},
+            {while_there: unlike_names(before.keys, model_keys)}
+            | {where: unlike_names(before.keys, now.keys) for where, now in moments}
+            | {f"submodules {where}": unlike_names(before.modules, now.modules) for where, now in moments},
             "does not keep its state_dict keys and submodules",
             "those of the bare host",
             "register_slot must not make the slot a child or a buffer: use a forward hook, as HookedHost does.",
         )
         self._judge(
             "hooks_restored",
-            {taken_off: _unlike_names(before.hooks, after.hooks)},
+            {taken_off: unlike_names(before.hooks, after.hooks)},
             "keeps hooks after the slots are gone",
             "the hooks of the bare host",
             "unregister_slot(name) must undo register_slot(name): remove the handle.",
         )
         self._judge(
             "modes_unchanged",
-            {where: _unlike_modes(before.modes, now.modes) for where, now in moments},
+            {where: _unlike_modes(modes, now.modes) for where, now in moments}
+            | {
+                f"{where}, other modes": _unlike_modes(other_modes, now.modes)
+                for where, now in ((while_there, other_attached), (taken_off, _Snapshot(other)))
+            },
             "does not keep its training modes",
             "each submodule's own",
             "Do not call train() or eval() in register_slot, unregister_slot or injection_points.",
         )
         self._judge(
             "buffers_unchanged",
-            {where: difference(before.tensors, now.tensors) for where, now in moments},
+            {where: difference(before.tensors, now.only(before.tensors)) for where, now in moments},
             "does not keep its parameters and buffers",
             "bit-equal values",
             "Leave tensors alone in register_slot and unregister_slot.",
@@ -446,6 +455,13 @@ class _Trial:
             "Draw none in injection_points, register_slot and unregister_slot.",
         )
 
+    def _with_mixed_modes(self, odd: int) -> tuple[nn.Module, dict[str, bool]]:
+        """Return a copy in which every other submodule is in eval mode, as users freeze some, and the modes."""
+        host = self._twin()
+        for number, module in enumerate(host.modules()):
+            module.training = number % 2 != odd
+        return host, {name: module.training for name, module in host.named_modules()}
+
     def _compare(self, model: MorphogeneticModel, name: str, what: str) -> Run:
         """Judge ``name``: with this model, outputs, buffers and random numbers are the bare host's in both modes."""
         runs: dict[bool, Run] = {}
@@ -454,9 +470,7 @@ class _Trial:
             name, f"does not run with {what}", "the output of the bare host", "See the error."
         ):
             for training in (False, True):  # a run in training mode may move statistics
-                runs[training] = run(
-                    model, model.host, self.example, training=training, device=self.device, seed=_SEED
-                )
+                runs[training] = self._run(model, model.host, training)
                 faults[_mode(training)] = _unlike(self.bare[training], runs[training])
         self._judge(
             name,
@@ -505,9 +519,7 @@ class _Trial:
         ):
             model = self._model(self._twin())
             self._grow(model, SeedStage.SHADOWING)
-            learned = run(
-                model, model.host, self.example, training=True, device=self.device, seed=_SEED
-            ).gradients
+            learned = self._run(model, model.host, True).gradients
         wanted = [name for name, grad in self.bare[True].gradients.items() if bool(grad.any())]
         starved = [name for name in wanted if name not in learned or not bool(learned[name].any())]
         self._judge(
@@ -581,7 +593,7 @@ class _Trial:
     def _output(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the outputs in eval mode; `_compare` of dormant and training seeds covers the other mode."""
         host = model.host if isinstance(model, MorphogeneticModel) else model
-        return run(model, host, self.example, training=False, device=self.device, seed=_SEED).outputs
+        return self._run(model, host, False).outputs
 
     # -- the causal claim -------------------------------------------------------------------------------------------
 
@@ -665,6 +677,10 @@ class _Snapshot:
             for _ in hooks
         ]
 
+    def only(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the tensors of these names."""
+        return {name: tensor for name, tensor in self.tensors.items() if name in names}
+
 
 def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -686,14 +702,6 @@ def _unlike(bare: Run, found: Run) -> str:
         or difference(bare.buffers, found.buffers)
         or difference(bare.random_state, found.random_state)
     )
-
-
-def _unlike_names(before: list[str], after: list[str]) -> str:
-    if before == after:
-        return ""
-    more = [name for name in after if name not in before] or after
-    fewer = [name for name in before if name not in after]
-    return f"lacks {', '.join(fewer[:3])}" if fewer else f"also {', '.join(more[:3])}"
 
 
 def _unlike_modes(before: Mapping[str, bool], after: Mapping[str, bool]) -> str:

@@ -12,7 +12,6 @@ from kasmina_core.blueprints import NAME_PATTERN, BlueprintSpec
 from kasmina_core.discovery import PluginRegistry
 from kasmina_core.errors import PluginError, UnknownNameError, did_you_mean
 from kasmina_core.hosts import HostSpec
-from kasmina_core.packs import list_packs
 
 
 @final
@@ -41,14 +40,14 @@ def registry_of(pack: str) -> PluginRegistry:
     Raises:
         UnknownNameError: If no pack of that name is installed.
     """
-    names = {record.name for record in list_packs()}
+    registry = PluginRegistry(checks=False, allow={pack})
+    registry.load_installed()
+    names = {record.name for record in registry.packs}
     if pack not in names:
         raise UnknownNameError(
             f"No pack '{pack}' is installed.{did_you_mean(pack, names)} A pack that is not installed is given as its "
             "module."
         )
-    registry = PluginRegistry(checks=False, block=names - {pack})
-    registry.load_installed()
     return registry
 
 
