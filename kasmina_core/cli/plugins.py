@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import click
 
@@ -21,9 +22,54 @@ SHOWN_WIDTHS: Final = (16, 64, 256)
 """Feature widths at which ``info`` shows the declared number of parameters."""
 
 
-@click.group()
+_LATER: Final = {
+    "check": ("kasmina_core.cli.check:check", "Run the registration checks of packs or blueprints."),
+    "doctor": ("kasmina_core.cli.doctor:doctor", "Find out what is wrong with the installed packs."),
+}
+"""Subcommands that are imported when they are run."""
+
+
+@final
+class _Commands(click.Group):
+    """The subcommands of this file, and those that are imported when needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_LATER})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _LATER:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = _LATER[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        here = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        rows = sorted((here | {name: text for name, (_, text) in _LATER.items()}).items())
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=_Commands)
 def plugins() -> None:
-    """Show the installed packs and what they offer."""
+    """Show the installed packs and what they offer.
+
+    Which packs may be loaded, switches in the environment say; entries are separated by commas, and each names a
+    pack, a distribution, or one thing by its id, such as cnn:norm.
+
+    \b
+      KASMINA_PLUGINS_ALLOW       only these are loaded
+      KASMINA_PLUGINS_BLOCK       these are not loaded, nor is their code imported
+      KASMINA_PLUGINS_AUTOLOAD=0  only the bundled packs are loaded by themselves
+      KASMINA_PLUGINS_PREFER      distributions that win where two claim one name
+      KASMINA_PLUGINS_STRICT=1    any pack that cannot be used is an error
+
+    \b
+    Exit code:
+      0  done
+      1  not done, or a pack cannot be used; the message says why
+      2  wrong usage
+    """
 
 
 @plugins.command("list")
@@ -31,8 +77,18 @@ def plugins() -> None:
 def list_command(as_json: bool) -> None:
     """List the installed packs.
 
-    Only their metadata is read: neither their code nor torch is imported, so the state is "discovered", or "conflict"
-    and "invalid" where the metadata alone tells. Whether a pack loads, `kasmina plugins info PACK` tells.
+    Only their metadata is read: neither their code nor torch is imported, so the state is "discovered", or "blocked",
+    "incompatible", "conflict" and "invalid" where switches and metadata alone tell.
+
+    \b
+    Whether a pack loads:            kasmina plugins info PACK
+    What to do if one does not:      kasmina plugins doctor
+
+    \b
+    Exit code:
+      0  listed, whatever the states
+      1  a switch in the environment cannot be read
+      2  wrong usage
     """
     records = list_packs()
     if as_json:
@@ -41,7 +97,7 @@ def list_command(as_json: bool) -> None:
     if not records:
         click.echo("No packs are installed.")
         return
-    _print_table(
+    print_table(
         ("pack", "distribution", "version", "module", "state"),
         [(r.name, r.distribution, r.version, r.module, r.state.value) for r in records],
     )
@@ -57,7 +113,13 @@ def info_command(name: str, as_json: bool) -> None:
     """Show a pack, a blueprint or a host.
 
     ID is the name of a pack, a full id such as cnn:norm, or a short name that only one pack offers. All installed
-    packs are loaded and their blueprints checked. Exits with 1 if the pack cannot be used, and shows the cause.
+    packs are loaded and their blueprints checked.
+
+    \b
+    Exit code:
+      0  shown
+      1  nothing of that name, or its pack cannot be used: the cause is shown
+      2  wrong usage
     """
     with contextlib.redirect_stdout(sys.stderr):  # what a pack prints while it loads is not our output
         from kasmina_core.discovery import default_registry
@@ -184,7 +246,7 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
     options = ", ".join(f"{key}={value!r}" for key, value in facts["options"].items())
     _print_pairs("blueprint", [*rows, ("options", options or "none")])
     click.echo("")
-    _print_table(
+    print_table(
         ("dim", "declared parameters"),
         [(str(row["dim"]), _declared(row)) for row in facts["declared_parameters"]],
     )
@@ -202,7 +264,7 @@ def _print_pack(facts: Mapping[str, Any]) -> None:
     rows = [(key, _shown(facts[key])) for key in plain if facts[key]]
     rows += [
         (key, "\n".join(facts[key]))
-        for key in ("blueprints", "hosts", "gate_checks", "policies")
+        for key in ("blueprints", "hosts", "gate_checks", "policies", "withheld")
         if facts[key]
     ]
     _print_pairs("pack", rows)
@@ -226,7 +288,7 @@ def _print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
             click.echo(f"  {name.replace('_', ' ') if number == 0 else '':<{wide}}  {line}".rstrip())
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: drawn on a terminal, aligned text elsewhere. Cells are never shortened."""
     if sys.stdout.isatty():
         from rich.console import Console
