@@ -1,0 +1,137 @@
+"""The pack as its users meet it: light to list, described truly, and its seeds grow into a model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import kasmina_sequence
+import pytest
+import torch
+from sequence_cases import SPECS
+from torch import Tensor, nn
+
+from kasmina_core import (
+    BlueprintRegistry,
+    GateLevel,
+    GrowthConfig,
+    MorphogeneticModel,
+    PluginRegistry,
+    SeedStage,
+    tie_optimizer,
+)
+
+ROOT = Path(__file__).parents[1]
+
+LISTING = """
+import sys
+import kasmina_sequence
+
+specs = list(kasmina_sequence.kasmina_blueprints())
+assert [spec.name for spec in specs] == ["gau", "moe", "rmsnorm_adapter", "swiglu"]
+for spec in specs:
+    assert [spec.refusal(dim) for dim in range(1, 97)].count(None) == 95
+    assert spec.declared_params(64) > 0
+assert "torch" not in sys.modules, "listing imported torch"
+"""
+
+
+def test_listing_the_pack_imports_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LISTING],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_entry_point_names_this_module() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == {"kasmina.plugins": {"sequence": "kasmina_sequence"}}
+    assert project["name"] == "kasmina-sequence"
+
+
+def test_readme_lists_every_blueprint_with_its_options_and_the_first_example_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, spec in SPECS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert all(f"`{option}={default}`" in row for option, default in spec.options.items())
+        assert spec.source in row
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    # Installed, the pack is found by its entry point; here it may not be.
+    installed = example.replace("(host, ", "(host, registry=registry, ")
+    assert installed != example
+    exec(compile(installed, "README.md", "exec"), {"registry": _registry()})
+
+
+def _registry() -> BlueprintRegistry:
+    registry = PluginRegistry(checks=False)
+    registry.register_pack("sequence", kasmina_sequence)
+    return registry.blueprints
+
+
+def _host() -> nn.Sequential:
+    """A linear map of each position: it can give no product of two features, and sees no other position."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 8), nn.Identity(), nn.Linear(8, 1))
+
+
+def _model(example: Tensor) -> MorphogeneticModel:
+    config = GrowthConfig(incubation="counterfactual")
+    return MorphogeneticModel(
+        _host(), ["1"], example=example, registry=_registry(), config=config, causal=True
+    )
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_seed_passes_every_gate_on_evidence_and_becomes_part_of_the_model(name: str) -> None:
+    x = torch.randn(128, 6, 3)
+    past = x[..., 2:].cumsum(1) / torch.arange(1, 7).view(1, -1, 1)
+    y = x[..., :1] * x[..., 1:2] + past
+    model = _model(x[:2])
+    slot = model.slots["1"]
+    optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), lr=0.01))
+
+    def losses(part: slice) -> Tensor:
+        return (model(x[part]) - y[part]).square().mean((1, 2))
+
+    def epoch() -> None:
+        for _ in range(6):
+            optimizer.zero_grad()
+            losses(slice(64)).mean().backward()
+            model.incubate(lambda: losses(slice(64)).mean())
+            model.step()
+            optimizer.step()
+
+    model.evaluate_with(lambda: losses(slice(64, None)))
+    for _ in range(10):
+        epoch()
+    model.germinate("1", f"sequence:{name}")
+    for _ in range(30):
+        epoch()
+        result = model.step_epoch().get("1")
+        if result is not None and result.gate is GateLevel.G5 and result.passed:
+            model.advance_stage("1")
+            break
+    assert slot.stage is SeedStage.FOSSILIZED, str(result)
+
+    epoch()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    evidence = model.measure("1")
+    assert evidence is not None
+    assert evidence.gain > 0
+
+    changed = x.clone()
+    changed[:, 3:] += 1.0
+    assert torch.equal(model(changed)[:, :3], model(x)[:, :3])
+
+    fresh = _model(x[:2])
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(fresh(x), model(x))
