@@ -97,8 +97,8 @@ if TYPE_CHECKING:
     from kasmina_core.policy import SlotObservation as SlotObservation
     from kasmina_core.reports import CheckResult as CheckResult
     from kasmina_core.reports import CheckStatus as CheckStatus
-    from kasmina_core.reports import RegistrationReport as RegistrationReport
-    from kasmina_core.reports import RegistrationVerdict as RegistrationVerdict
+    from kasmina_core.reports import ValidationReport as ValidationReport
+    from kasmina_core.reports import ValidationVerdict as ValidationVerdict
     from kasmina_core.slots import SeedSlot as SeedSlot
     from kasmina_core.switches import Switches as Switches
     from kasmina_core.telemetry import CallableSink as CallableSink
@@ -163,8 +163,6 @@ _HOME = {
     "QualityGates": "gates",
     "RampUnit": "config",
     "RegisteredBlueprint": "blueprints",
-    "RegistrationReport": "reports",
-    "RegistrationVerdict": "reports",
     "Resume": "policy",
     "SeedCulled": "events",
     "SeedEvidence": "evidence",
@@ -192,6 +190,8 @@ _HOME = {
     "TransitionError": "errors",
     "UnknownNameError": "errors",
     "VALID_TRANSITIONS": "lifecycle",
+    "ValidationReport": "reports",
+    "ValidationVerdict": "reports",
     "blend_with_isolation": "blending",
     "bound_deviation": "isolation",
     "check_blueprint_spec": "checks",

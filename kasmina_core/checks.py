@@ -5,46 +5,63 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kasmina_core.blueprints import BlueprintSpec
-from kasmina_core.global_state import preserved_global_state, read_settings, restore_settings
-from kasmina_core.reports import CheckResult, CheckStatus, RegistrationReport
-from kasmina_core.topology import Topology
+from kasmina_core.check_findings import Builder, Built, Findings
+from kasmina_core.device_checks import (
+    FULL_DEVICE_CHECKS,
+    QUICK_DEVICE_CHECKS,
+    check_on_device,
+    device_check_names,
+)
+from kasmina_core.global_state import preserved_global_state
+from kasmina_core.module_checks import (
+    GRID_WIDTHS,
+    MODULE_CHECKS,
+    check_grid,
+    check_independence,
+    check_module,
+)
+from kasmina_core.reports import CheckResult, CheckStatus, ValidationReport
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
+
+    from kasmina_core.check_cache import PassCache
 
 PREFERRED_WIDTHS: Final = (64, 24, 7)
 """Widths that are tried first; 7 shows a module that needs a divisible width and does not say so."""
 
-_WIDTHS: Final = 3
-_SEED: Final = 0x6B61736D696E61  # unlikely in a factory, so that one which seeds the generators is seen
-_LADDER: Final = tuple(chain(PREFERRED_WIDTHS, (32, 16, 48, 96, 128, 8, 256, 12, 20, 512), range(1, 1025)))
-
-_DEVICE_CHECKS: Final = (
-    "output_shape",
-    "output_dtype",
-    "output_finite",
-    "input_unchanged",
-    "forward_draws_no_random_numbers",
-    "gradient_at_birth",
-)
-
 CHECK_NAMES: Final = (
+    "declaration",
     "accepts_width",
     "factory",
     "options",
     "global_state",
     "param_estimate",
     "param_count",
-    *_DEVICE_CHECKS,
+    "independent_builds",
+    *QUICK_DEVICE_CHECKS,
+    "shape_grid",
+    *FULL_DEVICE_CHECKS,
+    *MODULE_CHECKS,
 )
-"""Every check that a report can hold, in its order."""
+"""Every check that a report can hold, causes before consequences: the first failure is the one to read."""
+
+FULL_CHECKS: Final = frozenset(("shape_grid", *FULL_DEVICE_CHECKS, *MODULE_CHECKS))
+"""The checks that registration leaves out, because they take longer."""
+
+LEFT_OUT: Final = "left to the full checks, `kasmina plugins check`"
+
+_RESERVED: Final = ("dim", "self", "slot", "blueprint", "blueprint_id", "seed_id")
+_WIDTHS: Final = 3
+_SEED: Final = 0x6B61736D696E61  # unlikely in a factory, so that one which seeds the generators is seen
+_FATAL: Final = ("factory", "accepts_width", "output_shape")
+_LADDER: Final = tuple(chain(PREFERRED_WIDTHS, (32, 16, 48, 96, 128, 8, 256, 12, 20, 512), range(1, 1025)))
 
 
 def check_blueprint_spec(
@@ -53,11 +70,13 @@ def check_blueprint_spec(
     device: str | torch.device | None = None,
     widths: Sequence[int] | None = None,
     origin: str = "",
-) -> RegistrationReport:
+    full: bool = True,
+    cache: PassCache | None = None,
+) -> ValidationReport:
     """Build a blueprint at several widths, run it, and report whether it keeps what it declares.
 
     The size is that of fvcore's ``parameter_count``. The global random numbers, default dtype, default device and
-    thread settings are left as they were found.
+    thread settings are left as they were found. CUDA is not initialised where ``device`` is ``"cpu"``.
 
     Args:
         spec: The declaration.
@@ -65,6 +84,9 @@ def check_blueprint_spec(
             there is one, on the current CUDA device.
         widths: Feature widths to use, instead of three that the blueprint accepts.
         origin: Who offers it, for messages, such as ``"kasmina-cnn 0.1"``.
+        full: Whether the checks of `FULL_CHECKS` run as well: more sizes, precisions, memory formats, both modes, copies
+            and operations. Registration leaves them out.
+        cache: Where passes on a device are kept; what it holds is not run again, and the report says so.
 
     Source: https://github.com/facebookresearch/fvcore/blob/main/fvcore/nn/parameter_count.py
     """
@@ -80,67 +102,136 @@ def check_blueprint_spec(
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        return _Examination(spec, origin).report(device, widths)
-
-
-@dataclass(slots=True)
-class _Built:
-    """A module of the blueprint, at one width, on the CPU."""
-
-    width: int
-    causal: bool
-    module: nn.Module
-
-    @property
-    def where(self) -> str:
-        return f"dim={self.width}" + (", causal=True" if self.causal else "")
+        return _Examination(spec, origin, full, cache).report(device, widths)
 
 
 class _Examination:
     """The checks of one blueprint while they run."""
 
-    def __init__(self, spec: BlueprintSpec, origin: str) -> None:
+    def __init__(self, spec: BlueprintSpec, origin: str, full: bool, cache: PassCache | None) -> None:
         self.spec = spec
         self.origin = origin
-        self.results: list[CheckResult] = []
-        self.changed_settings: dict[str, Any] = {}
+        self.full = full
+        self.cache = cache
 
-    def report(self, device: str | torch.device | None, widths: Sequence[int] | None) -> RegistrationReport:
+    def report(self, device: str | torch.device | None, widths: Sequence[int] | None) -> ValidationReport:
         import torch
 
         from kasmina_core.randomness import private_rng
 
         asked, runnable, absent = _devices(device)
         with private_rng(_SEED, *(torch.device(name) for name in runnable)):
-            self.settings = read_settings()
+            self.findings = Findings()
+            self.builder = Builder(self.spec, self.findings)
+            self._check_declaration()
             chosen = self._choose_widths(widths)
             built = self._build_all(chosen)
             self._check_options(built)
             self._check_size(built)
-            used = []
-            for name in runnable:
-                ran = self._check_on(torch.device(name), built)
-                used += [name] if ran else []
+            check_independence(self.builder, built, self.findings)
+            used = [name for name in runnable if self._check_on(torch.device(name), built)]
             for name, why in absent.items():
-                for check in _DEVICE_CHECKS:
-                    self._not_run(check, why, device=name)
-            if self.changed_settings:
-                self._fail(
-                    "global_state",
-                    "changes settings of the whole program",
-                    expected={name: str(self.settings[name]) for name in self.changed_settings},
-                    measured={name: str(value) for name, value in self.changed_settings.items()},
-                    hint="Leave them alone in the factory and in forward; they were put back.",
-                )
-            elif built:
-                self._pass("global_state", measured="unchanged")
-            else:
-                self._not_run("global_state", "no module was built")
-        return RegistrationReport(
-            self.spec.name, self.origin, tuple(used), asked, tuple(sorted(self.results, key=_order))
-        )
+                for check in device_check_names(self.spec.topology, self.full):
+                    self.findings.not_run(check, why, device=name, needed=_kind(name) in asked)
+            self._check_whole(built, chosen, widths is None, runnable, absent, asked)
+            self.findings.judge_settings(bool(built))
+        checks = sorted(self.findings.results, key=_order)
+        return ValidationReport(self.spec.name, self.origin, tuple(used), asked, tuple(checks))
+
+    def _check_on(self, device: torch.device, built: Sequence[Built]) -> bool:
+        """Run what has to run on a device; return whether anything did."""
+        if self.cache is None or not built:
+            return check_on_device(self.builder, built, device, self.findings, self.full)
+        key = self.cache.key(self.spec, [made.width for made in built], device, self.full)
+        names = device_check_names(self.spec.topology, self.full)
+        if (kept := self.cache.recall(key, names, str(device))) is not None:
+            self.findings.results += kept
+            return False
+        before = len(self.findings.results)
+        ran = check_on_device(self.builder, built, device, self.findings, self.full)
+        self.cache.keep(key, self.findings.results[before:])
+        return ran
+
+    def _check_whole(
+        self,
+        built: Sequence[Built],
+        chosen: Sequence[int],
+        more_widths: bool,
+        runnable: Sequence[str],
+        absent: Mapping[str, str],
+        asked: Sequence[str],
+    ) -> None:
+        """Run the checks of modules as a whole, on the first device that is used."""
+        import torch
+
+        names = ("shape_grid", *MODULE_CHECKS)
+        if not self.full:
+            for name in (*names, *device_check_names(self.spec.topology, True)[len(QUICK_DEVICE_CHECKS) :]):
+                self.findings.not_run(name, LEFT_OUT, needed=False)
+        elif not runnable:
+            for name in names:
+                why = next((absent[kind] for kind in absent if _kind(kind) in asked), "no device can be used")
+                self.findings.not_run(name, why)
+        elif not built or any(
+            c.status is CheckStatus.FAILED and c.name in _FATAL for c in self.findings.results
+        ):
+            for name in names:
+                self.findings.not_run(name, "modules cannot be built and run at every width that is used")
+        else:
+            home = torch.device(runnable[0])
+            more = [
+                width for width in GRID_WIDTHS if more_widths and width not in chosen and self._takes(width)
+            ]
+            check_grid(self.builder, [*chosen, *more], home, self.findings)
+            check_module(self.builder, built[0].width, home, self.findings)
+
+    def _takes(self, width: int) -> bool:
+        try:
+            return self.spec.refusal(width) is None
+        except (Exception, SystemExit):  # accepts_width was judged at the widths that are used
+            return False
 
     # -- before any device ------------------------------------------------------------------------------------------
+
+    def _check_declaration(self) -> None:
+        """Look at what the declaration says of itself; nothing foreign runs."""
+        spec = self.spec
+        wrong: list[tuple[str, str, object]] = []
+        for name in ("description", "source"):
+            if not isinstance(getattr(spec, name), str):
+                wrong.append((name, "text", getattr(spec, name)))
+        if spec.estimate_dim is not None and not (_is_whole(spec.estimate_dim) and spec.estimate_dim > 0):
+            wrong.append(("estimate_dim", "a width of at least 1, or None", spec.estimate_dim))
+        estimate = spec.param_estimate
+        if isinstance(estimate, bool) or (isinstance(estimate, int) and estimate < 0):
+            wrong.append(("param_estimate", "a count of 0 or more", estimate))
+        if spec.accepts_width is not None and not callable(spec.accepts_width):
+            wrong.append(("accepts_width", "a function of the width, or None", spec.accepts_width))
+        if not isinstance(spec.takes_causal, bool):
+            wrong.append(("takes_causal", "True or False", spec.takes_causal))
+        if not isinstance(spec.options, Mapping):
+            wrong.append(("options", "a mapping from names to defaults", spec.options))
+        else:
+            for name, default in spec.options.items():
+                if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+                    wrong.append(("options", "names that can be keyword arguments of germinate", name))
+                elif name == "causal" and spec.takes_causal:
+                    wrong.append(("options", "no 'causal': takes_causal=True passes it already", name))
+                elif not _is_plain(default):
+                    wrong.append((f"options[{name!r}]", "plain data, which a checkpoint can hold", default))
+        if not wrong:
+            self.findings.passed("declaration", measured="complete")
+            return
+        where, expected, found = wrong[0]
+        self.findings.failed(
+            "declaration",
+            "is declared with a field that cannot be used",
+            where=where,
+            expected=expected,
+            measured=repr(found),
+            hint="Correct it in the BlueprintSpec."
+            + (f" Also: {', '.join(field for field, _, _ in wrong[1:])}." if wrong[1:] else ""),
+        )
 
     def _choose_widths(self, widths: Sequence[int] | None) -> list[int]:
         """Return the widths to use, at most `_WIDTHS` unless they are given, the estimate's own first."""
@@ -155,7 +246,7 @@ class _Examination:
             try:
                 reason = spec.refusal(width)
             except (Exception, SystemExit) as error:
-                self._fail(
+                self.findings.failed(
                     "accepts_width",
                     f"cannot say whether it takes width {width}",
                     where=f"dim={width}",
@@ -168,7 +259,7 @@ class _Examination:
             if reason is None:
                 chosen.append(width)
             elif not isinstance(reason, str) or not reason:
-                self._fail(
+                self.findings.failed(
                     "accepts_width",
                     "does not say why it refuses a width",
                     where=f"dim={width}",
@@ -178,7 +269,7 @@ class _Examination:
                 )
                 return chosen
             elif width in own:
-                self._fail(
+                self.findings.failed(
                     "accepts_width",
                     "refuses the width its size was counted at",
                     where=f"dim={width}",
@@ -187,84 +278,42 @@ class _Examination:
                     hint="Set estimate_dim to a width that accepts_width accepts.",
                 )
         if chosen:
-            self._pass("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
+            self.findings.passed("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
         else:
-            self._not_run(
+            self.findings.not_run(
                 "accepts_width",
                 "no width from 1 to 1024 is accepted" if widths is None else "none given is accepted",
             )
         return chosen
 
-    def _build_all(self, widths: Sequence[int]) -> list[_Built]:
+    def _build_all(self, widths: Sequence[int]) -> list[Built]:
         variants = [(width, False) for width in widths]
         if self.spec.takes_causal and widths:
             variants.append((widths[0], True))
         failed = False
         built = []
         for width, causal in variants:
-            made, failure = self._build(width, causal)
+            made, failure = self.builder.build(width, causal)
             if made is not None:
                 built.append(made)
             elif not failed and failure is not None:
-                self.results.append(failure)
+                self.findings.results.append(failure)
                 failed = True
         if built and not failed:
-            self._pass("factory", measured=f"built at {len(built)} widths or variants")
+            self.findings.passed("factory", measured=f"built at {len(built)} widths or variants")
         elif not built and not failed:
-            self._not_run("factory", "there is no width to build it at")
+            self.findings.not_run("factory", "there is no width to build it at")
         return built
 
-    def _build(
-        self, width: int, causal: bool = False, options: Mapping[str, Any] | None = None
-    ) -> tuple[_Built | None, CheckResult | None]:
-        from torch import nn
-        from torch.nn.parameter import is_lazy
-
-        given = dict(options or {}) | ({"causal": causal} if self.spec.takes_causal else {})
-        where = f"dim={width}" + "".join(f", {name}={value!r}" for name, value in given.items())
-        claim, hint, error = "", "", None
-        measured = ""
-        try:
-            module: object = self.spec.load_factory()(width, **given)
-        except (Exception, SystemExit) as raised:
-            error, measured = raised, f"{type(raised).__name__}: {raised}"
-            claim = "could not be built at a width it accepts"
-            hint = (
-                "Let accepts_width return a reason for widths that the factory cannot take."
-                if isinstance(raised, (ValueError, AssertionError, RuntimeError))
-                else "The factory is called as factory(dim, **options) and returns an nn.Module."
-            )
-        else:
-            if not isinstance(module, nn.Module):
-                measured, claim = f"{type(module).__name__}", "is not built as a module"
-                hint = "The factory is called as factory(dim, **options) and returns an nn.Module."
-            elif any(is_lazy(tensor) for tensor in chain(module.parameters(), module.buffers())):
-                measured, claim = "uninitialised (lazy) parameters", "is not complete when it is built"
-                hint = "Give every layer its size: the width is known, and optimisers need the parameters."
-            else:
-                self._note_settings()
-                return _Built(width, causal, module), None
-        self._note_settings()
-        return None, CheckResult(
-            "factory",
-            CheckStatus.FAILED,
-            where=where,
-            expected="an nn.Module",
-            measured=measured,
-            hint=hint,
-            claim=claim,
-            error=error,
-        )
-
-    def _check_options(self, built: Sequence[_Built]) -> None:
+    def _check_options(self, built: Sequence[Built]) -> None:
         """Build once more with every option at its declared default."""
         if not self.spec.options or not built:
             return
-        _, failure = self._build(built[0].width, options=self.spec.options)
+        _, failure = self.builder.build(built[0].width, options=self.spec.options)
         if failure is None:
-            self._pass("options", measured=f"takes {', '.join(self.spec.options)}")
+            self.findings.passed("options", measured=f"takes {', '.join(self.spec.options)}")
             return
-        self._fail(
+        self.findings.failed(
             "options",
             "does not take the options it declares",
             where=failure.where,
@@ -274,25 +323,29 @@ class _Examination:
             error=failure.error,
         )
 
-    def _check_size(self, built: Sequence[_Built]) -> None:
+    def _check_size(self, built: Sequence[Built]) -> None:
         """Compare ``param_estimate`` with fvcore's count at every width that it speaks of."""
         count = _fvcore_counter()
         plain = [made for made in built if not made.causal]
         if isinstance(count, str) or not plain:
-            self._not_run("param_estimate", count if isinstance(count, str) else "no module was built")
+            self.findings.not_run(
+                "param_estimate", count if isinstance(count, str) else "no module was built"
+            )
             return
         counts: dict[int, int] = {}
         for made in plain:
             try:
                 counts[made.width] = count(made.module)
             except (Exception, SystemExit) as error:
-                self._not_run("param_estimate", f"fvcore could not count: {error!r}", where=made.where)
+                self.findings.not_run(
+                    "param_estimate", f"fvcore could not count: {error!r}", where=made.where
+                )
         wrong: list[tuple[int, int]] = []
         for width, counted in counts.items():
             try:
                 declared = self.spec.declared_params(width)
             except (Exception, SystemExit) as error:
-                self._fail(
+                self.findings.failed(
                     "param_estimate",
                     "cannot say which size it has",
                     where=f"dim={width}",
@@ -303,14 +356,16 @@ class _Examination:
                 )
                 continue
             if declared is None:
-                self._pass("param_count", where=f"dim={width}", measured=counted)
+                self.findings.passed("param_count", where=f"dim={width}", measured=counted)
             elif declared == counted:
-                self._pass("param_estimate", where=f"dim={width}", expected=declared, measured=counted)
+                self.findings.passed(
+                    "param_estimate", where=f"dim={width}", expected=declared, measured=counted
+                )
             else:
                 wrong.append((width, declared))
         hint = self._estimate_to_paste(counts, count) if wrong else ""
         for width, declared in wrong:
-            self._fail(
+            self.findings.failed(
                 "param_estimate",
                 "does not have the size it declares",
                 where=f"dim={width}",
@@ -319,7 +374,7 @@ class _Examination:
                 hint=hint,
             )
         if len(counts) < 2:
-            self._not_run("param_estimate", "only one width could be counted, and two are asked for")
+            self.findings.not_run("param_estimate", "only one width could be counted, and two are asked for")
 
     def _estimate_to_paste(self, counts: Mapping[int, int], count: Callable[[nn.Module], int]) -> str:
         width = next(iter(counts))
@@ -331,235 +386,13 @@ class _Examination:
                 break
             try:
                 if candidate not in more and self.spec.refusal(candidate) is None:
-                    made, _ = self._build(candidate)
+                    made, _ = self.builder.build(candidate)
                     more |= {candidate: count(made.module)} if made is not None else {}
             except (Exception, SystemExit):  # the estimate is wrong already; this only helps to correct it
                 break
         if formula := _polynomial(more):
             return f"Set param_estimate=lambda dim: {formula}."
         return f"Set param_estimate={counts[width]}, estimate_dim={width}, or correct the function."
-
-    # -- on a device ------------------------------------------------------------------------------------------------
-
-    def _check_on(self, device: torch.device, built: Sequence[_Built]) -> bool:
-        """Run the modules on ``device``; return whether anything ran there."""
-        tally = _Tally()
-        problem = "no module was built"
-        for made in built:
-            try:
-                module = made.module.to(device)
-            except (Exception, SystemExit) as error:
-                problem = f"a module could not be moved to {device}: {error!r}"
-                continue
-            for shape, training in _inputs(self.spec.topology, made.width):
-                module.train(training)
-                where = f"{made.where}, input {shape}" + ("" if training else ", eval mode")
-                problem = self._run_once(module, shape, device, where, tally) or problem
-                self._note_settings()
-        for name in _DEVICE_CHECKS:
-            if (failure := tally.failures.get(name)) is not None:
-                self._fail(name, device=str(device), **failure)
-            elif runs := tally.runs.get(name):
-                self._pass(name, device=str(device), measured=f"{len(runs)} inputs", expected=_EXPECTED[name])
-            else:
-                self._not_run(name, problem, device=str(device))
-        return bool(tally.runs)
-
-    def _run_once(
-        self, module: nn.Module, shape: tuple[int, ...], device: torch.device, where: str, tally: _Tally
-    ) -> str:
-        """Run forward and, in training mode, backward once; return why nothing could be checked, or ``""``."""
-        import torch
-
-        x = torch.randn(shape, dtype=torch.float32).to(device)
-        cotangent = torch.randn(shape, dtype=torch.float32).to(device)
-        version = x._version
-        before = _generator_states(device)
-        try:
-            y: object = module(x)
-        except torch.OutOfMemoryError as error:
-            return f"{device} has too little memory free: {error}"
-        except (Exception, SystemExit) as error:
-            tally.fail(
-                "output_shape",
-                where,
-                "does not run",
-                shape,
-                f"{type(error).__name__}: {error}",
-                "Features have the declared topology, any batch and size; a width it cannot take is refused by "
-                "accepts_width.",
-                error,
-            )
-            return "forward raised"
-        after = _generator_states(device)
-        if not isinstance(y, torch.Tensor) or tuple(y.shape) != shape:
-            found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-            tally.fail(
-                "output_shape",
-                where,
-                "does not return features of the shape it was given",
-                shape,
-                found,
-                "Keep width and length (padding, stride 1, a last projection), and return one tensor.",
-            )
-            return "forward returned no features of the right shape"
-        tally.ran("output_shape", where)
-        tally.judge(
-            "output_dtype",
-            y.dtype is x.dtype and y.device == x.device,
-            where,
-            "does not return features of the dtype and device it was given",
-            f"{x.dtype} on {x.device}",
-            f"{y.dtype} on {y.device}",
-            "Create tensors in forward with dtype=x.dtype, device=x.device, or register them as buffers.",
-        )
-        bad = 0 if bool(torch.isfinite(y).all()) else int((~torch.isfinite(y)).sum())
-        tally.judge(
-            "output_finite",
-            not bad,
-            where,
-            "returns NaN or infinity at birth",
-            "0 values that are not finite",
-            f"{bad} of {y.numel()}",
-            "Check initial values and divisions; add an eps where a norm or a variance can be 0.",
-        )
-        tally.judge(
-            "input_unchanged",
-            x._version == version,
-            where,
-            "changes its input",
-            "an input that is left as it was",
-            f"{x._version - version} in-place writes",
-            "The input is the host's own features: use no inplace=True and no x.add_() on it.",
-        )
-        tally.judge(
-            "forward_draws_no_random_numbers",
-            all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
-            where,
-            "draws global random numbers in forward",
-            "0 draws",
-            "the generator moved",
-            "A seed that draws them changes the host's run: set dropout to 0 by default, or use a generator of its own.",
-        )
-        if module.training:
-            self._judge_gradient(module, y, cotangent, where, tally)
-        return ""
-
-    def _judge_gradient(
-        self, module: nn.Module, y: Tensor, cotangent: Tensor, where: str, tally: _Tally
-    ) -> None:
-        import torch
-
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        norm, found, error = 0.0, "0.0", None
-        hint = (
-            "Something multiplies by zero before every parameter. Zero-initialise the last layer alone, and put no "
-            "norm or ReLU after it."
-        )
-        if not trainable:
-            found, hint = (
-                "no trainable parameter",
-                "A seed learns: give it a parameter, or do not declare it.",
-            )
-        elif not y.requires_grad:
-            found, hint = (
-                "the output depends on no parameter",
-                "Do not detach, and leave gradient mode alone.",
-            )
-        else:
-            module.zero_grad(set_to_none=True)
-            try:
-                y.backward(cotangent)  # type: ignore[no-untyped-call]  # untyped in torch
-                grads = [p.grad for p in trainable if p.grad is not None]
-                norm = float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
-                found = f"{norm:.3g}"
-            except (Exception, SystemExit) as raised:
-                error, found = raised, f"{type(raised).__name__}: {raised}"
-                hint = "Backward of the output must work once."
-            if norm != norm or norm == float("inf"):
-                hint = "The gradient at birth is not finite: check initial values and divisions."
-        tally.judge(
-            "gradient_at_birth",
-            0.0 < norm < float("inf"),
-            where,
-            "has no usable gradient at birth",
-            _EXPECTED["gradient_at_birth"],
-            found,
-            hint,
-            error,
-        )
-
-    # -- keeping the results ----------------------------------------------------------------------------------------
-
-    def _note_settings(self) -> None:
-        for name, value in restore_settings(self.settings).items():
-            self.changed_settings.setdefault(name, value)
-
-    def _pass(self, name: str, **facts: Any) -> None:
-        self.results.append(CheckResult(name, CheckStatus.PASSED, **facts))
-
-    def _fail(self, name: str, claim: str, **facts: Any) -> None:
-        self.results.append(CheckResult(name, CheckStatus.FAILED, claim=claim, **facts))
-
-    def _not_run(self, name: str, why: str, **facts: Any) -> None:
-        self.results.append(CheckResult(name, CheckStatus.NOT_RUN, hint=why, **facts))
-
-
-class _Tally:
-    """For each check of a device: where it ran, and the first failure."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, list[str]] = {}
-        self.failures: dict[str, dict[str, Any]] = {}
-
-    def ran(self, name: str, where: str) -> None:
-        self.runs.setdefault(name, []).append(where)
-
-    def judge(self, name: str, ok: bool, where: str, *failure: Any) -> None:
-        if ok:
-            self.ran(name, where)
-        else:
-            self.fail(name, where, *failure)
-
-    def fail(
-        self,
-        name: str,
-        where: str,
-        claim: str,
-        expected: object,
-        measured: object,
-        hint: str,
-        error: BaseException | None = None,
-    ) -> None:
-        self.ran(name, where)
-        self.failures.setdefault(
-            name,
-            {
-                "claim": claim,
-                "where": where,
-                "expected": list(expected) if isinstance(expected, tuple) else expected,
-                "measured": list(measured) if isinstance(measured, tuple) else measured,
-                "hint": hint,
-                "error": error,
-            },
-        )
-
-
-_EXPECTED: Final[Mapping[str, str]] = {
-    "output_shape": "the shape of the input",
-    "output_dtype": "the dtype and device of the input",
-    "output_finite": "finite values",
-    "input_unchanged": "an input that is left as it was",
-    "forward_draws_no_random_numbers": "0 draws",
-    "gradient_at_birth": "a finite norm above 0",
-}
-
-
-def _inputs(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
-    """Return shapes of features, each with whether the module is in training mode."""
-    if topology is Topology.CNN:
-        return [((2, width, 8, 8), True), ((1, width, 7, 5), True), ((3, width, 5, 6), False)]
-    return [((2, 16, width), True), ((1, 7, width), True), ((3, 1, width), False)]
 
 
 def _devices(
@@ -603,15 +436,6 @@ def _devices(
     return tuple(asked), runnable, absent
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
-    import torch
-
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
 def _fvcore_counter() -> Callable[[nn.Module], int] | str:
     """Return a function that counts parameters with fvcore, or why there is none."""
     try:
@@ -653,5 +477,21 @@ def _polynomial(counts: Mapping[int, int]) -> str | None:
 
 
 def _order(check: CheckResult) -> tuple[int, int]:
-    """Causes before consequences: the first failure is the one to read."""
     return (CHECK_NAMES.index(check.name), int(check.status is CheckStatus.NOT_RUN))
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_plain(value: object) -> bool:
+    # Exact types, as in germinate: a subclass is written as its class, which a safe load of a checkpoint refuses.
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
     from kasmina_core.gates import GateCheckSpec
     from kasmina_core.policy import Policy
-    from kasmina_core.reports import RegistrationReport
+    from kasmina_core.reports import ValidationReport
 
 
 class PluginRegistry:
     """The packs that were loaded, and what they offer.
 
     Args:
-        checks: Whether the registration checks of `check_blueprint_spec` run for every blueprint.
+        checks: Whether `check_blueprint_spec` runs for every blueprint, without those checks that take long.
         device: Where they run. ``None`` for the CPU and, where this process uses it already, CUDA: loading packs never
             initialises CUDA, because a process that did can no longer fork workers that use it.
         allow: What may be loaded; see `Switches` for this and the following. Here the environment is not read: only
@@ -89,7 +89,7 @@ class PluginRegistry:
         self._lock = threading.RLock()
         self._manager = new_manager()
         self._records: dict[tuple[str, str, str], PackRecord] = {}
-        self._reports: dict[str, RegistrationReport] = {}
+        self._reports: dict[str, ValidationReport] = {}
         self._unavailable: dict[str, PluginError] = {}
         self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
         self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
@@ -114,7 +114,7 @@ class PluginRegistry:
             raise UnknownNameError(f"No pack '{name}'.{did_you_mean(name, [r.name for r in self.packs])}")
         return next((r for r in named if r.state is PackState.ACTIVE), named[0])
 
-    def report(self, blueprint_id: str) -> RegistrationReport | None:
+    def report(self, blueprint_id: str) -> ValidationReport | None:
         """Return the registration report of a full id, also of one that was refused; ``None`` if none was made."""
         return self._reports.get(blueprint_id)
 
@@ -320,13 +320,15 @@ class PluginRegistry:
         return preserved_global_state()
 
     def _examine(self, record: PackRecord, offer: Offer) -> None:
+        from kasmina_core.check_cache import PassCache
         from kasmina_core.checks import check_blueprint_spec
 
+        cache = PassCache(record.module, record.distribution, record.version)
         device = self._device
         if device is None and not sys.modules["torch"].cuda.is_initialized():
             device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
         for spec in offer.blueprints:
-            report = check_blueprint_spec(spec, device=device, origin=record.origin)
+            report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False, cache=cache)
             offer.reports[spec.name] = report
             try:
                 report.raise_if_failed()
@@ -369,7 +371,7 @@ class PluginRegistry:
             self._policies.add(f"{record.name}:{policy}", factory)
         self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
 
-    def _announce(self, entry: RegisteredBlueprint, report: RegistrationReport | None) -> None:
+    def _announce(self, entry: RegisteredBlueprint, report: ValidationReport | None) -> None:
         self.events.append(
             BlueprintRegistered(
                 blueprint_id=entry.id,

@@ -6,10 +6,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import torch
+
+STREAMS: Final = ("random numbers of Python", "random numbers of numpy")
+"""Settings that are the state of a generator: they say nothing to people."""
 
 
 @contextmanager
@@ -17,12 +20,11 @@ def preserved_global_state() -> Iterator[None]:
     """Run the block, then put back what foreign code may not change.
 
     That is the random numbers of Python, numpy and torch, and torch's default dtype, default device, number of
-    threads, gradient mode, deterministic mode and cuDNN benchmark mode. What has not been imported is not touched.
+    threads, gradient mode, deterministic mode, precision of matrix products and cuDNN benchmark mode. What has not
+    been imported is not touched, and CUDA is not initialised.
     """
     torch = sys.modules.get("torch")
-    numpy_random = sys.modules.get("numpy.random")
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
+    streams = _read_streams()
     settings = read_settings() if torch is not None else {}
     torch_state = torch.get_rng_state() if torch is not None else None
     cuda_states = (
@@ -31,9 +33,8 @@ def preserved_global_state() -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+        for name, state in streams.items():
+            _set_stream(name, state)
         if torch is not None:
             restore_settings(settings)
             torch.set_rng_state(torch_state)
@@ -42,7 +43,7 @@ def preserved_global_state() -> Iterator[None]:
 
 
 def read_settings() -> dict[str, Any]:
-    """Return torch's settings of the whole program, by name."""
+    """Return torch's settings of the whole program and the random numbers of Python and numpy, by name."""
     import torch
 
     return {
@@ -54,9 +55,10 @@ def read_settings() -> dict[str, Any]:
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
+        "precision of matrix products": torch.get_float32_matmul_precision(),
         "cuDNN benchmark mode": torch.backends.cudnn.benchmark,
         "seed of the random numbers": torch.initial_seed(),
-    }
+    } | _read_streams()
 
 
 def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,6 +79,9 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def set_seed(value: int) -> None:
         torch.default_generator.manual_seed(value)
+        # The foreign seed waits there for CUDA to be initialised.
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.cuda.manual_seed_all(value)
 
     setters: dict[str, Callable[[Any], None]] = {
         "default dtype": torch.set_default_dtype,
@@ -84,11 +89,35 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "number of threads": torch.set_num_threads,
         "gradient mode": set_grad,
         "deterministic mode": set_deterministic,
+        "precision of matrix products": torch.set_float32_matmul_precision,
         "cuDNN benchmark mode": set_benchmark,
         "seed of the random numbers": set_seed,
     }
     found = read_settings()
-    changed = {name: value for name, value in found.items() if value != settings[name]}
+    # A generator that was imported since then has no state to be put back.
+    changed = {name: value for name, value in found.items() if value != settings.get(name, value)}
     for name in changed:
-        setters[name](settings[name])
+        if name in STREAMS:
+            _set_stream(name, settings[name])
+        else:
+            setters[name](settings[name])
     return changed
+
+
+def _read_streams() -> dict[str, Any]:
+    """Return the state of Python's random numbers, and of numpy's if it has been imported, as values that compare."""
+    states: dict[str, Any] = {STREAMS[0]: random.getstate()}
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        kind, keys, *rest = numpy_random.get_state()
+        states[STREAMS[1]] = (kind, keys.tobytes(), *rest)
+    return states
+
+
+def _set_stream(name: str, state: Any) -> None:
+    if name == STREAMS[0]:
+        random.setstate(state)
+        return
+    import numpy
+
+    kind, keys, *rest = state
+    numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))

@@ -18,7 +18,7 @@ from kasmina_core.packs import PackReason, PackState
 if TYPE_CHECKING:
     from kasmina_core.gates import GateCheckSpec
     from kasmina_core.policy import Policy
-    from kasmina_core.reports import RegistrationReport
+    from kasmina_core.reports import ValidationReport
 
 HOOKS: Final = tuple(name for name in vars(hookspecs) if name.startswith("kasmina_"))
 
@@ -46,7 +46,7 @@ class Offer:
     hosts: list[HostSpec] = field(default_factory=list)
     gate_checks: list[GateCheckSpec] = field(default_factory=list)
     policies: dict[str, Callable[..., Policy]] = field(default_factory=dict)
-    reports: dict[str, RegistrationReport] = field(default_factory=dict)
+    reports: dict[str, ValidationReport] = field(default_factory=dict)
 
 
 def import_plugin(load_plugin: Callable[[], object]) -> object:

@@ -3,45 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from kasmina_core.flops import flop_counter as flop_counter
 
 T = TypeVar("T")
-Shape = tuple[int, ...]
-
-
-def _attention_forward(
-    query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    b, h, t, d = query
-    s, v = key[-2], value[-1]
-    return 2 * b * h * t * s * (d + v)
-
-
-def _attention_backward(
-    grad: Shape, query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    b, h, t, d = query
-    s, v = key[-2], value[-1]
-    # The scores are computed again; then one product each for dV, dP, dQ and dK.
-    return 2 * b * h * t * s * (d + v + v + d + d)
-
-
-def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, which counts a multiply-add as 2, taught the attention kernels of the CPU.
-
-    Source: https://docs.pytorch.org/docs/stable/_modules/torch/utils/flop_counter.html (it knows those of CUDA).
-    """
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
 
 
 @final

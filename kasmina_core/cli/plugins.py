@@ -16,7 +16,7 @@ from kasmina_core.packs import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:
     from kasmina_core.discovery import PluginRegistry
-    from kasmina_core.reports import RegistrationReport
+    from kasmina_core.reports import ValidationReport
 
 SHOWN_WIDTHS: Final = (16, 64, 256)
 """Feature widths at which ``info`` shows the declared number of parameters."""
@@ -222,7 +222,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def _report_text(report: RegistrationReport | None) -> str:
+def _report_text(report: ValidationReport | None) -> str:
     return str(report) if report is not None else "registration checks: not run"
 
 

@@ -321,12 +321,19 @@ class Offers:
         return self.offers.get("sinks", lambda config: {})(config)
 
 
+def identity(dim: int) -> torch.nn.Module:
+    layer = torch.nn.Conv2d(dim, dim, 1)
+    torch.nn.init.dirac_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
 def spec(name: str, **changes: Any) -> BlueprintSpec:
     return BlueprintSpec(
         **{
             "name": name,
             "topology": Topology.CNN,
-            "factory": lambda dim: torch.nn.Conv2d(dim, dim, 1),
+            "factory": identity,
             "param_estimate": lambda dim: dim * dim + dim,
         }
         | changes

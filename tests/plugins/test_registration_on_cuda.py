@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_core import BlueprintSpec, RegistrationVerdict, Topology, check_blueprint_spec
+from kasmina_core import BlueprintSpec, Topology, ValidationVerdict, check_blueprint_spec
 
 pytestmark = [
     pytest.mark.cuda,
@@ -14,12 +14,18 @@ pytestmark = [
 ]
 
 
+class Identity(nn.Conv2d):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 1, bias=False)
+        nn.init.dirac_(self.weight)
+
+
 def test_with_cuda_the_checks_run_on_cpu_and_cuda_and_leave_its_random_numbers() -> None:
     torch.cuda.init()
     before = torch.cuda.get_rng_state()
-    spec = BlueprintSpec("c", Topology.CNN, lambda dim: nn.Conv2d(dim, dim, 1), lambda dim: dim * dim + dim)
+    spec = BlueprintSpec("c", Topology.CNN, Identity, lambda dim: dim * dim)
     report = check_blueprint_spec(spec)
-    assert report.verdict is RegistrationVerdict.PASSED, report
+    assert report.verdict is ValidationVerdict.PASSED, report
     assert report.devices == ("cpu", f"cuda:{torch.cuda.current_device()}")
     assert report.not_run == ()
     assert torch.equal(torch.cuda.get_rng_state(), before)
@@ -36,7 +42,7 @@ def test_what_works_on_the_cpu_alone_fails() -> None:
             return x * (1 + self.weight) + self.shift
 
     report = check_blueprint_spec(BlueprintSpec("pinned", Topology.CNN, Pinned, lambda dim: dim))
-    assert report.verdict is RegistrationVerdict.FAILED
+    assert report.verdict is ValidationVerdict.FAILED
     assert {c.device.partition(":")[0] for c in report.failures} == {"cuda"}
 
 
