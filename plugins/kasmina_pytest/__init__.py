@@ -65,9 +65,7 @@ def kasmina_device() -> torch.device:
 
 
 @pytest.fixture
-def kasmina_fake_distribution(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeDistribution]:
+def kasmina_fake_distribution(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeDistribution]:
     """A function that makes fake installed distributions; see `FakeDistribution`.
 
     They lie in a new folder at the head of ``sys.path``. When the test ends, the folder is taken off, what was imported
@@ -75,7 +73,6 @@ def kasmina_fake_distribution(
     """
     site = tmp_path_factory.mktemp("kasmina-site")
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(site))
 
     def install(
         name: str,
@@ -99,7 +96,9 @@ def kasmina_fake_distribution(
         return info
 
     _forget_the_default_registry()
-    yield install
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        yield install
     for name in set(sys.modules) - before:
         if str(site) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
