@@ -1,4 +1,4 @@
-"""The registration checks as an author runs them: one report, or one test case a check."""
+"""The checks of a blueprint as an author runs them: one report, or one test case a check."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, final
 from kasmina_core.blueprints import BlueprintSpec
 from kasmina_core.checks import CHECK_NAMES, check_blueprint_spec
 from kasmina_core.errors import UnknownNameError, did_you_mean
-from kasmina_core.reports import CheckStatus, RegistrationReport
+from kasmina_core.reports import CheckStatus, ValidationReport
 from kasmina_core.testing.offered import OfferedBlueprint, blueprints_of
+from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     import pytest
@@ -26,8 +27,8 @@ def check_blueprint(
     *,
     device: str | torch.device | None = None,
     widths: Sequence[int] | None = None,
-) -> RegistrationReport:
-    """Run the registration checks of one blueprint; see `check_blueprint_spec`.
+) -> ValidationReport:
+    """Check one blueprint as `check_blueprint_spec` does.
 
     Args:
         blueprint: The declaration, or the id ``pack:name`` of one in an installed pack.
@@ -72,10 +73,10 @@ class BlueprintCheck:
             if check.status is CheckStatus.FAILED:
                 place = f" from '{report.origin}'" if report.origin else ""
                 raise AssertionError(check.explain(f"Blueprint '{blueprint.name}'{place}")) from check.error
-        needed = [c for c in mine if c.device.partition(":")[0] in ("", *report.asked)]
-        waiting = [check for check in needed if check.status is CheckStatus.NOT_RUN]
-        if waiting or not needed:
-            pytest.skip(waiting[0].hint if waiting else f"{self.name} says nothing of '{blueprint.name}'")
+        waiting = [check for check in mine if check.status is CheckStatus.NOT_RUN and check.needed]
+        if waiting or all(check.status is CheckStatus.NOT_RUN for check in mine):
+            why = [check.hint for check in waiting or mine]
+            pytest.skip(why[0] if why else f"{self.name} says nothing of '{blueprint.name}'")
 
     def __repr__(self) -> str:
         return f"<check {self.name}>"
@@ -89,7 +90,7 @@ class _Examined:
         self._device = device
 
     @cached_property
-    def report(self) -> RegistrationReport:
+    def report(self) -> ValidationReport:
         return check_blueprint_spec(self._offered.spec, device=self._device, origin=self._offered.origin)
 
 
@@ -99,7 +100,7 @@ def parametrize_blueprints(
     expected_failures: ExpectedFailures | None = None,
     device: str | torch.device | None = None,
 ) -> pytest.MarkDecorator:
-    """Make a test run once for each blueprint and each registration check.
+    """Make a test run once for each blueprint and each check of `check_blueprint_spec`.
 
     The test takes the arguments ``blueprint``, the declaration, and ``check``, which is called with it. A test case is
     named ``<blueprint>-<check>``. One that did not run (no CUDA device, say) is skipped with the reason. The checks of
@@ -153,9 +154,11 @@ def parametrize_blueprints(
 
 def _names_for(spec: BlueprintSpec) -> list[str]:
     """Return the checks that say something of a blueprint."""
-    silent = {"param_count"} | (
-        set() if spec.options else {"options"}
-    )  # a count alone can neither pass nor fail
+    silent = {"param_count"}  # a count without a declaration can neither pass nor fail
+    if not spec.options:
+        silent.add("options")
+    if spec.topology is not Topology.CNN:
+        silent.add("channels_last")
     return [name for name in CHECK_NAMES if name not in silent]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 from kasmina_core.errors import HostError, PluginError
-from kasmina_core.reports import CheckResult, CheckStatus, RegistrationReport, RegistrationVerdict
+from kasmina_core.reports import CheckResult, CheckStatus, ValidationReport, ValidationVerdict
 
 HOST_CHECKS: Final = (
     "builds",
@@ -52,12 +52,12 @@ class _Checked:
         """The checks that did not run; ``hint`` says why."""
         return tuple(check for check in self.checks if check.status is CheckStatus.NOT_RUN)
 
-    def _own_verdict(self) -> RegistrationVerdict:
+    def _own_verdict(self) -> ValidationVerdict:
         if self.failures:
-            return RegistrationVerdict.FAILED
+            return ValidationVerdict.FAILED
         if self.not_run or not self.checks:
-            return RegistrationVerdict.INCOMPLETE
-        return RegistrationVerdict.PASSED
+            return ValidationVerdict.INCOMPLETE
+        return ValidationVerdict.PASSED
 
 
 @final
@@ -78,7 +78,7 @@ class HostReport(_Checked):
     checks: tuple[CheckResult, ...]
 
     @property
-    def verdict(self) -> RegistrationVerdict:
+    def verdict(self) -> ValidationVerdict:
         """``failed`` if a check failed, else ``incomplete`` if one did not run, else ``passed``."""
         return self._own_verdict()
 
@@ -128,22 +128,22 @@ class PackReport(_Checked):
     pack: str
     origin: str
     checks: tuple[CheckResult, ...]
-    blueprints: Mapping[str, RegistrationReport] = field(default_factory=dict)
+    blueprints: Mapping[str, ValidationReport] = field(default_factory=dict)
     hosts: Mapping[str, HostReport] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> RegistrationVerdict:
+    def verdict(self) -> ValidationVerdict:
         """The worst verdict among the pack's own checks, its blueprints and its hosts."""
         verdicts = [self._own_verdict(), *(part.verdict for part in self._parts)]
         worst_first = (
-            RegistrationVerdict.FAILED,
-            RegistrationVerdict.INCOMPLETE,
-            RegistrationVerdict.PASSED,
+            ValidationVerdict.FAILED,
+            ValidationVerdict.INCOMPLETE,
+            ValidationVerdict.PASSED,
         )
         return next(verdict for verdict in worst_first if verdict in verdicts)
 
     @property
-    def _parts(self) -> list[RegistrationReport | HostReport]:
+    def _parts(self) -> list[ValidationReport | HostReport]:
         return [*self.blueprints.values(), *self.hosts.values()]
 
     @property
@@ -187,12 +187,4 @@ def _message(subject: str, failures: Sequence[CheckResult]) -> str:
 
 def _rows(checks: Sequence[CheckResult]) -> list[str]:
     wide = max((len(check.name) for check in checks), default=0)
-    rows = []
-    for check in checks:
-        detail = {
-            CheckStatus.PASSED: "" if check.measured is None else str(check.measured),
-            CheckStatus.FAILED: f"expected {check.expected}, measured {check.measured}",
-            CheckStatus.NOT_RUN: check.hint,
-        }[check.status]
-        rows.append(f"  {check.status.value:<7}  {check.name:<{wide}}  {detail}".rstrip())
-    return rows
+    return [f"  {check.status.value:<7}  {check.name:<{wide}}  {check.detail}".rstrip() for check in checks]
