@@ -153,6 +153,7 @@ def _python(specifier: str) -> Requirement:
         raise UnreadableRequirementError(f"Requires-Python {specifier!r} cannot be read") from error
 
 
+@lru_cache(maxsize=1024)
 def _contains(requirement: Requirement, version: str) -> bool:
     from packaging.version import InvalidVersion
 

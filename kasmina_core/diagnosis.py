@@ -23,7 +23,7 @@ SLOW: Final = 0.5
 _MEND: Final = "Tell the author of {distribution}; until it is mended, set KASMINA_PLUGINS_BLOCK={name}."
 ADVICE: Final[Mapping[PackReason, str]] = {
     PackReason.DAMAGED_METADATA: "pip install --force-reinstall {distribution}",
-    PackReason.BAD_NAME: _MEND,
+    PackReason.BAD_NAME: _MEND.replace("{name}", "{distribution}"),  # the name itself no switch can hold
     PackReason.API_VERSION: "pip install --upgrade kasmina {distribution}",
     PackReason.UNMET_REQUIREMENT: "Install what is required, or pip install --upgrade {distribution}.",
     PackReason.DUPLICATE_PACK: "Uninstall all but one, or set KASMINA_PLUGINS_PREFER to the distribution that shall win.",
@@ -204,9 +204,8 @@ def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[
         advice = ADVICE[record.reason].format(
             distribution=record.distribution, name=record.name, module=record.module.partition(":")[0]
         )
-        claimed = record.state is PackState.CONFLICT and record.reason is not PackReason.DUPLICATE_ID
-        # One conflict is one finding: its cause names every claim.
-        what = record.cause if claimed else f"{record.origin}: {record.cause}"
+        # A conflict of two packs is one finding, because its cause names both.
+        what = record.cause if record.origin in record.cause else f"{record.origin}: {record.cause}"
         yield Finding(Severity.PROBLEM, record.reason.value, record.name, what, advice)
     if result is None or result.seconds is None:
         return
@@ -244,7 +243,9 @@ def _names_nothing(
     for name in ("allow", "block", "prefer"):
         for entry in sorted(getattr(switches, name) or ()):
             pack = entry.partition(":")[0]
-            if (entry in packs and name != "prefer") or (":" not in entry and normalized(entry) in distributions):
+            if (entry in packs and name != "prefer") or (
+                ":" not in entry and normalized(entry) in distributions
+            ):
                 continue
             if ":" in entry and pack in packs and (not packs[pack] or entry in packs[pack]):
                 continue  # what a pack offers is known only of those that were loaded
@@ -277,9 +278,7 @@ def _places() -> tuple[dict[str, list[str]], list[Finding]]:
             findings.append(Finding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
             break
         try:
-            name = normalized(
-                getattr(distribution, "_normalized_name", "") or distribution_name(distribution)
-            )
+            name = normalized(distribution_name(distribution))
             where = str(getattr(distribution, "_path", "")) or repr(distribution)
             if where not in every.setdefault(name, []):
                 every[name].append(where)

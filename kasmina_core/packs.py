@@ -215,15 +215,16 @@ def _distributions_with_packs() -> Iterator[_Distribution]:
 
 
 def _claims(distribution: _Distribution, switches: Switches, environment: Environment) -> Iterator[Found]:
-    name, version, problem = distribution_name(distribution), "", ""
+    name = version = problem = ""
     metadata: Any = {}
     try:
         metadata = distribution.metadata
-        version = metadata.get("Version") or ""
-        if not (metadata.get("Name") and version):
+        name, version = metadata.get("Name") or "", metadata.get("Version") or ""
+        if not (name and version):
             problem = "METADATA lacks a name or a version"
     except Exception as error:
         problem = f"METADATA cannot be read, {type(error).__name__}: {error}"
+    name = name or distribution_name(distribution)
     declared: dict[str, list[str]] = {}  # of each pack, its versions of the plugin API
     try:
         every = distribution.entry_points
@@ -314,8 +315,8 @@ def _kept_waiting(record: PackRecord, entry: importlib_metadata.EntryPoint | Non
 
 
 def distribution_name(distribution: _Distribution) -> str:
-    """Return the name, from the folder where the metadata cannot tell."""
-    for attribute in ("name", "_normalized_name"):
+    """Return a name to look it up by: that of the folder, which is quick and is there where METADATA is damaged."""
+    for attribute in ("_normalized_name", "name"):
         try:
             if name := getattr(distribution, attribute):
                 return str(name)
