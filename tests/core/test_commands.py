@@ -617,8 +617,9 @@ def test_a_seed_that_g3_lets_through_early_comes_in_whole():
         min_training_improvement=-1e9, min_blending_epochs=1, min_total_improvement=-1e9
     )
     model, slot, *_ = grown(S.BLENDING, gates=QualityGates(GateProfile.REPORT, thresholds))
-    slot.set_alpha(0.96)
     model.step_epoch(1.0)
+    slot.set_alpha(0.96)
+    assert model.advance_stage(FIRST)
     assert slot.stage is S.SHADOWING
     assert slot.alpha == slot.alpha_buffer.item() == 1.0
 

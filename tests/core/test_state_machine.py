@@ -136,7 +136,9 @@ class Expected:
         self.advance()
 
 
-slots = st.sampled_from([FIRST, SECOND])
+slots = st.sampled_from(
+    [FIRST, FIRST, FIRST, SECOND]
+)  # a seed meets its commands sooner where most are for one slot
 metrics = st.none() | st.floats(0.1, 5.0) | st.sampled_from([math.nan, math.inf])
 targets = st.sampled_from([*SeedStage, "BLENDING", 99])
 
@@ -145,11 +147,12 @@ class Lifecycle(RuleBasedStateMachine):
     @initialize(
         unit=st.sampled_from(RampUnit),
         incubation=st.sampled_from(Incubation),
-        grown=st.lists(slots, max_size=2, unique=True),
+        grown=st.sampled_from([[FIRST], [FIRST, SECOND], []]),
         epochs=st.integers(0, 16),
         cooldown=st.sampled_from([0, 0, 0, 0, 1, 3, 5, 6]),
+        paused=st.booleans(),
     )
-    def begin(self, unit, incubation, grown, epochs, cooldown):
+    def begin(self, unit, incubation, grown, epochs, cooldown, paused):
         self.config = open_config(
             ramp_steps=RAMP, embargo_epochs=EMBARGO, ramp_unit=unit, incubation=incubation, isolation_every=3
         )
@@ -165,6 +168,8 @@ class Lifecycle(RuleBasedStateMachine):
             self.train(RAMP if unit is RampUnit.STEP else 1)
             self.let_epochs_pass(1.0, 1)
             self.advance_when_due(grown[0])
+        if grown and paused:
+            self.pause(grown[0])
         if grown and cooldown:
             self.cull(grown[0], "no use")
             self.let_epochs_pass(1.0, cooldown - 1)
@@ -217,7 +222,7 @@ class Lifecycle(RuleBasedStateMachine):
             error = GerminationError
         self.refused(lambda: self.model.germinate(slot, blueprint, **options), error)
 
-    @rule(slot=slots, towards=st.none() | targets)
+    @rule(slot=slots, towards=st.none() | st.just(SeedStage.CULLED) | targets)
     def advance(self, slot, towards):
         expected = self.expected[slot]
         allowed = expected.allowed()
@@ -450,5 +455,5 @@ class Lifecycle(RuleBasedStateMachine):
         assert torch.equal(torch.get_rng_state(), self.random_numbers)
 
 
-Lifecycle.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+Lifecycle.TestCase.settings = settings(max_examples=45, stateful_step_count=30)
 TestLifecycle = Lifecycle.TestCase
