@@ -60,7 +60,13 @@ def run_where_they_are_installed(made: Path, *arguments: str) -> subprocess.Comp
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=made,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ
+        | {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "KASMINA_CACHE_DIR": str(made / "cache"),
+        },
         capture_output=True,
         text=True,
         check=False,
