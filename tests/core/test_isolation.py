@@ -46,7 +46,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ODD = [0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan, 6e-8, 1e-40, 65504.0]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # torch itself calls torch.jit.script when forward-mode differentiation is first used
-uses_forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+uses_forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 both_incubations = pytest.mark.parametrize("incubation", list(Incubation), ids=lambda i: i.value)
 
 

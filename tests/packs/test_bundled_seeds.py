@@ -44,7 +44,7 @@ def test_declared_size_is_the_counted_size_at_every_width(spec: BlueprintSpec) -
 @pytest.mark.parametrize("dim", [48, 64])
 def test_declared_size_is_the_size_that_fvcore_counts(spec: BlueprintSpec, dim: int) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fvcore scripts a function on import
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")  # fvcore calls it on import
         from fvcore.nn import parameter_count
     assert spec.declared_params(dim) == parameter_count(newborn(spec, dim))[""]
 
