@@ -157,7 +157,6 @@ class MorphogeneticModel(nn.Module):
         self._listeners: list[SeedParameterListener] = []
         self._handles: dict[str, RemovableHandle] = {}
         self._last_metric: float | None = None
-        self._gate_log: dict[str, str] = {}
         self.add_module(
             SLOTS_KEY,
             nn.ModuleDict(
@@ -278,7 +277,6 @@ class MorphogeneticModel(nn.Module):
         for name, slot in self.slots.items():
             if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                 results[name] = result
-                self._gate_log[name] = str(result)
         return results
 
     def execute(self, command: Command) -> SeedState | GateResult | None:
