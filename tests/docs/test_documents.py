@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from kasmina_core import MorphogeneticModel, PluginRegistry
 
@@ -33,28 +35,58 @@ def test_code_blocks_run_one_after_the_other(
         exec(compile("\n" * line + match.group(1), str(document), "exec"), names)
 
 
-def test_the_pack_of_contributing_registers_and_grows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def contributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The files of CONTRIBUTING.md in a folder, as a reader would have written them."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    files = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in files] == ["kasmina_scale/__init__.py", "kasmina_scale/seeds.py"]
+    files = re.findall(
+        r"<!-- file: (\S+) -->\n```(?:python|toml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(files) == len(re.findall(r"^```(?:python|toml)$", text, re.MULTILINE)) == 5
     for name, code in files:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kasmina_scale"]:
+        del sys.modules[name]
+
+
+def test_the_pack_of_contributing_grows(contributed: Path) -> None:
+    declared = tomllib.loads((contributed / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "entry-points"
+    ]
+    assert declared["kasmina.api"].keys() == declared["kasmina.plugins"].keys()
+    ((pack, module),) = declared["kasmina.plugins"].items()
     registry = PluginRegistry()
-    record = registry.register_pack("scale", importlib.import_module("kasmina_scale"))
+    record = registry.register_pack(pack, importlib.import_module(module))
     assert record.blueprints == ("scale:scale",)
-    model = MorphogeneticModel(
-        nn.Sequential(nn.Conv2d(1, 4, 1)),
-        ["0"],
-        example=torch.zeros(1, 1, 2, 2),
-        registry=registry.blueprints,
+    model = MorphogeneticModel(registry.hosts.create("two-layers"), registry=registry.blueprints)
+    model.germinate("between", "scale")
+    assert model.advance_stage("between").passed
+
+
+def test_the_pack_of_contributing_passes_its_own_tests(contributed: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ".", "tests"],
+        cwd=contributed,
+        env=os.environ | {"PYTHONPATH": str(contributed)},
+        capture_output=True,
+        text=True,
     )
-    model.germinate("0", "scale")
-    assert model.advance_stage("0").passed
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
+
+
+def test_the_tree_of_contributing_names_every_module_of_the_core() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("```text") : text.index("```\n", text.index("```text") + 5)]
+    core = ROOT / "kasmina_core"
+    modules = {path.name for path in core.glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in core.glob("*/__init__.py")}
+    assert {word for word in tree.split() if word.endswith(".py")} == modules
+    assert packages <= set(tree.split())
 
 
 def test_readme_has_code_that_runs() -> None:
