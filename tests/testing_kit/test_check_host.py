@@ -37,6 +37,7 @@ GOOD: dict[str, Callable[[], HostReport]] = {
     "causal and says so": lambda: check_host(tiny.Words),
     "not causal and says nothing": lambda: check_host(lambda: tiny.Words(looks_ahead=True, claims=False)),
     "dataclass output, keywords, frozen and unused parameters": lambda: check_host(tiny.WithDataclass),
+    "a normalisation behind the point": lambda: check_host(tiny.Normalises),
     "decoder beside an encoder of the same length": lambda: check_host(tiny.Translates),
     "any module, points by path": lambda: check_host(
         nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)),

@@ -99,6 +99,17 @@ class Translates(Words):
         return self.head(self.block(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
 
+class Normalises(Words):
+    """Has nothing but a normalisation behind its point, which takes out any factor that all features share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4, eps=0.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.embed(tokens))))
+
+
 # -- bad ones --------------------------------------------------------------------------------------------------------
 
 
