@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import BlueprintSpec as BlueprintSpec
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
     from kasmina_core.catalogue import HostRegistry as HostRegistry
+    from kasmina_core.check_cache import PassCache as PassCache
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
     from kasmina_core.config import GradientPolicy as GradientPolicy
     from kasmina_core.config import GrowthConfig as GrowthConfig
@@ -155,6 +156,7 @@ _HOME = {
     "PackReason": "packs",
     "PackRecord": "packs",
     "PackState": "packs",
+    "PassCache": "check_cache",
     "Pause": "policy",
     "PlateauPolicy": "policy",
     "PluginError": "errors",

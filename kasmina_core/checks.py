@@ -95,6 +95,7 @@ def check_blueprint_spec(
     with ExitStack() as stack:
         stack.enter_context(preserved_global_state())
         torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)  # the tensors are small, and a pool of threads would not survive a fork
         if torch.get_default_device().type != "cpu":
             torch.set_default_device(None)
         stack.enter_context(torch.inference_mode(False))

@@ -30,6 +30,8 @@ def preserved_global_state() -> Iterator[None]:
     cuda_states = (
         torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
     )
+    waiting = _cuda_seeds(torch)
+    before = dict(waiting)
     try:
         yield
     finally:
@@ -40,6 +42,8 @@ def preserved_global_state() -> Iterator[None]:
             torch.set_rng_state(torch_state)
             if cuda_states is not None:
                 torch.cuda.set_rng_state_all(cuda_states)
+            elif not torch.cuda.is_initialized():
+                waiting.update(before)
 
 
 def read_settings() -> dict[str, Any]:
@@ -79,9 +83,6 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def set_seed(value: int) -> None:
         torch.default_generator.manual_seed(value)
-        # The foreign seed waits there for CUDA to be initialised.
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped in torch
-            torch.cuda.manual_seed_all(value)
 
     setters: dict[str, Callable[[Any], None]] = {
         "default dtype": torch.set_default_dtype,
@@ -102,6 +103,12 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             setters[name](settings[name])
     return changed
+
+
+def _cuda_seeds(torch: Any) -> dict[str, Any]:
+    """Return what keeps the seeds that wait for CUDA to be initialised; torch has no public name for it."""
+    tracker = getattr(torch.cuda, "_lazy_seed_tracker", None) if torch is not None else None
+    return vars(tracker) if tracker is not None else {}
 
 
 def _read_streams() -> dict[str, Any]:

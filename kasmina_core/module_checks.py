@@ -80,10 +80,9 @@ def check_grid(builder: Builder, widths: Sequence[int], home: torch.device, find
     meta = torch.device("meta")
     try:
         problem = _first_misfit(builder, widths, meta, findings)
-        reason = str(problem[1]) if problem is not None else ""
     except (Exception, SystemExit) as error:
         problem = ("", error)
-        reason = f"{type(error).__name__}: {error}"
+    reason = _told(problem[1]) if problem is not None else ""
     device = meta
     if problem is not None:  # many modules cannot run there, so a failure there says nothing
         device = home
@@ -107,10 +106,14 @@ def check_grid(builder: Builder, widths: Sequence[int], home: torch.device, find
         device=str(device),
         where=where,
         expected="the shape of the input",
-        measured=f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else found,
+        measured=_told(found) if isinstance(found, BaseException) else found,
         hint="A host gives features of any batch, height, width or length. Refuse widths by accepts_width.",
         error=found if isinstance(found, BaseException) else None,
     )
+
+
+def _told(found: object) -> str:
+    return f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else str(found)
 
 
 def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -197,7 +200,7 @@ def _moved(module: nn.Module, shape: tuple[int, ...], home: torch.device, findin
     import torch
 
     module.train()
-    y = findings.call(module, torch.randn(shape).to(home).requires_grad_())
+    y = findings.call(module, torch.randn(shape).to(home).requires_grad_().clone())
     if y.requires_grad:
         y.backward(torch.randn(shape).to(y))
     module.zero_grad(set_to_none=True)
@@ -252,7 +255,10 @@ def _check_copy(
         twin.eval()
         distance = _distance(findings.call(twin, x), findings.call(module, x))
         mine = {_memory(tensor) for tensor in module.parameters() if tensor.numel()}
-        shared = any(_memory(tensor) in mine for tensor in twin.parameters() if tensor.numel())
+        # A state dict is loaded into a module that was built: whether that is its own, `check_independence` says.
+        shared = name != "state_dict" and any(
+            _memory(tensor) in mine for tensor in twin.parameters() if tensor.numel()
+        )
     except (torch.OutOfMemoryError, NotRepeatableError):
         raise
     except (Exception, SystemExit) as error:

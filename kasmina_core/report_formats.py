@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -13,9 +14,15 @@ _NOT_XML: Final = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U001
 _UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
-def markdown(report: ValidationReport) -> str:
-    """Return a section with the verdict, what failed, why checks did not run, and a table of the others."""
-    parts = [f"## {_cell(report.headline)}"]
+def markdown(report: ValidationReport, name: str = "") -> str:
+    """Return a section with the verdict, what failed, why checks did not run, and a table of the others.
+
+    Args:
+        report: What was found.
+        name: What to call the blueprint, instead of its short name.
+    """
+    headline = replace(report, blueprint=name).headline if name else report.headline
+    parts = [f"## {_cell(headline)}"]
     if report.origin:
         parts.append(f"From {_cell(report.origin)}.")
     for check in report.failures:

@@ -302,5 +302,5 @@ def plain_text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain_text(item)}" for key, item in value.items())
+        return ", ".join(f"{str(key).replace('_', ' ')} {plain_text(item)}" for key, item in value.items())
     return "(" + ", ".join(map(str, value)) + ")"

@@ -1,0 +1,314 @@
+"""``kasmina plugins check``: run every check of packs or blueprints, and say what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, final
+
+import click
+
+from kasmina_core.errors import KasminaError, UnknownNameError, did_you_mean
+from kasmina_core.pack_checks import (
+    GIB,
+    PackOutcome,
+    check_pack_apart,
+    check_pack_here,
+    default_memory,
+    installed_packs,
+    worst,
+)
+from kasmina_core.reports import CheckStatus, ValidationReport, ValidationVerdict
+
+EXIT_CODES: Final = {
+    ValidationVerdict.PASSED: 0,
+    ValidationVerdict.FAILED: 1,
+    ValidationVerdict.INCOMPLETE: 3,
+}
+"""Exit codes; 2 is wrong usage."""
+
+_PATIENCE: Final = 2.0  # seconds after which progress is shown
+
+
+@click.command()
+@click.argument("names", metavar="[PACK_OR_ID]...", nargs=-1)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where modules run; auto is the CPU and, where there is one, CUDA.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of text.")
+@click.option(
+    "--junit",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write JUnit XML to FILE as well.",
+)
+@click.option("--isolate", is_flag=True, help="Check each pack in a process of its own.")
+@click.option("--no-cache", is_flag=True, help="Run what passed before as well, and keep nothing.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --isolate: how long a pack may take.",
+)
+@click.option(
+    "--memory-limit",
+    metavar="GIB",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --isolate: how much memory a pack may use.  [default: 3/4 of the machine's]",
+)
+def check(
+    names: tuple[str, ...],
+    device: str,
+    as_json: bool,
+    as_markdown: bool,
+    junit: Path | None,
+    isolate: bool,
+    no_cache: bool,
+    timeout: float,
+    memory_limit: float | None,
+) -> None:
+    """Run the checks of packs or blueprints.
+
+    PACK_OR_ID is the name of a pack or the full id of a blueprint, such as cnn:norm; without any, every installed pack
+    is checked. More is checked than when a pack is loaded: more sizes, precisions, memory formats, both modes, copies,
+    and the number of operations. What passed before on a CUDA device, with the same code and versions, is not run
+    again and called "passed (cached)"; what runs on the CPU always runs. The passes are kept in $KASMINA_CACHE_DIR,
+    or else $XDG_CACHE_HOME/kasmina or ~/.cache/kasmina.
+
+    With --isolate a pack that crashes, never ends or wants too much memory is a failure in the report. Without it such
+    a pack ends this process.
+
+    \b
+    Exit code:
+      0  everything passed
+      1  a check failed, or a pack cannot be used
+      2  wrong usage, such as an unknown name
+      3  nothing failed, but something that was asked for did not run
+    """
+    if as_json and as_markdown:
+        raise click.UsageError("--json and --markdown: give one of them.")
+    if junit is not None and not junit.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder '{junit.absolute().parent}'.", param_hint="--junit")
+    memory = round(memory_limit * GIB) if memory_limit is not None else default_memory()
+    progress = _Progress()
+    outcomes: list[PackOutcome] = []
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a pack prints is not our output
+            for name, ids in _chosen(names).items():
+                asked = {
+                    "named": bool(names),
+                    "device": None if device == "auto" else device,
+                    "use_cache": not no_cache,
+                    "tell": progress.tell,
+                }
+                if isolate:
+                    outcomes += check_pack_apart(name, ids, **asked, timeout=timeout, memory=memory)  # type: ignore[arg-type]  # one dict for both
+                else:
+                    outcomes += check_pack_here(name, ids, **asked)  # type: ignore[arg-type]  # likewise
+    except UnknownNameError as error:
+        raise click.UsageError(str(error)) from error
+    finally:
+        progress.clear()
+    verdict = worst({outcome.verdict for outcome in outcomes if not outcome.is_skipped})
+    if junit is not None:
+        _write(junit, junit_text(outcomes))
+    if as_json:
+        data = {"verdict": verdict.value, "packs": [outcome.to_dict() for outcome in outcomes]}
+        _print(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    elif as_markdown:
+        _print(markdown_text(outcomes, verdict))
+    else:
+        _print(plain_report(outcomes, verdict))
+    raise click.exceptions.Exit(EXIT_CODES[verdict])
+
+
+def _chosen(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the packs to check, each with the ids of those blueprints that are asked for; none stands for all.
+
+    Raises:
+        UnknownNameError: If no installed pack has a name.
+    """
+    installed = sorted({record.name for record in installed_packs()})
+    if not names:
+        return {name: [] for name in installed}
+    chosen: dict[str, list[str] | None] = {}
+    for name in names:
+        pack, colon, _ = name.partition(":")
+        if pack not in installed:
+            hint = "" if colon else " A blueprint is named by its full id, pack:name."
+            raise UnknownNameError(f"No pack '{pack}' is installed.{did_you_mean(pack, installed)}{hint}")
+        if not colon:
+            chosen[pack] = None
+        elif (ids := chosen.setdefault(pack, [])) is not None and name not in ids:
+            ids.append(name)
+    return {pack: ids or [] for pack, ids in chosen.items()}
+
+
+@final
+class _Progress:
+    """Says on standard error what is checked, once the job has taken two seconds."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._is_shown = False
+
+    def tell(self, full: str) -> None:
+        if time.monotonic() - self._begun < _PATIENCE:
+            return
+        if self._is_terminal:
+            click.echo(f"\r\033[Kchecking {full}", err=True, nl=False)
+            self._is_shown = True
+        else:
+            click.echo(f"checking {full}", err=True)
+
+    def clear(self) -> None:
+        if self._is_shown:
+            click.echo("\r\033[K", err=True, nl=False)
+
+
+def _print(text: str) -> None:
+    # Half of a surrogate pair in a foreign message would otherwise end in an error; in JSON its escape is the same text.
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), nl=False)
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def plain_report(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
+    """Return what was found as text: a line a blueprint, and what is wrong below it."""
+    lines: list[str] = []
+    wide = max((len(full) for outcome in outcomes for full in outcome.reports), default=0)
+    for outcome in outcomes:
+        lines.append(f"{outcome.name} ({outcome.origin})" + ("" if outcome.reports else _without(outcome)))
+        for check_ in outcome.checks:
+            if check_.status is CheckStatus.FAILED:
+                lines += _indented(check_.explain(outcome.subject), 2)
+            elif check_.status is CheckStatus.NOT_RUN:
+                lines += _indented(f"not run: {check_.hint}", 2)
+        for full, report in outcome.reports.items():
+            lines.append(f"  {report.verdict.value:<10}  {full:<{wide}}  {_counts(report)}".rstrip())
+            if report.failures:
+                lines += _indented(report.failure_message, 4)
+            for reason, checks in report.not_run_by_reason().items():
+                if needed := [check_.label for check_ in checks if check_.needed]:
+                    lines += _indented(f"not run: {', '.join(needed)}: {reason}", 4)
+        lines.append("")
+    lines += [*_absences(outcomes), _summary(outcomes, verdict)]
+    return "\n".join(lines) + "\n"
+
+
+def _without(outcome: PackOutcome) -> str:
+    return f": {outcome.state.value}" if outcome.state.value != "active" else ": offers no blueprint"
+
+
+def _indented(text: str, by: int) -> list[str]:
+    return [(" " * by + line).rstrip() for line in text.splitlines()]
+
+
+def _counts(report: ValidationReport) -> str:
+    ran = [c for c in report.checks if c.status in (CheckStatus.PASSED, CheckStatus.FAILED)]
+    bad = f"{len(report.failures)} of " if report.failures else ""
+    text = f"{bad}{len(ran)} checks on {', '.join(report.devices) or 'no device'}"
+    if report.cached:
+        devices = ", ".join(dict.fromkeys(c.device for c in report.cached))
+        times = sorted({c.measured_at for c in report.cached})
+        text += f"; {len(report.cached)} passed (cached) on {devices}, measured at {times[0]}"
+    return text
+
+
+def _absences(outcomes: Sequence[PackOutcome]) -> list[str]:
+    """Say once what did not run and was not asked for."""
+    reasons: dict[str, None] = {}
+    for outcome in outcomes:
+        for report in outcome.reports.values():
+            for check_ in report.not_run:
+                if not check_.needed and check_.device:
+                    reasons[f"Not run on {check_.device}: {check_.hint}."] = None
+    return list(reasons)
+
+
+def _summary(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
+    reports = [report for outcome in outcomes for report in outcome.reports.values()]
+    packs = [outcome for outcome in outcomes if not outcome.is_skipped]
+    counts = [
+        f"{sum(report.verdict is each for report in reports)} {each.value}"
+        for each in ValidationVerdict
+        if any(report.verdict is each for report in reports)
+    ]
+    text = f"{verdict.value}: {_plural(len(reports), 'blueprint')} of {_plural(len(packs), 'pack')}"
+    if counts:
+        text += f", {', '.join(counts)}"
+    if bad := sum(bool(outcome.failures) for outcome in packs):
+        text += f"; {_plural(bad, 'pack')} with a failure of its own"
+    if skipped := len(outcomes) - len(packs):
+        text += f"; {_plural(skipped, 'pack')} left out by a switch"
+    return text
+
+
+def _plural(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
+    """Return what was found as a Markdown page."""
+    from kasmina_core.report_formats import fenced, markdown, table
+
+    parts = ["# kasmina plugins check", _summary(outcomes, verdict)]
+    rows = [
+        (outcome.name, outcome.origin, full, report.verdict.value, _counts(report))
+        for outcome in outcomes
+        for full, report in outcome.reports.items()
+    ]
+    if rows:
+        parts.append(table(("pack", "from", "blueprint", "verdict", "what ran"), rows))
+    for outcome in outcomes:
+        for check_ in outcome.checks:
+            if check_.status is CheckStatus.FAILED:
+                parts.append(fenced(check_.explain(outcome.subject)))
+            elif check_.status is CheckStatus.NOT_RUN:
+                parts.append(fenced(f"{outcome.subject} was not checked.\n{check_.hint}"))
+    sections = [markdown(report, full) for outcome in outcomes for full, report in outcome.reports.items()]
+    return "\n\n".join([*parts, *(section.rstrip() for section in sections)]) + "\n"
+
+
+def junit_text(outcomes: Sequence[PackOutcome]) -> str:
+    """Return what was found as JUnit XML: a suite for each pack itself and each blueprint."""
+    from kasmina_core.report_formats import add_case, junit, junit_suite, new_suite
+
+    suites = []
+    for outcome in outcomes:
+        own = new_suite(outcome.name)
+        for check_ in outcome.checks:
+            add_case(own, outcome.name, check_, outcome.subject)
+        suites.append(own)
+        suites += [junit_suite(report, full) for full, report in outcome.reports.items()]
+    return junit(suites)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name, suffix=".part")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise KasminaError(f"'{path}' cannot be written: {error}") from error
