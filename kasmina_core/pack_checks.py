@@ -130,6 +130,11 @@ def check_pack_here(
     Raises:
         UnknownNameError: If the pack does not offer an id.
     """
+    tell(name)
+    claims = [record for record in installed_packs() if record.name == name]
+    if claims and all(record.state is not PackState.DISCOVERED for record in claims):
+        return [_unusable(record, named) for record in claims]
+
     import torch  # noqa: F401  # so that the registry keeps its settings while the pack is imported
 
     from kasmina_core.check_cache import PassCache
@@ -138,7 +143,6 @@ def check_pack_here(
 
     switches = replace(Switches.from_environment(), strict=False)
     registry = PluginRegistry(checks=False, **{key: getattr(switches, key) for key in ENVIRONMENT})
-    tell(name)
     with contextlib.suppress(PluginError):  # the record keeps the cause
         registry.load_pack(name)
     outcomes = []
@@ -252,7 +256,7 @@ def check_pack_apart(
     if listener.is_complete:
         return [replace(outcome, checks=(*outcome.checks, life)) for outcome in listener.outcomes]
     at = f" while checking {listener.last}" if listener.last else ""
-    words = "\n".join(said[-_LAST_WORDS:])
+    words = "\n".join(_last_words(said))
     life = CheckResult(
         "own_process",
         CheckStatus.FAILED,
@@ -265,6 +269,14 @@ def check_pack_apart(
     records = [record for record in installed_packs() if record.name == name]
     origin = records[0].origin if records else name
     return [PackOutcome(name, origin, PackState.FAILED, named, (life,), listener.reports)]
+
+
+def _last_words(said: Sequence[str]) -> Sequence[str]:
+    """Return what Python said of its crash, else the last lines."""
+    for number, line in enumerate(said):
+        if line.startswith(("Fatal Python error", "Traceback (most recent")):
+            return said[number : number + _LAST_WORDS]
+    return said[-_LAST_WORDS:]
 
 
 def _run_child(order: Mapping[str, Any], output: Any, listener: _Listener, timeout: float) -> str:

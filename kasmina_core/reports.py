@@ -134,7 +134,7 @@ class CheckResult:
         if self.name == "param_estimate" and isinstance(self.measured, int):
             ratio = f"{self.measured / self.expected:.2f}" if self.expected else "inf"
             declared, counted = f"{self.expected:,}", f"{self.measured:,}"
-            wide = max(len(declared), len(counted))
+            wide = max(map(len, (declared, counted, ratio)))
             lines += [
                 f"  declared: {declared:>{wide}} parameters at {self.where}",
                 f"  counted:  {counted:>{wide}} parameters at {self.where} (fvcore)",

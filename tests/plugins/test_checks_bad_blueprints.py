@@ -199,7 +199,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"factory": with_numpys_numbers},
         "random numbers of numpy moved",
     ),
-    "a wrong size": ("param_estimate", {"param_estimate": lambda dim: dim + 1}, "declared: 65"),
+    "a wrong size": (
+        "param_estimate",
+        {"param_estimate": lambda dim: dim + 1},
+        "declared:   65 parameters at dim=64",
+    ),
     "a cached parameter": ("independent_builds", {"factory": with_a_cached_parameter}, "measured: weight"),
     "another shape": ("output_shape", {"factory": of(crops_odd_widths)}, "measured: (1, 64, 7, 4)"),
     "another dtype": ("output_dtype", {"factory": of(returns_doubles)}, "torch.float64"),

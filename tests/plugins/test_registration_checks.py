@@ -449,6 +449,16 @@ def test_asking_for_cuda_where_there_is_none_is_incomplete() -> None:
     assert {c.hint for c in report.not_run if c.device == "cpu"} == {"not asked for"}
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_on_the_cpu_cuda_is_not_even_asked_for(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("asking whether there is a CUDA device spoils a later fork")
+
+    for name in ("is_available", "device_count", "current_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    assert check_blueprint_spec(spec(), device="cpu", full=full).verdict is ValidationVerdict.PASSED
+
+
 def test_without_fvcore_the_size_is_not_called_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
