@@ -121,7 +121,7 @@ EXPECTED = {
         "broken-check-failed",
         PackState.INVALID,
         PackReason.CHECK_FAILED,
-        "  declared: 128 parameters at dim=64\n  counted:   64 parameters at dim=64 (fvcore)",
+        "  declared:  128 parameters at dim=64\n  counted:    64 parameters at dim=64 (fvcore)",
     ),
 }
 BY_METADATA = {

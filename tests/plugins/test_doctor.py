@@ -181,7 +181,7 @@ def test_without_checks_a_wrong_size_is_not_seen_and_with_them_it_is(site: Site)
     assert found(diagnose()) == []
     diagnosis = diagnose(checks=True)
     assert found(diagnosis) == [("problem", "check_failed", "wrong")]
-    assert "declared:  7 parameters" in diagnosis.findings[0].what
+    assert "declared:    7 parameters" in diagnosis.findings[0].what
 
 
 def test_two_claims_are_one_finding_that_names_both(site: Site) -> None:
