@@ -200,10 +200,7 @@ def _moved(module: nn.Module, shape: tuple[int, ...], home: torch.device, findin
     import torch
 
     module.train()
-    y = findings.call(module, torch.randn(shape).to(home).requires_grad_().clone())
-    if y.requires_grad:
-        y.backward(torch.randn(shape).to(y))
-    module.zero_grad(set_to_none=True)
+    findings.call(module, torch.randn(shape).to(home).requires_grad_().clone())
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -253,7 +250,7 @@ def _check_copy(
         twin = make(module)
         module.eval()
         twin.eval()
-        distance = _distance(findings.call(twin, x), findings.call(module, x))
+        distance = _distance(findings.call(twin, x.clone()), findings.call(module, x.clone()))
         mine = {_memory(tensor) for tensor in module.parameters() if tensor.numel()}
         # A state dict is loaded into a module that was built: whether that is its own, `check_independence` says.
         shared = name != "state_dict" and any(
@@ -284,7 +281,7 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -
         mode = "training" if training else "eval"
         module.train(training)
         try:
-            y = findings.call(module, x)
+            y = findings.call(module, x.clone())  # one may write to it
             outputs.append(y.detach())
         except (Exception, SystemExit) as error:
             findings.failed(

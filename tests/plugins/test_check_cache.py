@@ -227,20 +227,22 @@ def test_another_version_of_a_requirement_is_measured_anew(bench: Bench) -> None
     assert bench.check().cached == ()
 
 
-@pytest.mark.parametrize("kind", ["closure", "partial", "main"])
+@pytest.mark.parametrize("kind", ["closure", "object", "main", "namesake"])
 def test_a_factory_that_no_file_shows_is_measured_every_time(bench: Bench, kind: str) -> None:
     counted = bench.module.Counted
 
     def closure(dim: int) -> Any:
         return counted(dim)
 
-    class Partial:
+    class Factory:
         def __call__(self, dim: int) -> Any:
             return counted(dim)
 
-    factory: Any = {"closure": closure, "partial": Partial(), "main": lambda dim: counted(dim)}[kind]
+    factory: Any = {"closure": closure, "object": Factory()}.get(kind, lambda dim: counted(dim))
     if kind == "main":
         factory.__module__, factory.__qualname__ = "__main__", "factory"
+    if kind == "namesake":
+        factory.__module__, factory.__qualname__ = "fake_kept", "Counted"
     for _ in range(2):
         assert bench.check(bench.spec(factory=factory)).cached == ()
         assert bench.ran

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_core import BlueprintSpec, Topology, ValidationVerdict, check_blueprint_spec
+from kasmina_core import BlueprintSpec, PassCache, Topology, ValidationVerdict, check_blueprint_spec
+from kasmina_core.device_checks import device_check_names
 
 pytestmark = [
     pytest.mark.cuda,
@@ -58,3 +61,37 @@ def test_random_numbers_drawn_on_the_device_are_seen() -> None:
 
     report = check_blueprint_spec(BlueprintSpec("drawing", Topology.CNN, Drawing, lambda dim: dim))
     assert [c.name for c in report.failures] == ["forward_draws_no_random_numbers"]
+
+
+def test_the_full_checks_pass_on_both_devices() -> None:
+    report = check_blueprint_spec(BlueprintSpec("c", Topology.CNN, Identity, lambda dim: dim * dim))
+    assert report.verdict is ValidationVerdict.PASSED, str(report)
+    ran = {check.name for check in report.checks if check.device.startswith("cuda")}
+    assert set(device_check_names(Topology.CNN, full=True)) <= ran
+
+
+def test_a_pass_on_cuda_is_kept_and_the_cpu_runs_every_time(tmp_path: Path) -> None:
+    spec = BlueprintSpec("c", Topology.CNN, Identity, lambda dim: dim * dim)
+    for earlier in (False, True):
+        cache = PassCache(__name__, folder=tmp_path)
+        report = check_blueprint_spec(spec, cache=cache)
+        assert report.verdict is ValidationVerdict.PASSED, str(report)
+        assert bool(report.cached) is earlier
+        assert report.devices[0] == "cpu"
+        assert {check.device for check in report.cached} <= {f"cuda:{torch.cuda.current_device()}"}
+
+
+def test_single_precision_is_seen_under_half() -> None:
+    class Single(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(dim, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x * (1 + self.weight)
+            return y.float() if x.dtype is torch.float16 else y
+
+    report = check_blueprint_spec(
+        BlueprintSpec("single", Topology.CNN, Single, lambda dim: dim), device="cuda"
+    )
+    assert "other_dtypes" in {check.name for check in report.failures}
