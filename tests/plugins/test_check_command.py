@@ -307,9 +307,8 @@ HUNGRY = (
     SEEDS
     + """
 def hungry(dim):
-    kept = []
-    while True:
-        kept.append(torch.ones(1 << 24))
+    kept = [torch.ones(1 << 24) for _ in range(48)]  # 3 GiB
+    return Scale(dim)
 
 @hookimpl
 def kasmina_blueprints():
@@ -322,7 +321,7 @@ ENDLESS = "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c',
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited there")
 def test_want_of_memory_is_a_failure_of_its_pack(site: Site) -> None:
     site.install("fake-hungry", "hungry = fake_hungry", fake_hungry=HUNGRY)
-    done = check("hungry", "--isolate", "--memory-limit", "3", "--device", "cpu")
+    done = check("hungry", "--isolate", "--memory-limit", "1.5", "--device", "cpu")
     assert done.exit_code == 1
     assert "hungry:hungry" in done.stdout
     assert "memory" in done.stdout
