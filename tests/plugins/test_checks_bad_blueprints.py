@@ -434,6 +434,21 @@ def test_full_checks_leave_random_numbers_threads_and_dtype_alone() -> None:
     assert torch.get_default_dtype() is torch.float32
 
 
+def test_modules_run_in_one_thread_so_that_no_pool_is_made_before_a_fork() -> None:
+    seen: set[int] = set()
+
+    def counting(m: Scaled, x: Tensor) -> Any:
+        seen.add(torch.get_num_threads())
+        return good(m, x)
+
+    torch.set_num_threads(2)
+    try:
+        check_blueprint_spec(spec(factory=of(counting)), device="cpu", full=False)
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {1}
+
+
 def test_a_foreign_seed_does_not_wait_for_cuda() -> None:
     torch.manual_seed(1234)
 
