@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -42,16 +43,16 @@ def states(site: Site, records: list[PackRecord]) -> dict[str, tuple[str, str | 
 
 @pytest.mark.parametrize("entry", ["bomb", "fake-bomb", "Fake_Bomb"])
 def test_a_blocked_pack_is_not_imported_by_whichever_name_it_is_blocked(site: Site, entry: str) -> None:
-    site.install("fake-bomb", "bomb = fake_bomb", version="0.3", fake_bomb="raise KeyboardInterrupt")
+    site.install("Fake.Bomb", "bomb = fake_bomb", version="0.3", fake_bomb="raise KeyboardInterrupt")
     site.install("fake-good", "good = fake_good", fake_good=GOOD)
     registry = loaded(block=[entry])
     assert states(site, registry.packs) == {
-        "fake-bomb": ("blocked", "blocked"),
+        "Fake.Bomb": ("blocked", "blocked"),
         "fake-good": ("active", None),
     }
     assert registry.pack("bomb").version == "0.3"
     with pytest.raises(
-        PluginError, match=r"fake-bomb 0\.3(?s:.*)'bomb' is blocked(?s:.*)KASMINA_PLUGINS_BLOCK"
+        PluginError, match=r"Fake\.Bomb 0\.3(?s:.*)'bomb' is blocked(?s:.*)KASMINA_PLUGINS_BLOCK"
     ):
         registry.blueprints.get("bomb:thing")
 
@@ -235,6 +236,19 @@ def test_asking_for_a_bad_pack_raises_its_cause_and_for_none_an_unknown_name(sit
     assert registry.pack("bomb").state is PackState.FAILED
     with pytest.raises(UnknownNameError, match="Did you mean 'bomb'"):
         registry.load_pack("bom")
+
+
+def test_a_pack_that_was_installed_anew_can_be_asked_for_again_and_the_old_claim_is_forgotten(
+    site: Site,
+) -> None:
+    info = site.install("fake-old", "same = fake_old")
+    registry = loaded(autoload=False)
+    with pytest.raises(PluginError, match="No module named 'fake_old'"):
+        registry.load_pack("same")
+    shutil.rmtree(info)
+    site.install("fake-new", "same = fake_new", fake_new=GOOD)
+    assert registry.load_pack("same").distribution == "fake-new"
+    assert states(site, registry.packs) == {"fake-new": ("active", None)}
 
 
 def test_a_blocked_pack_is_not_loaded_though_it_is_asked_for(site: Site) -> None:

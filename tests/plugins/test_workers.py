@@ -36,8 +36,12 @@ def in_worker(method: str) -> object:
     answers = context.SimpleQueue()
     process = context.Process(target=work, args=(answers,))
     process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    try:
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        process.kill()  # if it still runs; else the end of the tests would wait for it
+        process.join()
     return answers.get()
 
 
