@@ -34,7 +34,7 @@ ADVICE: Final[Mapping[PackReason, str]] = {
     PackReason.HOOK_FAILED: _MEND,
     PackReason.WRONG_TYPE: _MEND,
     PackReason.DUPLICATE_ID: _MEND,
-    PackReason.CHECK_FAILED: "See kasmina plugins info {name}. " + _MEND,
+    PackReason.CHECK_FAILED: "See kasmina plugins check {name}. " + _MEND,
 }
 """What to do about a pack that cannot be used."""
 

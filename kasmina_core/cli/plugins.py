@@ -65,7 +65,7 @@ def plugins() -> None:
       KASMINA_PLUGINS_STRICT=1    any pack that cannot be used is an error
 
     \b
-    Exit code:
+    Exit code (more in the help of each command):
       0  done
       1  not done, or a pack cannot be used; the message says why
       2  wrong usage
