@@ -1,0 +1,77 @@
+"""timm's gradient checkpointing, which computes blocks again in the backward pass and may not call their stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kasmina_core import HostError, SeedStage
+from timm_cases import CASES, Case, bring_to, open_config, shake
+
+from kasmina_timm import GrowingModel, grow
+
+NAMES = ["timm-resnet", "timm-convnext", "timm-efficientnet", "timm-vit"]
+STAGES = [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.FOSSILIZED]
+
+
+def checkpointed(case: Case, stage: SeedStage) -> GrowingModel:
+    host = case.host()
+    host.set_grad_checkpointing()
+    model = grow(host, config=open_config())
+    model.evaluate_with(lambda: case.losses(model))
+    bring_to(model, stage, case.slot, case.blueprint)
+    shake(model)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_those_without_checkpointing(name: str, stage: SeedStage) -> None:
+    case = CASES[name]
+    gradients = []
+    for model in (case.grown(stage).train(), checkpointed(case, stage).train()):
+        torch.manual_seed(5)  # dropout draws the same
+        loss = case.losses(model).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        assert gradient is not None, key
+        assert torch.equal(gradient, gradients[1][key]), key
+    assert any("seed" in key for key in gradients[0]) is (stage is not SeedStage.DORMANT)
+
+
+def test_slots_are_at_blocks_that_run_and_keep_their_names() -> None:
+    case = CASES["timm-resnet"]
+    model = checkpointed(case, SeedStage.DORMANT)
+    assert {name: slot.point.path for name, slot in model.slots.items()} == {
+        "act1": "act1",
+        "layer1": "layer1.0",
+        "layer2": "layer2.0",
+        "layer3": "layer3.0",
+        "layer4": "layer4.0",
+    }
+    grown = case.grown(SeedStage.FOSSILIZED)
+    model.load_state_dict(grown.state_dict())
+    assert torch.equal(model(case.images()), grown(case.images()))
+
+
+@pytest.mark.parametrize("name", ["timm-resnet", "timm-efficientnet"])
+def test_checkpointing_that_would_pass_a_slot_by_is_refused(name: str) -> None:
+    case = CASES[name]
+    model = case.grown(SeedStage.FOSSILIZED)
+    model.host.set_grad_checkpointing()  # type: ignore[operator]
+    for owner in (model, model.host):
+        with pytest.raises(
+            HostError, match=r"(?s)may pass by the one at .*set_grad_checkpointing\(\) before"
+        ):
+            owner(case.images())
+    model.host.set_grad_checkpointing(False)  # type: ignore[operator]
+    model(case.images())
+
+
+def test_checkpointing_that_calls_each_block_may_be_turned_on_later() -> None:
+    case = CASES["timm-vit"]
+    model = case.grown(SeedStage.FOSSILIZED)
+    before = model(case.images())
+    model.host.set_grad_checkpointing()  # type: ignore[operator]
+    assert torch.equal(model(case.images()), before)

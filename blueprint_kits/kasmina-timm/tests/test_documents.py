@@ -1,0 +1,32 @@
+"""The README's code and the examples in docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import timm_cases  # noqa: F401  # skips this module where timm and torchvision cannot be imported
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_has_an_example() -> None:
+    assert len(BLOCKS) == 1
+
+
+def test_the_example_runs_and_tells_what_grew(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[0], str(README), "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"layer3 +TRAINING +cnn:conv_light", printed)
+    assert re.search(r"layer1 +DORMANT", printed)
+
+
+@pytest.mark.parametrize("module", ["structure", "growing"])
+def test_examples_in_docstrings_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"kasmina_timm.{module}"))
+    assert found.attempted > 0
+    assert found.failed == 0
