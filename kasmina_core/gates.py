@@ -132,8 +132,9 @@ class GateResult:
         return str((measured or self.failed_checks)[0])
 
     def __str__(self) -> str:
-        name = self.gate.name if self.gate is not None else "no gate"
-        return f"{name} {'passed' if self.passed else 'failed'}: {self.reason}"
+        if self.gate is None:
+            return self.reason
+        return f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -215,7 +216,8 @@ class GateCheckSpec:
                 f"the check raised {error!r}",
             )
         if value is None:
-            return self.not_measured("no measurement")
+            advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""
+            return self.not_measured(f"no measurement{advice}")
         if not math.isfinite(value):
             return GateCheck(
                 self.name,

@@ -150,9 +150,11 @@ class MorphogeneticModel(nn.Module):
         proved = probe(host, requested_points(host, slots), example, causal=causal)
         self.host = host
         self.config = config or GrowthConfig()
+        if not isinstance(self.config, GrowthConfig):
+            raise TypeError(f"config must be a GrowthConfig, not {config!r}.")
         self.epoch = 0
         self._sequence = 0
-        self._telemetry = telemetry
+        self._telemetry = _event_target(telemetry)
         self._evaluator = evaluator
         self._listeners: list[SeedParameterListener] = []
         self._handles: dict[str, RemovableHandle] = {}
@@ -449,8 +451,12 @@ class MorphogeneticModel(nn.Module):
     # -- events ----------------------------------------------------------------------------------------------------
 
     def emit_to(self, telemetry: EventTarget | None) -> None:
-        """Send events to ``telemetry`` from now on; ``None`` stops them."""
-        self._telemetry = telemetry
+        """Send events to ``telemetry`` from now on; ``None`` stops them.
+
+        Raises:
+            TypeError: If it takes no events; a sink goes into a `Telemetry` first.
+        """
+        self._telemetry = _event_target(telemetry)
 
     def listen(self, listener: SeedParameterListener) -> None:
         """Tell ``listener`` of parameters that come and go."""
@@ -597,6 +603,12 @@ class _Owner:
     def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
         for listener in self._model._listeners:
             listener.seed_removed(slot.name, parameters)
+
+
+def _event_target(telemetry: EventTarget | None) -> EventTarget | None:
+    if telemetry is not None and not callable(getattr(telemetry, "emit", None)):
+        raise TypeError(f"{telemetry!r} takes no events. Give a Telemetry, such as Telemetry([sink]).")
+    return telemetry
 
 
 def _example_of(host: nn.Module) -> object:

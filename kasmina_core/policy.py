@@ -161,6 +161,8 @@ class PlateauPolicy:
 
     Raises:
         ValueError: If a number is out of range.
+        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
+        TopologyError: If it maps something that is no topology.
     """
 
     def __init__(
@@ -260,4 +262,13 @@ class PlateauPolicy:
 
 
 def _from_mapping(blueprints: Mapping[Topology, Sequence[str]]) -> Callable[[SlotObservation], Sequence[str]]:
-    return lambda slot: blueprints.get(slot.topology, ())
+    if not isinstance(blueprints, Mapping):
+        raise TypeError(
+            f"blueprints must map topologies to lists of ids, such as {{Topology.CNN: ['norm']}}, not {blueprints!r}."
+        )
+    listed: dict[Topology, tuple[str, ...]] = {}
+    for topology, names in blueprints.items():
+        if isinstance(names, str):
+            raise TypeError(f"blueprints[{topology!r}] must be a list of ids, not the text {names!r}.")
+        listed[Topology(topology)] = tuple(names)
+    return lambda slot: listed.get(slot.topology, ())

@@ -342,7 +342,7 @@ class SeedSlot(nn.Module):
         if self.state is not None:
             raise GerminationError(
                 f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "
-                f"'{self.state.seed_id}'. Cull it, or wait for the end of its cooldown."
+                f"'{self.state.seed_id}'. {self._way_to_dormant()}"
             )
         if not _is_plain(options):
             raise GerminationError(
@@ -653,6 +653,13 @@ class SeedSlot(nn.Module):
     def _assign_alpha(self, alpha: float) -> None:
         cast("SeedState", self.state).metrics.alpha = alpha
         self.alpha_buffer.fill_(alpha)
+
+    def _way_to_dormant(self) -> str:
+        if self.stage is SeedStage.FOSSILIZED:
+            return "A fossil is part of the model and stays; use another slot."
+        if is_failure_stage(self.stage):
+            return "Its cooldown goes on with every step_epoch; germinate when it is over."
+        return "Cull it and let the cooldown pass, or use another slot."
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -110,6 +111,8 @@ def grow(
     from kasmina_core.discovery import default_registry
     from kasmina_core.telemetry import JsonLinesSink, Telemetry
 
+    if lr is not None and not math.isfinite(lr):
+        raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
     torch.set_num_threads(threads)
     place = _device(device)
     require_plots()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Final, Protocol, final
 
@@ -43,6 +45,9 @@ from kasmina_core.topology import Topology
 
 EVALUATION_BATCH: Final = 256
 """Samples a batch where nothing is learned."""
+
+FINAL_EPOCHS: Final = 5
+"""The final figures are means over the models of this many last epochs: one epoch's are mostly noise."""
 
 
 @final
@@ -353,6 +358,7 @@ class GrowthRun:
         with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
             self._train_alone()
         self.record.interrupted = self._interrupted
+        self.record.notes.append(f"Test figures are means over the models of the last {FINAL_EPOCHS} epochs.")
         if self._interrupted:
             self.record.notes.append(
                 "The run was stopped before its end; the figures are those of what was trained."
@@ -368,6 +374,7 @@ class GrowthRun:
         optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), settings.lr))
         model.evaluate_with(lambda: self._losses(model, "gate", ledger, self._modes))
         order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
         for epoch in range(1, settings.epochs + 1):
             loss = self._train_epoch(model, optimizer, order, ledger, grown=True)
             if loss is None:
@@ -394,6 +401,7 @@ class GrowthRun:
                 gate=gate,
             )
             self.record.epochs.append(record)
+            last.append(self._evaluate(model, "test"))
             self._display.epoch(record)
         for name, slot in model.slots.items():
             if slot.is_active and slot.state is not None:
@@ -407,7 +415,7 @@ class GrowthRun:
                 "Contributions of seeds that are still there were measured on the test samples, which decided "
                 "nothing; those of culled seeds are the last that a gate saw, on samples of its own."
             )
-        self._finish_arm(GROWN, model, ledger, len(self.record.epochs), time.perf_counter() - started)
+        self._finish_arm(GROWN, model, ledger, len(self.record.epochs), last, time.perf_counter() - started)
 
     def _follow(self) -> None:
         """Carry out what the policy says; a seed that gate G0 refuses is noted, and the run goes on."""
@@ -426,6 +434,7 @@ class GrowthRun:
         self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
         optimizer = torch.optim.Adam(host.parameters(), settings.lr)
         order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
         epoch = 0
         while ledger.total < grown.flops:
             before = ledger.total
@@ -437,8 +446,10 @@ class GrowthRun:
             self.record.baseline.append(
                 EpochRecord(epoch, loss, val_loss, val_metric, _trainable(host), float(ledger.total))
             )
+            last.append(self._evaluate(host, "test"))
             self._display.advance(ledger.total - before)
-        self._finish_arm(HOST_ALONE, host, ledger, epoch, time.perf_counter() - started)
+        if not self._interrupted:  # a host that was not trained as long is nothing to compare with
+            self._finish_arm(HOST_ALONE, host, ledger, epoch, last, time.perf_counter() - started)
 
     def _train_epoch(
         self,
@@ -523,10 +534,16 @@ class GrowthRun:
         return SlotRecord(name, slot.stage.name, blueprint, slot.alpha, gain)
 
     def _finish_arm(
-        self, name: str, module: nn.Module, ledger: FlopLedger, epochs: int, seconds: float
+        self,
+        name: str,
+        module: nn.Module,
+        ledger: FlopLedger,
+        epochs: int,
+        last: Sequence[tuple[float, float]],
+        seconds: float,
     ) -> None:
         val_loss, _ = self._evaluate(module, "val")
-        test_loss, test_metric = self._evaluate(module, "test")
+        test_loss, test_metric = map(fmean, zip(*(last or [self._evaluate(module, "test")]), strict=True))
         self.record.arms.append(
             ArmResult(
                 name,

@@ -19,7 +19,7 @@ NEVER_MEASURED: Final = "never measured"
 
 CONTRIBUTION: Final = (
     "Contribution: the held-out loss without the seed minus that with it, and its 95 % interval; "
-    "above zero the seed helps."
+    "above zero the model needs it. The rest has adapted to a kept seed, so contributions do not add up."
 )
 
 
