@@ -159,15 +159,21 @@ def call_with(host: nn.Module, example: object) -> Any:
 @contextmanager
 def quiet_evaluation(host: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
-    modes = {module: module.training for module in host.modules()}
     devices = {tensor.device for tensor in [*host.parameters(), *host.buffers()]}
-    with private_rng(None, *sorted(devices, key=str)), torch.no_grad():
-        try:
-            host.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with private_rng(None, *sorted(devices, key=str)), torch.no_grad(), kept_modes(host):
+        host.eval()
+        yield
+
+
+@contextmanager
+def kept_modes(host: nn.Module) -> Iterator[None]:
+    """Put the training mode of every module back to what it was before the block."""
+    modes = {module: module.training for module in host.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

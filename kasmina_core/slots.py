@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 import torch
 from torch import Tensor, nn
 
+from kasmina_core.attachment import kept_buffers, kept_modes
 from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation, RampUnit
@@ -264,18 +265,9 @@ class SeedSlot(nn.Module):
         """
         if self.seed is None:
             raise TransitionError(f"Slot '{self.name}' holds no seed.")
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self.seed.buffers()]
-        modes = {module: module.training for module in self.seed.modules()}
-        try:
-            with self.forced(ForwardMode.STRAIGHT_THROUGH):
-                self.seed.eval()
-                return self.forward(features)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self.seed), kept_modes(self.seed):
+            self.seed.eval()
+            return self.forward(features)
 
     @contextmanager
     def forced(self, mode: ForwardMode) -> Iterator[None]:
@@ -427,7 +419,7 @@ class SeedSlot(nn.Module):
             self.check_isolation()
         result = self.config.gates.check(
             gate,
-            GateContext(state, self._measure, self._gains, parameters_finite=self._parameters_are_finite),
+            GateContext(state, self.measure, self._gains, parameters_finite=self._parameters_are_finite),
         )
         if result.gate is not None:
             self._gates[result.gate] = result
@@ -463,7 +455,7 @@ class SeedSlot(nn.Module):
             return None
         if state.stage is SeedStage.PROBATIONARY:
             with suppress(Exception):  # the gate asks again and says what an evaluator raised
-                self._measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
+                self.measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
             return self.check_gate(GateLevel.G5)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.EPOCH:
             self._step_ramp()
@@ -692,7 +684,12 @@ class SeedSlot(nn.Module):
         random_seed = derived_seed(self.config.seed, self.name, number)
         return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed, apart)
 
-    def _measure(self) -> SeedEvidence | None:
+    def measure(self) -> SeedEvidence | None:
+        """Return the seed's evidence of this epoch, measuring it if nobody has yet.
+
+        Returns:
+            The evidence, or ``None`` if the seed is not active or the model has no evaluator.
+        """
         if self._evidence_is_fresh:
             return self._evidence
         measured = self._owner.measure(self) if self._owner is not None and self.is_active else None
@@ -700,14 +697,6 @@ class SeedSlot(nn.Module):
             self._evidence, self._evidence_is_fresh = measured, True
             self._gains.append(measured.gain)
         return measured
-
-    def measure(self) -> SeedEvidence | None:
-        """Return the seed's evidence of this epoch, measuring it if nobody has yet.
-
-        Returns:
-            The evidence, or ``None`` if the seed is not active or the model has no evaluator.
-        """
-        return self._measure()
 
     def _parameters_are_finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.seed_parameters())
