@@ -575,8 +575,6 @@ class MorphogeneticModel(nn.Module):
 class _Owner:
     """What a slot sees of its model; no module, so that the model is not a child of its slots."""
 
-    registry: BlueprintRegistry | None = None
-
     def __init__(self, model: MorphogeneticModel) -> None:
         self._model = model
 

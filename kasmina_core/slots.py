@@ -85,8 +85,6 @@ _REPLACE: Final = int(ForwardMode.REPLACE)
 class SlotOwner(Protocol):
     """What a slot asks of the model around it."""
 
-    registry: BlueprintRegistry | None
-
     def emit(self, event: TelemetryEvent) -> None:
         """Take an event."""
         ...
@@ -668,8 +666,6 @@ class SeedSlot(nn.Module):
     def _blueprints(self) -> BlueprintRegistry:
         if self._registry is not None:
             return self._registry
-        if self._owner is not None and self._owner.registry is not None:
-            return self._owner.registry
         from kasmina_core.discovery import (
             default_registry,
         )  # packs are loaded when a blueprint is first asked for
