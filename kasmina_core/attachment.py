@@ -219,7 +219,13 @@ def requested_points(
             wanted.append(item)
             continue
         by_name = [point for point in declared if fnmatchcase(point.name, item) or point.path == item]
-        wanted.extend(by_name or matching_paths(host, item))
+        try:
+            wanted.extend(by_name or matching_paths(host, item))
+        except HostError as error:
+            if not declared:
+                raise
+            names = ", ".join(point.name for point in declared)
+            raise HostError(f"{error}\nInjection points that it declares: {names}.") from error
     unique = list(dict.fromkeys(wanted))
     if not unique:
         raise HostError("The list of slots is empty: name at least one point.")

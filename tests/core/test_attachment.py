@@ -429,6 +429,14 @@ class DeclaringHost(HookedHost, nn.Module):
         return self.body(x)
 
 
+@pytest.mark.parametrize("asked", ["frist", "nothing.*"])
+def test_a_wrong_name_at_a_host_that_declares_points_is_answered_with_those(asked: str) -> None:
+    host = DeclaringHost()
+    declared = ", ".join(point.name for point in host.injection_points())
+    with pytest.raises(HostError, match=f"Injection points that it declares: {declared}"):
+        MorphogeneticModel(host, slots=[asked], example=torch.zeros(1, 1, 2, 2))
+
+
 class HandWrittenHost(nn.Module):
     """Follows the protocol by itself: it calls its slots in its own forward."""
 
