@@ -149,8 +149,9 @@ class MorphogeneticModel(nn.Module):
             example = _example_of(host)
         proved = probe(host, requested_points(host, slots), example, causal=causal)
         self.host = host
-        self.config = config or GrowthConfig()
-        if not isinstance(self.config, GrowthConfig):
+        # Not `config`: trainers take a model's `config` for that of a transformers model.
+        self.growth_config = config or GrowthConfig()
+        if not isinstance(self.growth_config, GrowthConfig):
             raise TypeError(f"config must be a GrowthConfig, not {config!r}.")
         self.epoch = 0
         self._sequence = 0
@@ -166,7 +167,7 @@ class MorphogeneticModel(nn.Module):
                     found.point.name: SeedSlot(
                         found.point,
                         found.shape,
-                        self.config,
+                        self.growth_config,
                         registry,
                         dtype=_parameter_dtype(host, found.point.path, found.dtype),
                         device=found.device,
@@ -315,7 +316,7 @@ class MorphogeneticModel(nn.Module):
         return Observation(
             epoch=self.epoch,
             metric=self._last_metric,
-            higher_is_better=self.config.higher_is_better,
+            higher_is_better=self.growth_config.higher_is_better,
             host_parameters=sum(p.numel() for p in self.host_parameters()),
             seed_parameters=sum(p.numel() for p in self.seed_parameters()),
             slots=tuple(self._observe_slot(slot) for slot in self.slots.values()),
@@ -384,7 +385,7 @@ class MorphogeneticModel(nn.Module):
         """
         losses: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
-            if self.config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
+            if self.growth_config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
                 continue
             parameters = [p for p in self.seed_parameters(name) if p.requires_grad]
             if not parameters:
