@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     from kasmina_core.telemetry import Sink as Sink
     from kasmina_core.telemetry import Telemetry as Telemetry
     from kasmina_core.topology import Topology as Topology
+    from kasmina_core.untracked import UntrackedSeedWarning as UntrackedSeedWarning
 
 _HOME = {
     "Advance": "policy",
@@ -191,6 +192,7 @@ _HOME = {
     "TopologyError": "errors",
     "TransitionError": "errors",
     "UnknownNameError": "errors",
+    "UntrackedSeedWarning": "untracked",
     "VALID_TRANSITIONS": "lifecycle",
     "ValidationReport": "reports",
     "ValidationVerdict": "reports",

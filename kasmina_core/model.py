@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
@@ -35,6 +36,7 @@ from kasmina_core.policy import (
     SlotObservation,
 )
 from kasmina_core.slots import ForwardMode, SeedSlot
+from kasmina_core.untracked import UntrackedSeeds
 
 SLOTS_KEY = "kasmina_slots"
 
@@ -157,7 +159,8 @@ class MorphogeneticModel(nn.Module):
         self._sequence = 0
         self._telemetry = _event_target(telemetry)
         self._evaluator = evaluator
-        self._listeners: list[SeedParameterListener] = []
+        self._untracked = UntrackedSeeds()
+        self._listeners: list[SeedParameterListener] = [self._untracked]
         self._handles: dict[str, RemovableHandle] = {}
         self._last_metric: float | None = None
         self.add_module(
@@ -258,6 +261,7 @@ class MorphogeneticModel(nn.Module):
 
     def step(self) -> None:
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
+        self._untracked.look(self, self._tied_optimizers())
         for slot in self.slots.values():
             if slot.seed is not None:
                 slot.step()
@@ -274,6 +278,7 @@ class MorphogeneticModel(nn.Module):
         value = (
             float(metric.detach() if isinstance(metric, Tensor) else metric) if metric is not None else None
         )
+        self._untracked.look(self, self._tied_optimizers())
         self._last_metric = value
         self.epoch += 1
         results = {}
@@ -463,6 +468,10 @@ class MorphogeneticModel(nn.Module):
         """Tell ``listener`` of parameters that come and go."""
         self._listeners.append(listener)
 
+    def _tied_optimizers(self) -> list[Optimizer]:
+        tied = (getattr(listener, "optimizer", None) for listener in self._listeners)
+        return [optimizer for optimizer in tied if isinstance(optimizer, Optimizer)]
+
     def _emit(self, event: TelemetryEvent) -> None:
         if self._telemetry is not None:
             self._telemetry.emit(replace(event, epoch=self.epoch, sequence=self._sequence))
@@ -566,10 +575,17 @@ class MorphogeneticModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What points at the outside (sinks, loaders, optimisers) does not travel with a copy.
-        return self.__dict__ | {"_telemetry": None, "_evaluator": None, "_listeners": []}
+        return self.__dict__ | {
+            "_telemetry": None,
+            "_evaluator": None,
+            "_untracked": None,
+            "_listeners": [],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
+        self._untracked = UntrackedSeeds(slot.name for slot in self.slots.values() if slot.seed is not None)
+        self._listeners = [self._untracked]
         self._own_slots()
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import final
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kasmina_core.errors import GerminationError
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.schedulers import FollowingSchedulers, group_settings
+
+PerSeed = float | Callable[[str, str], float]
+"""A number for all seeds, or a function of a seed's slot and blueprint id."""
 
 
 @final
@@ -19,65 +25,90 @@ class _TiedOptimizer:
 
     def __init__(
         self,
-        host: nn.Module,
+        model: MorphogeneticModel,
         optimizer: Optimizer,
-        lr_factor: float,
-        weight_decay: float | None,
+        lr_factor: PerSeed,
+        weight_decay: PerSeed | None,
+        takes: Callable[[nn.Parameter], bool] | None,
         schedulers: FollowingSchedulers,
     ) -> None:
-        self._host = host
-        self._optimizer = optimizer
+        self.optimizer = optimizer
+        self._model = model
         self._lr_factor = lr_factor
         self._weight_decay = weight_decay
+        self._takes = takes
         self._schedulers = schedulers
-
-    def holds(self, optimizer: Optimizer) -> bool:
-        return self._optimizer is optimizer
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         own = self._without_host(parameters)
+        if self._takes is not None:
+            own = [p for p in own if self._takes(p)]
         if not own:
             return
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
+        _refuse_what_muon_refuses(slot, self.optimizer, own)
         self._schedulers.check(slot, groups)
         before = list(groups)
-        group = {"params": own, "kasmina_slot": slot, **group_settings(groups[0], self._lr_factor)}
+        factor = self._value("lr_factor", self._lr_factor, slot)
+        group = {"params": own, "kasmina_slot": slot, **group_settings(groups[0], factor)}
         if self._weight_decay is not None:
-            group["weight_decay"] = self._weight_decay
+            group["weight_decay"] = self._value("weight_decay", self._weight_decay, slot)
+        if any("param_names" in g for g in groups):
+            group["param_names"] = self._names(own)
         self._drop(own)
-        self._optimizer.add_param_group(group)
+        self.optimizer.add_param_group(group)
         # A state_dict knows parameters by position: an order that does not depend on who grew first keeps it right.
         groups.sort(key=lambda g: str(g.get("kasmina_slot", "")))
-        self._schedulers.follow(before, groups)
+        self._schedulers.follow(before, groups, factor)
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         own = self._without_host(parameters)
-        before = list(self._optimizer.param_groups)
+        before = list(self.optimizer.param_groups)
         self._drop(own)
-        self._schedulers.follow(before, self._optimizer.param_groups)
+        self._schedulers.follow(before, self.optimizer.param_groups)
         # Memory is freed only when both the groups and the state let go.
         for parameter in own:
-            self._optimizer.state.pop(parameter, None)
+            self.optimizer.state.pop(parameter, None)
 
     def _without_host(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        host = {id(p) for p in self._host.parameters()}
+        host = {id(p) for p in self._model.host_parameters()}
         return [p for p in parameters if id(p) not in host]
 
     def _drop(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take parameters out of every group, and groups of seeds that are then empty out of the optimiser."""
         gone = {id(p) for p in parameters}
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            stays = [id(p) not in gone for p in group["params"]]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [item for item, kept in zip(group[key], stays, strict=True) if kept]
         groups[:] = [g for g in groups if g["params"] or "kasmina_slot" not in g]
+
+    def _value(self, name: str, setting: PerSeed, slot: str) -> float:
+        if not callable(setting):
+            return setting
+        state = self._model.slots[slot].state
+        return _checked(name, setting(slot, state.blueprint_id if state is not None else ""))
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        """Return the names in the model's `named_parameters`, behind the prefix that the optimiser knows them by."""
+        known = {id(p): name for name, p in self._model.named_parameters()}
+        prefix = ""
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+                if id(p) in known and str(name).endswith(known[id(p)]):
+                    prefix = str(name).removesuffix(known[id(p)])
+        return [prefix + known[id(p)] for p in parameters]
 
 
 def tie_optimizer(
     model: MorphogeneticModel,
     optimizer: Optimizer,
     *,
-    lr_factor: float = 1.0,
-    weight_decay: float | None = None,
+    lr_factor: PerSeed = 1.0,
+    weight_decay: PerSeed | None = None,
+    takes: Callable[[nn.Parameter], bool] | None = None,
     schedulers: Iterable[LRScheduler] = (),
 ) -> Optimizer:
     """Keep an optimiser's parameter groups in step with a model's seeds from now on.
@@ -85,6 +116,7 @@ def tie_optimizer(
     Each germination adds a group ``{"kasmina_slot": name, ...}``; a cull removes it with its state; fossilisation
     changes nothing. State of other parameters is untouched. The groups of seeds come after the others, sorted by
     slot, so that the optimiser's ``state_dict`` fits a model that was loaded, whichever seed was germinated first.
+    An optimiser of named parameters gets a seed's names as ``model.named_parameters()`` has them.
 
     Schedulers go on as if the group had always been there: a seed's learning rate, and its bounds where the scheduler
     keeps them per group, are those of the first group times ``lr_factor``. A bound that all groups share, such as
@@ -94,26 +126,56 @@ def tie_optimizer(
 
     Args:
         model: The model; seeds that are already there get a group of their own now.
-        optimizer: The optimiser of the host.
-        lr_factor: Learning rate of seeds over that of the first group.
-        weight_decay: Weight decay of seeds; default the optimiser's.
+        optimizer: The optimiser of the host. For a frozen host, ``SGD([{"params": []}], lr)`` and its like.
+        lr_factor: Learning rate of seeds over that of the first group, at least 0; a number, or a function of slot
+            and blueprint id.
+        weight_decay: Weight decay of seeds, at least 0; a number, or a function of slot and blueprint id. Default the
+            optimiser's.
+        takes: Which of a seed's parameters this optimiser holds; default all. With two optimisers, such as Muon for
+            matrices and AdamW for the rest, tie each to its share.
         schedulers: Learning-rate schedulers of this optimiser, of torch's classes or made of what those keep per group.
 
     Returns:
         The same optimiser.
 
     Raises:
-        TypeError: If one of the schedulers is none of torch's.
-        ValueError: If one was made for another optimiser.
-        GerminationError: If a scheduler cannot follow the groups of seeds that are already there.
+        TypeError: If one of the schedulers is none of torch's, or the optimiser takes one group only (LBFGS).
+        ValueError: If a scheduler was made for another optimiser, or a number is negative or not finite.
+        GerminationError: If a scheduler, or Muon, cannot take the seeds that are already there.
     """
-    following = FollowingSchedulers(schedulers, optimizer, lr_factor)
-    tied = _TiedOptimizer(model.host, optimizer, lr_factor, weight_decay, following)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            f"{type(optimizer).__name__} steps its first parameter group alone, and a seed needs one of its own.\n"
+            "Train seeds with another optimiser, tied beside it: "
+            "tie_optimizer(model, torch.optim.AdamW([{'params': []}], lr=1e-3))."
+        )
+    for name, setting in (("lr_factor", lr_factor), ("weight_decay", weight_decay)):
+        if setting is not None and not callable(setting):
+            _checked(name, setting)
+    following = FollowingSchedulers(schedulers, optimizer)
+    tied = _TiedOptimizer(model, optimizer, lr_factor, weight_decay, takes, following)
     for slot in model.slots:
         if parameters := model.seed_parameters(slot):
             tied.seed_added(slot, parameters)
     for listener in list(model._listeners):
-        if isinstance(listener, _TiedOptimizer) and listener.holds(optimizer):
+        if isinstance(listener, _TiedOptimizer) and listener.optimizer is optimizer:
             model._listeners.remove(listener)
     model.listen(tied)
     return optimizer
+
+
+def _checked(name: str, value: Any) -> float:
+    if not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+        raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}.")
+    return value
+
+
+def _refuse_what_muon_refuses(slot: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise if Muon, which looks at its parameters only when it is made, would fail at its next step."""
+    others = [tuple(p.shape) for p in parameters if p.ndim != 2]
+    if isinstance(optimizer, torch.optim.Muon) and others:
+        raise GerminationError(
+            f"{type(optimizer).__name__} steps matrices only, and the seed of slot '{slot}' has others.\n"
+            f"  parameters that are no matrix: {len(others)} of {len(parameters)}, such as {others[0]}\n"
+            "Tie it with takes=lambda p: p.ndim == 2, and tie an AdamW with takes=lambda p: p.ndim != 2 for the rest."
+        )

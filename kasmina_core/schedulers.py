@@ -39,15 +39,13 @@ class FollowingSchedulers:
     Args:
         schedulers: The schedulers; those inside of them (`ChainedScheduler`, `SequentialLR`) follow too.
         optimizer: The optimiser they were made for.
-        factor: Learning rates of a new group over those of the first.
 
     Raises:
         TypeError: If one is no scheduler of torch.
         ValueError: If one was made for another optimiser.
     """
 
-    def __init__(self, schedulers: Iterable[LRScheduler], optimizer: Optimizer, factor: float) -> None:
-        self._factor = factor
+    def __init__(self, schedulers: Iterable[LRScheduler], optimizer: Optimizer) -> None:
         self._given = list(schedulers)
         for scheduler in self._given:
             if not isinstance(scheduler, LRScheduler):
@@ -95,12 +93,15 @@ class FollowingSchedulers:
                         "Leave it out of tie_optimizer's schedulers and extend it in a listener (model.listen)."
                     )
 
-    def follow(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    def follow(
+        self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], factor: float = 1.0
+    ) -> None:
         """Bring the lists into the order of ``after``; new groups get the first group's values.
 
         Args:
             before: The groups that the lists describe.
             after: The groups now; one that stayed is the same object.
+            factor: Learning rates of new groups over those of the first.
         """
         for scheduler in self._all():
             for key in (*_RATES, *_COPIES):
@@ -108,7 +109,7 @@ class FollowingSchedulers:
                 if values is None or len(values) != len(before):
                     continue
                 known = {id(group): value for group, value in zip(before, values, strict=True)}
-                new = values[0] * self._factor if key in _RATES else values[0]
+                new = values[0] * factor if key in _RATES else values[0]
                 # A scheduler's state_dict shares its lists: they are replaced, never changed.
                 setattr(scheduler, key, [known.get(id(group), new) for group in after])
 

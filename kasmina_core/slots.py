@@ -98,7 +98,7 @@ class SlotOwner(Protocol):
         ...
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        """Hear of new parameters before the seed is in place; may raise to prevent it."""
+        """Hear of new parameters; the seed is in its slot meanwhile. May raise to prevent it."""
         ...
 
     def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
@@ -353,8 +353,7 @@ class SeedSlot(nn.Module):
             )
         seed = trial.seed
         seed.train(self.training)
-        if self._owner is not None:
-            self._owner.seed_added(self, list(seed.parameters()))
+        self._announce(state, seed)
         self.germinations = number
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
         self._forget_measurements()
@@ -653,6 +652,16 @@ class SeedSlot(nn.Module):
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
+    def _announce(self, state: SeedState, seed: nn.Module) -> None:
+        """Tell of a seed that is to come; it is in place while listeners look, and they may raise to prevent it."""
+        before = self.state, self.seed
+        self.state, self.seed = state, seed
+        try:
+            if self._owner is not None:
+                self._owner.seed_added(self, list(seed.parameters()))
+        finally:
+            self.state, self.seed = before
+
     def _require_seed(self, command: str) -> SeedState:
         if self.state is None:
             raise TransitionError(
@@ -802,8 +811,7 @@ class SeedSlot(nn.Module):
                     f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
                     f"{', '.join(unknown)}."
                 )
-            if self._owner is not None:
-                self._owner.seed_added(self, list(seed.parameters()))
+            self._announce(saved, seed)
         self._clear()
         self.germinations = record.germinations
         if saved is None:
