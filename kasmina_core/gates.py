@@ -92,6 +92,23 @@ class GateCheck:
             "detail": self.detail,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateCheck:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            ValueError: If it is no check.
+        """
+        numbers = [data.get(name) for name in ("value", "minimum", "maximum")]
+        texts = [data.get(name) for name in ("name", "detail")]
+        if not (
+            all(number is None or type(number) in (int, float) for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError(f"expected a check of a gate, found {data!r:.80}")
+        value, minimum, maximum = (None if number is None else float(number) for number in numbers)
+        return cls(str(texts[0]), value, CheckVerdict(data.get("verdict")), minimum, maximum, str(texts[1]))
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -145,6 +162,22 @@ class GateResult:
             "epoch": self.epoch,
             "checks": [check.to_dict() for check in self.checks],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateResult:
+        """Rebuild from `to_dict`; whether it passed follows from its checks.
+
+        Raises:
+            ValueError: If it is no result of a gate.
+        """
+        try:
+            gate = GateLevel[data["gate"]] if data["gate"] is not None else None
+            checks = tuple(GateCheck.from_dict(check) for check in data["checks"])
+            if type(epoch := data["epoch"]) is not int:
+                raise ValueError("its epoch is no whole number")
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"expected what a gate said, found {data!r:.80}: {error}") from error
+        return cls(gate, checks, epoch)
 
 
 @final

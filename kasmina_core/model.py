@@ -36,6 +36,7 @@ from kasmina_core.policy import (
     SlotObservation,
 )
 from kasmina_core.slots import ForwardMode, SeedSlot
+from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 from kasmina_core.untracked import UntrackedSeeds
 
 SLOTS_KEY = "kasmina_slots"
@@ -544,11 +545,14 @@ class MorphogeneticModel(nn.Module):
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
         tensors = [(t, t.detach().clone()) for t in [*self.host.parameters(), *self.host.buffers()]]
-        places = [(module, dict(module._parameters), dict(module._buffers)) for module in self.host.modules()]
+        parts = [*self.host.modules(), *self.slots.values()]
+        places = [(module, dict(module._parameters), dict(module._buffers)) for module in parts]
         slots = [(slot, dict(slot.__dict__), dict(slot._modules), slot.alpha) for slot in self.slots.values()]
         listeners, self._listeners = self._listeners, []
         try:
-            result = super().load_state_dict(state_dict, strict, assign)
+            if assign:
+                self._leave_meta(state_dict)
+            result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
         except Exception:
             with torch.no_grad():
                 for tensor, before in tensors:
@@ -563,6 +567,10 @@ class MorphogeneticModel(nn.Module):
             raise
         finally:
             self._listeners = listeners
+        if assign:
+            for slot in self.slots.values():
+                dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
+                slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
         for slot, _, modules, _ in slots:
             old = modules.get("seed")
             gone = list(old.parameters()) if old is not None else []
@@ -572,6 +580,18 @@ class MorphogeneticModel(nn.Module):
                 if slot.seed is not None:
                     listener.seed_added(slot.name, slot.seed_parameters())
         return result
+
+    def _leave_meta(self, state_dict: Mapping[str, Any]) -> None:
+        """Move what no file holds off the meta device, to where the assigned tensors are."""
+        devices = [
+            t.device
+            for key, t in state_dict.items()
+            if isinstance(t, Tensor) and not key.endswith("_extra_state")
+        ]
+        for slot in self.slots.values():
+            if slot.device.type == "meta" and devices:
+                slot.alpha_buffer = torch.zeros_like(slot.alpha_buffer, device=devices[0])
+                slot.deviation = torch.zeros_like(slot.deviation, device=devices[0])
 
     def __getstate__(self) -> dict[str, Any]:
         # What points at the outside (sinks, loaders, optimisers) does not travel with a copy.
@@ -668,6 +688,13 @@ def _add_host_prefix(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    slots = f"{prefix}{SLOTS_KEY}."
-    for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(slots)]:
-        state_dict[f"{prefix}host.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+    own_name = NamesOf(cast("MorphogeneticModel", module).host)
+    given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    for key, value in given.items():
+        name = key.removeprefix(prefix)
+        while name.startswith(f"{WRAPPER}."):  # the keys of torch.compile(model)
+            name = name.removeprefix(f"{WRAPPER}.")
+        if not name.startswith(f"{SLOTS_KEY}."):
+            name = f"host.{own_name(name)}"
+        # Of two keys that mean the same one stays foreign, and is reported.
+        state_dict[prefix + name if prefix + name not in state_dict else key] = value

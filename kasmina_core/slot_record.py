@@ -10,9 +10,12 @@ from typing import Any, Final, final
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
 from kasmina_core.evidence import SeedEvidence
+from kasmina_core.gates import GateResult
 from kasmina_core.lifecycle import SeedStage, SeedState
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
+
+_LARGEST_COUNT: Final = 1 << 63
 
 
 @final
@@ -24,6 +27,7 @@ class SlotRecord:
     ``torch.load(weights_only=True)`` accept.
 
     Attributes:
+        gates: What the gates said in this epoch, in the order in which they were asked.
         gains: Gains measured since the stage began.
         evidence_is_fresh: Whether the evidence is of this epoch.
         isolation_is_fresh: Whether isolation was measured in this epoch.
@@ -35,6 +39,7 @@ class SlotRecord:
     options: dict[str, Any]
     schedule: AlphaSchedule | None
     germinations: int
+    gates: list[GateResult]
     gains: list[float]
     evidence: SeedEvidence | None
     evidence_is_fresh: bool
@@ -48,6 +53,7 @@ class SlotRecord:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("state", "schedule", "evidence"):
             plain[name] = plain[name].to_dict() if plain[name] is not None else None
+        plain["gates"] = [result.to_dict() for result in self.gates]
         plain["gradient_norms"] = list(self.gradient_norms)
         return {"version": RECORD_VERSION} | plain
 
@@ -77,6 +83,7 @@ class SlotRecord:
                 options=dict(data["options"]),
                 schedule=AlphaSchedule.from_dict(data["schedule"]) if data["schedule"] is not None else None,
                 germinations=_count(data["germinations"]),
+                gates=[GateResult.from_dict(result) for result in data["gates"]],
                 gains=[float(gain) for gain in data["gains"]],
                 evidence=SeedEvidence.from_dict(data["evidence"]) if data["evidence"] is not None else None,
                 evidence_is_fresh=bool(data["evidence_is_fresh"]),
@@ -107,8 +114,8 @@ class SlotRecord:
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a number of times, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST_COUNT:
+        raise ValueError(f"expected a number of times, found {value!r:.40}")
     return value
 
 

@@ -53,6 +53,7 @@ from kasmina_core.lifecycle import (
     is_active_stage,
     is_failure_stage,
 )
+from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.randomness import derived_seed
 from kasmina_core.slot_record import SlotRecord
 from kasmina_core.topology import Topology
@@ -774,12 +775,13 @@ class SeedSlot(nn.Module):
     # -- persistence -----------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return everything but the weights as plain data that ``torch.load(weights_only=True)`` accepts."""
+        """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""
         return SlotRecord(
             state=self.state,
             options=copy.deepcopy(self.options),
             schedule=self.schedule,
             germinations=self.germinations,
+            gates=list(self._gates.values()),
             gains=list(self._gains),
             evidence=self._evidence,
             evidence_is_fresh=self._evidence_is_fresh,
@@ -789,14 +791,22 @@ class SeedSlot(nn.Module):
             gradient_norms=(self._norm_count, float(self._norm_sum), float(self._norm_max)),
         ).to_dict()
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+    def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
         """Rebuild the seed and its place in life from `get_extra_state`; its weights are loaded after that.
+
+        Args:
+            state: What `get_extra_state` returned, or the tensor that the ``state_dict`` holds of it.
 
         Raises:
             CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
             UnknownNameError: If nobody offers the blueprint.
         """
-        record = SlotRecord.from_dict(state, self.name)
+        data = (
+            from_bytes(state, f"The saved state of slot '{self.name}'")
+            if isinstance(state, Tensor)
+            else state
+        )
+        record = SlotRecord.from_dict(data, self.name)
         saved, seed = record.state, None
         if saved is not None and not is_failure_stage(saved.stage):
             trial = self._try_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
@@ -818,6 +828,7 @@ class SeedSlot(nn.Module):
             return
         self.state, self.seed, self.schedule = saved, seed, record.schedule
         self.options = record.options
+        self._gates = {result.gate: result for result in record.gates if result.gate is not None}
         self._gains = record.gains
         self._evidence, self._evidence_is_fresh = record.evidence, record.evidence_is_fresh
         self._isolation_is_fresh = record.isolation_is_fresh
@@ -839,8 +850,11 @@ class SeedSlot(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.state is None:  # an empty slot leaves no key: the model then saves like its bare host
-            destination.pop(prefix + "_extra_state", None)
+        key = prefix + "_extra_state"
+        record = destination.pop(key)
+        if self.state is not None:  # safetensors and distributed checkpoints take tensors alone
+            destination[key] = to_bytes(record, f"The state of slot '{self.name}'")
+        else:  # an empty slot leaves no key: the model then saves like its bare host
             # Its next seed shall be another one than the last, also after a load.
             metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
             if metadata is not None:
@@ -858,9 +872,8 @@ class SeedSlot(nn.Module):
     ) -> None:
         key = prefix + "_extra_state"
         if key not in state_dict:
-            self._clear()
-            self.germinations = local_metadata.get("germinations", self.germinations)
-            state_dict = {**state_dict, key: self.get_extra_state()}
+            empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
+            state_dict = {**state_dict, key: self.get_extra_state() | empty}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -240,7 +240,7 @@ def bring_to(
 def picture(model: MorphogeneticModel, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
     """Everything that a refused command must leave as it was, as values to compare with `same_picture`."""
     seen: dict[str, Any] = {
-        "weights": {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)},
+        "weights": {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("_extra_state")},
         "records": {name: slot.get_extra_state() for name, slot in model.slots.items()},
         "random numbers": torch.get_rng_state(),
         "stages": {name: slot.stage for name, slot in model.slots.items()},

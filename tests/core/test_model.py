@@ -44,6 +44,7 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
+from kasmina_core.plain_data import from_bytes
 
 every_stage = pytest.mark.parametrize("stage", [*LIVING_STAGES, *FAILURE_STAGES], ids=lambda s: s.name)
 active_stages = pytest.mark.parametrize("stage", ACTIVE_STAGES, ids=lambda s: s.name)
@@ -151,7 +152,7 @@ def broken_states() -> Iterator[tuple[str, dict[str, Any], type[Exception]]]:
             state[key] = value
         return state
 
-    record = good[slot]
+    record = from_bytes(good[slot], "a record")
     yield "a host weight of another shape", changed("head.weight", torch.zeros(7)), RuntimeError
     yield "a host weight missing", changed("head.bias", None), RuntimeError
     yield "a weight that nobody has", changed("more", torch.zeros(1)), RuntimeError

@@ -135,6 +135,21 @@ def test_loading_what_was_saved_changes_nothing(stage):
     assert model.slots[FIRST] is slot
 
 
+@pytest.mark.parametrize("stage", [S.TRAINING, S.SHADOWING, S.PROBATIONARY])
+def test_what_the_gates_said_in_this_epoch_is_still_known_after_a_load(stage):
+    model, _ = grown(stage)
+    model.step_epoch(1.0)
+    said = model.slots[FIRST].last_gate
+    fresh, recorder = make_model()
+    fresh.load_state_dict(model.state_dict())
+    slot = fresh.slots[FIRST]
+    assert slot.last_gate == said
+    assert fresh.observe().slots[0].gate_reason == model.observe().slots[0].gate_reason
+    if said is not None:
+        assert slot.check_gate(said.gate) is slot.last_gate
+        assert recorder.events == []
+
+
 # -- what does not fit -----------------------------------------------------------------------------------------------
 
 
@@ -149,7 +164,7 @@ def change(path, value):
 
 
 DAMAGE = [
-    (change(["version"], 2), "another version.\n  saved:    2\n  readable: 1"),
+    (change(["version"], 99), f"another version.\n  saved:    99\n  readable: {RECORD_VERSION}"),
     (lambda r: r.pop("gains"), "slot '2' lacks: gains"),
     (change(["state", "slot"], "7"), "belongs to another slot.\n  saved: '7'\n  this:  '2'"),
     (change(["state", "stage"], 1), "a seed that is DORMANT; no seed can be"),
@@ -167,6 +182,16 @@ DAMAGE = [
     (change(["evidence"], {"samples": 1}), "evidence cannot be read"),
     (change(["gains"], ["much"]), "cannot be read"),
     (change(["gradient_norms"], [1]), "cannot be read"),
+    (change(["germinations"], 1 << 63), "expected a number of times, found 9223372036854775808"),
+    (change(["gates"], None), "cannot be read"),
+    (change(["gates"], [{"gate": "G9"}]), "expected what a gate said, found {'gate': 'G9'}"),
+    (
+        change(
+            ["gates"],
+            [{"gate": "G3", "epoch": 1, "checks": [{"name": "x", "detail": "", "verdict": "fine"}]}],
+        ),
+        "'fine' is not a valid CheckVerdict",
+    ),
     (change(["frozen_by_pause"], ["weights"]), "paused with parameters it does not have: weights"),
     (change(["state", "blueprint_id"], "mine:per-token"), "blueprint: transformer, slot: cnn"),
 ]
@@ -266,7 +291,7 @@ def test_a_load_that_fails_in_a_later_slot_takes_back_the_earlier_ones():
     model.step_epoch(1.0)
     bring_to(model, S.TRAINING, SECOND)
     state = copy.deepcopy(model.state_dict())
-    state["kasmina_slots.4._extra_state"]["version"] = 99
+    state["kasmina_slots.4._extra_state"] = model.slots[SECOND].get_extra_state() | {"version": 99}
     train_once(model, optimizer)
     before = picture(model, optimizer)
     slot = model.slots[FIRST]

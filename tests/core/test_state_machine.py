@@ -40,6 +40,7 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
+from kasmina_core.plain_data import from_bytes
 
 ONWARD = {
     "DORMANT": "GERMINATED",
@@ -384,9 +385,10 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(slot=slots, damage=st.sampled_from(["version", "stage", "slot"]))
     def load_what_is_damaged(self, slot, damage):
         weights, _ = torch.load(io.BytesIO(self.saved[0]), weights_only=True)
-        record = weights.get(f"kasmina_slots.{slot}._extra_state")
-        if record is None:
+        key = f"kasmina_slots.{slot}._extra_state"
+        if key not in weights:
             return
+        record = weights[key] = from_bytes(weights[key], "a record")
         if damage == "version":
             record["version"] = 99
         else:
