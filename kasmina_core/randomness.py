@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -33,5 +33,8 @@ def private_rng(seed: int | None, *devices: torch.device) -> Iterator[None]:
         if seed is not None:
             torch.default_generator.manual_seed(seed)
             for device in accelerators:
-                torch.get_device_module(device).manual_seed(seed)
+                module = torch.get_device_module(device)
+                # It seeds the current device, which need not be this one; where there can be one alone, it is.
+                with module.device(device) if hasattr(module, "device") else nullcontext():
+                    module.manual_seed(seed)
         yield

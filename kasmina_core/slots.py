@@ -470,9 +470,11 @@ class SeedSlot(nn.Module):
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients).detach().float()
+            # The first of an epoch begins the sums: a zero from the host would have to be waited for.
+            is_first = self._norm_count == 0
             self._norm_count += 1
-            self._norm_sum = self._norm_sum.to(norm.device) + norm
-            self._norm_max = torch.maximum(self._norm_max.to(norm.device), norm)
+            self._norm_sum = norm if is_first else self._norm_sum.to(norm.device) + norm
+            self._norm_max = norm if is_first else torch.maximum(self._norm_max.to(norm.device), norm)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
             self._step_ramp()
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
