@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from kasmina_core.gates import GateResult as GateResult
     from kasmina_core.gates import GateThresholds as GateThresholds
     from kasmina_core.gates import QualityGates as QualityGates
+    from kasmina_core.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
+    from kasmina_core.growth_state import rebuild_topology as rebuild_topology
+    from kasmina_core.growth_state import topology_of as topology_of
     from kasmina_core.hookspecs import hookimpl as hookimpl
     from kasmina_core.hookspecs import hookspec as hookspec
     from kasmina_core.hosts import HostProtocol as HostProtocol
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
     from kasmina_core.model import MorphogeneticModel as MorphogeneticModel
     from kasmina_core.model import SlotSummary as SlotSummary
     from kasmina_core.optim import tie_optimizer as tie_optimizer
+    from kasmina_core.optimizer_names import load_named_optimizer_state as load_named_optimizer_state
+    from kasmina_core.optimizer_names import named_optimizer_state as named_optimizer_state
     from kasmina_core.packs import PackReason as PackReason
     from kasmina_core.packs import PackRecord as PackRecord
     from kasmina_core.packs import PackState as PackState
@@ -138,6 +143,7 @@ _HOME = {
     "GerminationError": "errors",
     "GradientIsolationMonitor": "isolation",
     "GradientPolicy": "config",
+    "GrowthConfig": "config",
     "HookedHost": "attachment",
     "HostError": "errors",
     "HostProtocol": "hosts",
@@ -154,6 +160,7 @@ _HOME = {
     "NameConflictError": "errors",
     "NoGrowthPolicy": "policy",
     "Observation": "policy",
+    "OtherBlueprintVersion": "growth_state",
     "PackReason": "packs",
     "PackRecord": "packs",
     "PackState": "packs",
@@ -179,7 +186,6 @@ _HOME = {
     "SeedTelemetry": "events",
     "SetAlpha": "policy",
     "Sink": "telemetry",
-    "GrowthConfig": "config",
     "SlotObservation": "policy",
     "SlotSummary": "model",
     "StageChanged": "events",
@@ -207,9 +213,13 @@ _HOME = {
     "is_terminal_stage": "lifecycle",
     "is_valid_transition": "lifecycle",
     "list_packs": "packs",
+    "load_named_optimizer_state": "optimizer_names",
+    "named_optimizer_state": "optimizer_names",
+    "rebuild_topology": "growth_state",
     "reset_default_registry": "discovery",
     "straight_through": "isolation",
     "tie_optimizer": "optim",
+    "topology_of": "growth_state",
 }
 
 __all__ = sorted(_HOME)

@@ -37,6 +37,7 @@ from kasmina_core.policy import (
 )
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
+from kasmina_core.unchanged import ModelBefore
 from kasmina_core.untracked import UntrackedSeeds
 
 SLOTS_KEY = "kasmina_slots"
@@ -544,41 +545,22 @@ class MorphogeneticModel(nn.Module):
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
-        tensors = [(t, t.detach().clone()) for t in [*self.host.parameters(), *self.host.buffers()]]
-        parts = [*self.host.modules(), *self.slots.values()]
-        places = [(module, dict(module._parameters), dict(module._buffers)) for module in parts]
-        slots = [(slot, dict(slot.__dict__), dict(slot._modules), slot.alpha) for slot in self.slots.values()]
+        before = ModelBefore(self.host, self.slots.values())
         listeners, self._listeners = self._listeners, []
         try:
             if assign:
                 self._leave_meta(state_dict)
             result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
+            if assign:
+                for slot in self.slots.values():
+                    dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
+                    slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+            before.tell(listeners)
         except Exception:
-            with torch.no_grad():
-                for tensor, before in tensors:
-                    tensor.copy_(before)
-            for module, parameters, buffers in places:  # assign=True puts other tensors in their places
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
-            for slot, attributes, modules, alpha in slots:
-                slot.__dict__.update(attributes)
-                slot.__dict__["_modules"] = modules
-                slot.alpha_buffer.fill_(alpha)
+            before.put_back()
             raise
         finally:
             self._listeners = listeners
-        if assign:
-            for slot in self.slots.values():
-                dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
-                slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
-        for slot, _, modules, _ in slots:
-            old = modules.get("seed")
-            gone = list(old.parameters()) if old is not None else []
-            for listener in listeners:
-                if gone:
-                    listener.seed_removed(slot.name, gone)
-                if slot.seed is not None:
-                    listener.seed_added(slot.name, slot.seed_parameters())
         return result
 
     def _leave_meta(self, state_dict: Mapping[str, Any]) -> None:
