@@ -157,11 +157,18 @@ def tie_optimizer(
     for slot in model.slots:
         if parameters := model.seed_parameters(slot):
             tied.seed_added(slot, parameters)
-    for listener in list(model._listeners):
-        if isinstance(listener, _TiedOptimizer) and listener.optimizer is optimizer:
-            model._listeners.remove(listener)
+    untie_optimizer(model, optimizer)
     model.listen(tied)
     return optimizer
+
+
+def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:
+    """Let an optimiser go its own way: it keeps its groups, and follows the model's seeds no more."""
+    model._listeners[:] = [
+        listener
+        for listener in model._listeners
+        if not (isinstance(listener, _TiedOptimizer) and listener.optimizer is optimizer)
+    ]
 
 
 def _checked(name: str, value: Any) -> float:

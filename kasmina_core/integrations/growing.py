@@ -1,0 +1,273 @@
+"""What a trainer's callback does with a model that grows, whoever the trainer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
+from kasmina_core.errors import CheckpointError
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.model import MorphogeneticModel
+from kasmina_core.policy import Policy
+
+STATE_VERSION: Final = 1
+
+
+def find_model(root: nn.Module, how_to_choose: str) -> MorphogeneticModel:
+    """Return the one `MorphogeneticModel` in a module, itself included.
+
+    Args:
+        root: Where to look.
+        how_to_choose: What the message advises where there are several.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    found = {name: m for name, m in root.named_modules() if isinstance(m, MorphogeneticModel)}
+    if not found:
+        raise ValueError(
+            f"{type(root).__name__} holds no MorphogeneticModel, so nothing in it can grow.\n"
+            "Put the part that shall grow into one: MorphogeneticModel(host, slots=[...], example=...)."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(root).__name__} holds {len(found)} MorphogeneticModels: "
+            f"{', '.join(name or '(itself)' for name in found)}.\n{how_to_choose}"
+        )
+    return next(iter(found.values()))
+
+
+def check_policy(policy: object) -> Policy:
+    """Return the policy.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        hint = f" Give an instance: {policy.__name__}(...)." if isinstance(policy, type) else ""
+        raise TypeError(
+            f"The first argument must be a policy, an object with decide(observation), not {policy!r}.{hint}"
+        )
+    return policy
+
+
+def check_held_out(held_out: object) -> None:
+    """Refuse held-out batches that are not the same ones at every pass.
+
+    Raises:
+        TypeError: If they can be gone through only once, or not at all.
+        ValueError: If a data loader shuffles them.
+    """
+    if not isinstance(held_out, Iterable) or isinstance(held_out, Iterator):
+        raise TypeError(
+            "held_out must give the same batches each time it is gone through: a DataLoader or a list, "
+            f"not {type(held_out).__name__}."
+        )
+    if isinstance(getattr(held_out, "sampler", None), RandomSampler):
+        raise ValueError(
+            "held_out shuffles. Seeds are judged by the same samples in the same order with and without them: "
+            "give a DataLoader with shuffle=False."
+        )
+
+
+def losses_of_samples(batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> Tensor:
+    """Return the loss of every sample of the batches, ``(n,)``.
+
+    Raises:
+        ValueError: If there is no batch, or ``losses`` gives no vector.
+    """
+    parts = []
+    for batch in batches:
+        part = losses(batch)
+        if not isinstance(part, Tensor) or part.dim() != 1:
+            found = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                f"losses must return one loss per sample of the batch, a tensor of shape (n,), not {found}.\n"
+                "With torch's loss functions that is reduction='none'; for sequences, the mean over each one's tokens."
+            )
+        parts.append(part)
+    if not parts:
+        raise ValueError("held_out is empty: seeds cannot be judged without samples.")
+    return torch.cat(parts)
+
+
+@contextmanager
+def surroundings_at_rest(root: nn.Module, model: MorphogeneticModel) -> Iterator[None]:
+    """Run the block with every module of ``root`` outside of the model in eval mode; the model sees to its own."""
+    inside = set(model.modules())
+    around = [(module, module.training) for module in root.modules() if module not in inside]
+    for module, _ in around:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in around:
+            module.training = mode
+
+
+@contextmanager
+def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Run the block as if these parameters had no gradient."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def living_seeds(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each seed that is no fossil, by slot."""
+    return {
+        name: model.seed_parameters(name)
+        for name, slot in model.slots.items()
+        if slot.seed is not None and slot.stage is not SeedStage.FOSSILIZED
+    }
+
+
+def clip_apart(
+    model: MorphogeneticModel, clip_rest: Callable[[], Any], clip_seed: Callable[[list[nn.Parameter]], Any]
+) -> Any:
+    """Clip the gradients of each living seed apart from those of the rest, so that neither changes the other's.
+
+    Args:
+        model: The model.
+        clip_rest: Clips whatever has a gradient; called while no living seed has one.
+        clip_seed: Clips the gradients of the parameters it is given; called once a living seed that has one.
+
+    Returns:
+        What ``clip_rest`` returns.
+    """
+    seeds = living_seeds(model).values()
+    with hidden_gradients([p for parameters in seeds for p in parameters]):
+        result = clip_rest()
+    for parameters in seeds:
+        if any(p.grad is not None for p in parameters):
+            clip_seed(parameters)
+    return result
+
+
+def readings(model: MorphogeneticModel) -> dict[str, float]:
+    """Return what a logger can plot of a model: stage, alpha and gain of each slot, and the seeds' parameters.
+
+    Stages are the numbers of `SeedStage`; a gain is there once one was measured.
+    """
+    values: dict[str, float] = {"growth/seed_parameters": sum(p.numel() for p in model.seed_parameters())}
+    for name, slot in model.slots.items():
+        values[f"growth/{name}/stage"] = int(slot.stage)
+        values[f"growth/{name}/alpha"] = slot.alpha
+        if slot.last_evidence is not None:
+            values[f"growth/{name}/gain"] = slot.last_evidence.gain
+    return values
+
+
+@final
+class GrowthClock:
+    """Lets a model's epochs pass by a trainer's validations, and says what a checkpoint must keep of that.
+
+    A validation is noted when it ends; what it calls for is done before the next training step. So a checkpoint that
+    the trainer writes in between holds the model that was measured, and a run that goes on from it does the same.
+
+    Args:
+        policy: Decides on the slots.
+
+    Raises:
+        TypeError: If ``policy`` is none.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = check_policy(policy)
+        self.noted: float | None = None
+
+    def note(self, metric: float) -> None:
+        """Note that a validation ended with this metric."""
+        self.noted = metric
+
+    def tick(self, model: MorphogeneticModel) -> bool:
+        """Let an epoch pass if a validation was noted since the last, and follow the policy.
+
+        Returns:
+            Whether one passed.
+        """
+        if self.noted is None:
+            return False
+        metric, self.noted = self.noted, None
+        model.step_epoch(metric)
+        model.follow(self.policy)
+        return True
+
+    def state_dict(self, model: MorphogeneticModel) -> dict[str, Any]:
+        """Return plain data: the policy's memory and what the model's own ``state_dict`` does not hold."""
+        remember = getattr(self.policy, "state_dict", None)
+        return {
+            "version": STATE_VERSION,
+            "noted": self.noted,
+            "policy": remember() if callable(remember) else None,
+            "epoch": model.epoch,
+            "sequence": model._sequence,
+            "last_metric": model._last_metric,
+            "germinations": {name: slot.germinations for name, slot in model.slots.items()},
+        }
+
+    def load_state_dict(self, model: MorphogeneticModel, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the model's own ``state_dict`` has been loaded before.
+
+        Raises:
+            CheckpointError: If it is of another version or damaged, or the policy cannot take what was saved.
+        """
+        version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+        if version != STATE_VERSION:
+            raise CheckpointError(
+                "The checkpoint's record of growth has another version.\n"
+                f"  saved:    {version!r}\n  readable: {STATE_VERSION}"
+            )
+        memory = state.get("policy")
+        recall = getattr(self.policy, "load_state_dict", None)
+        if memory is not None and not callable(recall):
+            raise CheckpointError(
+                f"The checkpoint holds the memory of a policy, which {type(self.policy).__name__} cannot load: "
+                "it has no load_state_dict. Give the policy with which the run began."
+            )
+        try:
+            noted, metric = _number(state["noted"]), _number(state["last_metric"])
+            epoch, sequence = int(state["epoch"]), int(state["sequence"])
+            germinations = {str(name): int(count) for name, count in state["germinations"].items()}
+            if memory is not None and callable(recall):
+                recall(memory)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"The checkpoint's record of growth cannot be read: {error!r}") from error
+        self.noted, model._last_metric, model.epoch, model._sequence = noted, metric, epoch, sequence
+        for name, slot in model.slots.items():
+            if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
+                slot.germinations = germinations.get(name, slot.germinations)
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected a number, found {value!r}")
+    return float(value)
+
+
+def metric_named(metrics: Mapping[str, Any], name: str) -> float:
+    """Return one of a trainer's metrics as a number.
+
+    Raises:
+        ValueError: If it is not there, or no number; the message lists those that are.
+    """
+    if name not in metrics:
+        known = ", ".join(sorted(map(str, metrics))) or "none"
+        raise ValueError(
+            f"Validation gave no metric '{name}', by which growth is decided.\n"
+            f"  logged: {known}\n"
+            "Log it in validation, or name one of those with monitor=."
+        )
+    return float(metrics[name])

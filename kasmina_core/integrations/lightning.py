@@ -1,0 +1,298 @@
+"""Growth under a Lightning ``Trainer``: ``pip install 'kasmina[lightning]'``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kasmina_core.integrations.growing import (
+    GrowthClock,
+    check_held_out,
+    clip_apart,
+    find_model,
+    losses_of_samples,
+    metric_named,
+    readings,
+    surroundings_at_rest,
+)
+from kasmina_core.model import Evaluator, MorphogeneticModel
+from kasmina_core.optim import PerSeed, tie_optimizer, untie_optimizer
+from kasmina_core.policy import Policy
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "kasmina_core.integrations.lightning needs Lightning: pip install 'kasmina[lightning]'"
+    ) from error
+
+
+@final
+class GrowthCallback(Callback):
+    """Grows the `MorphogeneticModel` in a ``LightningModule`` while a Lightning ``Trainer`` trains it.
+
+    Each validation is an epoch of growth: its metric is noted, and before the next training batch the gates are asked
+    and the policy is followed. Sanity checks do not count. The optimiser and its schedulers follow the seeds; stages,
+    alphas and gains go to the trainer's loggers; ``ModelCheckpoint`` writes all that ``fit(ckpt_path=...)`` needs, with
+    ``weights_only=True`` too. ``gradient_clip_val`` clips living seeds apart from the host.
+
+    ::
+
+        growth = GrowthCallback(
+            PlateauPolicy({Topology.CNN: ["conv_light"]}),
+            held_out=DataLoader(held_out, batch_size=64),
+            losses=lambda module, batch: cross_entropy(module(batch[0]), batch[1], reduction="none"),
+        )
+        Trainer(callbacks=[growth], max_epochs=20).fit(module)
+
+    Args:
+        policy: When to germinate, fossilise and cull. What its ``state_dict`` returns, if it has one, is checkpointed.
+        held_out: Batches on which the gates judge seeds: a ``DataLoader`` that does not shuffle, or a list. Not those
+            of validation, if its metric shall stay an honest one.
+        losses: Called with the ``LightningModule`` and a batch on its device; returns the loss of every sample,
+            ``(n,)``. With counterfactual incubation its mean is what seeds learn from, so it must log nothing.
+        monitor: Name of the metric, logged in validation, that the policy sees.
+        model: Returns the model of a ``LightningModule`` that holds several. Default: the only one.
+        optimizer: Position of the optimiser that shall take the seeds among those of ``configure_optimizers``.
+            Default: the one that holds parameters of the model.
+        lr_factor: See `tie_optimizer`.
+        weight_decay: See `tie_optimizer`.
+
+    Raises:
+        TypeError: If ``policy`` is no policy, or ``held_out`` can be gone through only once.
+        ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
+            optimiser is not clear, or if there is more than one process. After a validation: if it did not log
+            ``monitor``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        held_out: Iterable[Any],
+        losses: Callable[[Any, Any], Tensor],
+        monitor: str = "val_loss",
+        model: Callable[[Any], MorphogeneticModel] | None = None,
+        optimizer: int | None = None,
+        lr_factor: PerSeed = 1.0,
+        weight_decay: PerSeed | None = None,
+    ) -> None:
+        check_held_out(held_out)
+        self.monitor = monitor
+        self._clock = GrowthClock(policy)
+        self._held_out = held_out
+        self._losses = losses
+        self._choose_model = model
+        self._position = optimizer
+        self._tie: dict[str, Any] = {"lr_factor": lr_factor, "weight_decay": weight_decay}
+        self._loaded: Mapping[str, Any] | None = None
+        self._model: MorphogeneticModel | None = None
+        self._optimizer: Optimizer | None = None
+        self._evaluator_before: Evaluator | None = None
+        self._clips_apart = False
+        self._batch: Any = None
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tie the optimisers, which are new, to the model, whose topology a checkpoint may have restored."""
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"GrowthCallback grows in one process; this Trainer has {trainer.world_size}. "
+                "Use Trainer(devices=1), or grow under torch's own DistributedDataParallel."
+            )
+        if not trainer.enable_validation:
+            raise self._no_validation()
+        model = self._find_model(pl_module)
+        if self._model is not None and self._optimizer is not None:
+            untie_optimizer(self._model, self._optimizer)
+        self._model = model
+        if self._loaded is not None:
+            self._clock.load_state_dict(model, self._loaded)
+            self._loaded = None
+        self._optimizer = self._find_optimizer(trainer.optimizers, model)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        own = [
+            scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is self._optimizer
+        ]
+        tie_optimizer(model, self._optimizer, schedulers=own, **self._tie)
+        self._evaluator_before = model._evaluator
+        model.evaluate_with(lambda: self._evaluate(trainer, pl_module))
+        self._clip_seeds_apart(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the held-out batches, whose faults would else be a gate's reason many epochs later."""
+        if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
+            raise self._no_validation()
+        with self._required_model()._evaluation():
+            self._evaluate(trainer, pl_module, batches=1)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Do what the last validation calls for, before the batch is seen."""
+        self._batch = batch
+        model = self._required_model()
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._clock.tick(model):
+            values = readings(model)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let incubating seeds learn from the same batch; gradients are scaled here, if they are."""
+        if pl_module.automatic_optimization:
+            self._incubate(
+                trainer,
+                pl_module,
+                trainer.accumulate_grad_batches,
+                getattr(trainer.precision_plugin, "scaler", None),
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Let a step pass; gradients are whole and not scaled here."""
+        if optimizer is not self._optimizer:
+            return
+        if not pl_module.automatic_optimization:  # there is a backward for each optimiser
+            self._incubate(trainer, pl_module, 1, None)
+        self._required_model().step()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Let go of the batch."""
+        self._batch = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metric, before checkpoints are written."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._clock.note(metric_named(trainer.callback_metrics, self.monitor))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was; the optimiser goes on following until the next fit."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._release(pl_module)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep beside the weights and the topology, which are in the module's."""
+        if self._loaded is not None:
+            return dict(self._loaded)
+        return self._clock.state_dict(self._model) if self._model is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; it is used when ``fit`` starts."""
+        self._loaded = state_dict or None
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _find_model(self, pl_module: LightningModule) -> MorphogeneticModel:
+        if self._choose_model is None:
+            return find_model(
+                pl_module, "Say which: GrowthCallback(..., model=lambda module: module.student)."
+            )
+        chosen = self._choose_model(pl_module)
+        if not isinstance(chosen, MorphogeneticModel):
+            raise ValueError(
+                f"model= must return a MorphogeneticModel, but returned a {type(chosen).__name__}."
+            )
+        return chosen
+
+    def _find_optimizer(self, optimizers: list[Optimizer], model: MorphogeneticModel) -> Optimizer:
+        if self._position is not None:
+            if not -len(optimizers) <= self._position < len(optimizers):
+                raise ValueError(
+                    f"optimizer={self._position} does not exist: configure_optimizers returned {len(optimizers)}."
+                )
+            return optimizers[self._position]
+        own = {id(p) for p in model.parameters()}
+        holding = [
+            optimizer
+            for optimizer in optimizers
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        ]
+        if len(holding) != 1:
+            raise ValueError(
+                f"{len(holding)} of {len(optimizers)} optimisers hold parameters of the model, so it is not clear "
+                "which shall take the seeds: say GrowthCallback(..., optimizer=0)."
+            )
+        return holding[0]
+
+    def _required_model(self) -> MorphogeneticModel:
+        assert self._model is not None  # on_fit_start comes first
+        return self._model
+
+    def _sample_losses(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            return self._losses(pl_module, batch)
+
+    def _no_validation(self) -> ValueError:
+        return ValueError(
+            "Growth goes by validation, and this Trainer runs none: define validation_step, give val_dataloaders, "
+            f"and log '{self.monitor}'."
+        )
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, batches: int | None = None) -> Tensor:
+        def losses(batch: Any) -> Tensor:
+            batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            return self._sample_losses(trainer, pl_module, trainer.strategy.batch_to_device(batch))
+
+        with surroundings_at_rest(pl_module, self._required_model()):
+            return losses_of_samples(islice(self._held_out, batches), losses)
+
+    def _incubate(self, trainer: Trainer, pl_module: LightningModule, share: int, scaler: Any) -> None:
+        model, batch = self._required_model(), self._batch
+
+        def loss() -> Tensor:
+            return (
+                losses_of_samples([batch], lambda b: self._sample_losses(trainer, pl_module, b)).mean()
+                / share
+            )
+
+        with surroundings_at_rest(pl_module, model):
+            model.incubate(loss, scaler)
+
+    def _clip_seeds_apart(self, pl_module: LightningModule) -> None:
+        model, clip = self._required_model(), pl_module.configure_gradient_clipping
+
+        def clip_both_sides(
+            optimizer: Optimizer,
+            gradient_clip_val: float | None = None,
+            gradient_clip_algorithm: str | None = None,
+        ) -> None:
+            def clip_seed(parameters: list[nn.Parameter]) -> None:
+                if not gradient_clip_val:
+                    return
+                if gradient_clip_algorithm == "value":
+                    torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+                else:
+                    torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+            clip_apart(
+                model,
+                lambda: clip(
+                    optimizer,
+                    gradient_clip_val=gradient_clip_val,
+                    gradient_clip_algorithm=gradient_clip_algorithm,
+                ),
+                clip_seed,
+            )
+
+        # Lightning has no hook between this method, which sees host and seeds together, and the optimiser's step.
+        cast("Any", pl_module).configure_gradient_clipping = clip_both_sides
+        self._clips_apart = True
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self._clips_apart:
+            vars(pl_module).pop("configure_gradient_clipping", None)
+            self._clips_apart = False
+            self._required_model().evaluate_with(self._evaluator_before)
+            self._evaluator_before = self._batch = None
