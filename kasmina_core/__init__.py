@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from kasmina_core.discovery import PluginRegistry as PluginRegistry
     from kasmina_core.discovery import default_registry as default_registry
     from kasmina_core.discovery import reset_default_registry as reset_default_registry
+    from kasmina_core.distributed import DistributedGrowth as DistributedGrowth
+    from kasmina_core.distributed import Wrap as Wrap
+    from kasmina_core.distributed import distribute as distribute
     from kasmina_core.errors import AmbiguousNameError as AmbiguousNameError
     from kasmina_core.errors import BlueprintError as BlueprintError
     from kasmina_core.errors import CheckpointError as CheckpointError
+    from kasmina_core.errors import DistributedError as DistributedError
     from kasmina_core.errors import GerminationError as GerminationError
     from kasmina_core.errors import HostError as HostError
     from kasmina_core.errors import KasminaError as KasminaError
@@ -132,6 +136,8 @@ _HOME = {
     "Command": "policy",
     "Continue": "policy",
     "Cull": "policy",
+    "DistributedError": "errors",
+    "DistributedGrowth": "distributed",
     "GateCheck": "gates",
     "GateCheckSpec": "gates",
     "GateEvaluated": "events",
@@ -202,10 +208,12 @@ _HOME = {
     "VALID_TRANSITIONS": "lifecycle",
     "ValidationReport": "reports",
     "ValidationVerdict": "reports",
+    "Wrap": "distributed",
     "blend_with_isolation": "blending",
     "bound_deviation": "isolation",
     "check_blueprint_spec": "checks",
     "default_registry": "discovery",
+    "distribute": "distributed",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
     "is_active_stage": "lifecycle",

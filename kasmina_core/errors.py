@@ -84,6 +84,18 @@ class CheckpointError(KasminaError):
     """Saved state that is truncated, foreign, newer or does not fit this model; nothing was changed."""
 
 
+class DistributedError(KasminaError):
+    """The processes of a job do not agree, or one of them is missing; this job cannot go on growing.
+
+    Attributes:
+        missing: Ranks that did not come, as far as is known.
+    """
+
+    def __init__(self, message: str, missing: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, else the known names, else ``""``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, final
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kasmina_core.agreement import ALONE, Agreement, own_samples
 from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
@@ -163,6 +164,8 @@ class MorphogeneticModel(nn.Module):
         self._evaluator = evaluator
         self._untracked = UntrackedSeeds()
         self._listeners: list[SeedParameterListener] = [self._untracked]
+        self._agreement: Agreement = ALONE
+        self._gather_samples: Callable[[Tensor], Tensor] = own_samples
         self._handles: dict[str, RemovableHandle] = {}
         self._last_metric: float | None = None
         self.add_module(
@@ -264,6 +267,7 @@ class MorphogeneticModel(nn.Module):
     def step(self) -> None:
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
         self._untracked.look(self, self._tied_optimizers())
+        self._agreement.gradients()
         for slot in self.slots.values():
             if slot.seed is not None:
                 slot.step()
@@ -281,12 +285,13 @@ class MorphogeneticModel(nn.Module):
             float(metric.detach() if isinstance(metric, Tensor) else metric) if metric is not None else None
         )
         self._untracked.look(self, self._tied_optimizers())
-        self._last_metric = value
-        self.epoch += 1
         results = {}
-        for name, slot in self.slots.items():
-            if slot.state is not None and (result := slot.step_epoch(value)) is not None:
-                results[name] = result
+        with self._agreement.command(None, "step_epoch"):
+            self._last_metric = value = self._agreement.metric(value)
+            self.epoch += 1
+            for name, slot in self.slots.items():
+                if slot.state is not None and (result := slot.step_epoch(value)) is not None:
+                    results[name] = result
         return results
 
     def execute(self, command: Command) -> SeedState | GateResult | None:
@@ -362,9 +367,10 @@ class MorphogeneticModel(nn.Module):
             The commands that were carried out.
         """
         done = []
-        for command in policy.decide(self.observe()):
-            self.execute(command)
-            done.append(command)
+        with self._agreement.command(None, "follow"):
+            for command in self._agreement.commands(policy.decide(self.observe())):
+                self.execute(command)
+                done.append(command)
         return done
 
     # -- learning and measuring ------------------------------------------------------------------------------------
@@ -448,13 +454,14 @@ class MorphogeneticModel(nn.Module):
     def _measure_seed(self, slot: SeedSlot, evaluator: Evaluator | None) -> SeedEvidence | None:
         if evaluator is None:
             return None
-        with self._evaluation():
+        with self._agreement.attempt(f"measurement of '{slot.name}'"), self._evaluation():
             slot.deviation.zero_()
             with slot.forced(ForwardMode.MEASURE):
-                with_seed = evaluator()
+                with_seed = self._gather_samples(evaluator())
             with slot.forced(ForwardMode.PASS):
-                without_seed = evaluator()
-        return SeedEvidence.from_losses(with_seed, without_seed, float(slot.deviation))
+                without_seed = self._gather_samples(evaluator())
+            deviation = self._agreement.largest(f"deviation of '{slot.name}'", float(slot.deviation))
+        return SeedEvidence.from_losses(with_seed, without_seed, deviation)
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -582,6 +589,8 @@ class MorphogeneticModel(nn.Module):
             "_evaluator": None,
             "_untracked": None,
             "_listeners": [],
+            "_agreement": ALONE,
+            "_gather_samples": own_samples,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -604,7 +613,17 @@ class _Owner:
         return self._model._measure_seed(slot, self._model._evaluator)
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
-        return GradientIsolationMonitor(self._model.host.named_parameters()).measure(slot)
+        reading = GradientIsolationMonitor(self._model.host.named_parameters()).measure(slot)
+        return self._model._agreement.isolation(slot, reading)
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        return self._model._agreement.command(slot, text)
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        return self._model._agreement.largest(f"{what} of '{slot.name}'", float(not holds)) == 0.0
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        self._model._agreement.seed_made(slot, seed, blueprint_id)
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
         told: list[SeedParameterListener] = []
@@ -612,6 +631,7 @@ class _Owner:
             for listener in self._model._listeners:
                 listener.seed_added(slot.name, parameters)
                 told.append(listener)
+            self._model._agreement.seed_accepted(slot)
         except Exception:
             for listener in told:
                 listener.seed_removed(slot.name, parameters)

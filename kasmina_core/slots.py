@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from kasmina_core.agreement import local_part, shared_command, whole_tensor
 from kasmina_core.attachment import kept_buffers, kept_modes
 from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
 from kasmina_core.blueprints import BlueprintRegistry
@@ -96,6 +97,18 @@ class SlotOwner(Protocol):
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
         """Measure what the slot's seed leaks into the host."""
+        ...
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        """Carry out a command of the slot as the processes of a job agree."""
+        ...
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        """Return whether something holds in every process of a job."""
+        ...
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
         ...
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
@@ -311,6 +324,7 @@ class SeedSlot(nn.Module):
 
     # -- commands --------------------------------------------------------------------------------------------------
 
+    @shared_command
     def germinate(self, blueprint_id: str, seed_id: str | None = None, **options: Any) -> SeedState:
         """Make a seed from a blueprint; it starts to learn at the next tick.
 
@@ -365,6 +379,7 @@ class SeedSlot(nn.Module):
         self._transition(SeedStage.GERMINATED)
         return state
 
+    @shared_command
     def advance_stage(self, target: SeedStage | None = None) -> GateResult:
         """Ask the gate for the next stage and move there if it passes.
 
@@ -424,6 +439,7 @@ class SeedSlot(nn.Module):
         self._emit_gate(result)
         return result
 
+    @shared_command
     def step_epoch(self, metric: float | None = None) -> GateResult | None:
         """Let one epoch pass: record the metric, move alpha, and advance as far as one gate allows.
 
@@ -469,7 +485,7 @@ class SeedSlot(nn.Module):
             return
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients).detach().float()
+            norm = whole_tensor(torch.nn.utils.get_total_norm(gradients).detach()).float()
             # The first of an epoch begins the sums: a zero from the host would have to be waited for.
             is_first = self._norm_count == 0
             self._norm_count += 1
@@ -509,6 +525,7 @@ class SeedSlot(nn.Module):
             )
         return reading
 
+    @shared_command
     def cull(self, reason: str) -> None:
         """Remove the seed, free its memory, and let the slot cool down.
 
@@ -537,6 +554,7 @@ class SeedSlot(nn.Module):
         if self._owner is not None:
             self._owner.seed_removed(self, parameters)
 
+    @shared_command
     def set_alpha(self, alpha: float) -> None:
         """Set the blend weight by hand; the ramp goes on from there.
 
@@ -560,6 +578,7 @@ class SeedSlot(nn.Module):
         self._set_alpha(float(alpha), step - (self.schedule(step) > alpha))
         self._gates.clear()
 
+    @shared_command
     def pause(self) -> None:
         """Let the seed stand still: its clock, its ramp and its weights stay as they are until `resume`.
 
@@ -577,6 +596,7 @@ class SeedSlot(nn.Module):
         self._gates.clear()
         self._refresh_mode()
 
+    @shared_command
     def resume(self) -> None:
         """Let a paused seed go on.
 
@@ -661,6 +681,7 @@ class SeedSlot(nn.Module):
         self.state, self.seed = state, seed
         try:
             if self._owner is not None:
+                self._owner.seed_made(self, seed, state.blueprint_id)
                 self._owner.seed_added(self, list(seed.parameters()))
         finally:
             self.state, self.seed = before
@@ -707,7 +728,10 @@ class SeedSlot(nn.Module):
         return measured
 
     def _parameters_are_finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self.seed_parameters())
+        finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
+        if self._owner is None:
+            return finite
+        return self._owner.everywhere(self, "finite parameters", finite)
 
     def _collect_gradient_norms(self) -> None:
         if self._norm_count and self.state is not None:

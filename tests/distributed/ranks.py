@@ -1,0 +1,131 @@
+"""Runs the checks of a test module in two processes at once; each check has a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PATIENCE = 20.0
+"""Seconds after which torch gives up waiting for a process; a check that hangs fails."""
+
+Check = Callable[[int], None]
+
+
+def on_each_rank(check: Check) -> Check:
+    """Mark a function of a test module as one that both processes run, each with its rank."""
+    check.on_each_rank = True  # type: ignore[attr-defined]
+    return check
+
+
+def checks_in(names: dict[str, Any]) -> dict[str, Check]:
+    return {name: value for name, value in names.items() if getattr(value, "on_each_rank", False)}
+
+
+class Outcomes:
+    """What the checks of a module said, by rank."""
+
+    def __init__(self, by_rank: list[dict[str, str]], output: str) -> None:
+        self._by_rank = by_rank
+        self._output = output
+
+    def require(self, check: str) -> None:
+        faults = [
+            f"rank {rank}:\n{said.get(check, 'did not get here: ' + self._output[-3000:])}"
+            for rank, said in enumerate(self._by_rank)
+            if said.get(check, "missing")
+        ]
+        assert not faults, "\n".join(faults)
+
+
+def environment() -> dict[str, str]:
+    paths = [str(HERE), str(HERE.parent / "core"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def run_checks(module: str, folder: Path, limit: float = 400.0) -> Outcomes:
+    """Run every check of the test module at path ``module`` on two ranks, and return what they said."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, module, str(folder), str(rank)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    output = ""
+    try:
+        for process in processes:
+            output += process.communicate(timeout=limit)[0]
+    finally:
+        for process in processes:
+            process.kill()
+    files = [folder / f"rank{rank}.json" for rank in range(2)]
+    return Outcomes([json.loads(f.read_text()) if f.exists() else {} for f in files], output)
+
+
+@contextlib.contextmanager
+def process_group(store: Path, rank: int, size: int = 2) -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(store), size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def everywhere(value: Any) -> list[Any]:
+    """Return the value of each rank."""
+    import torch.distributed as dist
+
+    heard: list[Any] = [None, None]
+    dist.all_gather_object(heard, value)
+    return heard
+
+
+def main(module: str, folder: Path, rank: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    said: dict[str, str] = {}
+    warnings.simplefilter("error")
+    for number, (name, check) in enumerate(checks_in(vars(loaded)).items()):
+        try:
+            with process_group(folder / f"store{number}", rank):
+                torch.manual_seed(rank)
+                check(rank)
+            said[name] = ""
+        except BaseException:
+            said[name] = traceback.format_exc()
+        (folder / f"rank{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
