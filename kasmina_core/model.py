@@ -36,6 +36,7 @@ from kasmina_core.policy import (
     SetAlpha,
     SlotObservation,
 )
+from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 from kasmina_core.unchanged import ModelBefore
@@ -400,15 +401,20 @@ class MorphogeneticModel(nn.Module):
         for name, slot in self.slots.items():
             if self.growth_config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
                 continue
-            parameters = [p for p in self.seed_parameters(name) if p.requires_grad]
-            if not parameters:
+            if not any(p.requires_grad for p in self.seed_parameters(name)):
                 continue
             seed = cast("nn.Module", slot.seed)
-            with self._evaluation(), torch.enable_grad(), slot.forced(ForwardMode.REPLACE):
+            with (
+                self._evaluation(),
+                torch.enable_grad(),
+                kept_whole(seed),
+                slot.forced(ForwardMode.REPLACE),
+            ):
                 seed.train()
                 loss = closure()
                 scaled = scaler.scale(loss) if scaler is not None else loss
-                scaled.backward(inputs=parameters)
+                # Asked after the forward, which puts whole parameters in the place of shards.
+                scaled.backward(inputs=[p for p in self.seed_parameters(name) if p.requires_grad])
             losses[name] = loss.detach()
         return losses
 
