@@ -17,9 +17,10 @@ from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, r
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
 from kasmina_core.errors import HostError
-from kasmina_core.events import SeedTelemetry, TelemetryEvent
+from kasmina_core.events import AlphaChanged, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.gates import GateResult
+from kasmina_core.graphs import GraphForesight
 from kasmina_core.hosts import HostProtocol, InjectionPoint
 from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
@@ -119,7 +120,8 @@ class MorphogeneticModel(nn.Module):
     seeds saves and loads like its bare host.
 
     Compiled, each forward mode of each slot is a graph of its own: up to 4 in training and 4 without gradients. torch
-    stops at 8, so set ``torch._dynamo.config.recompile_limit`` to 8 times the number of slots that will hold seeds.
+    stops at 8, so set ``torch._dynamo.config.recompile_limit`` to 8 times the number of slots that will hold seeds; a
+    `RecompileLimitWarning` says so before the limit is reached.
 
     Args:
         host: Any module. One with `HostProtocol` declares its points; for others name them in ``slots``.
@@ -163,6 +165,7 @@ class MorphogeneticModel(nn.Module):
         self._sequence = 0
         self._telemetry = _event_target(telemetry)
         self._evaluator = evaluator
+        self._graphs = GraphForesight()
         self._untracked = UntrackedSeeds()
         self._listeners: list[SeedParameterListener] = [self._untracked]
         self._agreement: Agreement = ALONE
@@ -614,8 +617,11 @@ class _Owner:
 
     def emit(self, event: TelemetryEvent) -> None:
         self._model._emit(event)
+        if isinstance(event, StageChanged | AlphaChanged):
+            self._model._graphs.look(self._model.slots.values())
 
     def measure(self, slot: SeedSlot) -> SeedEvidence | None:
+        self._model._graphs.look(self._model.slots.values(), measured=slot)
         return self._model._measure_seed(slot, self._model._evaluator)
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
