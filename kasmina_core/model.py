@@ -172,6 +172,7 @@ class MorphogeneticModel(nn.Module):
         self._gather_samples: Callable[[Tensor], Tensor] = own_samples
         self._handles: dict[str, RemovableHandle] = {}
         self._last_metric: float | None = None
+        self._before: ModelBefore | None = None
         self.add_module(
             SLOTS_KEY,
             nn.ModuleDict(
@@ -561,23 +562,35 @@ class MorphogeneticModel(nn.Module):
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
-        before = ModelBefore(self.host, self.slots.values())
-        listeners, self._listeners = self._listeners, []
-        try:
-            if assign:
-                self._leave_meta(state_dict)
-            result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
-            if assign:
-                for slot in self.slots.values():
-                    dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
-                    slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+        with self._undone_on_error() as before:
+            listeners, self._listeners = self._listeners, []
+            try:
+                if assign:
+                    self._leave_meta(state_dict)
+                result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
+                if assign:
+                    for slot in self.slots.values():
+                        dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
+                        slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+            finally:
+                self._listeners = listeners
             before.tell(listeners)
-        except Exception:
-            before.put_back()
+        return result
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[ModelBefore]:
+        """Undo what the block does to host and slots if it raises; a block inside of another is part of that."""
+        if self._before is not None:
+            yield self._before
+            return
+        self._before = ModelBefore(self.host, self.slots.values())
+        try:
+            yield self._before
+        except BaseException:
+            self._before.put_back()
             raise
         finally:
-            self._listeners = listeners
-        return result
+            self._before = None
 
     def _leave_meta(self, state_dict: Mapping[str, Any]) -> None:
         """Move what no file holds off the meta device, to where the assigned tensors are."""
@@ -597,6 +610,7 @@ class MorphogeneticModel(nn.Module):
             "_telemetry": None,
             "_evaluator": None,
             "_untracked": None,
+            "_before": None,
             "_listeners": [],
             "_agreement": ALONE,
             "_gather_samples": own_samples,
