@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from kasmina_core.gates import GateResult as GateResult
     from kasmina_core.gates import GateThresholds as GateThresholds
     from kasmina_core.gates import QualityGates as QualityGates
+    from kasmina_core.graphs import RecompileLimitWarning as RecompileLimitWarning
     from kasmina_core.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
     from kasmina_core.growth_state import rebuild_topology as rebuild_topology
     from kasmina_core.growth_state import topology_of as topology_of
-    from kasmina_core.graphs import RecompileLimitWarning as RecompileLimitWarning
     from kasmina_core.hookspecs import hookimpl as hookimpl
     from kasmina_core.hookspecs import hookspec as hookspec
     from kasmina_core.hosts import HostProtocol as HostProtocol
