@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
 from kasmina_core.hosts import HostProtocol, InjectionPoint
 from kasmina_core.randomness import private_rng
-from kasmina_core.sharding import reshard
 from kasmina_core.topology import Topology
 
 
@@ -23,13 +22,17 @@ from kasmina_core.topology import Topology
 class SlotHook:
     """A forward hook that passes a module's output through a slot.
 
-    The output is the features, or holds them first (see `features_in`); the rest of it is kept.
+    The output is the features, or holds them first (see `features_in`); the rest of it is kept. A slot whose ``mode`` is
+    0 gives back what it is given, so it is only called if somebody else listens to it.
     """
 
     def __init__(self, slot: nn.Module) -> None:
         self.slot = slot
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        slot = self.slot
+        if getattr(slot, "mode", None) == 0 and not (slot._forward_hooks or slot._forward_pre_hooks):
+            return None  # torch then keeps the output; a call would be half of what an empty slot costs
         if isinstance(output, Tensor):
             return self.slot(output)
         if isinstance(output, tuple):
@@ -163,10 +166,7 @@ def quiet_evaluation(host: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in [*host.parameters(), *host.buffers()]}
     with private_rng(None, *sorted(devices, key=str)), torch.no_grad(), kept_modes(host):
         host.eval()
-        try:
-            yield
-        finally:
-            reshard(host)
+        yield
 
 
 @contextmanager
