@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
     from kasmina_core.catalogue import HostRegistry as HostRegistry
     from kasmina_core.check_cache import PassCache as PassCache
+    from kasmina_core.checkpoint import InterruptedSave as InterruptedSave
+    from kasmina_core.checkpoint import LoadedCheckpoint as LoadedCheckpoint
+    from kasmina_core.checkpoint import load_checkpoint as load_checkpoint
+    from kasmina_core.checkpoint import save_checkpoint as save_checkpoint
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
     from kasmina_core.config import GradientPolicy as GradientPolicy
     from kasmina_core.config import GrowthConfig as GrowthConfig
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from kasmina_core.gates import GateResult as GateResult
     from kasmina_core.gates import GateThresholds as GateThresholds
     from kasmina_core.gates import QualityGates as QualityGates
+    from kasmina_core.graphs import RecompileLimitWarning as RecompileLimitWarning
     from kasmina_core.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
     from kasmina_core.growth_state import rebuild_topology as rebuild_topology
     from kasmina_core.growth_state import topology_of as topology_of
@@ -105,6 +110,7 @@ if TYPE_CHECKING:
     from kasmina_core.policy import Resume as Resume
     from kasmina_core.policy import SetAlpha as SetAlpha
     from kasmina_core.policy import SlotObservation as SlotObservation
+    from kasmina_core.random_states import InexactResume as InexactResume
     from kasmina_core.reports import CheckResult as CheckResult
     from kasmina_core.reports import CheckStatus as CheckStatus
     from kasmina_core.reports import ValidationReport as ValidationReport
@@ -156,11 +162,14 @@ _HOME = {
     "HostRegistry": "catalogue",
     "HostSpec": "hosts",
     "Incubation": "config",
+    "InexactResume": "random_states",
     "InjectionPoint": "hosts",
+    "InterruptedSave": "checkpoint",
     "IsolationReading": "isolation",
     "IsolationViolation": "events",
     "JsonLinesSink": "telemetry",
     "KasminaError": "errors",
+    "LoadedCheckpoint": "checkpoint",
     "MemorySink": "telemetry",
     "MorphogeneticModel": "model",
     "NameConflictError": "errors",
@@ -178,6 +187,7 @@ _HOME = {
     "Policy": "policy",
     "QualityGates": "gates",
     "RampUnit": "config",
+    "RecompileLimitWarning": "graphs",
     "RegisteredBlueprint": "blueprints",
     "Resume": "policy",
     "SeedCulled": "events",
@@ -221,10 +231,12 @@ _HOME = {
     "is_terminal_stage": "lifecycle",
     "is_valid_transition": "lifecycle",
     "list_packs": "packs",
+    "load_checkpoint": "checkpoint",
     "load_named_optimizer_state": "optimizer_names",
     "named_optimizer_state": "optimizer_names",
     "rebuild_topology": "growth_state",
     "reset_default_registry": "discovery",
+    "save_checkpoint": "checkpoint",
     "straight_through": "isolation",
     "tie_optimizer": "optim",
     "topology_of": "growth_state",

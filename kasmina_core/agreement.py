@@ -119,18 +119,6 @@ def shared_command(
     return agreed
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor that may be sharded."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that may be sharded; then every process has to ask."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor is not None else tensor
-
-
 def _warn_of_other_processes() -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
 from kasmina_core.hosts import HostProtocol, InjectionPoint
 from kasmina_core.randomness import private_rng
+from kasmina_core.sharding import reshard
 from kasmina_core.topology import Topology
 
 
@@ -166,7 +167,10 @@ def quiet_evaluation(host: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in [*host.parameters(), *host.buffers()]}
     with private_rng(None, *sorted(devices, key=str)), torch.no_grad(), kept_modes(host):
         host.eval()
-        yield
+        try:
+            yield
+        finally:
+            reshard(host)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from kasmina_core.control import ControlGroup
 from kasmina_core.errors import DistributedError, GerminationError
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.model import MorphogeneticModel
+from kasmina_core.sharding import sharded_modules
 from kasmina_core.slots import SeedSlot
 from kasmina_core.team import Team
 
@@ -77,6 +78,7 @@ class DistributedGrowth:
         )
         self._shard = shard
         if wrap is Wrap.FSDP:
+            _begin_sharding(model)
             self._shard_grown_seeds()
         elif grown := [
             t for slot in model.slots.values() if slot.seed is not None for t in _tensors(slot.seed)
@@ -253,10 +255,12 @@ class DistributedGrowth:
             if self._shard is not None:
                 self._shard(seed)
             else:
-                # Kept whole between forward and backward: the counterfactual pass needs the parameters then.
-                fully_shard(seed, mesh=_mesh_of(self.model.host), reshard_after_forward=False)
+                fully_shard(seed, mesh=_mesh_of(self.model.host), reshard_after_forward=True)
         except (ValueError, NotImplementedError) as error:
             raise GerminationError(f"The seed cannot be sharded: {error}") from error
+        for module in sharded_modules(seed):
+            # Who asks a seed for its parameters, such as an optimiser, gets the shards at any time.
+            module.set_reshard_after_forward(True, recurse=False)
 
 
 def _contributes(slot: SeedSlot) -> bool:
@@ -288,6 +292,17 @@ def _scatter_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
+
+
+def _begin_sharding(model: MorphogeneticModel) -> None:
+    """Let FSDP2 settle what its roots are; left to the first forward, a seed that ran before, alone, could not be in one."""
+    settled: set[nn.Module] = set()
+    for module in sharded_modules(model):
+        if module not in settled:
+            settled |= set(module.modules())
+            begin = getattr(module._get_fsdp_state(), "_lazy_init", None)
+            if begin is not None:
+                begin()
 
 
 def _mesh_of(host: nn.Module) -> Any:
@@ -337,8 +352,7 @@ def distribute(
     """
     chosen: Wrap | None = None
     if dist.is_available() and dist.is_initialized():
-        sharded = any(map(_is_sharded, model.host.parameters()))
-        chosen = Wrap(wrap) if wrap is not None else Wrap.FSDP if sharded else Wrap.DDP
+        chosen = Wrap(wrap) if wrap is not None else Wrap.FSDP if sharded_modules(model) else Wrap.DDP
         if ddp_options and chosen is not Wrap.DDP:
             raise ValueError(f"Options of DistributedDataParallel do not go with wrap='{chosen.value}'.")
         if shard is not None and chosen is not Wrap.FSDP:

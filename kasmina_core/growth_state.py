@@ -86,7 +86,7 @@ def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None
     Warns:
         OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
     """
-    with rebuilding(model, data) as records:
+    with model._undone_on_error(), rebuilding(model, data) as records:
         model.load_state_dict(records, strict=False)
 
 
@@ -114,9 +114,9 @@ def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[O
         yield records
     finally:
         handle.remove()
-    model.epoch, model._sequence, model._last_metric = counters
     for text in others:
         warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
+    model.epoch, model._sequence, model._last_metric = counters  # last: a warning may be an error
 
 
 def _checked(

@@ -17,9 +17,10 @@ from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, r
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
 from kasmina_core.errors import HostError
-from kasmina_core.events import SeedTelemetry, TelemetryEvent
+from kasmina_core.events import AlphaChanged, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.gates import GateResult
+from kasmina_core.graphs import GraphForesight
 from kasmina_core.hosts import HostProtocol, InjectionPoint
 from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
@@ -36,6 +37,7 @@ from kasmina_core.policy import (
     SetAlpha,
     SlotObservation,
 )
+from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 from kasmina_core.unchanged import ModelBefore
@@ -120,7 +122,8 @@ class MorphogeneticModel(nn.Module):
     seeds saves and loads like its bare host.
 
     Compiled, each forward mode of each slot is a graph of its own: up to 4 in training and 4 without gradients. torch
-    stops at 8, so set ``torch._dynamo.config.recompile_limit`` to 8 times the number of slots that will hold seeds.
+    stops at 8, so set ``torch._dynamo.config.recompile_limit`` to 8 times the number of slots that will hold seeds; a
+    `RecompileLimitWarning` says so before the limit is reached.
 
     Args:
         host: Any module. One with `HostProtocol` declares its points; for others name them in ``slots``.
@@ -164,12 +167,14 @@ class MorphogeneticModel(nn.Module):
         self._sequence = 0
         self._telemetry = _event_target(telemetry)
         self._evaluator = evaluator
+        self._graphs = GraphForesight()
         self._untracked = UntrackedSeeds()
         self._listeners: list[SeedParameterListener] = [self._untracked]
         self._agreement: Agreement = ALONE
         self._gather_samples: Callable[[Tensor], Tensor] = own_samples
         self._handles: dict[str, RemovableHandle] = {}
         self._last_metric: float | None = None
+        self._before: ModelBefore | None = None
         self.add_module(
             SLOTS_KEY,
             nn.ModuleDict(
@@ -402,15 +407,20 @@ class MorphogeneticModel(nn.Module):
         for name, slot in self.slots.items():
             if self.growth_config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
                 continue
-            parameters = [p for p in self.seed_parameters(name) if p.requires_grad]
-            if not parameters:
+            if not any(p.requires_grad for p in self.seed_parameters(name)):
                 continue
             seed = cast("nn.Module", slot.seed)
-            with self._evaluation(), torch.enable_grad(), slot.forced(ForwardMode.REPLACE):
+            with (
+                self._evaluation(),
+                torch.enable_grad(),
+                kept_whole(seed),
+                slot.forced(ForwardMode.REPLACE),
+            ):
                 seed.train()
                 loss = closure()
                 scaled = scaler.scale(loss) if scaler is not None else loss
-                scaled.backward(inputs=parameters)
+                # Asked after the forward, which puts whole parameters in the place of shards.
+                scaled.backward(inputs=[p for p in self.seed_parameters(name) if p.requires_grad])
             losses[name] = loss.detach()
         return losses
 
@@ -554,23 +564,35 @@ class MorphogeneticModel(nn.Module):
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
-        before = ModelBefore(self.host, self.slots.values())
-        listeners, self._listeners = self._listeners, []
-        try:
-            if assign:
-                self._leave_meta(state_dict)
-            result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
-            if assign:
-                for slot in self.slots.values():
-                    dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
-                    slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+        with self._undone_on_error() as before:
+            listeners, self._listeners = self._listeners, []
+            try:
+                if assign:
+                    self._leave_meta(state_dict)
+                result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
+                if assign:
+                    for slot in self.slots.values():
+                        dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
+                        slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+            finally:
+                self._listeners = listeners
             before.tell(listeners)
-        except Exception:
-            before.put_back()
+        return result
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[ModelBefore]:
+        """Undo what the block does to host and slots if it raises; a block inside of another is part of that."""
+        if self._before is not None:
+            yield self._before
+            return
+        self._before = ModelBefore(self.host, self.slots.values())
+        try:
+            yield self._before
+        except BaseException:
+            self._before.put_back()
             raise
         finally:
-            self._listeners = listeners
-        return result
+            self._before = None
 
     def _leave_meta(self, state_dict: Mapping[str, Any]) -> None:
         """Move what no file holds off the meta device, to where the assigned tensors are."""
@@ -590,6 +612,7 @@ class MorphogeneticModel(nn.Module):
             "_telemetry": None,
             "_evaluator": None,
             "_untracked": None,
+            "_before": None,
             "_listeners": [],
             "_agreement": ALONE,
             "_gather_samples": own_samples,
@@ -610,8 +633,11 @@ class _Owner:
 
     def emit(self, event: TelemetryEvent) -> None:
         self._model._emit(event)
+        if isinstance(event, StageChanged | AlphaChanged):
+            self._model._graphs.look(self._model.slots.values())
 
     def measure(self, slot: SeedSlot) -> SeedEvidence | None:
+        self._model._graphs.look(self._model.slots.values(), measured=slot)
         return self._model._measure_seed(slot, self._model._evaluator)
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:

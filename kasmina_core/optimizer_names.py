@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError, did_you_mean
 from kasmina_core.state_keys import plain_name
+from kasmina_core.unchanged import OptimizerBefore
 
 _LIKE_THE_PARAMETER: Final = frozenset(
     {
@@ -30,6 +31,9 @@ _LIKE_THE_PARAMETER: Final = frozenset(
 """What torch's optimisers keep in the shape of the parameter."""
 
 _NOT_SETTINGS: Final = ("params", "param_names")
+
+_HOW: Final = ("capturable", "differentiable", "foreach", "fused")
+"""Settings that say how a step is computed, not what: they depend on the device, so the optimiser keeps its own."""
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -62,11 +66,17 @@ def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
 
 
-def load_named_optimizer_state(model: nn.Module, optimizer: Optimizer, data: Mapping[str, Any]) -> None:
+def load_named_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, data: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Give an optimiser the state that `named_optimizer_state` returned, wherever its parameters now stand.
 
-    A group gets the settings of the saved group with the same parameters. Tensors go to the parameters' devices and
+    A group gets the settings of the saved group with the same parameters, but for those that say how a step is computed
+    (``fused``, ``foreach``, ``capturable``, ``differentiable``): another device may need others. Tensors go to the parameters' devices and
     dtypes, as in ``Optimizer.load_state_dict``.
+
+    Returns:
+        The optimiser's groups in the order of the saved ones, in which a scheduler's saved lists are.
 
     Raises:
         CheckpointError: If it is another kind of optimiser, holds other parameters or other groups of them, or the
@@ -81,13 +91,14 @@ def load_named_optimizer_state(model: nn.Module, optimizer: Optimizer, data: Map
     saved = _saved_groups(data)
     state = _part(data, "state", Mapping)
     numbers: dict[str, tuple[int, nn.Parameter]] = {}
-    groups, waiting = [], list(saved)
+    groups, waiting, places = [], list(saved), []
     for group in optimizer.param_groups:
         own = [names[id(p)] for p in group["params"]]
         found = next((one for one in waiting if set(one["params"]) == set(own)), None)
         if found is None:
             raise CheckpointError(_other_groups(own, saved))
         waiting = [one for one in waiting if one is not found]
+        places.append(next(i for i, one in enumerate(saved) if one is found))
         settings = {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
         for key, value in found.items():
             if key in settings and not _same_kind(settings[key], value):
@@ -95,7 +106,7 @@ def load_named_optimizer_state(model: nn.Module, optimizer: Optimizer, data: Map
                     f"The saved {key} of the group of '{next(iter(own), '')}' cannot be {value!r:.80}; "
                     f"here it is {settings[key]!r:.80}."
                 )
-            if key not in _NOT_SETTINGS:
+            if key not in (*_NOT_SETTINGS, *_HOW):
                 settings[key] = value
         numbers |= {
             name: (len(numbers) + i, p) for i, (name, p) in enumerate(zip(own, group["params"], strict=True))
@@ -120,20 +131,45 @@ def load_named_optimizer_state(model: nn.Module, optimizer: Optimizer, data: Map
         for key, value in values.items():
             if key == "step" and not _is_number(value):
                 raise CheckpointError(f"The saved step of '{name}' cannot be {value!r:.80}.")
-            if key in _LIKE_THE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
+            if key in _LIKE_THE_PARAMETER and (value is None or _shape(value) != tuple(parameter.shape)):
+                if value is None and key == "momentum_buffer":
+                    continue  # SGD's, before its first step
                 raise CheckpointError(
                     f"The saved {key} of '{name}' has another shape than its parameter.\n"
-                    f"  saved:     {tuple(value.shape)}\n"
+                    f"  saved:     {_shape(value)!r:.80}\n"
                     f"  parameter: {tuple(parameter.shape)}"
                 )
         numbered[number] = dict(values)
-    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    _same_state_in_a_group(saved, state)
+    before = OptimizerBefore(optimizer)
+    try:
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    except Exception as error:
+        before.put_back()
+        raise CheckpointError(f"The saved optimiser state cannot be loaded: {error}") from error
+    return [
+        group
+        for _, group in sorted(zip(places, optimizer.param_groups, strict=True), key=lambda pair: pair[0])
+    ]
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     known = {id(p): plain_name(name) for name, p in model.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     return {id(p): known.get(id(p), f"#{i}") for i, p in enumerate(held)}
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def _same_state_in_a_group(groups: list[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse state of which a part was lost: what one parameter of a group has, all that were stepped have."""
+    for group in groups:
+        known = {n: {*state[n]} & {*_LIKE_THE_PARAMETER, "step"} for n in group["params"] if n in state}
+        for name, keys in known.items():
+            if lost := sorted(set.union(*known.values()) - keys):
+                raise CheckpointError(f"The saved optimiser state of '{name}' lacks: {', '.join(lost)}.")
 
 
 def _is_number(value: Any) -> bool:

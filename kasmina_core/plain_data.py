@@ -23,8 +23,8 @@ _LARGEST_NUMBER: Final = 1 << 128
 _NOT_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _MARKS: Final = ("$float", "$tuple", "$map", "$counter", "$tensor")
 
-Keep = Callable[[Tensor], str]
-"""Stores a tensor elsewhere and returns the name it is found by."""
+Keep = Callable[[str, Tensor], None]
+"""Stores a tensor elsewhere under a name: where it stands in the data."""
 
 Fetch = Callable[[str], Tensor]
 """Returns the tensor that is stored under a name."""
@@ -60,8 +60,17 @@ def from_json(text: str | bytes, what: str, fetch: Fetch | None = None) -> Any:
         fetch: Returns a tensor that is stored elsewhere.
 
     Raises:
+        CheckpointError: As `parse` and `meaning`.
+    """
+    return meaning(parse(text, what), what, fetch)
+
+
+def parse(text: str | bytes, what: str) -> Any:
+    """Return JSON as Python reads it, marks and all.
+
+    Raises:
         CheckpointError: If the text is too long or too deep, is no JSON, names a key twice, or holds numbers of absurd
-            size or marks that `to_json` does not write.
+            size.
     """
     if len(text) > LARGEST_TEXT:
         raise CheckpointError(
@@ -70,11 +79,19 @@ def from_json(text: str | bytes, what: str, fetch: Fetch | None = None) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_number)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_number)
     except RecursionError as error:
         raise CheckpointError(f"{what} is nested too deep to be read.") from error
     except ValueError as error:  # bytes that are no UTF-8, text that is no JSON
         raise CheckpointError(f"{what} is damaged or something else: {error}") from error
+
+
+def meaning(data: Any, what: str, fetch: Fetch | None = None) -> Any:
+    """Return what parsed JSON stands for, its marks resolved.
+
+    Raises:
+        CheckpointError: If it is nested too deep, or holds marks that `to_json` does not write.
+    """
     return _unmarked(data, what, fetch, 0)
 
 
@@ -131,7 +148,8 @@ def _marked(value: Any, where: str, keep: Keep | None, depth: int) -> Any:
             return dict(pairs)
         return {"$map": pairs}
     if isinstance(value, Tensor) and keep is not None:
-        return {"$tensor": keep(value)}
+        keep(where, value)
+        return {"$tensor": where}
     raise CheckpointError(
         f"{where} cannot be written: it is {value!r:.80}, a {kind.__module__}.{kind.__qualname__}.\n"
         "Plain data can: numbers, text, booleans, None, lists, tuples and mappings"

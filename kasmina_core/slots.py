@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.agreement import local_part, shared_command, whole_tensor
+from kasmina_core.agreement import shared_command
 from kasmina_core.attachment import kept_buffers, kept_modes
 from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
 from kasmina_core.blueprints import BlueprintRegistry
@@ -56,6 +56,7 @@ from kasmina_core.lifecycle import (
 )
 from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.randomness import derived_seed
+from kasmina_core.sharding import local_part, whole_tensor
 from kasmina_core.slot_record import SlotRecord
 from kasmina_core.topology import Topology
 

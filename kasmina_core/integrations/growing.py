@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, final
@@ -152,6 +153,15 @@ def clip_apart(
         if any(p.grad is not None for p in parameters):
             clip_seed(parameters)
     return result
+
+
+def drop_overflowed(model: MorphogeneticModel) -> None:
+    """Let living seeds whose gradients are not finite skip a step, so that a GradScaler does not skip the host's."""
+    for parameters in living_seeds(model).values():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients and not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
+            for parameter in parameters:
+                parameter.grad = None
 
 
 def readings(model: MorphogeneticModel) -> dict[str, float]:

@@ -14,6 +14,7 @@ from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
     clip_apart,
+    drop_overflowed,
     find_model,
     losses_of_samples,
     metric_named,
@@ -145,13 +146,11 @@ class GrowthCallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let incubating seeds learn from the same batch; gradients are scaled here, if they are."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         if pl_module.automatic_optimization:
-            self._incubate(
-                trainer,
-                pl_module,
-                trainer.accumulate_grad_batches,
-                getattr(trainer.precision_plugin, "scaler", None),
-            )
+            self._incubate(trainer, pl_module, trainer.accumulate_grad_batches, scaler)
+        if scaler is not None:
+            drop_overflowed(self._required_model())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

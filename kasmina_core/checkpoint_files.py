@@ -1,0 +1,259 @@
+"""A checkpoint's folder: tensors and a manifest, written beside and put in place at once, read with every doubt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kasmina_core.errors import CheckpointError
+from kasmina_core.plain_data import LARGEST_TEXT, parse
+
+FORMAT: Final = "kasmina checkpoint"
+FORMAT_VERSION: Final = 1
+MANIFEST: Final = "manifest.json"
+WEIGHTS: Final = "weights.safetensors"
+TRAINING: Final = "training.safetensors"
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Write tensors in the safetensors format, each storage once.
+
+    Args:
+        file: Where to.
+        tensors: By name; of any device and layout.
+        metadata: Text that goes into the file's head.
+
+    Returns:
+        The names that were left out because their tensor is another's, with the other's name.
+
+    Raises:
+        CheckpointError: If a tensor has no values of its own here, as on the meta device or spread over processes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    written: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    storages: set[tuple[Any, ...]] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if type(tensor) is not Tensor or tensor.device.type == "meta" or tensor.layout is not torch.strided:
+            raise CheckpointError(
+                f"'{name}' cannot be written: it is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}.\n"
+                "Plain tensors with values can. Gather tensors that are spread over processes first, or use "
+                "torch.distributed.checkpoint."
+            )
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        place = (*storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in places:
+            same[name] = places[place]
+            continue
+        places[place] = name
+        # Views that overlap are written apart: the format has no place for what is shared.
+        written[name] = tensor.clone() if storage in storages and tensor.numel() else tensor.contiguous()
+        storages.add(storage)
+    try:
+        save_file(written, file, dict(metadata))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The tensors cannot be written to {file.name}: {error}") from error
+    return same
+
+
+def read_tensors(file: Path, metadata: Mapping[str, str], *, apart: bool = False) -> dict[str, Tensor]:
+    """Return what `write_tensors` wrote, on the CPU.
+
+    Args:
+        file: Where from.
+        metadata: What the file's head must say.
+        apart: Whether the tensors shall not lean on the file, which may be replaced later.
+
+    Raises:
+        CheckpointError: If the file is damaged, or of another checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            found = opened.metadata() or {}
+            for key, value in metadata.items():
+                if found.get(key) != value:
+                    raise CheckpointError(
+                        f"{file.name} does not belong to this checkpoint.\n"
+                        f"  {key} in {MANIFEST}: {value!r:.80}\n"
+                        f"  {key} in {file.name}: {found.get(key)!r:.80}"
+                    )
+            named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            return {name: t.clone() for name, t in named.items()} if apart else named
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+class NewFolder:
+    """A folder that is filled under another name and put in place at once.
+
+    As a context: `path` is where to write; when the block ends well the files are flushed to the disk and the folder
+    takes its place; otherwise it is removed. At every instant the target, or ``<target>.previous`` while it is being
+    replaced, is a whole checkpoint.
+
+    Args:
+        target: The folder's name in the end. What is there becomes ``<target>.previous``.
+        keep_previous: Whether the one before is kept then.
+
+    Raises:
+        CheckpointError: If something that is no checkpoint is in the way.
+    """
+
+    def __init__(self, target: Path, keep_previous: bool) -> None:
+        self._target = Path(os.path.realpath(target))
+        self._previous = previous_of(self._target)
+        self._keep_previous = keep_previous
+        for folder in (self._target, self._previous):
+            if os.path.lexists(folder) and not _is_checkpoint(folder):
+                raise CheckpointError(
+                    f"{folder} is there and is no checkpoint, so it is not replaced. Choose another folder, or remove it."
+                )
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._clear_away()
+        self.path = self._beside("writing")
+
+    def __enter__(self) -> Path:
+        self.path.mkdir()
+        return self.path
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for file in sorted(self.path.iterdir()):
+            _flush(file)
+        _flush(self.path)
+        gone = self._beside("removing")
+        if self._target.exists() and _is_checkpoint(self._target) and any(self._target.iterdir()):
+            # The previous one is out of the way before the present one takes its name: one of them is always there.
+            if os.path.lexists(self._previous):
+                os.rename(self._previous, gone)
+            os.rename(self._target, self._previous)
+        os.rename(self.path, self._target)
+        _flush(self._target.parent)
+        shutil.rmtree(gone, ignore_errors=True)
+        if not self._keep_previous:
+            shutil.rmtree(self._previous, ignore_errors=True)
+
+    def _beside(self, what: str) -> Path:
+        return self._target.parent / f".{self._target.name}.{what}-{socket.gethostname()}-{os.getpid()}"
+
+    def _clear_away(self) -> None:
+        """Remove what processes of this machine that are no more left behind."""
+        for what in ("writing", "removing"):
+            start = f".{self._target.name}.{what}-{socket.gethostname()}-"
+            for left in self._target.parent.glob(f"{_literal(start)}*"):
+                number = left.name.removeprefix(start)
+                if number.isdecimal() and (int(number) == os.getpid() or not _lives(int(number))):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def previous_of(folder: Path) -> Path:
+    """Return where the checkpoint before the one in ``folder`` is kept."""
+    return folder.with_name(f"{folder.name}.previous")
+
+
+def new_id() -> str:
+    """Return a text that no other checkpoint has; it draws on no random numbers of the program's."""
+    return uuid.uuid4().hex
+
+
+def write_manifest(folder: Path, text: str) -> None:
+    """Write the manifest, with the sizes of the files that are there."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": sizes})
+    (folder / MANIFEST).write_text(f"{head[:-1]}, {text[1:]}\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose files are all there and whole, as `plain_data.parse` gives it.
+
+    Raises:
+        CheckpointError: If there is none, or it is truncated, foreign, newer or leads elsewhere.
+    """
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint at {folder}.")
+    if not os.path.lexists(file):
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    size = _size_of(file)
+    if size > LARGEST_TEXT:
+        raise CheckpointError(f"{file} is {size:,} bytes long; at most {LARGEST_TEXT:,} are read.")
+    data = parse(file.read_bytes(), str(file))
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is no manifest of a {FORMAT}.")
+    if data.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint in {folder} has another version.\n"
+            f"  saved:    {data.get('version')!r:.40}, by kasmina {data.get('kasmina')!r:.40}\n"
+            f"  readable: {FORMAT_VERSION}\n"
+            "Update kasmina, or load it with the one that wrote it."
+        )
+    files = data.get("files")
+    if not isinstance(files, dict) or not files.keys() <= {WEIGHTS, TRAINING} or WEIGHTS not in files:
+        raise CheckpointError(f"{file} names other files than a checkpoint has: {files!r:.160}.")
+    for name, bytes_ in files.items():
+        if not os.path.lexists(folder / name):
+            raise CheckpointError(f"The checkpoint in {folder} lacks {name}.")
+        if (found := _size_of(folder / name)) != bytes_:
+            raise CheckpointError(
+                f"{folder / name} is not as it was written; it was cut off or replaced.\n"
+                f"  written: {bytes_!r:.40} bytes\n"
+                f"  found:   {found} bytes"
+            )
+    return data
+
+
+def _size_of(file: Path) -> int:
+    found = os.lstat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(
+            f"{file} is no regular file; a checkpoint's files are read from its own folder alone."
+        )
+    return found.st_size
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder may be replaced: it has a manifest, or nothing at all."""
+    return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _literal(name: str) -> str:
+    import glob
+
+    return glob.escape(name)

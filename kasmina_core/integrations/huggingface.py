@@ -1,0 +1,351 @@
+"""Growth under a Hugging Face ``Trainer``: ``pip install 'kasmina[transformers]'``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from kasmina_core.integrations.growing import (
+    GrowthClock,
+    check_held_out,
+    clip_apart,
+    drop_overflowed,
+    find_model,
+    losses_of_samples,
+    metric_named,
+    readings,
+    surroundings_at_rest,
+)
+from kasmina_core.model import Evaluator, MorphogeneticModel
+from kasmina_core.optim import PerSeed, tie_optimizer, untie_optimizer
+from kasmina_core.policy import Policy
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.utils.generic import can_return_loss, find_labels
+except ImportError as error:
+    raise ImportError(
+        "kasmina_core.integrations.huggingface needs transformers and accelerate: pip install 'kasmina[transformers]'"
+    ) from error
+
+STATE_KEY: Final = "kasmina"
+"""Where the record of growth stands among the ``stateful_callbacks`` of ``trainer_state.json``."""
+
+
+@final
+class GrowthCallback(TrainerCallback):
+    """Grows the `MorphogeneticModel` that a Hugging Face ``Trainer`` trains.
+
+    Each evaluation within ``train`` is an epoch of growth: its metric is noted, and before the next training step the
+    gates are asked and the policy is followed. An evaluation before which nothing was learned (``eval_on_start``) does
+    not count. The optimiser and its scheduler follow the seeds; stages, alphas and gains go through ``trainer.log``;
+    the trainer's checkpoints hold all that ``train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` need.
+    ``max_grad_norm`` clips living seeds apart from the host.
+
+    A callback alone is told neither the batch nor when the optimiser is made, so it has to be attached:
+
+    ::
+
+        model = MorphogeneticModel(host, slots=["transformer.h.*"], example=example, causal=True)
+        trainer = Trainer(model, args, train_dataset=train, eval_dataset=val)
+        GrowthCallback(policy, held_out=held_out).attach(trainer)
+        trainer.train()
+
+    Args:
+        policy: When to germinate, fossilise and cull. What its ``state_dict`` returns, if it has one, must be plain
+            data and is checkpointed.
+        held_out: A dataset on which the gates judge seeds, collated as the trainer collates; or a ``DataLoader`` that
+            does not shuffle. Not that of evaluation, if its metric shall stay an honest one.
+        losses: Called with the trainer's model and a batch on its device; returns the loss of every sample, ``(n,)``.
+            Default: the trainer's own ``compute_loss``, sample by sample, which asks nothing of you and is slower.
+        monitor: Name of the metric, as evaluation reports it, that the policy sees.
+        lr_factor: See `tie_optimizer`.
+        weight_decay: See `tie_optimizer`. Default: that of the ``TrainingArguments``, or, where the trainer was given an
+            optimiser, that one's.
+
+    Raises:
+        TypeError: If ``policy`` is no policy.
+        ValueError: If ``held_out`` shuffles.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        held_out: Any,
+        losses: Callable[[Any, Any], Tensor] | None = None,
+        monitor: str = "eval_loss",
+        lr_factor: PerSeed = 1.0,
+        weight_decay: PerSeed | None = None,
+    ) -> None:
+        if isinstance(held_out, DataLoader):
+            check_held_out(held_out)
+        self.monitor = monitor
+        self._clock = GrowthClock(policy)
+        self._held_out = held_out
+        self._losses = losses
+        self._tie: dict[str, Any] = {"lr_factor": lr_factor, "weight_decay": weight_decay}
+        self._trainer: Any = None
+        self._model: MorphogeneticModel | None = None
+        self._optimizer: Optimizer | None = None
+        self._evaluator_before: Evaluator | None = None
+        self._learned_until = 0
+        self._without_metric: Mapping[str, Any] | None = None
+
+    def attach(self, trainer: Trainer) -> Trainer:
+        """Become one of a trainer's callbacks, and stand beside the methods of it that a callback does not see.
+
+        These are ``create_optimizer``, ``training_step``, ``save_model`` and its accelerator's ``clip_grad_norm_``. Where
+        the trainer's model is a `MorphogeneticModel`, what the trainer reads off a model's forward and config (columns,
+        names of labels, keywords of the loss) is read off its host.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            ValueError: If the trainer's model holds no `MorphogeneticModel` or several, the trainer does not evaluate,
+                trains in more than one process or on more than one device, or grows already.
+        """
+        if self._trainer is not None or any(
+            isinstance(c, GrowthCallback) for c in trainer.callback_handler.callbacks
+        ):
+            raise ValueError("A GrowthCallback is attached once, and a trainer has one.")
+        args = trainer.args
+        if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError(
+                "GrowthCallback grows in one process on one device, without DeepSpeed and FSDP.\n"
+                f"  processes: {args.world_size}\n  devices:   {args.n_gpu}\n"
+                "Grow under torch's own DistributedDataParallel, or let CUDA_VISIBLE_DEVICES name one device."
+            )
+        if args.eval_strategy == "no":
+            raise ValueError(
+                "Growth goes by evaluation, and this trainer runs none: "
+                "give it an eval_dataset and TrainingArguments(eval_strategy='epoch')."
+            )
+        model = find_model(trainer.model, "One of them can grow under a Trainer.")
+        if trainer.model is model:
+            _show_host(trainer, model)
+        if self._tie["weight_decay"] is None and trainer.optimizer is None:
+            self._tie["weight_decay"] = (
+                args.weight_decay
+            )  # which the trainer gives to groups, not to the optimiser
+        self._trainer, self._model = trainer, model
+        self._stand_beside(trainer, model)
+        trainer.add_callback(self)
+        return trainer
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from a checkpoint's record, tie the scheduler too, and try the held-out samples.
+
+        Raises:
+            ValueError: If this callback was not attached, or the samples cannot be measured.
+            CheckpointError: If the record cannot be read.
+        """
+        if self._trainer is None:
+            raise ValueError("Attach it instead of listing it: GrowthCallback(...).attach(trainer).")
+        model = self._required_model()
+        if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
+            self._clock.load_state_dict(model, saved)
+        self._follow_with(kwargs["optimizer"], kwargs["lr_scheduler"])
+        self._learned_until = state.global_step
+        self._evaluator_before = model._evaluator
+        batches = self._batches()
+        model.evaluate_with(lambda: self._evaluate(batches))
+        with model._evaluation():  # else a fault would be a gate's reason many epochs later
+            self._evaluate(islice(batches, 1))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do what the last evaluation calls for, before the batch is seen."""
+        if self._without_metric is not None:
+            metric_named(self._without_metric, self.monitor)
+        if self._clock.tick(self._required_model()):
+            self._trainer.log(readings(self._required_model()))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let a step pass; gradients are whole here."""
+        self._required_model().step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the record down where the next checkpoint finds it."""
+        state.stateful_callbacks[STATE_KEY] = self._clock.state_dict(self._required_model())
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        """Note the metric, before a checkpoint is written."""
+        if not self._trainer.is_in_train or state.global_step <= self._learned_until:
+            return
+        if self.monitor not in metrics:  # with several evaluation sets it comes with one of them
+            self._without_metric = {**(self._without_metric or {}), **metrics}
+            return
+        self._without_metric, self._learned_until = None, state.global_step
+        self._clock.note(metric_named(metrics, self.monitor))
+        state.stateful_callbacks[STATE_KEY] = self._clock.state_dict(self._required_model())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the model its own evaluator back; the optimiser goes on following."""
+        self._required_model().evaluate_with(self._evaluator_before)
+        self._evaluator_before = None
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _required_model(self) -> MorphogeneticModel:
+        assert self._model is not None  # attach comes first
+        return self._model
+
+    def _stand_beside(self, trainer: Any, model: MorphogeneticModel) -> None:
+        create_optimizer, training_step, save_model = (
+            trainer.create_optimizer,
+            trainer.training_step,
+            trainer.save_model,
+        )
+        accelerator = trainer.accelerator
+
+        def create_and_tie(*args: Any, **kwargs: Any) -> Any:
+            optimizer = create_optimizer(*args, **kwargs)
+            # Before a checkpoint's state is loaded, which has the seeds' groups.
+            self._follow_with(trainer.optimizer, trainer.lr_scheduler)
+            return optimizer
+
+        def step_and_incubate(trained: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            kept = dict(inputs)
+            loss = training_step(trained, inputs, *args, **kwargs)
+            self._incubate(trained, kept, args[0] if args else kwargs.get("num_items_in_batch"))
+            if accelerator.scaler is not None:
+                drop_overflowed(model)
+            return loss
+
+        def save_apart(*args: Any, **kwargs: Any) -> Any:
+            handle = trainer.model.register_state_dict_post_hook(_separate_tensors)
+            try:
+                return save_model(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        def clip_both_sides(
+            parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0
+        ) -> Any:
+            accelerator.unscale_gradients()
+            clip = torch.nn.utils.clip_grad_norm_
+            return clip_apart(
+                model,
+                lambda: clip(parameters, max_norm, norm_type),
+                lambda seed: clip(seed, max_norm, norm_type),
+            )
+
+        trainer.create_optimizer = create_and_tie
+        trainer.training_step = step_and_incubate
+        trainer.save_model = save_apart
+        accelerator.clip_grad_norm_ = clip_both_sides
+
+    def _follow_with(self, optimizer: Any, scheduler: Any) -> None:
+        model = self._required_model()
+        if self._optimizer is not None:
+            untie_optimizer(model, self._optimizer)
+        # accelerate puts a wrapper around an optimiser; a scheduler knows the one or the other.
+        if getattr(scheduler, "optimizer", None) is getattr(optimizer, "optimizer", optimizer):
+            optimizer = scheduler.optimizer
+        schedulers = [] if scheduler is None else [scheduler]
+        self._optimizer = tie_optimizer(model, optimizer, schedulers=schedulers, **self._tie)
+
+    def _batches(self) -> Iterable[Any]:
+        if isinstance(self._held_out, DataLoader):
+            return self._held_out
+        trainer = self._trainer
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="held-out")
+        return DataLoader(self._held_out, batch_size=trainer.args.eval_batch_size, collate_fn=collate)
+
+    def _loss(self, trained: nn.Module, inputs: Mapping[str, Any], items: Any = None) -> Tensor:
+        trainer = self._trainer
+        # compute_loss may take the labels out of the batch.
+        kwargs = {} if items is None else {"num_items_in_batch": items}
+        with trainer.compute_loss_context_manager():
+            loss: Tensor = trainer.compute_loss(trained, trainer._prepare_inputs(dict(inputs)), **kwargs)
+        return loss
+
+    def _evaluate(self, batches: Iterable[Any]) -> Tensor:
+        trainer = self._trainer
+        trained = trainer.model_wrapped
+
+        def losses(batch: Any) -> Tensor:
+            if self._losses is not None:
+                return self._losses(trained, trainer._prepare_inputs(batch))
+            return torch.stack([self._loss(trained, one).reshape(()) for one in _one_by_one(batch)])
+
+        with surroundings_at_rest(trainer.model, self._required_model()):
+            return losses_of_samples(batches, losses)
+
+    def _incubate(self, trained: nn.Module, inputs: Mapping[str, Any], items: Any) -> None:
+        trainer = self._trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = trainer.compute_loss_func is not None or (
+                trainer.model_accepts_loss_kwargs and items is not None
+            )
+        share = 1 if scaled else trainer.current_gradient_accumulation_steps
+        with surroundings_at_rest(trainer.model, self._required_model()):
+            self._required_model().incubate(
+                lambda: self._loss(trained, inputs, items) / share, trainer.accelerator.scaler
+            )
+
+
+def _show_host(trainer: Any, model: MorphogeneticModel) -> None:
+    """Let a trainer read off the host what it has read off the model around it, whose forward takes anything."""
+    host = model.host
+    if trainer.args.label_names is None:
+        trainer.label_names = find_labels(type(host))
+    trainer.can_return_loss = can_return_loss(type(host))
+    parameters = inspect.signature(host.forward).parameters
+    trainer._signature_columns = [*parameters, "label", "label_ids", *trainer.label_names]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    trainer.model_accepts_loss_kwargs = getattr(host, "accepts_loss_kwargs", takes_any)
+    if hasattr(trainer, "_loss_shifts_labels"):
+        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+        encodes = getattr(getattr(host, "config", None), "is_encoder_decoder", False)
+        loss = LOSS_MAPPING.get(getattr(host, "loss_type", None))
+        trainer._loss_shifts_labels = loss is ForCausalLMLoss and not encodes
+    shown: Any = model
+    if (config := getattr(host, "config", None)) is not None:
+        shown.config = config
+        config.use_cache = getattr(trainer.args, "use_cache", False)
+    shown._keys_to_ignore_on_save = getattr(host, "_keys_to_ignore_on_save", None)
+    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        if hasattr(host, name):
+            setattr(shown, name, getattr(host, name))
+
+
+def _separate_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give every tensor that shares memory with another (tied weights) a copy of its own, which safetensors asks for."""
+    seen: set[tuple[torch.device, int]] = set()
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            continue
+        place = (value.device, value.untyped_storage().data_ptr())
+        if value.numel() and place in seen:
+            state_dict[key] = value.clone(memory_format=torch.contiguous_format)
+        elif not value.is_contiguous():
+            state_dict[key] = value.contiguous()
+        seen.add(place)
+
+
+def _one_by_one(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give each sample of a batch as a batch of its own."""
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+    size = len(tensors[0]) if tensors else 0
+    for i in range(size):
+        yield {
+            key: value[i : i + 1]
+            if isinstance(value, Tensor) and value.dim() and len(value) == size
+            else value
+            for key, value in batch.items()
+        }

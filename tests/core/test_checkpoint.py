@@ -1,0 +1,717 @@
+"""A checkpoint holds everything a run needs, is there at every instant, and is refused as a whole where it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import random
+import shutil
+import warnings
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from state_helpers import (
+    EVERY_STAGE,
+    FIRST,
+    SECOND,
+    bring_to,
+    make_host,
+    make_model,
+    make_registry,
+    open_config,
+    picture,
+    same_picture,
+    train_once,
+)
+from torch import nn
+from torch.optim import lr_scheduler
+
+from kasmina_core import (
+    CheckpointError,
+    InterruptedSave,
+    MorphogeneticModel,
+    PlateauPolicy,
+    SeedStage,
+    Topology,
+    load_checkpoint,
+    save_checkpoint,
+    tie_optimizer,
+)
+
+
+def parts(turned=False, registry=None):
+    """A model and all that trains it."""
+    model, recorder = make_model(registry=registry)
+    parameters = model.host_parameters()
+    groups = [{"params": parameters[:3], "lr": 0.02}, {"params": parameters[3:]}]
+    optimizer = torch.optim.AdamW(groups[::-1] if turned else groups, 1e-2)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    tie_optimizer(model, optimizer, schedulers=[scheduler], lr_factor=0.5)
+    policy = PlateauPolicy({Topology.CNN: ["normed"]}, patience=1)
+    return model, optimizer, scheduler, policy, recorder
+
+
+def go_on(model, optimizer, scheduler, policy, recorder, epochs=4):
+    seen, start = [], len(recorder.events)
+    for _ in range(epochs):
+        seen += [train_once(model, optimizer), train_once(model, optimizer)]
+        model.step_epoch(seen[-1])
+        model.follow(policy)
+        scheduler.step()
+    return seen, [event.to_dict() for event in recorder.events[start:]]
+
+
+def grown(stage=SeedStage.BLENDING):
+    whole = parts()
+    bring_to(whole[0], stage)
+    go_on(*whole, epochs=1)
+    return whole
+
+
+def save(folder, whole, **more):
+    model, optimizer, scheduler, policy, _ = whole
+    return save_checkpoint(folder, model, optimizer=optimizer, schedulers=scheduler, policy=policy, **more)
+
+
+def load(folder, whole, **more):
+    model, optimizer, scheduler, policy, _ = whole
+    return load_checkpoint(folder, model, optimizer=optimizer, schedulers=scheduler, policy=policy, **more)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("stage", EVERY_STAGE)
+def test_a_run_that_is_loaded_goes_on_like_one_that_was_not_interrupted(stage, turned, tmp_path):
+    whole = grown(stage)
+    save(tmp_path / "point", whole)
+    torch.manual_seed(99)
+    again = parts(turned)
+    load(tmp_path / "point", again)
+    assert whole[0].epoch == again[0].epoch
+    for _ in range(2):
+        (losses, events), (losses_again, events_again) = go_on(*whole), go_on(*again)
+        assert all(map(torch.equal, losses, losses_again))
+        assert [event | {"time": 0} for event in events] == [event | {"time": 0} for event in events_again]
+    before, after = picture(whole[0]), picture(again[0])
+    for key in ("weights", "records", "stages", "modes", "trainable", "epoch"):
+        assert same_picture(before[key], after[key]), key
+    assert policy_state(whole) == policy_state(again)
+
+
+def policy_state(whole):
+    return whole[3].state_dict()
+
+
+def test_random_numbers_go_on_as_saved(tmp_path):
+    whole = grown()
+    generator = torch.Generator().manual_seed(5)
+    save(tmp_path / "point", whole, rng=("torch", "python", "numpy"), generators={"loader": generator})
+    expected = [torch.rand(3), random.random(), numpy.random.rand(), torch.rand(2, generator=generator)]
+    other = torch.Generator()
+    load(tmp_path / "point", parts(), generators={"loader": other})
+    found = [torch.rand(3), random.random(), numpy.random.rand(), torch.rand(2, generator=other)]
+    assert same_picture(expected, found)
+
+
+def test_random_numbers_are_left_alone_if_asked(tmp_path):
+    whole = grown()
+    save(tmp_path / "point", whole)
+    again = parts()
+    before = torch.get_rng_state()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    load(tmp_path / "point", again, rng=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+
+
+def test_data_position_and_more_come_back(tmp_path):
+    whole = grown()
+    average = {"weight": torch.arange(3.0), 7: (1, [None, float("inf")])}
+    save(tmp_path / "point", whole, data_position={"epoch": 2, "batch": 5}, extra=average)
+    found = load(tmp_path / "point", parts())
+    assert found.data_position == {"epoch": 2, "batch": 5}
+    assert same_picture(found.extra, average)
+    assert found.versions["torch"] == torch.__version__
+
+
+def test_the_weights_load_without_us(tmp_path):
+    whole = grown()
+    save(tmp_path / "point", whole)
+    fresh, _ = make_model()
+    fresh.load_state_dict(load_file(tmp_path / "point" / "weights.safetensors"))
+    assert same_picture(picture(fresh)["weights"], picture(whole[0])["weights"])
+    read = json.loads((tmp_path / "point" / "manifest.json").read_text())
+    slot = read["topology"]["slots"][FIRST]
+    assert slot["record"]["state"]["blueprint_id"] == "mine:scale"
+    assert slot["point"] == {"path": "2", "dim": 4, "topology": "cnn", "causal": False}
+
+
+class Tied(nn.Sequential):
+    """The last layer is the first one's weight again; another sees a part of it."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(1, 4, 3, padding=1))
+        self[2].weight = self[0].weight
+        self.register_buffer("part", self[0].bias.detach()[1:3])
+
+    def forward(self, x):
+        return self[2](self[1](self[0](x)).mean(1, keepdim=True)) + self.part.sum()
+
+
+def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        return MorphogeneticModel(Tied(), ("1",), example=torch.zeros(1, 1, 5, 5), registry=make_registry())
+
+    model, fresh = tied(1), tied(2)
+    save_checkpoint(tmp_path / "point", model)
+    assert "2.weight" not in load_file(tmp_path / "point" / "weights.safetensors")
+    load_checkpoint(tmp_path / "point", fresh)
+    assert fresh.host[2].weight is fresh.host[0].weight
+    assert same_picture(dict(model.state_dict()), dict(fresh.state_dict()))
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda e: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 1, 3]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 9),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 9),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+}
+
+
+def test_every_scheduler_that_torch_ships_is_tried():
+    shipped = {
+        name
+        for name, one in vars(lr_scheduler).items()
+        if inspect.isclass(one)
+        and issubclass(one, lr_scheduler.LRScheduler)
+        and one is not lr_scheduler.LRScheduler
+        and not name.startswith("_")
+    }
+    assert shipped == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_goes_on_where_it_was(name, turned, tmp_path):
+    def made(turned):
+        model, _ = make_model()
+        parameters = model.host_parameters()
+        groups = [{"params": parameters[:3], "lr": 0.02}, {"params": parameters[3:]}]
+        optimizer = torch.optim.SGD(groups[::-1] if turned else groups, 0.01, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        return model, tie_optimizer(model, optimizer, schedulers=[scheduler]), scheduler
+
+    def step(model, optimizer, scheduler, times):
+        rates = []
+        for _ in range(times):
+            train_once(model, optimizer)
+            scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
+            named = {id(p): n for n, p in model.named_parameters()}
+            rates.append({named[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]})
+        return rates
+
+    whole = made(False)
+    bring_to(whole[0], SeedStage.TRAINING)
+    step(*whole, 3)
+    save_checkpoint(tmp_path / "point", whole[0], optimizer=whole[1], schedulers=[whole[2]])
+    again = made(turned)
+    load_checkpoint(tmp_path / "point", again[0], optimizer=again[1], schedulers=[again[2]])
+    assert step(*whole, 4) == step(*again, 4)
+
+
+def test_a_scheduler_that_holds_what_cannot_be_written_is_named(tmp_path):
+    whole = grown()
+    whole[2].verdict = object()
+    with pytest.raises(
+        CheckpointError, match=r"schedulers\[0\]\['state'\]\['verdict'\] cannot be written: it is <object"
+    ):
+        save(tmp_path / "point", whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scaler_comes_back(tmp_path):
+    model, _ = make_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    save_checkpoint(tmp_path / "point", model, scaler=scaler)
+    other = torch.amp.GradScaler("cpu", init_scale=2.0)
+    load_checkpoint(tmp_path / "point", model, scaler=other)
+    assert other.state_dict() == scaler.state_dict()
+
+
+def test_wrapped_models_are_saved_and_loaded_as_what_is_in_them(tmp_path):
+    class Parallel(nn.Module):  # DistributedDataParallel keeps the model under this name
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = grown()[0]
+    save_checkpoint(tmp_path / "point", Parallel(torch.compile(model, backend="eager")))
+    fresh, _ = make_model()
+    load_checkpoint(tmp_path / "point", torch.compile(fresh, backend="eager"))
+    assert same_picture(picture(model)["weights"], picture(fresh)["weights"])
+    with pytest.raises(TypeError, match="Linear is not a MorphogeneticModel"):
+        save_checkpoint(tmp_path / "other", nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_checkpoint_loads_in_another_dtype(dtype, tmp_path):
+    whole = grown()
+    save(tmp_path / "point", whole)
+    model, optimizer, scheduler, policy, recorder = parts()
+    model.to(dtype)
+    load(tmp_path / "point", (model, optimizer, scheduler, policy, recorder))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {dtype}
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_before_is_kept_or_not(tmp_path):
+    whole = grown()
+    folder = tmp_path / "point"
+    for number in range(3):
+        save(folder, whole, data_position=number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["point", "point.previous"]
+    assert load(folder, parts()).data_position == 2
+    assert load(tmp_path / "point.previous", parts()).data_position == 1
+    save(folder, whole, data_position=3, keep_previous=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["point"]
+
+
+@pytest.mark.parametrize("content", ["a file", "a folder"])
+def test_what_is_no_checkpoint_is_not_replaced(content, tmp_path):
+    target = tmp_path / "point"
+    target.write_text("mine") if content == "a file" else (target / "photos").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="is there and is no checkpoint"):
+        save(target, grown())
+    assert os.listdir(tmp_path) == ["point"]
+    assert target.read_text() == "mine" if content == "a file" else (target / "photos").is_dir()
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "point").symlink_to(tmp_path / "disk")
+    whole = grown()
+    save(tmp_path / "point", whole, data_position=1)
+    save(tmp_path / "point", whole, data_position=2)
+    assert (tmp_path / "point").is_symlink()
+    assert load(tmp_path / "point", parts()).data_position == 2
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    import socket
+
+    left = [
+        tmp_path / f".point.{what}-{socket.gethostname()}-{pid}"
+        for what, pid in (("writing", 4194305), ("removing", 4194306))
+    ]
+    living = tmp_path / f".point.writing-{socket.gethostname()}-{os.getppid()}"
+    for folder in (*left, living):
+        folder.mkdir()
+    save(tmp_path / "point", grown())
+    assert not any(folder.exists() for folder in left)
+    assert living.exists()
+
+
+class Stop(BaseException):
+    """As if the process had been killed: nothing cleans up after it."""
+
+
+CALLS = ("mkdir", "write", "flush", "rename", "remove")
+
+
+def interrupt_at(number, monkeypatch):
+    """Let the save end before its number-th call that touches the disk; returns how many there were."""
+    from kasmina_core import checkpoint, checkpoint_files
+
+    counted = [0]
+
+    def counting(function):
+        def call(*args, **kwargs):
+            if counted[0] == number:
+                raise Stop
+            counted[0] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for place, name in (
+        (checkpoint, "write_tensors"),
+        (checkpoint, "write_manifest"),
+        (checkpoint_files, "_flush"),
+        (checkpoint_files.os, "rename"),
+    ):
+        monkeypatch.setattr(place, name, counting(getattr(place, name)))
+    remove = shutil.rmtree
+    gone = lambda *args, **kwargs: None if counted[0] == number else counting(remove)(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", gone)
+    return counted
+
+
+@pytest.mark.parametrize("earlier", [0, 1, 2])
+def test_a_save_that_ends_at_any_call_leaves_a_whole_checkpoint(earlier, tmp_path):
+    whole = grown()
+    for number in range(30):
+        folder = tmp_path / str(number) / "point"
+        for position in range(earlier):
+            save(folder, whole, data_position=position)
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(number, patch)
+            try:
+                save(folder, whole, data_position="new")
+                ended = True
+            except Stop:
+                ended = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InterruptedSave)
+            if earlier or ended:
+                assert load(folder, parts()).data_position in (earlier - 1, "new")
+            save(folder, whole, data_position="later")
+            assert load(folder, parts()).data_position == "later"
+        if ended:
+            break
+    assert ended
+    assert number >= 8
+
+
+def test_a_folder_that_was_being_replaced_is_said_to_be(tmp_path):
+    save(tmp_path / "point", grown(), data_position=1)
+    os.rename(tmp_path / "point", tmp_path / "point.previous")
+    with pytest.warns(InterruptedSave, match=r"(?s)point was being replaced.*point\.previous"):
+        assert load(tmp_path / "point", parts()).data_position == 1
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "point"
+    whole = grown()
+    bring_to(whole[0], SeedStage.TRAINING, SECOND, "normed")
+    go_on(*whole, epochs=1)
+    generator = torch.Generator()
+    save(folder, whole, rng=("torch", "python"), generators={"loader": generator}, data_position=[1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Another run, in which something has grown too, that no load may touch."""
+    whole = parts()
+    bring_to(whole[0], SeedStage.SHADOWING, SECOND)
+    go_on(*whole, epochs=1)
+    return whole, torch.Generator().manual_seed(1)
+
+
+def everything(whole, generator):
+    model, optimizer, scheduler, policy, recorder = whole
+    return copy.deepcopy(
+        {
+            **picture(model, optimizer),
+            "counters": [model.epoch, model._sequence, model._last_metric],
+            "scheduler": scheduler.state_dict(),
+            "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            "held": [[id(p) for p in g["params"]] for g in optimizer.param_groups],
+            "policy": policy.state_dict(),
+            "generator": generator.get_state(),
+            "python": random.getstate(),
+            "events": len(recorder.events),
+        }
+    )
+
+
+def refused(folder, target, says="", error=CheckpointError):
+    whole, generator = target
+    before = everything(whole, generator)
+    with pytest.raises(error, match=says) as caught:
+        load(folder, whole, generators={"loader": generator})
+    assert same_picture(before, everything(whole, generator))
+    return str(caught.value)
+
+
+@pytest.fixture
+def damaged(saved, tmp_path):
+    """A copy of a checkpoint and a way to change its manifest."""
+    folder = tmp_path / "point"
+    shutil.copytree(saved, folder)
+
+    def change(*path_and_value):
+        *path, last, value = path_and_value
+        manifest = json.loads((folder / "manifest.json").read_text())
+        inside = manifest
+        for step in path:
+            inside = inside[step]
+        if value is None and not isinstance(inside, list):
+            del inside[last]
+        else:
+            inside[last] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return change
+
+
+W, T = "weights.safetensors", "training.safetensors"
+MANIFESTS = [
+    (("format", "other"), "is no manifest of a kasmina checkpoint"),
+    (("version", 2), "(?s)another version.*saved: *2, by kasmina '0.1.0'.*readable: *1.*Update kasmina"),
+    (("files", {}), "names other files"),
+    (("files", "../../etc/passwd", 5), "names other files than a checkpoint has"),
+    (("files", W, 5), "(?s)is not as it was written.*written: 5 bytes"),
+    (("id", "x"), "(?s)does not belong to this checkpoint.*'x'"),
+    (("id", [1]), r"id cannot be \[1\]"),
+    (("shared", None), "shared cannot be None"),
+    (("shared", W, {"a": "b"}), "'a' cannot be the same as 'b'"),
+    (("topology", "slots", FIRST, "record", "state", "stage", 77), "77 is not a valid SeedStage"),
+    (
+        ("topology", "slots", FIRST, "record", "state", "metrics", "alpha", {"$float": "nan"}),
+        "alpha of slot '2' is nan",
+    ),
+    (
+        ("topology", "slots", FIRST, "record", "schedule", "total_steps", 10**30),
+        "schedule|cannot be read|total_steps",
+    ),
+    (("topology", "epoch", 10**20), "epoch cannot be 1000"),
+    (("topology", "slots", FIRST, "point", "dim", 8), "(?s)another point than in the saved model.*'dim': 8"),
+    (("optimizers", []), "(?s)another number of optimisers.*saved: 0"),
+    (("optimizers", 0, "class", "SGD"), "another kind of optimiser"),
+    (("optimizers", 0, "groups", 0, "lr", "fast"), "The saved lr"),
+    (("schedulers", []), "(?s)other schedulers.*saved: none.*here: *LambdaLR"),
+    (("schedulers", 0, "state", "step", 1), "has 'step', which it does not know"),
+    (("schedulers", 0, "state", "base_lrs", ["much"]), r"base_lrs cannot be \['much'\]"),
+    (("policy", {}), "The saved policy cannot be loaded"),
+    (("policy", None), "saved without a policy"),
+    (("generators", {}), "has no generator 'loader'; it has: none"),
+    (("generators", "loader", "x"), "The saved generator 'loader' cannot be restored"),
+    (("rng", "python", [3, [1], None]), "random number states cannot be restored"),
+    (("rng", "torch", {"$tensor": "rng['python']"}), r"\$tensor cannot hold"),
+    (("rng", "moon", 1), "unknown source 'moon'"),
+    (("host", 3), "host cannot be 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), MANIFESTS, ids=[str(change)[:60] for change, _ in MANIFESTS])
+def test_a_manifest_that_does_not_fit_is_refused_and_nothing_is_changed(change, says, damaged, target):
+    refused(damaged(*change), target, says)
+
+
+TEXTS = [
+    (b"", "damaged or something else"),
+    (b"\xff\xfe", "damaged or something else: 'utf-8'"),
+    (b"[" * 300_000, "nested too deep"),
+    (b'{"format": "kasmina checkpoint", "format": 1}', "names 'format' twice"),
+    (b'{"a": ' + b"1" * 6000 + b"}", "too many digits"),
+    (b"[]", "is no manifest"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), TEXTS, ids=[says for _, says in TEXTS])
+def test_a_foreign_manifest_is_refused(text, says, saved, target, tmp_path):
+    shutil.copytree(saved, tmp_path / "point")
+    (tmp_path / "point" / "manifest.json").write_bytes(text)
+    refused(tmp_path / "point", target, says)
+
+
+@pytest.mark.parametrize("file", [W, T, "manifest.json"])
+def test_a_file_that_is_missing_cut_off_or_a_link_is_refused(file, saved, target, tmp_path):
+    whole = (saved / file).read_bytes()
+    shutil.copytree(saved, tmp_path / "point")
+    (tmp_path / "point" / file).write_bytes(whole[: len(whole) // 2])
+    says = refused(tmp_path / "point", target, r"cut off|damaged or something else")
+    if file != "manifest.json":
+        assert f"written: {len(whole)} bytes" in says
+        assert f"found:   {len(whole) // 2} bytes" in says
+    (tmp_path / "point" / file).unlink()
+    refused(tmp_path / "point", target, f"lacks {file}|has no {file}")
+    (tmp_path / "point" / file).symlink_to(saved / file)
+    refused(tmp_path / "point", target, "is no regular file")
+
+
+def test_no_checkpoint_at_all_is_said(target, tmp_path):
+    refused(tmp_path / "nothing", target, "There is no checkpoint at")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", target, r"is no checkpoint: it has no manifest\.json")
+
+
+def with_tensors(folder, file, change):
+    """Rewrite a file of tensors, and its size in the manifest, as somebody with bad intentions would."""
+    tensors = load_file(folder / file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(tensors)
+    save_file(tensors, folder / file, {"checkpoint": manifest["id"]})
+    manifest["files"][file] = (folder / file).stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+MOMENT = "optimizers[0]['state']['host.0.weight']['exp_avg']"
+TENSORS = [
+    (W, lambda t: t.pop("0.weight"), r"(?s)do not fit this model.*Missing key.*0\.weight"),
+    (W, lambda t: t.update({"more": torch.ones(1)}), "(?s)do not fit.*Unexpected key.*more"),
+    (W, lambda t: t.update({"7.bias": torch.ones(9)}), "(?s)do not fit.*size mismatch"),
+    (
+        W,
+        lambda t: t.update({"7.bias": torch.ones(3, dtype=torch.int64)}),
+        "(?s)values of another kind.*torch.int64",
+    ),
+    (
+        W,
+        lambda t: t.update({f"kasmina_slots.{FIRST}.seed.weight": torch.ones(4)}),
+        "(?s)do not fit.*size mismatch",
+    ),
+    (W, lambda t: t.pop(f"kasmina_slots.{SECOND}.seed.norm.running_mean"), "(?s)do not fit.*Missing"),
+    (T, lambda t: t.pop(MOMENT), "(?s)damaged.*tensor cannot hold"),
+    (
+        T,
+        lambda t: t.update({MOMENT: torch.ones(3)}),
+        r"(?s)saved exp_avg.*another shape.*\(3,\).*\(4, 1, 3, 3\)",
+    ),
+    (
+        T,
+        lambda t: t.update({"rng['torch']": torch.ones(9, dtype=torch.uint8)}),
+        "random number states cannot be restored",
+    ),
+    (T, lambda t: t.update({"rng['torch']": torch.ones(9)}), "random number states cannot be restored"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "says"), TENSORS, ids=[says for *_, says in TENSORS])
+def test_tensors_that_do_not_fit_are_refused_and_nothing_is_changed(
+    file, change, says, saved, target, tmp_path
+):
+    shutil.copytree(saved, tmp_path / "point")
+    with_tensors(tmp_path / "point", file, change)
+    refused(tmp_path / "point", target, says)
+
+
+def test_an_optimiser_that_was_not_saved_is_asked_for_in_vain(target, tmp_path):
+    save_checkpoint(tmp_path / "point", grown()[0])
+    refused(tmp_path / "point", target, "another number of optimisers")
+
+
+def test_another_host_is_refused(saved):
+    class Other(nn.Sequential):
+        pass
+
+    host = Other(*list(make_host())[:5], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
+    model = MorphogeneticModel(
+        host, (FIRST, SECOND), example=torch.zeros(2, 1, 5, 5), registry=make_registry(), config=open_config()
+    )
+    before = picture(model)
+    with pytest.raises(CheckpointError, match=r"(?s)do not fit.*size mismatch for host\.7\.weight"):
+        load_checkpoint(saved, model)
+    assert same_picture(before, picture(model))
+
+
+# -- fuzzing ----------------------------------------------------------------------------------------------------------
+
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    10**15,
+    1.5,
+    "",
+    "x",
+    [],
+    {},
+    [[1, 2]],
+    {"$float": "nan"},
+    {"$float": "-inf"},
+    {"$tuple": [1]},
+]
+
+
+def places_in(data, way=()):
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*way, key)
+        if len(way) < 7:
+            yield from places_in(value, (*way, key))
+
+
+def works(whole):
+    """Whether a run goes on from here."""
+    train_once(whole[0], whole[1])
+    whole[0].step_epoch(1.0)
+    whole[2].step()
+
+
+def test_any_damage_of_the_manifest_is_refused_as_a_whole_or_harmless(saved, target, tmp_path):
+    chance = random.Random(4)
+    folder = tmp_path / "point"
+    shutil.copytree(saved, folder)
+    good = json.loads((saved / "manifest.json").read_text())
+    places = sorted((p for p in places_in(good) if p[0] not in ("data_position", "extra")), key=str)
+    whole, generator = target
+    before, refusals = everything(whole, generator), 0
+    for _ in range(250):
+        manifest = copy.deepcopy(good)
+        *way, last = chance.choice(places)
+        inside = manifest
+        for step in way:
+            inside = inside[step]
+        if chance.random() < 0.2:
+            del inside[last]
+        else:
+            inside[last] = chance.choice(VALUES)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            load(folder, whole, generators={"loader": generator})
+        except CheckpointError:
+            refusals += 1
+            assert same_picture(before, everything(whole, generator)), (*way, last)
+        else:
+            try:
+                works(whole)
+            except Exception as error:
+                raise AssertionError(f"{(*way, last)} was loaded but does not work") from error
+            whole = parts()
+            before = everything(whole, generator)
+    assert refusals > 150
+
+
+def test_any_damaged_byte_is_refused_as_a_whole_or_harmless(saved, target, tmp_path):
+    chance = random.Random(5)
+    folder = tmp_path / "point"
+    shutil.copytree(saved, folder)
+    whole, generator = target
+    before = everything(whole, generator)
+    for _ in range(150):
+        file = chance.choice([W, T, "manifest.json"])
+        data = bytearray((saved / file).read_bytes())
+        head = min(len(data), 3000)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(head)] = chance.randrange(256)
+        (folder / file).write_bytes(data)
+        try:
+            load(folder, whole, generators={"loader": generator})
+        except CheckpointError:
+            assert same_picture(before, everything(whole, generator))
+        else:
+            whole = parts()
+            before = everything(whole, generator)
+        shutil.copy(saved / file, folder / file)
