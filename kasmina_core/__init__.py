@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from kasmina_core.events import AlphaChanged as AlphaChanged
     from kasmina_core.events import BlueprintRegistered as BlueprintRegistered
     from kasmina_core.events import GateEvaluated as GateEvaluated
+    from kasmina_core.events import IncubationStopped as IncubationStopped
     from kasmina_core.events import IsolationViolation as IsolationViolation
     from kasmina_core.events import SeedCulled as SeedCulled
     from kasmina_core.events import SeedFossilized as SeedFossilized
@@ -97,6 +98,18 @@ if TYPE_CHECKING:
     from kasmina_core.packs import PackRecord as PackRecord
     from kasmina_core.packs import PackState as PackState
     from kasmina_core.packs import list_packs as list_packs
+    from kasmina_core.policies.bandit import BanditPolicy as BanditPolicy
+    from kasmina_core.policies.budget import BudgetPolicy as BudgetPolicy
+    from kasmina_core.policies.budget import SeedCost as SeedCost
+    from kasmina_core.policies.budget import blueprint_costs as blueprint_costs
+    from kasmina_core.policies.growing import GrowingPolicy as GrowingPolicy
+    from kasmina_core.policies.growing import SeedCare as SeedCare
+    from kasmina_core.policies.plateau import FixedTimesPolicy as FixedTimesPolicy
+    from kasmina_core.policies.plateau import PlateauPolicy as PlateauPolicy
+    from kasmina_core.policies.tournament import TournamentPolicy as TournamentPolicy
+    from kasmina_core.policies.triggers import FixedTimes as FixedTimes
+    from kasmina_core.policies.triggers import Plateau as Plateau
+    from kasmina_core.policies.triggers import Trigger as Trigger
     from kasmina_core.policy import Advance as Advance
     from kasmina_core.policy import Command as Command
     from kasmina_core.policy import Continue as Continue
@@ -105,8 +118,8 @@ if TYPE_CHECKING:
     from kasmina_core.policy import NoGrowthPolicy as NoGrowthPolicy
     from kasmina_core.policy import Observation as Observation
     from kasmina_core.policy import Pause as Pause
-    from kasmina_core.policy import PlateauPolicy as PlateauPolicy
     from kasmina_core.policy import Policy as Policy
+    from kasmina_core.policy import Regerminate as Regerminate
     from kasmina_core.policy import Resume as Resume
     from kasmina_core.policy import SetAlpha as SetAlpha
     from kasmina_core.policy import SlotObservation as SlotObservation
@@ -116,6 +129,7 @@ if TYPE_CHECKING:
     from kasmina_core.reports import ValidationReport as ValidationReport
     from kasmina_core.reports import ValidationVerdict as ValidationVerdict
     from kasmina_core.slots import SeedSlot as SeedSlot
+    from kasmina_core.snapshot import HostStateKeeper as HostStateKeeper
     from kasmina_core.switches import Switches as Switches
     from kasmina_core.telemetry import CallableSink as CallableSink
     from kasmina_core.telemetry import JsonLinesSink as JsonLinesSink
@@ -130,10 +144,12 @@ _HOME = {
     "AlphaChanged": "events",
     "AlphaSchedule": "blending",
     "AmbiguousNameError": "errors",
+    "BanditPolicy": "policies.bandit",
     "BlueprintError": "errors",
     "BlueprintRegistered": "events",
     "BlueprintRegistry": "blueprints",
     "BlueprintSpec": "blueprints",
+    "BudgetPolicy": "policies.budget",
     "CallableSink": "telemetry",
     "CheckResult": "reports",
     "CheckStatus": "reports",
@@ -144,6 +160,8 @@ _HOME = {
     "Cull": "policy",
     "DistributedError": "errors",
     "DistributedGrowth": "distributed",
+    "FixedTimes": "policies.triggers",
+    "FixedTimesPolicy": "policies.plateau",
     "GateCheck": "gates",
     "GateCheckSpec": "gates",
     "GateEvaluated": "events",
@@ -155,14 +173,17 @@ _HOME = {
     "GerminationError": "errors",
     "GradientIsolationMonitor": "isolation",
     "GradientPolicy": "config",
+    "GrowingPolicy": "policies.growing",
     "GrowthConfig": "config",
     "HookedHost": "attachment",
     "HostError": "errors",
     "HostProtocol": "hosts",
     "HostRegistry": "catalogue",
     "HostSpec": "hosts",
+    "HostStateKeeper": "snapshot",
     "Incubation": "config",
     "InexactResume": "random_states",
+    "IncubationStopped": "events",
     "InjectionPoint": "hosts",
     "InterruptedSave": "checkpoint",
     "IsolationReading": "isolation",
@@ -181,15 +202,19 @@ _HOME = {
     "PackState": "packs",
     "PassCache": "check_cache",
     "Pause": "policy",
-    "PlateauPolicy": "policy",
+    "Plateau": "policies.triggers",
+    "PlateauPolicy": "policies.plateau",
     "PluginError": "errors",
     "PluginRegistry": "discovery",
     "Policy": "policy",
     "QualityGates": "gates",
     "RampUnit": "config",
     "RecompileLimitWarning": "graphs",
+    "Regerminate": "policy",
     "RegisteredBlueprint": "blueprints",
     "Resume": "policy",
+    "SeedCare": "policies.growing",
+    "SeedCost": "policies.budget",
     "SeedCulled": "events",
     "SeedEvidence": "evidence",
     "SeedFossilized": "events",
@@ -212,7 +237,9 @@ _HOME = {
     "TelemetryEventType": "events",
     "Topology": "topology",
     "TopologyError": "errors",
+    "TournamentPolicy": "policies.tournament",
     "TransitionError": "errors",
+    "Trigger": "policies.triggers",
     "UnknownNameError": "errors",
     "UntrackedSeedWarning": "untracked",
     "VALID_TRANSITIONS": "lifecycle",
@@ -220,6 +247,7 @@ _HOME = {
     "ValidationVerdict": "reports",
     "Wrap": "distributed",
     "blend_with_isolation": "blending",
+    "blueprint_costs": "policies.budget",
     "bound_deviation": "isolation",
     "check_blueprint_spec": "checks",
     "default_registry": "discovery",

@@ -60,6 +60,13 @@ class GrowthConfig:
         incubation: How seeds learn in TRAINING.
         max_deviation: Largest deviation of a seed from the host in straight-through TRAINING, as a share of the
             host's RMS per sample; ``inf`` for none.
+        max_incubation_deviation: Deviation from the host, ``rms(seed - host) / rms(host)`` over a batch, beyond which
+            a seed in TRAINING is stopped; not a number stops it too. What is measured is what would be blended in,
+            before ``max_deviation`` bounds it. ``inf`` for no limit.
+        incubate_every: Calls of `MorphogeneticModel.incubate` of which one runs the counterfactual pass; in between
+            the seed does not learn.
+        keep_snapshot: Whether the host is copied in memory when a seed begins to blend in, so that
+            `MorphogeneticModel.cull` can put it back. It costs the host's size and its optimiser's state once more.
         ramp_steps: Steps of the alpha ramp.
         ramp_unit: What a step of the ramp is.
         temperature: Steepness of the ramp in steps; ``None`` for ``ramp_steps / 12``.
@@ -76,6 +83,9 @@ class GrowthConfig:
 
     incubation: Incubation = Incubation.STRAIGHT_THROUGH
     max_deviation: float = 0.1
+    max_incubation_deviation: float = 10.0
+    incubate_every: int = 1
+    keep_snapshot: bool = False
     ramp_steps: int = 5
     ramp_unit: RampUnit = RampUnit.EPOCH
     temperature: float | None = None
@@ -91,8 +101,11 @@ class GrowthConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "incubation", Incubation(self.incubation))
         object.__setattr__(self, "ramp_unit", RampUnit(self.ramp_unit))
-        if not self.max_deviation > 0:
-            raise ValueError(f"max_deviation must be above 0, not {self.max_deviation!r}.")
+        for name in ("max_deviation", "max_incubation_deviation"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+        if self.incubate_every < 1:
+            raise ValueError(f"incubate_every must be at least 1, not {self.incubate_every!r}.")
         for name in ("embargo_epochs", "isolation_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")

@@ -18,6 +18,7 @@ class TelemetryEventType(Enum):
     GATE_EVALUATED = "gate_evaluated"
     ALPHA_CHANGED = "alpha_changed"
     ISOLATION_VIOLATION = "isolation_violation"
+    INCUBATION_STOPPED = "incubation_stopped"
     SEED_FOSSILIZED = "seed_fossilized"
     SEED_CULLED = "seed_culled"
 
@@ -122,6 +123,16 @@ class IsolationViolation(TelemetryEvent):
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IncubationStopped(TelemetryEvent):
+    """A seed in TRAINING went too far from the host and was paused: ``deviation`` is relative to the host's RMS."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.INCUBATION_STOPPED
+    deviation: float
+    limit: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SeedFossilized(TelemetryEvent):
     """A seed became part of the model; ``gain`` is its last measured gain, ``None`` if never measured."""
 
@@ -135,7 +146,12 @@ class SeedFossilized(TelemetryEvent):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedCulled(TelemetryEvent):
-    """A seed was removed; ``stage`` is the one it was culled from."""
+    """A seed was removed; ``stage`` is the one it was culled from.
+
+    Attributes:
+        reverted: Whether the host was put back to what it was before the seed began to contribute.
+        lost_epochs: Epochs of the host's training that were given up with it; they were spent all the same.
+    """
 
     type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_CULLED
     blueprint_id: str
@@ -143,6 +159,8 @@ class SeedCulled(TelemetryEvent):
     stage: str
     gain: float | None = None
     total_improvement: float | None = None
+    reverted: bool = False
+    lost_epochs: int = 0
 
 
 VANISHING_GRADIENT: Final = 1e-7
@@ -158,6 +176,7 @@ class SeedTelemetry:
         metric: Last metric of the whole model.
         delta: Improvement of the whole model since the stage began.
         gain: Last paired gain of the seed itself.
+        deviation: How far the seed was from the host while it learned apart, relative to the host's RMS.
         gradient_norm: L2 norm of the seed's gradient, mean over the last epoch.
         gradient_health: 1 for a healthy gradient, 0 for none, a vanishing, an exploding or a NaN one.
         is_vanishing: Norm below 1e-7.
@@ -174,6 +193,7 @@ class SeedTelemetry:
     metric: float | None
     delta: float | None
     gain: float | None
+    deviation: float | None
     gradient_norm: float | None
     gradient_health: float
     is_vanishing: bool

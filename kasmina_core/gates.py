@@ -392,6 +392,7 @@ def _common_checks(t: GateThresholds) -> list[GateCheckSpec]:
             lambda c: c.state.metrics.isolation_violations,
             maximum=t.max_isolation_violations,
         ),
+        GateCheckSpec("stopped in incubation", (GateLevel.G2,), lambda c: c.state.is_stopped, maximum=0.0),
     ]
 
 

@@ -81,21 +81,35 @@ def bound_deviation(host: Tensor, seed: Tensor, bound: float) -> Tensor:
         seed: The seed's output; shape of ``host``.
         bound: Largest deviation as a share of the host's RMS, above 0; ``inf`` for none.
     """
+    return bounded_and_measured(host, seed, bound)[0]
+
+
+def bounded_and_measured(host: Tensor, seed: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Return `bound_deviation` and, from the same sums, `relative_deviation` before the bound."""
     if math.isinf(bound):
-        return seed
+        return seed, relative_deviation(host, seed)
     dims = tuple(range(1, host.dim()))
     wide = torch.float32 if host.dtype in (torch.float16, torch.bfloat16) else host.dtype
     delta = (seed - host).to(wide)
-    limit = (host.to(wide).square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt() * bound
-    size = (delta.square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt()
+    host_squares = host.to(wide).square().mean(dims, keepdim=True)
+    seed_squares = delta.square().mean(dims, keepdim=True)
+    limit = (host_squares + DEVIATION_EPS).sqrt() * bound
+    size = (seed_squares + DEVIATION_EPS).sqrt()
     bounded = host + (delta * (limit / size)).to(host.dtype)
-    return torch.where(size > limit, bounded, seed)
+    measured = seed_squares.detach().mean().sqrt() / (host_squares.mean() + DEVIATION_EPS).sqrt()
+    return torch.where(size > limit, bounded, seed), measured.float()
 
 
 def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
     """Return ``rms(seed - host) / rms(host)`` over all elements, a 0-d float32 tensor."""
     host, seed = host.detach().float(), seed.detach().float()
     return (seed - host).square().mean().sqrt() / (host.square().mean() + DEVIATION_EPS).sqrt()
+
+
+def note_largest(noted: Tensor, value: Tensor) -> None:
+    """Raise a buffer to ``value``, in place. Within ``torch.func`` transforms, which forbid that, nothing is noted."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        noted.copy_(torch.maximum(noted, value))
 
 
 @final

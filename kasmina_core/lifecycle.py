@@ -106,6 +106,8 @@ class SeedMetrics:
         best_metric: Best metric recorded.
         metric_at_stage_start: The metric that was current when the stage began.
         isolation_violations: Times the seed was measured to leak into the host.
+        deviation: ``rms(seed - host) / rms(host)`` at the slot while the seed learned apart from the host: the largest
+            of the batches since it was last read. NaN or infinite where the seed's output is.
         gradient_norm: L2 norm of the seed's gradient, mean over the steps of the last epoch.
         gradient_norm_max: Largest such norm of a step in the last epoch.
         alpha: Blend weight in [0, 1].
@@ -121,6 +123,7 @@ class SeedMetrics:
     best_metric: float | None = None
     metric_at_stage_start: float | None = None
     isolation_violations: int = 0
+    deviation: float | None = None
     gradient_norm: float | None = None
     gradient_norm_max: float | None = None
     alpha: float = 0.0
@@ -204,6 +207,7 @@ class SeedState:
         metrics: What was measured.
         stage_history: ``(stage entered, epochs_total then)``, the last `HISTORY_LENGTH` of them.
         is_paused: Whether its clock and its training stand still.
+        is_stopped: Whether it was paused because it had gone too far from the host.
         cull_reason: Why it was culled; empty if it was not.
     """
 
@@ -214,6 +218,7 @@ class SeedState:
     metrics: SeedMetrics = field(default_factory=SeedMetrics)
     stage_history: deque[tuple[SeedStage, int]] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     is_paused: bool = False
+    is_stopped: bool = False
     cull_reason: str = ""
 
     @property
@@ -253,6 +258,7 @@ class SeedState:
             "metrics": self.metrics.to_dict(),
             "stage_history": [[int(stage), epoch] for stage, epoch in self.stage_history],
             "is_paused": self.is_paused,
+            "is_stopped": self.is_stopped,
             "cull_reason": self.cull_reason,
         }
 
@@ -277,6 +283,7 @@ class SeedState:
                 metrics=SeedMetrics.from_dict(data["metrics"]),
                 stage_history=history,
                 is_paused=_truth(data["is_paused"]),
+                is_stopped=_truth(data["is_stopped"]),
                 cull_reason=_text(data["cull_reason"]),
             )
         except (TypeError, ValueError) as error:

@@ -16,8 +16,8 @@ from kasmina_core.agreement import ALONE, Agreement, own_samples
 from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
-from kasmina_core.errors import HostError
-from kasmina_core.events import AlphaChanged, SeedTelemetry, StageChanged, TelemetryEvent
+from kasmina_core.errors import GerminationError, HostError, TransitionError
+from kasmina_core.events import AlphaChanged, GateEvaluated, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.gates import GateResult
 from kasmina_core.graphs import GraphForesight
@@ -33,12 +33,20 @@ from kasmina_core.policy import (
     Observation,
     Pause,
     Policy,
+    Regerminate,
     Resume,
     SetAlpha,
     SlotObservation,
 )
 from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
+from kasmina_core.snapshot import (
+    HostSnapshot,
+    HostStateKeeper,
+    KeptSeed,
+    contributing_tensors,
+    obstacle_to_revert,
+)
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 from kasmina_core.unchanged import ModelBefore
 from kasmina_core.untracked import UntrackedSeeds
@@ -164,7 +172,10 @@ class MorphogeneticModel(nn.Module):
         if not isinstance(self.growth_config, GrowthConfig):
             raise TypeError(f"config must be a GrowthConfig, not {config!r}.")
         self.epoch = 0
+        self.lost_epochs = 0
         self._sequence = 0
+        self._snapshots: dict[str, HostSnapshot] = {}
+        self._kept_seeds: dict[str, KeptSeed] = {}
         self._telemetry = _event_target(telemetry)
         self._evaluator = evaluator
         self._graphs = GraphForesight()
@@ -267,9 +278,86 @@ class MorphogeneticModel(nn.Module):
         """Ask the gate for the next stage of a slot's seed. See `SeedSlot.advance_stage`."""
         return self.slots[slot].advance_stage(target)
 
-    def cull(self, slot: str, reason: str = "asked to") -> None:
-        """Remove a slot's seed. See `SeedSlot.cull`."""
-        self.slots[slot].cull(reason)
+    def regerminate(self, slot: str) -> SeedState:
+        """Make the seed that was put aside in a slot again, with the weights it had; it starts at GERMINATED.
+
+        Raises:
+            GerminationError: If none was put aside (``cull(slot, keep=True)``; in memory alone, not in checkpoints or
+                copies), the slot is not dormant, or the weights do not fit. No seed is there then.
+        """
+        chosen = self.slots[slot]
+        kept = self._kept_seeds.get(chosen.name)
+        if kept is None:
+            raise GerminationError(
+                f"No seed was put aside in slot '{chosen.name}'. cull(slot, keep=True) does so, in memory: a model "
+                "that was loaded or copied has none."
+            )
+        state = chosen.germinate(kept.blueprint_id, **kept.options)
+        try:
+            cast("nn.Module", chosen.seed).load_state_dict(kept.weights)
+        except RuntimeError as error:
+            chosen._clear()
+            raise GerminationError(
+                f"The weights of '{kept.seed_id}' do not fit what '{kept.blueprint_id}' builds now: {error}"
+            ) from error
+        del self._kept_seeds[chosen.name]
+        return state
+
+    def cull(self, slot: str, reason: str = "asked to", *, revert: bool = False, keep: bool = False) -> None:
+        """Remove a slot's seed. See `SeedSlot.cull`.
+
+        Args:
+            slot: Name of the slot.
+            reason: Why, for people.
+            revert: Whether to put the host back, bit for bit, to what it was when the seed began to blend in: its
+                parameters and buffers, those of the other seeds that contribute, and the state that tied optimisers
+                have of them. Learning rates, schedules and random numbers go on. What the host learned since is lost;
+                ``lost_epochs`` and the event say how much. A seed that does not contribute yet is just culled.
+            keep: Whether to put the seed aside for `regerminate`, in place of another one of this slot.
+
+        Raises:
+            TransitionError: If there is no seed, it is fossilised, or, with ``revert``, there is no snapshot
+                (``GrowthConfig(keep_snapshot=True)`` keeps one, in memory alone: not in checkpoints or copies), or
+                other seeds have begun or ceased to contribute since. Nothing is changed then.
+        """
+        chosen = self.slots[slot]
+        kept = KeptSeed.of(chosen) if keep else None
+        if revert and SeedStage.BLENDING <= chosen.stage < SeedStage.FOSSILIZED:
+            self._cull_and_revert(chosen, reason)
+        else:
+            chosen.cull(reason)
+        if kept is not None:
+            self._kept_seeds[chosen.name] = kept
+
+    def _cull_and_revert(self, chosen: SeedSlot, reason: str) -> None:
+        if obstacle := obstacle_to_revert(
+            self._snapshots.get(chosen.name), self.host, self.slots.values(), chosen
+        ):
+            raise TransitionError(
+                f"The seed in slot '{chosen.name}' cannot be culled with revert=True: {obstacle}"
+            )
+        snapshot = self._snapshots[chosen.name]
+        lost = self.epoch - snapshot.epoch
+        with self._agreement.command(chosen, f"revert({chosen.name!r})"):
+            chosen.cull(reason, lost_epochs=lost)
+            snapshot.restore(contributing_tensors(self.host, self.slots.values(), chosen))
+            self.lost_epochs += lost
+
+    def can_revert(self, slot: str) -> bool:
+        """Say whether culling a slot's seed now could put the host back."""
+        chosen = self.slots[slot]
+        return not obstacle_to_revert(
+            self._snapshots.get(chosen.name), self.host, self.slots.values(), chosen
+        )
+
+    def _before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        if target is SeedStage.BLENDING and self.growth_config.keep_snapshot:
+            keepers = [listener for listener in self._listeners if isinstance(listener, HostStateKeeper)]
+            self._snapshots[slot.name] = HostSnapshot(
+                self.host, self.slots.values(), slot, keepers, self.epoch
+            )
+        elif target in (SeedStage.FOSSILIZED, SeedStage.CULLED):
+            self._snapshots.pop(slot.name, None)
 
     def step(self) -> None:
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
@@ -316,8 +404,10 @@ class MorphogeneticModel(nn.Module):
                 return self.germinate(slot, blueprint, **dict(options))
             case Advance(slot):
                 return self.advance_stage(slot)
-            case Cull(slot, reason):
-                self.cull(slot, reason)
+            case Regerminate(slot):
+                return self.regerminate(slot)
+            case Cull(slot, reason, revert, keep):
+                self.cull(slot, reason, revert=revert, keep=keep)
             case SetAlpha(slot, alpha):
                 self.slots[slot].set_alpha(alpha)
             case Pause(slot):
@@ -339,6 +429,7 @@ class MorphogeneticModel(nn.Module):
             host_parameters=sum(p.numel() for p in self.host_parameters()),
             seed_parameters=sum(p.numel() for p in self.seed_parameters()),
             slots=tuple(self._observe_slot(slot) for slot in self.slots.values()),
+            lost_epochs=self.lost_epochs,
         )
 
     def _observe_slot(self, slot: SeedSlot) -> SlotObservation:
@@ -355,6 +446,12 @@ class MorphogeneticModel(nn.Module):
             epochs_in_stage=metrics.epochs_in_current_stage if metrics is not None else 0,
             epochs_total=metrics.epochs_total if metrics is not None else 0,
             is_paused=state.is_paused if state is not None else False,
+            is_stopped=state.is_stopped if state is not None else False,
+            deviation=metrics.deviation if metrics is not None else None,
+            kept_seed=self._kept_seeds[slot.name].seed_id if slot.name in self._kept_seeds else "",
+            can_revert=self.can_revert(slot.name),
+            parameters=sum(p.numel() for p in self.seed_parameters(slot.name)),
+            shape=slot.shape,
             isolation_violations=metrics.isolation_violations if metrics is not None else 0,
             ramp_progress=metrics.ramp_progress if metrics is not None else 0.0,
             improvement_since_stage_start=metrics.improvement_since_stage_start
@@ -370,15 +467,34 @@ class MorphogeneticModel(nn.Module):
     def follow(self, policy: Policy) -> list[Command]:
         """Ask a policy once and carry out what it says; call it after `step_epoch`.
 
+        A germination that gate G0 refuses is told in an event and passed over.
+
         Returns:
             The commands that were carried out.
         """
         done = []
         with self._agreement.command(None, "follow"):
             for command in self._agreement.commands(policy.decide(self.observe())):
-                self.execute(command)
-                done.append(command)
+                try:
+                    self.execute(command)
+                except GerminationError as error:
+                    if not (isinstance(error.result, GateResult) and isinstance(command, Germinate)):
+                        raise
+                    self._tell_of_refusal(command, error.result)
+                else:
+                    done.append(command)
         return done
+
+    def _tell_of_refusal(self, command: Germinate, result: GateResult) -> None:
+        self._emit(
+            GateEvaluated(
+                slot=command.slot,
+                gate="G0",
+                passed=False,
+                reason=f"{command.blueprint}: {result.reason}",
+                checks=tuple(check.to_dict() for check in result.checks),
+            )
+        )
 
     # -- learning and measuring ------------------------------------------------------------------------------------
 
@@ -389,7 +505,8 @@ class MorphogeneticModel(nn.Module):
         replaced by the seed's; the gradient of that loss goes to the seed's parameters and nowhere else. The host is
         in eval mode meanwhile, so that no statistics move, and random numbers are as before.
 
-        Call it before the optimiser step, with the same batch. With straight-through incubation, or where no seed
+        Call it before the optimiser step, with the same batch or a part of it. With
+        ``GrowthConfig(incubate_every=k)`` a seed learns in one call of ``k``. With straight-through incubation, or where no seed
         incubates, nothing runs, so a training loop may always call it.
 
         Args:
@@ -406,6 +523,8 @@ class MorphogeneticModel(nn.Module):
         losses: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
             if self.growth_config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
+                continue
+            if not slot.begin_incubation():
                 continue
             if not any(p.requires_grad for p in self.seed_parameters(name)):
                 continue
@@ -591,6 +710,8 @@ class MorphogeneticModel(nn.Module):
         except BaseException:
             self._before.put_back()
             raise
+        else:
+            self._snapshots, self._kept_seeds = {}, {}
         finally:
             self._before = None
 
@@ -604,7 +725,8 @@ class MorphogeneticModel(nn.Module):
         for slot in self.slots.values():
             if slot.device.type == "meta" and devices:
                 slot.alpha_buffer = torch.zeros_like(slot.alpha_buffer, device=devices[0])
-                slot.deviation = torch.zeros_like(slot.deviation, device=devices[0])
+                for name in ("deviation", "training_deviation"):
+                    setattr(slot, name, torch.zeros_like(slot.deviation, device=devices[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         # What points at the outside (sinks, loaders, optimisers) does not travel with a copy.
@@ -614,6 +736,8 @@ class MorphogeneticModel(nn.Module):
             "_untracked": None,
             "_before": None,
             "_listeners": [],
+            "_snapshots": {},
+            "_kept_seeds": {},
             "_agreement": ALONE,
             "_gather_samples": own_samples,
         }
@@ -652,6 +776,12 @@ class _Owner:
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
         self._model._agreement.seed_made(slot, seed, blueprint_id)
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        return self._model._agreement.largest(f"{what} of '{slot.name}'", value)
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        self._model._before_move(slot, target)
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
         told: list[SeedParameterListener] = []

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kasmina_core.errors import GerminationError
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.schedulers import FollowingSchedulers, group_settings
+from kasmina_core.snapshot import kept_optimizer_state
 
 PerSeed = float | Callable[[str, str], float]
 """A number for all seeds, or a function of a seed's slot and blueprint id."""
@@ -69,6 +70,9 @@ class _TiedOptimizer:
         # Memory is freed only when both the groups and the state let go.
         for parameter in own:
             self.optimizer.state.pop(parameter, None)
+
+    def keep(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+        return kept_optimizer_state(self.optimizer, parameters)
 
     def _without_host(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         host = {id(p) for p in self._model.host_parameters()}

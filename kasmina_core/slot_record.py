@@ -33,6 +33,8 @@ class SlotRecord:
         isolation_is_fresh: Whether isolation was measured in this epoch.
         frozen_by_pause: Names of the seed's parameters that `resume` makes trainable again.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
+        incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
+        deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
     """
 
     state: SeedState | None
@@ -47,6 +49,8 @@ class SlotRecord:
     frozen_by_pause: list[str]
     steps_since_isolation: int
     gradient_norms: tuple[int, float, float]
+    incubations: int
+    deviation: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the version of the format."""
@@ -91,6 +95,8 @@ class SlotRecord:
                 frozen_by_pause=[str(name) for name in data["frozen_by_pause"]],
                 steps_since_isolation=_count(data["steps_since_isolation"]),
                 gradient_norms=_norms(*data["gradient_norms"]),
+                incubations=_count(data["incubations"]),
+                deviation=float(data["deviation"]),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"The saved state of slot '{slot}' cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import IntEnum
@@ -27,6 +28,7 @@ from kasmina_core.events import (
     VANISHING_GRADIENT,
     AlphaChanged,
     GateEvaluated,
+    IncubationStopped,
     IsolationViolation,
     SeedCulled,
     SeedFossilized,
@@ -46,7 +48,13 @@ from kasmina_core.gates import (
 )
 from kasmina_core.germination import Trial, try_seed
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.isolation import IsolationReading, bound_deviation, relative_deviation, straight_through
+from kasmina_core.isolation import (
+    IsolationReading,
+    bounded_and_measured,
+    note_largest,
+    relative_deviation,
+    straight_through,
+)
 from kasmina_core.lifecycle import (
     VALID_TRANSITIONS,
     SeedStage,
@@ -84,6 +92,8 @@ _BLEND: Final = int(ForwardMode.BLEND)
 _SEED: Final = int(ForwardMode.SEED)
 _REPLACE: Final = int(ForwardMode.REPLACE)
 
+_NOTHING_MEASURED: Final = -1.0
+
 
 class SlotOwner(Protocol):
     """What a slot asks of the model around it."""
@@ -110,6 +120,14 @@ class SlotOwner(Protocol):
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
         """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
+        ...
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        """Return the largest of a number in every process of a job; NaN if one is."""
+        ...
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        """Hear of a stage change before it happens; may raise to prevent it."""
         ...
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
@@ -143,6 +161,7 @@ class SeedSlot(nn.Module):
 
     alpha_buffer: Tensor
     deviation: Tensor
+    training_deviation: Tensor
 
     def __init__(
         self,
@@ -169,9 +188,8 @@ class SeedSlot(nn.Module):
         self.germinations = 0
         self.mode: int = _PASS
         self.register_buffer("alpha_buffer", torch.zeros((), dtype=dtype, device=device), persistent=False)
-        self.register_buffer(
-            "deviation", torch.zeros((), dtype=torch.float32, device=device), persistent=False
-        )
+        for name in ("deviation", "training_deviation"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
         self._owner: SlotOwner | None = None
         self._registry = registry
         self._override: int | None = None
@@ -182,8 +200,10 @@ class SeedSlot(nn.Module):
         self._frozen_by_pause: list[str] = []
         self._norm_count = 0
         self._norm_sum = self._norm_max = torch.zeros(())
+        self._incubations = 0
         self._steps_since_isolation = 0
         self._isolation_is_fresh = False
+        self.training_deviation.fill_(_NOTHING_MEASURED)
 
     # -- what one may ask ------------------------------------------------------------------------------------------
 
@@ -258,7 +278,9 @@ class SeedSlot(nn.Module):
             return like_host(seed(features), features)
         if mode == _STRAIGHT_THROUGH:
             apart = features.detach()
-            learned = bound_deviation(apart, like_host(seed(apart), apart), self.config.max_deviation)
+            output = like_host(seed(apart), apart)
+            learned, measured = bounded_and_measured(apart, output, self.config.max_deviation)
+            note_largest(self.training_deviation, measured)
             return straight_through(features, learned)
         if mode == _BLEND_DETACHED:
             return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
@@ -266,8 +288,8 @@ class SeedSlot(nn.Module):
             return blend_with_isolation(features, seed(features), self.alpha_buffer)
         apart = features.detach()
         replaced = like_host(seed(apart), apart)
-        if mode != _REPLACE:
-            self.deviation.copy_(torch.maximum(self.deviation, relative_deviation(apart, replaced)))
+        noted = self.training_deviation if mode == _REPLACE else self.deviation
+        note_largest(noted, relative_deviation(apart, replaced))
         return replaced
 
     def isolated_forward(self, features: Tensor) -> Tensor:
@@ -278,7 +300,7 @@ class SeedSlot(nn.Module):
         """
         if self.seed is None:
             raise TransitionError(f"Slot '{self.name}' holds no seed.")
-        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self.seed), kept_modes(self.seed):
+        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
             self.seed.eval()
             return self.forward(features)
 
@@ -307,7 +329,7 @@ class SeedSlot(nn.Module):
         stage, config = self.stage, self.config
         if self.seed is None or not is_active_stage(stage):
             return _PASS
-        if stage is SeedStage.TRAINING or (stage is SeedStage.BLENDING and self.alpha == 0.0):
+        if self.is_apart:
             # lerp at alpha 0 is NaN where the seed is infinite, so alpha 0 goes on as TRAINING does.
             learns = self.training and self.is_incubating
             return _STRAIGHT_THROUGH if learns and config.incubation is Incubation.STRAIGHT_THROUGH else _PASS
@@ -318,8 +340,13 @@ class SeedSlot(nn.Module):
 
     @property
     def is_incubating(self) -> bool:
-        """Whether the seed learns without contributing: TRAINING, or BLENDING while alpha is 0; not while paused."""
-        if self.state is None or self.seed is None or self.state.is_paused:
+        """Whether the seed learns without contributing: `is_apart`, and not while paused."""
+        return self.is_apart and self.state is not None and not self.state.is_paused
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the seed computes without contributing: TRAINING, or BLENDING while alpha is 0."""
+        if self.seed is None:
             return False
         return self.stage is SeedStage.TRAINING or (self.stage is SeedStage.BLENDING and self.alpha == 0.0)
 
@@ -431,6 +458,7 @@ class SeedSlot(nn.Module):
             return known
         if gate in (GateLevel.G2, GateLevel.G5):
             self.check_isolation()
+            self.check_deviation()
         result = self.config.gates.check(
             gate,
             GateContext(state, self.measure, self._gains, parameters_finite=self._parameters_are_finite),
@@ -499,6 +527,7 @@ class SeedSlot(nn.Module):
             if self._steps_since_isolation >= self.config.isolation_every:
                 self._isolation_is_fresh = False
                 self.check_isolation()
+                self.check_deviation()
 
     def check_isolation(self) -> IsolationReading | None:
         """Measure what a seed in TRAINING leaks into the host; a violation is counted and emitted.
@@ -526,9 +555,45 @@ class SeedSlot(nn.Module):
             )
         return reading
 
+    def check_deviation(self) -> float | None:
+        """Read how far a seed in TRAINING went from the host, and stop it if that is too far.
+
+        It is measured in every pass in which the seed learns, and read once an epoch and every ``isolation_every``
+        steps. A stopped seed is paused, fails G2 and says so in an event; `resume` gives it another chance.
+
+        Returns:
+            The largest ``rms(seed - host) / rms(host)`` since the last reading, or ``None`` if there was none.
+        """
+        state = self.state
+        if state is None or state.stage is not SeedStage.TRAINING or state.is_paused:
+            return None
+        deviation = float(self.training_deviation)
+        if self._owner is not None:
+            deviation = self._owner.largest(self, "deviation", deviation)
+        if deviation == _NOTHING_MEASURED:
+            return None
+        self.training_deviation.fill_(_NOTHING_MEASURED)
+        state.metrics.deviation = deviation
+        limit = self.config.max_incubation_deviation
+        if not (math.isfinite(deviation) and deviation <= limit):
+            self.pause()
+            state.is_stopped = True
+            self._emit(IncubationStopped, deviation=deviation, limit=limit)
+        return deviation
+
+    def begin_incubation(self) -> bool:
+        """Count a call of `MorphogeneticModel.incubate`; say whether the seed learns in this one."""
+        self._incubations += 1
+        return (self._incubations - 1) % self.config.incubate_every == 0
+
     @shared_command
-    def cull(self, reason: str) -> None:
+    def cull(self, reason: str, *, lost_epochs: int | None = None) -> None:
         """Remove the seed, free its memory, and let the slot cool down.
+
+        Args:
+            reason: Why, for people.
+            lost_epochs: Epochs of the host that are given up with the seed; `MorphogeneticModel.cull` reverts the host
+                and says so here.
 
         Raises:
             TransitionError: If there is no seed, or it is fossilised: fossils are part of the model.
@@ -542,7 +607,7 @@ class SeedSlot(nn.Module):
         parameters = self.seed_parameters()
         gain = self._evidence.gain if self._evidence is not None else None
         state.cull_reason = reason
-        state.is_paused = False
+        state.is_paused = state.is_stopped = False
         self._transition(SeedStage.CULLED)
         self._emit(
             SeedCulled,
@@ -551,6 +616,8 @@ class SeedSlot(nn.Module):
             stage=before.name,
             gain=gain,
             total_improvement=state.metrics.total_improvement,
+            reverted=lost_epochs is not None,
+            lost_epochs=lost_epochs or 0,
         )
         if self._owner is not None:
             self._owner.seed_removed(self, parameters)
@@ -612,16 +679,18 @@ class SeedSlot(nn.Module):
             for name in self._frozen_by_pause:
                 named[name].requires_grad_(True)
         self._frozen_by_pause = []
-        state.is_paused = False
+        state.is_paused = state.is_stopped = False
         self._gates.clear()
         self._refresh_mode()
 
     # -- the one way a stage changes -------------------------------------------------------------------------------
 
     def _transition(self, target: SeedStage) -> None:
-        """Move to ``target``; every stage change comes through here. Only the first line can refuse."""
+        """Move to ``target``; every stage change comes through here. What can refuse comes before `move_to`."""
         state = self._require_seed("move")
         before = state.stage
+        if self._owner is not None:
+            self._owner.before_move(self, target)
         state.move_to(target)
         self._gates.clear()
         self._gains.clear()
@@ -752,7 +821,8 @@ class SeedSlot(nn.Module):
         self._evidence_is_fresh = self._isolation_is_fresh = False
         self._frozen_by_pause = []
         self._forget_gradient_norms()
-        self._steps_since_isolation = 0
+        self._steps_since_isolation = self._incubations = 0
+        self.training_deviation.fill_(_NOTHING_MEASURED)
 
     def _freeze(self, names: list[str]) -> None:
         named = dict(cast("nn.Module", self.seed).named_parameters())
@@ -793,6 +863,7 @@ class SeedSlot(nn.Module):
             metric=state.metrics.current_metric,
             delta=state.metrics.improvement_since_stage_start,
             gain=self._evidence.gain if self._evidence is not None else None,
+            deviation=state.metrics.deviation,
             gradient_norm=norm,
             gradient_health=0.0 if norm is None or exploding or vanishing else 1.0,
             is_vanishing=vanishing,
@@ -816,6 +887,8 @@ class SeedSlot(nn.Module):
             frozen_by_pause=list(self._frozen_by_pause),
             steps_since_isolation=self._steps_since_isolation,
             gradient_norms=(self._norm_count, float(self._norm_sum), float(self._norm_max)),
+            incubations=self._incubations,
+            deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
         ).to_dict()
 
     def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
@@ -862,6 +935,8 @@ class SeedSlot(nn.Module):
         self._steps_since_isolation = record.steps_since_isolation
         self._norm_count, total, largest = record.gradient_norms
         self._norm_sum, self._norm_max = torch.tensor(total), torch.tensor(largest)
+        self._incubations = record.incubations
+        self.training_deviation.fill_(record.deviation)
         self.alpha_buffer.fill_(saved.metrics.alpha)
         if seed is not None and saved.is_paused:
             self._freeze(record.frozen_by_pause)

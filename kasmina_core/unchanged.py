@@ -31,7 +31,10 @@ class ModelBefore:
     """
 
     def __init__(self, host: nn.Module, slots: Iterable[SeedSlot]) -> None:
-        self._slots = [(slot, dict(slot.__dict__), dict(slot._modules), slot.alpha) for slot in slots]
+        self._slots = [
+            (slot, dict(slot.__dict__), dict(slot._modules), slot.alpha, slot.training_deviation.clone())
+            for slot in slots
+        ]
         self._tensors = [(t, t.detach().clone()) for t in [*host.parameters(), *host.buffers()]]
         parts = [*host.modules(), *(slot for slot, *_ in self._slots)]
         self._places = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
@@ -39,7 +42,7 @@ class ModelBefore:
 
     def tell(self, listeners: Sequence[SeedListener]) -> None:
         """Tell of the seeds that went and came since; `put_back` takes it back."""
-        for slot, _, modules, _ in self._slots:
+        for slot, _, modules, *_ in self._slots:
             if slot.seed is modules.get("seed"):
                 continue
             gone, come = _parameters(modules.get("seed")), slot.seed_parameters()
@@ -67,10 +70,11 @@ class ModelBefore:
         for module, parameters, buffers in self._places:  # assign=True puts other tensors in their places
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for slot, attributes, modules, alpha in self._slots:
+        for slot, attributes, modules, alpha, deviation in self._slots:
             slot.__dict__.update(attributes)
             slot.__dict__["_modules"] = modules
             slot.alpha_buffer.fill_(alpha)
+            slot.training_deviation.copy_(deviation)
         while self._told:
             with suppress(Exception):  # what made the load fail is what the caller shall see
                 self._told.pop()()

@@ -39,7 +39,8 @@ from kasmina_core.gates import QualityGates
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.model import EventTarget, MorphogeneticModel
 from kasmina_core.optim import tie_optimizer
-from kasmina_core.policy import NoGrowthPolicy, PlateauPolicy, Policy, SlotObservation
+from kasmina_core.policies.plateau import PlateauPolicy
+from kasmina_core.policy import NoGrowthPolicy, Policy, SlotObservation
 from kasmina_core.randomness import derived_seed, private_rng
 from kasmina_core.topology import Topology
 

@@ -336,6 +336,12 @@ def grow_to(
         while place.stage is not stage:
             model.step_epoch()
         return place
+    return walk_to(model, slot, stage, alpha=alpha)
+
+
+def walk_to(model: MorphogeneticModel, slot: str, stage: SeedStage, *, alpha: float = 0.5) -> SeedSlot:
+    """Bring a seed that is there to a later stage."""
+    place = model.slots[slot]
     while place.stage is not stage:
         if place.stage is SeedStage.BLENDING:
             place.set_alpha(1.0)
@@ -388,7 +394,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor | None]:
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, copied, those that are not saved too, but not where slots note what they measure."""
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: t.detach().clone() for name, t in named if not name.endswith(".deviation")}
+    return {name: t.detach().clone() for name, t in named if not name.endswith("deviation")}
 
 
 COUNTERFACTUAL = Incubation.COUNTERFACTUAL

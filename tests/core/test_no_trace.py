@@ -74,7 +74,7 @@ def train(
             loss.backward()
             if model is not None:
                 model.incubate(lambda: loss_of(module))
-                if any(slot.seed for slot in model.slots.values()):
+                if any(slot.is_incubating for slot in model.slots.values()):
                     assert any(p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters())
                 model.step()
             if clip is not None:

@@ -42,6 +42,8 @@ from kasmina_core import (
     TransitionError,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:PlateauPolicy has seen:RuntimeWarning")
+
 S = SeedStage
 CANDIDATES = {Topology.CNN: ["one", "two"]}
 
@@ -57,6 +59,14 @@ def seen(metric, *slots, higher=False, epoch=0):
 
 def decide(policy, metrics, *slots, **more):
     return [list(policy.decide(seen(metric, *slots, **more))) for metric in metrics]
+
+
+def germinated_and_culled(policy, slots):
+    """What a policy of patience 1 germinates next in so many dormant slots; the seed lives for an epoch."""
+    (command,) = decide(policy, [1.0], *[S.DORMANT] * slots)[0]
+    growing = [S.TRAINING if name == command.slot else S.DORMANT for name in "abc"[:slots]]
+    assert decide(policy, [1.0], *growing) == [[]]
+    return command
 
 
 # -- when to germinate -----------------------------------------------------------------------------------------------
@@ -119,7 +129,7 @@ def test_it_keeps_no_more_seeds_than_asked():
 def test_a_blueprint_that_was_culled_waits_for_the_others():
     policy = PlateauPolicy(CANDIDATES, patience=1)
     decide(policy, [1.0])
-    tried = [decide(policy, [1.0], S.DORMANT, S.DORMANT)[0][0] for _ in range(6)]
+    tried = [germinated_and_culled(policy, 2) for _ in range(6)]
     assert tried == [
         Germinate("a", "one"),
         Germinate("b", "one"),
@@ -141,7 +151,7 @@ def test_no_pair_is_tried_again_before_every_other_was(slots, kinds, rounds):
     decide(policy, [1.0])
     counts = {(slot, kind): 0 for slot in "abc"[:slots] for kind in names}
     for _ in range(rounds):
-        (command,) = decide(policy, [1.0], *[S.DORMANT] * slots)[0]
+        command = germinated_and_culled(policy, slots)
         counts[command.slot, command.blueprint] += 1
         assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -304,7 +314,7 @@ def test_an_observation_tells_what_the_model_knows():
     assert observation.host_parameters == sum(p.numel() for p in model.host.parameters())
     assert observation.seed_parameters == 8
     first, second = observation.slots
-    assert second == SlotObservation(SECOND, Topology.CNN, 4, S.DORMANT)
+    assert second == SlotObservation(SECOND, Topology.CNN, 4, S.DORMANT, shape=(2, 4, 5, 5))
     assert first == SlotObservation(
         slot=FIRST,
         topology=Topology.CNN,
@@ -321,6 +331,8 @@ def test_an_observation_tells_what_the_model_knows():
         gain_t=slot.last_evidence.t,
         gate_passed=True,
         gate_reason="all 7 checks passed",
+        parameters=8,
+        shape=(2, 4, 5, 5),
     )
 
 

@@ -1,0 +1,1 @@
+"""Bundled policies: when to germinate, what, and what to keep."""

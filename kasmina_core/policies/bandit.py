@@ -1,0 +1,116 @@
+"""A bandit that learns which blueprints pay, and where."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any, final
+
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
+from kasmina_core.policies.triggers import Plateau
+from kasmina_core.policy import Observation
+
+
+@final
+class BanditPolicy(GrowingPolicy):
+    """Germinates on plateaus what Thompson sampling draws among (slot, blueprint) arms.
+
+    The reward of a seed is its last measured gain if it was kept, and the smaller of that and 0 if it was culled. An
+    arm's mean is taken to be normal around ``(n m + p) / (n + 1)`` with variance ``s² / (n + 1)``: ``m`` is the mean of
+    its own ``n`` rewards, ``p`` that of its blueprint in all slots, shrunk to that of all by one observation, and
+    ``s`` the spread of all rewards. The arm with the largest draw is grown.
+
+    Draws depend on ``seed`` and the number of germinations alone, so processes that see the same draw the same, and a
+    loaded policy goes on as the saved one would have.
+
+    Args:
+        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
+        seed: Decides the draws.
+        patience: Epochs without improvement that make a plateau, as in `PlateauPolicy`.
+        min_delta: Smallest improvement that counts, as in `PlateauPolicy`.
+        max_training_epochs: As in `PlateauPolicy`.
+        max_probation_epochs: As in `PlateauPolicy`.
+        max_seeds: As in `PlateauPolicy`.
+        revert: As in `PlateauPolicy`.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
+        TopologyError: If it maps something that is no topology.
+
+    Source: Thompson 1933; Russo et al. 2018, A Tutorial on Thompson Sampling, https://arxiv.org/abs/1707.02038
+    """
+
+    def __init__(
+        self,
+        blueprints: Candidates,
+        *,
+        seed: int = 0,
+        patience: int = 3,
+        min_delta: float = 0.01,
+        max_training_epochs: int = 8,
+        max_probation_epochs: int = 8,
+        max_seeds: int | None = None,
+        revert: bool = True,
+    ) -> None:
+        care = SeedCare(max_training_epochs, max_probation_epochs, revert)
+        trigger = Plateau(patience, min_delta)
+        super().__init__(blueprints, trigger, care, max_seeds=max_seeds, patience=patience)
+        self.seed = seed
+        self._draws = 0
+        self._rewards: list[tuple[str, str, float]] = []
+        self._growing: dict[str, tuple[str, str, float]] = {}
+
+    def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
+        """Return the pair with the largest draw."""
+        self._draws += 1
+        digest = hashlib.sha256(f"{self.seed}:{self._draws}".encode()).digest()
+        source = random.Random(int.from_bytes(digest[:8], "big"))
+        rewards = [reward for _, _, reward in self._rewards]
+        everything = fmean(rewards) if rewards else 0.0
+        spread = pstdev(rewards) if len(rewards) > 1 else 0.0
+        spread = spread or max(map(abs, rewards), default=0.0) or 1.0
+        draws = {}
+        for slot, blueprint in sorted(pairs):
+            of_blueprint = [reward for _, b, reward in self._rewards if b == blueprint]
+            of_arm = [reward for s, b, reward in self._rewards if (s, b) == (slot, blueprint)]
+            prior = (sum(of_blueprint) + everything) / (len(of_blueprint) + 1)
+            weight = len(of_arm) + 1
+            draws[slot, blueprint] = source.gauss((sum(of_arm) + prior) / weight, spread / math.sqrt(weight))
+        return max(draws, key=draws.__getitem__)
+
+    def learn(self, observation: Observation) -> None:
+        """Note gains of the living, and rewards of those whose fate is known."""
+        seen = {slot.slot: slot for slot in observation.slots}
+        for name, (seed_id, blueprint, gain) in list(self._growing.items()):
+            slot = seen[name]
+            if slot.seed_id == seed_id and slot.stage < SeedStage.FOSSILIZED:
+                continue
+            kept = slot.seed_id == seed_id and slot.stage is SeedStage.FOSSILIZED
+            self._rewards.append((name, blueprint, gain if kept else min(gain, 0.0)))
+            del self._growing[name]
+        for slot in observation.slots:
+            if SeedStage.GERMINATED <= slot.stage < SeedStage.FOSSILIZED:
+                before = self._growing.get(slot.slot, ("", "", 0.0))[2]
+                measured = slot.gain is not None and math.isfinite(slot.gain)
+                gain = slot.gain if measured and slot.gain is not None else before
+                self._growing[slot.slot] = (slot.seed_id, slot.blueprint, gain)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the policy remembers, as plain data."""
+        return super().state_dict() | {
+            "draws": self._draws,
+            "rewards": [list(reward) for reward in self._rewards],
+            "growing": {slot: list(seed) for slot, seed in sorted(self._growing.items())},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        super().load_state_dict(state)
+        self._draws = int(state["draws"])
+        self._rewards = [(str(s), str(b), float(r)) for s, b, r in state["rewards"]]
+        self._growing = {slot: (str(i), str(b), float(g)) for slot, (i, b, g) in state["growing"].items()}

@@ -1,0 +1,279 @@
+"""Growth within a budget of parameters, operations or seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final, final
+
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare, living_seeds
+from kasmina_core.policies.triggers import Plateau
+from kasmina_core.policy import Command, Observation, SlotObservation
+
+if TYPE_CHECKING:
+    from kasmina_core.blueprints import BlueprintRegistry
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SeedCost:
+    """What a seed costs.
+
+    Attributes:
+        parameters: Its parameters.
+        flops: Multiply-adds of its forward pass on one sample.
+    """
+
+    parameters: int
+    flops: int = 0
+
+
+Costs = Callable[[SlotObservation, str], SeedCost]
+"""Returns what a blueprint would cost in a slot."""
+
+
+def blueprint_costs(registry: BlueprintRegistry, *, count_operations: bool = False) -> Costs:
+    """Return a function that says what blueprints of a registry cost: declared parameters, counted operations.
+
+    Operations are counted once a blueprint and shape of features, on a module of its own that is then dropped; nobody
+    else's random numbers change.
+
+    Args:
+        registry: Where the blueprints are, such as ``default_registry().blueprints``.
+        count_operations: Whether to count operations; they are 0 otherwise.
+    """
+    known: dict[tuple[str, tuple[int, ...]], SeedCost] = {}
+
+    def cost(slot: SlotObservation, blueprint: str) -> SeedCost:
+        key = (blueprint, slot.shape)
+        if key not in known:
+            known[key] = _measured(registry, slot, blueprint, count_operations)
+        return known[key]
+
+    return cost
+
+
+def _measured(registry: BlueprintRegistry, slot: SlotObservation, blueprint: str, count: bool) -> SeedCost:
+    import torch
+
+    from kasmina_core.flops import count_flops
+    from kasmina_core.randomness import private_rng
+
+    declared = registry.get(blueprint, slot.topology).spec.declared_params(slot.dim)
+    if declared is not None and not count:
+        return SeedCost(declared)
+    with private_rng(0):
+        module = registry.create(blueprint, slot.dim, topology=slot.topology)
+        parameters = sum(p.numel() for p in module.parameters()) if declared is None else declared
+        flops = count_flops(module, torch.randn((1, *slot.shape[1:]))).multiply_adds if count else 0
+    return SeedCost(parameters, flops)
+
+
+_HOLDS_A_SEED: Final = range(SeedStage.GERMINATED, SeedStage.FOSSILIZED + 1)
+
+
+@final
+class BudgetPolicy(GrowingPolicy):
+    """Makes the best of a budget: grows what gains most for what it costs, and never exceeds it.
+
+    The score of a blueprint is its mean measured gain over its cost, as a share of the budget (of the scarcest one,
+    where several are given). Each blueprint is tried once where it can be afforded, the cheapest first; from then on the best score
+    goes first. A seed that is about to blend in, and would leave too little for another one with a higher score, is
+    culled instead, while that leaves no trace.
+
+    A budget of seconds is for the time in which seeds grow. It ends growth one epoch early rather than late: a seed is
+    germinated only if the longest life so far still fits, and one that lives is culled when another epoch might not.
+    Clocks differ between processes: let one of them decide.
+
+    Args:
+        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
+        parameters: Parameters that seeds may add.
+        flops: Multiply-adds that seeds may add to a forward pass on one sample.
+        seconds: Time that growing may take.
+        costs: Says what a blueprint costs in a slot, such as `blueprint_costs`; required for the first two.
+        clock: Returns seconds from any start.
+        patience: Epochs without improvement that make a plateau, as in `PlateauPolicy`.
+        min_delta: Smallest improvement that counts, as in `PlateauPolicy`.
+        max_training_epochs: As in `PlateauPolicy`.
+        max_probation_epochs: As in `PlateauPolicy`.
+        revert: As in `PlateauPolicy`.
+
+    Raises:
+        ValueError: If no budget is given, one is not above 0, or ``costs`` is needed and missing.
+        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
+        TopologyError: If it maps something that is no topology.
+    """
+
+    def __init__(
+        self,
+        blueprints: Candidates,
+        *,
+        parameters: int | None = None,
+        flops: int | None = None,
+        seconds: float | None = None,
+        costs: Costs | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        patience: int = 3,
+        min_delta: float = 0.01,
+        max_training_epochs: int = 8,
+        max_probation_epochs: int = 8,
+        revert: bool = True,
+    ) -> None:
+        given = {"parameters": parameters, "flops": flops, "seconds": seconds}
+        if all(limit is None for limit in given.values()):
+            raise ValueError("BudgetPolicy needs a budget: parameters=, flops= or seconds=.")
+        for name, limit in given.items():
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be above 0, not {limit!r}.")
+        if costs is None and (parameters is not None or flops is not None):
+            raise ValueError(
+                "A budget of parameters or flops needs costs=, such as blueprint_costs(default_registry().blueprints)."
+            )
+        care = SeedCare(max_training_epochs, max_probation_epochs, revert)
+        super().__init__(blueprints, Plateau(patience, min_delta), care, patience=patience)
+        self._limits = {k: v for k, v in (("parameters", parameters), ("flops", flops)) if v is not None}
+        self._seconds = seconds
+        self._costs = costs or (lambda slot, blueprint: SeedCost(0))
+        self._clock = clock
+        self._gains: dict[str, list[float]] = {}
+        self._counted: set[str] = set()
+        self._last_tick: float | None = None
+        self._spent_seconds = self._life = self._longest_life = self._longest_epoch = 0.0
+
+    # -- what is left ----------------------------------------------------------------------------------------------
+
+    def left(self, observation: Observation, apart_from: str = "") -> dict[str, float]:
+        """Return what is left of parameters and flops, not counting the seed of one slot."""
+        left: dict[str, float] = dict(self._limits)
+        for slot in observation.slots:
+            if slot.stage in _HOLDS_A_SEED and slot.slot != apart_from:
+                for name, amount in self._amounts(slot, slot.blueprint).items():
+                    left[name] -= amount
+        return left
+
+    def _amounts(self, slot: SlotObservation, blueprint: str) -> dict[str, int]:
+        """Return what a blueprint costs of each budget; a seed that is there has the parameters it has."""
+        cost = self._costs(slot, blueprint)
+        is_there = slot.stage in _HOLDS_A_SEED and slot.blueprint == blueprint
+        return {
+            name: slot.parameters if is_there and name == "parameters" else getattr(cost, name)
+            for name in self._limits
+        }
+
+    def _score(self, slot: SlotObservation, blueprint: str) -> float:
+        """Return the mean gain over the share of the scarcest budget; infinite for what was never measured."""
+        gains = self._gains.get(blueprint)
+        if not gains:
+            return math.inf
+        shares = [amount / self._limits[name] for name, amount in self._amounts(slot, blueprint).items()]
+        share = max(shares, default=0.0)
+        return fmean(gains) / share if share > 0 else fmean(gains) * math.inf if fmean(gains) else 0.0
+
+    def _affordable(
+        self, observation: Observation, pairs: Sequence[Pair], left: Mapping[str, float]
+    ) -> list[tuple[SlotObservation, str]]:
+        slots = {slot.slot: slot for slot in observation.slots}
+        return [
+            (slots[slot], blueprint)
+            for slot, blueprint in pairs
+            if all(amount <= left[name] for name, amount in self._amounts(slots[slot], blueprint).items())
+        ]
+
+    # -- decisions -------------------------------------------------------------------------------------------------
+
+    def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
+        """Return the affordable pair with the best score; what was never measured first, the cheapest of it."""
+        if self._seconds is not None and self._spent_seconds + self._longest_life >= self._seconds:
+            return None
+        affordable = self._affordable(observation, pairs, self.left(observation))
+        if not affordable:
+            return None
+
+        def rank(option: tuple[SlotObservation, str]) -> tuple[float, int]:
+            return -self._score(*option), sum(self._amounts(*option).values())
+
+        slot, blueprint = min(affordable, key=rank)
+        return slot.slot, blueprint
+
+    def judge(self, observation: Observation, slot: SlotObservation) -> Command | None:
+        """Cull what does not fit the budget or stands in the way of a better use of it."""
+        if self._seconds is not None and self._spent_seconds + self._longest_epoch > self._seconds:
+            return self.care.cull(slot, f"{self._spent_seconds:.3g} of {self._seconds:.3g} seconds are spent")
+        left = self.left(observation, apart_from=slot.slot)
+        for name, amount in self._amounts(slot, slot.blueprint).items():
+            if amount > left[name]:
+                return self.care.cull(slot, f"it takes {amount:,} of {left[name]:,.0f} {name} that are left")
+        if slot.stage is SeedStage.BLENDING and slot.alpha == 0.0 and not slot.is_paused:
+            better = self._better_use(observation, slot, left)
+            if better:
+                return self.care.cull(slot, better)
+        return super().judge(observation, slot)
+
+    def _better_use(self, observation: Observation, slot: SlotObservation, left: Mapping[str, float]) -> str:
+        mine = self._score(slot, slot.blueprint)
+        after = {name: left[name] - amount for name, amount in self._amounts(slot, slot.blueprint).items()}
+        free = [s.slot for s in observation.slots if s.stage is SeedStage.DORMANT]
+        here = [(slot.slot, blueprint) for blueprint in self._candidates(slot)]
+        others = [p for p in [*self.pairs(observation), *here] if p[1] != slot.blueprint]
+        could = self._affordable(observation, others, left)
+        still = {(s.slot, b) for s, b in self._affordable(observation, others, after) if s.slot in free}
+        lost = [
+            (self._score(s, b), b)
+            for s, b in could
+            if (s.slot, b) not in still and (s.slot, b) not in self._refused and b in self._gains
+        ]
+        score, blueprint = max(lost, default=(-math.inf, ""))
+        if not score > mine:
+            return ""
+        return f"{blueprint} gains {score:.3g} for the whole budget's cost, this one {mine:.3g}"
+
+    # -- what it learns --------------------------------------------------------------------------------------------
+
+    def learn(self, observation: Observation) -> None:
+        """Note gains at the end of incubation, and the time."""
+        living = living_seeds(observation)
+        for slot in living:
+            passed = slot.stage >= SeedStage.BLENDING
+            measured = slot.gain is not None and math.isfinite(slot.gain)
+            ends = passed or slot.is_stopped or slot.epochs_in_stage >= self.care.max_training_epochs
+            if ends and slot.seed_id not in self._counted:
+                self._counted.add(slot.seed_id)
+                gain = slot.gain if measured and slot.gain is not None else 0.0
+                self._gains.setdefault(slot.blueprint, []).append(gain if passed else min(gain, 0.0))
+        self._counted &= {slot.seed_id for slot in living}
+        self._note_time(bool(living))
+
+    def _note_time(self, growing: bool) -> None:
+        if self._seconds is None:
+            return
+        now = self._clock()
+        passed = now - self._last_tick if self._last_tick is not None else 0.0
+        self._last_tick = now
+        if growing:
+            self._spent_seconds += passed
+            self._life += passed
+            self._longest_life = max(self._longest_life, self._life)
+            self._longest_epoch = max(self._longest_epoch, passed)
+        else:
+            self._life = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the policy remembers, as plain data."""
+        return super().state_dict() | {
+            "gains": {name: list(gains) for name, gains in sorted(self._gains.items())},
+            "counted": sorted(self._counted),
+            "seconds": [self._spent_seconds, self._life, self._longest_life, self._longest_epoch],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned; the clock goes on from here."""
+        super().load_state_dict(state)
+        self._gains = {str(name): list(map(float, gains)) for name, gains in state["gains"].items()}
+        self._counted = set(map(str, state["counted"]))
+        spent, self._life, self._longest_life, self._longest_epoch = map(float, state["seconds"])
+        self._spent_seconds = spent
+        self._last_tick = self._clock() if self._seconds is not None else None

@@ -1,0 +1,227 @@
+"""What policies that grow have in common: candidates, refusals, and what becomes of a seed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.triggers import Trigger
+from kasmina_core.policy import Advance, Command, Cull, Germinate, Observation, SlotObservation
+from kasmina_core.topology import Topology
+
+Pair = tuple[str, str]
+"""A slot and a blueprint that could grow in it."""
+
+Candidates = Mapping[Topology, Sequence[str]] | Callable[[SlotObservation], Sequence[str]]
+"""Blueprints by topology, or a function of a slot's observation; ids or short names."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SeedCare:
+    """Fossilises what passes G5 and culls what takes too long or was stopped; a paused seed is left alone.
+
+    Attributes:
+        max_training_epochs: Epochs in GERMINATED or TRAINING after which a seed that its gate refuses is culled.
+        max_probation_epochs: Epochs in SHADOWING, PROBATIONARY or, once the ramp is done, BLENDING after which a seed
+            that its gate refuses is culled.
+        revert: Whether a cull puts the host back where a snapshot of it was kept.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    max_training_epochs: int = 8
+    max_probation_epochs: int = 8
+    revert: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_training_epochs", "max_probation_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}.")
+
+    def judge(self, slot: SlotObservation) -> Command | None:
+        """Return what is to become of a living seed now, if anything."""
+        if slot.is_stopped:
+            distance = "not known" if slot.deviation is None else f"{slot.deviation:.4g} times its RMS"
+            return self.cull(slot, f"stopped in incubation: its deviation from the host is {distance}")
+        if slot.is_paused:
+            return None
+        if slot.stage is SeedStage.PROBATIONARY and slot.gate_passed:
+            return Advance(slot.slot)
+        limit = {
+            SeedStage.GERMINATED: self.max_training_epochs,
+            SeedStage.TRAINING: self.max_training_epochs,
+            SeedStage.BLENDING: self.max_probation_epochs if slot.ramp_progress >= 1.0 else None,
+            SeedStage.SHADOWING: self.max_probation_epochs,
+            SeedStage.PROBATIONARY: self.max_probation_epochs,
+        }.get(slot.stage)
+        if limit is not None and slot.epochs_in_stage >= limit:
+            return self.cull(slot, f"{slot.epochs_in_stage} epochs in {slot.stage.name}: {slot.gate_reason}")
+        return None
+
+    def cull(self, slot: SlotObservation, reason: str) -> Cull:
+        """Return the command that removes a seed, and reverts the host where that can be."""
+        return Cull(slot.slot, reason, revert=self.revert and slot.can_revert)
+
+
+class GrowingPolicy:
+    """Germinates one seed at a time when a trigger says so; what, and what is kept, is for others to say.
+
+    A pair that gate G0 refuses is not tried again, and another one is germinated in its place. A host whose metric is
+    not finite for ``patience`` epochs is said to be so in a `RuntimeWarning`, once, and a seed that contributes to it
+    is culled.
+
+    Write a policy by overriding `choose`, and `judge`, `learn` and the two methods of its state where it has more to
+    remember.
+
+    Args:
+        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
+        trigger: Says when.
+        care: Says what becomes of a seed.
+        max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
+        patience: Epochs without a finite metric that are too many.
+
+    Raises:
+        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
+        TopologyError: If it maps something that is no topology.
+    """
+
+    def __init__(
+        self,
+        blueprints: Candidates,
+        trigger: Trigger,
+        care: SeedCare | None = None,
+        *,
+        max_seeds: int | None = None,
+        patience: int = 3,
+    ) -> None:
+        self._candidates = blueprints if callable(blueprints) else _from_mapping(blueprints)
+        self.trigger = trigger
+        self.care = care or SeedCare()
+        self.max_seeds = max_seeds
+        self.silence = patience
+        self._silent = 0
+        self._pending: set[Pair] = set()
+        self._refused: set[Pair] = set()
+
+    # -- what a policy of one's own says ---------------------------------------------------------------------------
+
+    def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
+        """Return which of the pairs to grow now; there is at least one. Default: the first."""
+        return pairs[0]
+
+    def judge(self, observation: Observation, slot: SlotObservation) -> Command | None:
+        """Return what is to become of a living seed now, if anything."""
+        return self.care.judge(slot)
+
+    def learn(self, observation: Observation) -> None:
+        """Take an epoch before anything is decided."""
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def decide(self, observation: Observation) -> Sequence[Command]:
+        """Return at most one command a slot."""
+        was_refused = self._note_refusals(observation)
+        diverged = self._note_silence(observation)
+        self.learn(observation)
+        living = living_seeds(observation)
+        due = self.trigger.is_due(observation, bool(living))
+        if living:
+            return [
+                command
+                for slot in living
+                if (command := self._part(slot, diverged) or self.judge(observation, slot)) is not None
+            ]
+        kept = sum(slot.stage is SeedStage.FOSSILIZED for slot in observation.slots)
+        if not (due or was_refused) or (self.max_seeds is not None and kept >= self.max_seeds):
+            return ()
+        pairs = self.pairs(observation)
+        choice = self.choose(observation, pairs) if pairs else None
+        return () if choice is None else [self.germinate(choice)]
+
+    def pairs(self, observation: Observation) -> list[Pair]:
+        """Return what could be grown now, in the order of blueprints first and slots second."""
+        free = [slot for slot in observation.slots if slot.stage is SeedStage.DORMANT]
+        ranked = [
+            (rank, order, slot.slot, blueprint)
+            for order, slot in enumerate(free)
+            for rank, blueprint in enumerate(self._candidates(slot))
+            if (slot.slot, blueprint) not in self._refused
+        ]
+        return [(slot, blueprint) for _, _, slot, blueprint in sorted(ranked)]
+
+    def germinate(self, pair: Pair) -> Germinate:
+        """Return the command that grows a pair, and watch what becomes of it."""
+        self._pending.add(pair)
+        self.trigger.spend()
+        return Germinate(*pair)
+
+    def _note_refusals(self, observation: Observation) -> bool:
+        dormant = {slot.slot for slot in observation.slots if slot.stage is SeedStage.DORMANT}
+        refused = {pair for pair in self._pending if pair[0] in dormant}
+        self._refused |= refused
+        self._pending = set()
+        return bool(refused)
+
+    def _note_silence(self, observation: Observation) -> bool:
+        """Count epochs without a finite metric; return whether the model has diverged for too long."""
+        metric = observation.metric
+        if metric is not None and math.isfinite(metric):
+            self._silent = 0
+            return False
+        self._silent += 1
+        if self._silent == self.silence:
+            what = "no metric: give step_epoch(metric) one" if metric is None else f"a metric of {metric}"
+            warnings.warn(
+                f"{type(self).__name__} has seen {what}, for {self._silent} epochs. "
+                "It germinates nothing on a plateau until there is a finite one.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return metric is not None and self._silent >= self.silence
+
+    def _part(self, slot: SlotObservation, diverged: bool) -> Command | None:
+        if diverged and slot.alpha > 0.0 and not slot.is_paused:
+            return self.care.cull(slot, f"the model's metric has not been finite for {self._silent} epochs")
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the policy remembers, as plain data."""
+        return {
+            "trigger": self.trigger.state_dict(),
+            "silent": self._silent,
+            "pending": [list(pair) for pair in sorted(self._pending)],
+            "refused": [list(pair) for pair in sorted(self._refused)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        self.trigger.load_state_dict(state["trigger"])
+        self._silent = int(state["silent"])
+        self._pending = {(slot, blueprint) for slot, blueprint in state["pending"]}
+        self._refused = {(slot, blueprint) for slot, blueprint in state["refused"]}
+
+
+def living_seeds(observation: Observation) -> list[SlotObservation]:
+    """Return the slots whose seed's fate is not known yet."""
+    return [
+        slot for slot in observation.slots if SeedStage.GERMINATED <= slot.stage <= SeedStage.PROBATIONARY
+    ]
+
+
+def _from_mapping(blueprints: Mapping[Topology, Sequence[str]]) -> Callable[[SlotObservation], Sequence[str]]:
+    if not isinstance(blueprints, Mapping):
+        raise TypeError(
+            f"blueprints must map topologies to lists of ids, such as {{Topology.CNN: ['norm']}}, not {blueprints!r}."
+        )
+    listed: dict[Topology, tuple[str, ...]] = {}
+    for topology, names in blueprints.items():
+        if isinstance(names, str):
+            raise TypeError(f"blueprints[{topology!r}] must be a list of ids, not the text {names!r}.")
+        listed[Topology(topology)] = tuple(names)
+    return lambda slot: listed.get(slot.topology, ())

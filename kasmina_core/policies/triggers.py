@@ -1,0 +1,122 @@
+"""When a policy may germinate: on a plateau of the metric, or at fixed times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
+
+from kasmina_core.policy import Observation
+
+
+class Trigger(Protocol):
+    """Says when it is time for another seed."""
+
+    def is_due(self, observation: Observation, growing: bool) -> bool:
+        """Take an epoch, and say whether it is time.
+
+        Args:
+            observation: The model after the epoch.
+            growing: Whether a seed lives whose fate is not known yet; it is never time then.
+        """
+        ...
+
+    def spend(self) -> None:
+        """Hear that a seed was germinated."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, as plain data."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        ...
+
+
+@final
+class Plateau:
+    """The metric's best has not improved by ``min_delta`` (relative to its size) for ``patience`` epochs.
+
+    Epochs in which a seed grows do not count: the metric is judged anew once its fate is known. Nor do epochs without
+    a finite metric: a diverged host is not on a plateau.
+
+    Args:
+        patience: Epochs without improvement, at least 1.
+        min_delta: Smallest improvement that counts, as a share of the best metric.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, patience: int = 3, min_delta: float = 0.01) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, not {patience!r}.")
+        if not 0.0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, not {min_delta!r}.")
+        self.patience = patience
+        self.min_delta = min_delta
+        self._best: float | None = None
+        self._stale = 0
+
+    def is_due(self, observation: Observation, growing: bool) -> bool:
+        """Take an epoch, and say whether there is a plateau."""
+        metric = observation.metric
+        if metric is not None and math.isfinite(metric):
+            sign = 1.0 if observation.higher_is_better else -1.0
+            if self._best is None or sign * (metric - self._best) > self.min_delta * abs(self._best):
+                self._best, self._stale = metric, 0
+            else:
+                self._stale += 1
+        if growing:
+            self._stale = 0
+        return self._stale >= self.patience and metric is not None and math.isfinite(metric)
+
+    def spend(self) -> None:
+        """Wait for the next plateau."""
+        self._stale = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, as plain data."""
+        return {"best": self._best, "stale": self._stale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        self._best, self._stale = state["best"], int(state["stale"])
+
+
+@final
+class FixedTimes:
+    """Once at each of the given epochs, or as soon after it as the seeds before allow.
+
+    Args:
+        epochs: Epochs, as the model counts them; each at least 0.
+
+    Raises:
+        ValueError: If there is none, or one is negative.
+    """
+
+    def __init__(self, epochs: Sequence[int]) -> None:
+        self.epochs = sorted(map(int, epochs))
+        if not self.epochs or self.epochs[0] < 0:
+            raise ValueError(f"epochs must be a list of numbers of at least 0, not {list(epochs)!r}.")
+        self._spent = 0
+
+    def is_due(self, observation: Observation, growing: bool) -> bool:
+        """Say whether the next time has come; not while the host's metric is no finite number."""
+        metric = observation.metric
+        diverged = metric is not None and not math.isfinite(metric)
+        left = self.epochs[self._spent :]
+        return bool(left) and left[0] <= observation.epoch and not growing and not diverged
+
+    def spend(self) -> None:
+        """Wait for the next time."""
+        self._spent = min(self._spent + 1, len(self.epochs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, as plain data."""
+        return {"spent": self._spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+        self._spent = int(state["spent"])

@@ -1,0 +1,172 @@
+"""What is kept in memory to go back to: the host before a seed began to contribute, a seed that was put aside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast, final, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from kasmina_core.slots import SeedSlot
+
+
+@runtime_checkable
+class HostStateKeeper(Protocol):
+    """A listener that also knows something of the host's parameters, such as an optimiser's momenta."""
+
+    def keep(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+        """Copy what is known of the parameters now; the returned function puts it back."""
+        ...
+
+
+@final
+class HostSnapshot:
+    """Copies of the host and of the seeds that contribute besides one, and what listeners know of their parameters.
+
+    Args:
+        host: The host.
+        slots: Every slot of the model.
+        slot: The one whose seed is about to contribute.
+        keepers: Who else is to remember something.
+        epoch: Epochs the model has stepped.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        slots: Iterable[SeedSlot],
+        slot: SeedSlot,
+        keepers: Iterable[HostStateKeeper],
+        epoch: int,
+    ) -> None:
+        others = list(slots)
+        tensors = contributing_tensors(host, others, slot)
+        self.epoch = epoch
+        self.contributors = frozenset(_contributors(others, slot))
+        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
+        self._put_back = [keeper.keep(parameters) for keeper in keepers]
+
+    def difference(self, tensors: Mapping[str, Tensor]) -> str:
+        """Return, a line a tensor, where the copies do not fit these tensors; empty if they do."""
+        here, kept = _forms(tensors), _forms(self._copies)
+        odd = sorted(name for name in {*here, *kept} if here.get(name) != kept.get(name))
+        return "\n".join(
+            f"  {name}: kept {kept.get(name, 'nothing')}, now {here.get(name, 'nothing')}" for name in odd
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the copies into the tensors and let the keepers put back what they knew; gradients are dropped.
+
+        Args:
+            tensors: Those of `contributing_tensors` now; `difference` must have found none.
+        """
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(self._copies[name])
+                tensor.grad = None
+        for put_back in self._put_back:
+            put_back()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KeptSeed:
+    """A seed that was put aside: what it was made from, and its weights and buffers."""
+
+    seed_id: str
+    blueprint_id: str
+    options: Mapping[str, Any]
+    weights: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, slot: SeedSlot) -> KeptSeed | None:
+        """Return what a slot's seed is now, or ``None`` if it holds none; the tensors are the seed's own."""
+        if slot.seed is None or slot.state is None:
+            return None
+        state = slot.state
+        return cls(state.seed_id, state.blueprint_id, copy.deepcopy(slot.options), slot.seed.state_dict())
+
+
+def contributing_tensors(
+    host: nn.Module, slots: Iterable[SeedSlot], apart_from: SeedSlot
+) -> dict[str, Tensor]:
+    """Return parameters and buffers of the host and of every other seed whose output is in the model's, by name."""
+    modules = {"host": host} | {
+        f"{slot.name}.seed": cast("nn.Module", slot.seed)
+        for slot in _contributors(slots, apart_from).values()
+    }
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def obstacle_to_revert(
+    snapshot: HostSnapshot | None, host: nn.Module, slots: Iterable[SeedSlot], slot: SeedSlot
+) -> str:
+    """Return why the host cannot be put back to a slot's snapshot; empty if it can."""
+    if snapshot is None:
+        return (
+            "no snapshot of the host was kept. GrowthConfig(keep_snapshot=True) keeps one from BLENDING on, in memory: "
+            "a model that was loaded or copied has none."
+        )
+    others = list(slots)
+    if changed := sorted(snapshot.contributors ^ set(_contributors(others, slot))):
+        return (
+            f"other seeds have begun or ceased to contribute since: {', '.join(changed)}. "
+            "Revert those that came later first, or cull without revert."
+        )
+    if difference := snapshot.difference(contributing_tensors(host, others, slot)):
+        return f"the host has other tensors than then.\n{difference}"
+    return ""
+
+
+def _contributors(slots: Iterable[SeedSlot], apart_from: SeedSlot) -> dict[str, SeedSlot]:
+    return {
+        slot.state.seed_id: slot
+        for slot in slots
+        if slot is not apart_from and slot.state is not None and slot.is_active and not slot.is_apart
+    }
+
+
+def kept_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Copy an optimiser's state of some parameters; the returned function puts it back.
+
+    Learning rates and other settings of groups are not part of it: they belong to the schedule, which goes on.
+    """
+    wanted = list(parameters)
+    kept = {p: copy.deepcopy(optimizer.state[p]) for p in wanted if p in optimizer.state}
+
+    def put_back() -> None:
+        for parameter in wanted:
+            if parameter not in kept:
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = _copied_into(optimizer.state.get(parameter, {}), kept[parameter])
+
+    return put_back
+
+
+def _copied_into(present: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return ``before``, in the tensors of ``present`` where they fit: a captured graph knows them by address."""
+    result = {}
+    for name, value in before.items():
+        place = present.get(name)
+        if isinstance(value, Tensor) and isinstance(place, Tensor) and place.shape == value.shape:
+            result[name] = place.copy_(value)
+        else:
+            result[name] = copy.deepcopy(value)
+    present.clear()
+    present.update(result)
+    return present
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
