@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kasmina_core.attachment import HookedHost as HookedHost
+    from kasmina_core.averaging import GrowingAveragedModel as GrowingAveragedModel
     from kasmina_core.blending import AlphaSchedule as AlphaSchedule
     from kasmina_core.blending import blend_with_isolation as blend_with_isolation
     from kasmina_core.blueprints import BlueprintRegistry as BlueprintRegistry
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from kasmina_core.checkpoint import load_checkpoint as load_checkpoint
     from kasmina_core.checkpoint import save_checkpoint as save_checkpoint
     from kasmina_core.checks import check_blueprint_spec as check_blueprint_spec
+    from kasmina_core.clipping import ClippedGradients as ClippedGradients
+    from kasmina_core.clipping import clip_gradients as clip_gradients
+    from kasmina_core.clipping import drop_nonfinite_seed_gradients as drop_nonfinite_seed_gradients
     from kasmina_core.config import GradientPolicy as GradientPolicy
     from kasmina_core.config import GrowthConfig as GrowthConfig
     from kasmina_core.config import Incubation as Incubation
@@ -155,6 +159,7 @@ _HOME = {
     "CheckStatus": "reports",
     "CheckVerdict": "gates",
     "CheckpointError": "errors",
+    "ClippedGradients": "clipping",
     "Command": "policy",
     "Continue": "policy",
     "Cull": "policy",
@@ -173,6 +178,7 @@ _HOME = {
     "GerminationError": "errors",
     "GradientIsolationMonitor": "isolation",
     "GradientPolicy": "config",
+    "GrowingAveragedModel": "averaging",
     "GrowingPolicy": "policies.growing",
     "GrowthConfig": "config",
     "HookedHost": "attachment",
@@ -250,8 +256,10 @@ _HOME = {
     "blueprint_costs": "policies.budget",
     "bound_deviation": "isolation",
     "check_blueprint_spec": "checks",
+    "clip_gradients": "clipping",
     "default_registry": "discovery",
     "distribute": "distributed",
+    "drop_nonfinite_seed_gradients": "clipping",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
     "is_active_stage": "lifecycle",
