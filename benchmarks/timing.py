@@ -75,14 +75,17 @@ class Clock:
         device: Where the steps run; a CUDA device is waited for before and after each measurement.
         rounds: Ratios taken; each is of the fastest of three turns.
         budget: Seconds after which no new comparison is begun.
+        waits: Whether steps wait for something else (a disk, a process): it is the wall clock's time then.
     """
 
-    def __init__(self, device: torch.device, rounds: int, budget: float = float("inf")) -> None:
+    def __init__(
+        self, device: torch.device, rounds: int, budget: float = float("inf"), waits: bool = False
+    ) -> None:
         self.device, self.rounds = device, max(2, rounds)
         self._end = time.monotonic() + budget
         # One launch is too short to be timed from the host, so that a turn on CUDA is several steps.
-        self._steps = 5 if device.type == "cuda" else 1
-        self._now = time.perf_counter if device.type == "cuda" else time.process_time
+        self._steps = 5 if device.type == "cuda" and not waits else 1
+        self._now = time.perf_counter if device.type == "cuda" or waits else time.process_time
 
     @property
     def is_over(self) -> bool:
