@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from kasmina_core.events import TelemetryEventType as TelemetryEventType
     from kasmina_core.evidence import SeedEvidence as SeedEvidence
     from kasmina_core.gates import CheckVerdict as CheckVerdict
+    from kasmina_core.gates import ErrorBudget as ErrorBudget
     from kasmina_core.gates import GateCheck as GateCheck
     from kasmina_core.gates import GateCheckSpec as GateCheckSpec
     from kasmina_core.gates import GateLevel as GateLevel
@@ -132,6 +133,9 @@ if TYPE_CHECKING:
     from kasmina_core.reports import CheckStatus as CheckStatus
     from kasmina_core.reports import ValidationReport as ValidationReport
     from kasmina_core.reports import ValidationVerdict as ValidationVerdict
+    from kasmina_core.sequential import Finding as Finding
+    from kasmina_core.sequential import LevelSpending as LevelSpending
+    from kasmina_core.sequential import PairedGain as PairedGain
     from kasmina_core.slots import SeedSlot as SeedSlot
     from kasmina_core.snapshot import HostStateKeeper as HostStateKeeper
     from kasmina_core.switches import Switches as Switches
@@ -165,6 +169,8 @@ _HOME = {
     "Cull": "policy",
     "DistributedError": "errors",
     "DistributedGrowth": "distributed",
+    "ErrorBudget": "gates",
+    "Finding": "sequential",
     "FixedTimes": "policies.triggers",
     "FixedTimesPolicy": "policies.plateau",
     "GateCheck": "gates",
@@ -188,14 +194,15 @@ _HOME = {
     "HostSpec": "hosts",
     "HostStateKeeper": "snapshot",
     "Incubation": "config",
-    "InexactResume": "random_states",
     "IncubationStopped": "events",
+    "InexactResume": "random_states",
     "InjectionPoint": "hosts",
     "InterruptedSave": "checkpoint",
     "IsolationReading": "isolation",
     "IsolationViolation": "events",
     "JsonLinesSink": "telemetry",
     "KasminaError": "errors",
+    "LevelSpending": "sequential",
     "LoadedCheckpoint": "checkpoint",
     "MemorySink": "telemetry",
     "MorphogeneticModel": "model",
@@ -206,6 +213,7 @@ _HOME = {
     "PackReason": "packs",
     "PackRecord": "packs",
     "PackState": "packs",
+    "PairedGain": "sequential",
     "PassCache": "check_cache",
     "Pause": "policy",
     "Plateau": "policies.triggers",

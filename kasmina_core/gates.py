@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, final
 
-from kasmina_core.errors import BlueprintError
+from kasmina_core.errors import BlueprintError, CheckpointError
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.sequential import Finding, LevelSpending, Look, PairedGain, judge
+
+SCREEN_T: Final = 3.0
+"""Standard errors below 0 at which the first-order screen refuses a seed."""
 
 
 @final
@@ -41,11 +47,17 @@ GATE_INTO: Final[Mapping[SeedStage, GateLevel]] = MappingProxyType(
 
 @final
 class CheckVerdict(Enum):
-    """Verdict of one check. Only PASSED lets a gate pass."""
+    """Verdict of one check. A gate passes if one is PASSED and every other is PASSED or NOT_REQUIRED."""
 
     PASSED = "passed"
     FAILED = "failed"
     NEVER_MEASURED = "never measured"
+    NOT_REQUIRED = "not required"
+
+    @property
+    def stops(self) -> bool:
+        """Whether it keeps a gate from passing."""
+        return self in (CheckVerdict.FAILED, CheckVerdict.NEVER_MEASURED)
 
 
 @final
@@ -119,24 +131,27 @@ class GateResult:
         gate: Which gate; ``None`` for one that does not exist or a transition without a gate.
         checks: Every check, in order.
         epoch: ``epochs_total`` of the seed when it was evaluated.
+        finding: Effect, interval, sample size and what the test spent, where the gate decided on evidence.
     """
 
     gate: GateLevel | None
     checks: tuple[GateCheck, ...]
     epoch: int = 0
+    finding: Finding | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every check passed; a gate without checks does not pass."""
-        return bool(self.checks) and all(check.verdict is CheckVerdict.PASSED for check in self.checks)
+        verdicts = [check.verdict for check in self.checks]
+        return CheckVerdict.PASSED in verdicts and not any(verdict.stops for verdict in verdicts)
 
     def __bool__(self) -> bool:
         return self.passed
 
     @property
     def failed_checks(self) -> tuple[GateCheck, ...]:
-        """The checks that did not pass."""
-        return tuple(check for check in self.checks if check.verdict is not CheckVerdict.PASSED)
+        """The checks that keep the gate from passing."""
+        return tuple(check for check in self.checks if check.verdict.stops)
 
     @property
     def reason(self) -> str:
@@ -151,7 +166,8 @@ class GateResult:
     def __str__(self) -> str:
         if self.gate is None:
             return self.reason
-        return f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
+        text = f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
+        return text if self.finding is None else f"{text}; {self.finding}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -161,6 +177,7 @@ class GateResult:
             "reason": self.reason,
             "epoch": self.epoch,
             "checks": [check.to_dict() for check in self.checks],
+            "finding": self.finding.to_dict() if self.finding is not None else None,
         }
 
     @classmethod
@@ -175,9 +192,10 @@ class GateResult:
             checks = tuple(GateCheck.from_dict(check) for check in data["checks"])
             if type(epoch := data["epoch"]) is not int:
                 raise ValueError("its epoch is no whole number")
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            finding = Finding.from_dict(data["finding"]) if data["finding"] is not None else None
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
             raise ValueError(f"expected what a gate said, found {data!r:.80}: {error}") from error
-        return cls(gate, checks, epoch)
+        return cls(gate, checks, epoch, finding)
 
 
 @final
@@ -192,6 +210,8 @@ class GateContext:
         gains: Gains measured since the stage began, one an epoch, oldest first.
         germination: Findings at germination by name, for G0.
         parameters_finite: Says whether all of the seed's parameters are finite.
+        look: Counts a look of the sequential test, once a measurement, and says which it is.
+        screen: Measures the seed's first-order gain; ``None`` where that cannot be done.
     """
 
     state: SeedState
@@ -199,6 +219,8 @@ class GateContext:
     gains: Sequence[float] = ()
     germination: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
     parameters_finite: Callable[[], bool] = lambda: True
+    look: Callable[[], Look] = Look
+    screen: Callable[[], PairedGain | None] = lambda: None
 
 
 @final
@@ -211,11 +233,13 @@ class GateCheckSpec:
     Attributes:
         name: What is checked.
         gates: The gates that ask it.
-        measure: ``measure(context) -> float | bool | None``; ``None``, NaN and infinity mean never measured. If it
-            raises or returns anything else, the check fails and says so.
+        measure: ``measure(context) -> float | bool | GateCheck | None``; ``None``, NaN and infinity mean never
+            measured. A `GateCheck` is taken as it is: its bounds depend on the context. If it raises or returns
+            anything else, the check fails and says so.
         minimum: Smallest value that passes.
         maximum: Largest value that passes.
         needs_evidence: Whether it asks for ``context.measure()``; such checks run only when the cheap ones passed.
+        screens: Whether it runs between those two kinds.
 
     Raises:
         BlueprintError: If there is neither a minimum nor a maximum, or no gate.
@@ -223,10 +247,11 @@ class GateCheckSpec:
 
     name: str
     gates: tuple[GateLevel, ...]
-    measure: Callable[[GateContext], float | bool | None]
+    measure: Callable[[GateContext], float | bool | GateCheck | None]
     minimum: float | None = None
     maximum: float | None = None
     needs_evidence: bool = False
+    screens: bool = False
 
     def __post_init__(self) -> None:
         if self.minimum is None and self.maximum is None:
@@ -234,10 +259,17 @@ class GateCheckSpec:
         if not self.gates:
             raise BlueprintError(f"Gate check '{self.name}' names no gate.")
 
+    @property
+    def cost(self) -> int:
+        """When it runs: 0 at once, 1 if those passed, 2 if all before passed."""
+        return 2 if self.needs_evidence else 1 if self.screens else 0
+
     def run(self, context: GateContext) -> GateCheck:
         """Measure and judge."""
         try:
             raw = self.measure(context)
+            if isinstance(raw, GateCheck):
+                return raw
             value = None if raw is None else float(raw)
         except Exception as error:
             return GateCheck(
@@ -251,24 +283,22 @@ class GateCheckSpec:
         if value is None:
             advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""
             return self.not_measured(f"no measurement{advice}")
-        if not math.isfinite(value):
-            return GateCheck(
-                self.name,
-                value,
-                CheckVerdict.NEVER_MEASURED,
-                self.minimum,
-                self.maximum,
-                "not a finite number",
-            )
-        fits = (self.minimum is None or value >= self.minimum) and (
-            self.maximum is None or value <= self.maximum
-        )
-        verdict = CheckVerdict.PASSED if fits else CheckVerdict.FAILED
-        return GateCheck(self.name, value, verdict, self.minimum, self.maximum)
+        return _judged(self.name, value, self.minimum, self.maximum)
 
     def not_measured(self, why: str) -> GateCheck:
         """Return the check as one that was never measured."""
         return GateCheck(self.name, None, CheckVerdict.NEVER_MEASURED, self.minimum, self.maximum, why)
+
+
+def _judged(
+    name: str, value: float, minimum: float | None = None, maximum: float | None = None, detail: str = ""
+) -> GateCheck:
+    if not math.isfinite(value):
+        verdict, detail = CheckVerdict.NEVER_MEASURED, "not a finite number"
+    else:
+        fits = (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
+        verdict = CheckVerdict.PASSED if fits else CheckVerdict.FAILED
+    return GateCheck(name, value, verdict, minimum, maximum, detail)
 
 
 @final
@@ -285,6 +315,20 @@ class GateProfile(Enum):
 
 
 @final
+class ErrorBudget(Enum):
+    """What ``error_rate`` is the error rate of.
+
+    - ``PER_SEED``: of each gate of each seed. Seeds under test at the same time share it: each gets its part, by the
+      number of seeds that live, when it begins to train.
+    - ``PER_RUN``: of each gate over all seeds of a run together, however many there will be: the ``j``-th to germinate
+      gets ``1 / (j * (j + 1))``.
+    """
+
+    PER_SEED = "per seed"
+    PER_RUN = "per run"
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class GateThresholds:
     """Thresholds of both profiles.
@@ -297,12 +341,28 @@ class GateThresholds:
         max_isolation_violations: Leaks into the host that G2 and G5 tolerate.
         min_samples: Held-out samples that evidence needs.
         min_gain: Gain that G2 and G5 need, in units of the loss per sample.
-        min_t: Gain over its standard error that G2 and G5 need.
-        max_harm_t: How many standard errors the model may be worse with the seed, at G4.
+        error_rate: Probability that a seed that does nothing passes G2, and again G5, at any of all its looks; see
+            `LevelSpending`. At 1 the test passes everything.
+        error_budget: Whether that holds for each seed or for the whole run.
+        planned_looks: Looks at a seed in one stage that share most of the error rate; later ones are held to more.
+        smaller_alphas: Blend weights in (0, 1) at which the gain is measured besides alpha 1. G2 accepts on the best of
+            all of them, corrected for their number. A seed may be too strong as it comes out of TRAINING and still be
+            of use once it has blended in; the gain at .3 foretold that better than the gain at 1.
+        min_t: Gain over its standard error that G2 and G5 need instead of the test, a fixed number whose error rate
+            nobody knows; ``None`` for the test.
+        max_harm_t: How many standard errors the model may be worse with the seed at alpha 1, at G2 and G4.
+        beat_start: Whether G5 also needs the model to be better than its host was when blending began. That charges
+            the seed with the epochs of the host that it took. Not required where that was never measured.
+        screen: Whether G2 first looks at the first-order gains of all incubating seeds, in one forward and backward,
+            and refuses those that are significantly below 0. It needs an evaluator that keeps the graph, and memory for
+            it; it pays where several seeds incubate at once.
         max_output_deviation: Largest ``rms(seed - host) / rms(host)`` at the slot, at G4.
         min_training_improvement: Improvement since the stage began at G2, in units of the metric (report profile).
         min_blending_alpha: Alpha at G3 (report profile).
         min_total_improvement: Improvement since germination at G5, in units of the metric (report profile).
+
+    Raises:
+        ValueError: If an error rate, a number of looks or an alpha is out of range.
     """
 
     min_training_epochs: int = 3
@@ -310,14 +370,34 @@ class GateThresholds:
     min_probation_epochs: int = 3
     min_blending_epochs: int = 3
     max_isolation_violations: int = 0
-    min_samples: int = 30
+    min_samples: int = 100
     min_gain: float = 0.0
-    min_t: float = 3.0
+    error_rate: float = 0.05
+    error_budget: ErrorBudget = ErrorBudget.PER_SEED
+    planned_looks: int = 8
+    smaller_alphas: tuple[float, ...] = (0.3,)
+    min_t: float | None = None
     max_harm_t: float = 2.0
+    beat_start: bool = True
+    screen: bool = False
     max_output_deviation: float = 10.0
     min_training_improvement: float = 0.5
     min_blending_alpha: float = 0.95
     min_total_improvement: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error_budget", ErrorBudget(self.error_budget))
+        object.__setattr__(self, "smaller_alphas", tuple(map(float, self.smaller_alphas)))
+        if wrong := [a for a in self.smaller_alphas if not 0.0 < a < 1.0]:
+            raise ValueError(f"smaller_alphas must be between 0 and 1, not {wrong[0]!r}.")
+        if len(set(self.smaller_alphas)) < len(self.smaller_alphas):
+            raise ValueError(f"smaller_alphas names one twice: {self.smaller_alphas!r}.")
+        LevelSpending(self.error_rate, self.planned_looks)
+
+    @property
+    def spending(self) -> LevelSpending:
+        """How the looks spend the error rate."""
+        return LevelSpending(self.error_rate, self.planned_looks)
 
     @classmethod
     def report(cls) -> GateThresholds:
@@ -338,6 +418,9 @@ _GERMINATION_CHECKS: Final = (
 )
 
 
+_DECIDED_ON_EVIDENCE: Final = (GateLevel.G2, GateLevel.G4, GateLevel.G5)
+
+
 def _germination_check(name: str) -> GateCheckSpec:
     def measure(context: GateContext) -> bool | None:
         finding = context.germination.get(name)
@@ -347,18 +430,87 @@ def _germination_check(name: str) -> GateCheckSpec:
 
 
 def _evidence_check(
-    name: str, gate: GateLevel, value: Callable[[SeedEvidence], float], **bounds: float
+    name: str,
+    gate: GateLevel,
+    value: Callable[[SeedEvidence], float],
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> GateCheckSpec:
     def measure(context: GateContext) -> float | None:
         evidence = context.measure()
         return None if evidence is None else value(evidence)
 
-    return GateCheckSpec(name, (gate,), measure, needs_evidence=True, **bounds)
+    return GateCheckSpec(name, (gate,), measure, minimum, maximum, needs_evidence=True)
 
 
-def _t_bounded(evidence: SeedEvidence) -> float:
-    """Evidence's t; a seed that saves exactly the same on every sample counts as large, not as unmeasured."""
-    return max(-1e6, min(1e6, evidence.t)) if not math.isnan(evidence.t) else math.nan
+def _bounded(statistic: float) -> float:
+    """A statistic; a seed that saves exactly the same on every sample counts as large, not as unmeasured."""
+    return max(-1e6, min(1e6, statistic)) if not math.isnan(statistic) else math.nan
+
+
+def _weighed(gate: GateLevel, evidence: SeedEvidence) -> dict[float, PairedGain]:
+    """Return the gains that a gate may accept on, by alpha: all at G2, later that of the model as it is."""
+    return evidence.gains if gate is GateLevel.G2 else {1.0: evidence.paired}
+
+
+def _finding(gate: GateLevel, context: GateContext, t: GateThresholds) -> Finding | None:
+    evidence = context.measure()
+    if evidence is None:
+        return None
+    look = Look() if gate is GateLevel.G4 else context.look()
+    return judge(_weighed(gate, evidence), look, t.spending)
+
+
+def _gain_check(gate: GateLevel, t: GateThresholds) -> GateCheckSpec:
+    def measure(context: GateContext) -> float | None:
+        finding = _finding(gate, context, t)
+        return None if finding is None else finding.effect
+
+    return GateCheckSpec("gain", (gate,), measure, minimum=t.min_gain, needs_evidence=True)
+
+
+def _test_check(
+    name: str,
+    gate: GateLevel,
+    t: GateThresholds,
+    of: Callable[[SeedEvidence], Mapping[float, PairedGain] | None],
+) -> GateCheckSpec:
+    """The sequential test, or a fixed threshold in its place; gains that ``of`` does not find are not required."""
+
+    def measure(context: GateContext) -> GateCheck | None:
+        evidence = context.measure()
+        if evidence is None:
+            return None
+        gains = of(evidence)
+        if gains is None:
+            why = "never measured: the host's losses as blending began are not known for these samples"
+            return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=t.min_t or 0.0, detail=why)
+        if any(not gain.is_finite for gain in gains.values()):
+            return _judged(name, math.nan, minimum=t.min_t or 0.0)
+        finding = judge(gains, context.look(), t.spending)
+        best = gains[finding.alpha]
+        if t.min_t is not None:
+            return _judged(name, _bounded(best.t), minimum=t.min_t)
+        detail = f"p = {finding.p_value:.2g}, look {finding.look} at level {finding.level:.2g}"
+        if len(gains) > 1:
+            detail = f"alpha {finding.alpha:g}, {detail}"
+        return _judged(name, _bounded(best.statistic), minimum=best.critical(finding.level), detail=detail)
+
+    bound = t.min_t if t.min_t is not None else 0.0
+    return GateCheckSpec(name, (gate,), measure, minimum=bound, needs_evidence=True)
+
+
+def _screen_check(t: GateThresholds) -> GateCheckSpec:
+    name = "first-order gain over its error"
+
+    def measure(context: GateContext) -> GateCheck:
+        found = context.screen()
+        if found is None or not found.is_finite:
+            why = "never measured: the evaluator's losses carry no graph back to the slot"
+            return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=-SCREEN_T, detail=why)
+        return _judged(name, _bounded(found.t), minimum=-SCREEN_T)
+
+    return GateCheckSpec(name, (GateLevel.G2,), measure, minimum=-SCREEN_T, screens=True)
 
 
 def _smallest(gains: Sequence[float]) -> float | None:
@@ -403,10 +555,28 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     ]
     for gate in (GateLevel.G2, GateLevel.G4, GateLevel.G5):
         checks.append(_evidence_check("held-out samples", gate, lambda e: e.samples, minimum=t.min_samples))
+    if t.screen:
+        checks.append(_screen_check(t))
     for gate in (GateLevel.G2, GateLevel.G5):
-        checks.append(_evidence_check("gain", gate, lambda e: e.gain, minimum=t.min_gain))
-        checks.append(_evidence_check("gain over its error", gate, _t_bounded, minimum=t.min_t))
-    checks.append(_evidence_check("gain over its error", GateLevel.G4, _t_bounded, minimum=-t.max_harm_t))
+        checks.append(_gain_check(gate, t))
+        checks.append(_test_check("gain over its error", gate, t, partial(_weighed, gate)))
+    checks.append(
+        _evidence_check(
+            "harm at alpha 1 over its error", GateLevel.G2, lambda e: _bounded(e.t), minimum=-t.max_harm_t
+        )
+    )
+    checks.append(
+        _evidence_check("gain over its error", GateLevel.G4, lambda e: _bounded(e.t), minimum=-t.max_harm_t)
+    )
+    if t.beat_start:
+        checks.append(
+            _test_check(
+                "gain over the host at blending",
+                GateLevel.G5,
+                t,
+                lambda e: None if e.since_blending is None else {1.0: e.since_blending},
+            )
+        )
     checks.append(
         _evidence_check(
             "output deviation", GateLevel.G4, lambda e: e.deviation, maximum=t.max_output_deviation
@@ -492,13 +662,16 @@ class QualityGates:
             )
             return GateResult(None, (unknown,), epoch)
         asked = [spec for spec in self.checks if level in spec.gates]
-        done = {id(spec): spec.run(context) for spec in asked if not spec.needs_evidence}
-        cheap_passed = all(check.verdict is CheckVerdict.PASSED for check in done.values())
-        for spec in asked:
-            if spec.needs_evidence:
-                done[id(spec)] = (
-                    spec.run(context) if cheap_passed else spec.not_measured("an earlier check failed")
-                )
+        done: dict[int, GateCheck] = {}
+        may_go_on = True
+        for cost in (0, 1, 2):
+            for spec in asked:
+                if spec.cost == cost:
+                    done[id(spec)] = (
+                        spec.run(context) if may_go_on else spec.not_measured("an earlier check failed")
+                    )
+            if cost < 2:
+                may_go_on = not any(check.verdict.stops for check in done.values())
         checks = tuple(done[id(spec)] for spec in asked)
         if level is GateLevel.G0:
             found = {name: text for name, (_, text) in context.germination.items()}
@@ -506,4 +679,8 @@ class QualityGates:
                 c if c.verdict is CheckVerdict.PASSED else replace(c, detail=found.get(c.name, c.detail))
                 for c in checks
             )
-        return GateResult(level, checks, epoch)
+        finding = None
+        if may_go_on and self.profile is GateProfile.EVIDENCE and level in _DECIDED_ON_EVIDENCE:
+            with suppress(Exception):  # the checks say what an evaluator raised
+                finding = _finding(level, context, self.thresholds)
+        return GateResult(level, checks, epoch, finding)

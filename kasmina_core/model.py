@@ -19,11 +19,13 @@ from kasmina_core.config import GrowthConfig, Incubation
 from kasmina_core.errors import GerminationError, HostError, TransitionError
 from kasmina_core.events import AlphaChanged, GateEvaluated, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
-from kasmina_core.gates import GateResult
+from kasmina_core.gates import ErrorBudget, GateResult
 from kasmina_core.graphs import GraphForesight
 from kasmina_core.hosts import HostProtocol, InjectionPoint
 from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.measuring import Evaluator as Evaluator
+from kasmina_core.measuring import GateSamples, SeedMeasurer
 from kasmina_core.policy import (
     Advance,
     Command,
@@ -38,6 +40,7 @@ from kasmina_core.policy import (
     SetAlpha,
     SlotObservation,
 )
+from kasmina_core.sequential import PairedGain
 from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.snapshot import (
@@ -52,9 +55,6 @@ from kasmina_core.unchanged import ModelBefore
 from kasmina_core.untracked import UntrackedSeeds
 
 SLOTS_KEY = "kasmina_slots"
-
-Evaluator = Callable[[], Tensor]
-"""Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
 
 
 class SeedParameterListener(Protocol):
@@ -177,8 +177,9 @@ class MorphogeneticModel(nn.Module):
         self._snapshots: dict[str, HostSnapshot] = {}
         self._kept_seeds: dict[str, KeptSeed] = {}
         self._telemetry = _event_target(telemetry)
-        self._evaluator = evaluator
         self._graphs = GraphForesight()
+        self._gate_samples = GateSamples(evaluator) if evaluator is not None else None
+        self._measurer = SeedMeasurer(self)
         self._untracked = UntrackedSeeds()
         self._listeners: list[SeedParameterListener] = [self._untracked]
         self._agreement: Agreement = ALONE
@@ -543,21 +544,44 @@ class MorphogeneticModel(nn.Module):
             losses[name] = loss.detach()
         return losses
 
-    def evaluate_with(self, evaluator: Evaluator | None) -> None:
+    def evaluate_with(
+        self, evaluator: Evaluator | None, *, higher_is_better: bool = False, fixed_samples: bool = True
+    ) -> None:
         """Give the gates held-out samples to decide on.
 
         Args:
             evaluator: Returns the loss of every sample, ``(n,)``, of the same samples in the same order at every call,
-                computed with this model. It runs in eval mode without gradients.
+                computed with this model. It runs in eval mode without gradients, three times a measurement. The
+                samples must not be trained on, and must not depend on each other: of text a sequence is a sample.
+            higher_is_better: Whether it returns a metric that grows with quality instead of a loss.
+            fixed_samples: Whether the samples are the same in every epoch. If each epoch draws others, still the same
+                within it, losses of different epochs are never paired.
         """
-        self._evaluator = evaluator
+        if None not in (evaluator, self._gate_samples):  # other samples than those that were measured
+            for slot in self.slots.values():
+                slot.forget_host_losses()
+        self._gate_samples = (
+            GateSamples(evaluator, higher_is_better, fixed_samples) if evaluator is not None else None
+        )
 
-    def measure(self, slot: str, evaluator: Evaluator | None = None) -> SeedEvidence | None:
-        """Measure a slot's seed on held-out samples, with it at alpha 1 and without it.
+    @property
+    def _evaluator(self) -> Evaluator | None:
+        return self._gate_samples.evaluator if self._gate_samples is not None else None
+
+    @property
+    def replay_faults(self) -> dict[str, str]:
+        """By slot, why a measurement runs the part of the host before the slot in every pass; empty if none does."""
+        return dict(self._measurer.faults)
+
+    def measure(
+        self, slot: str, evaluator: Evaluator | None = None, *, higher_is_better: bool = False
+    ) -> SeedEvidence | None:
+        """Measure a slot's seed on held-out samples, with it at alpha 1 and smaller alphas, and without it.
 
         Args:
             slot: Name of the slot.
             evaluator: Other samples than the gates', measured now. Default the gates', measured once an epoch.
+            higher_is_better: Whether ``evaluator`` returns a metric that grows with quality.
 
         Returns:
             The evidence, or ``None`` if the slot has no active seed or there is no evaluator.
@@ -565,7 +589,10 @@ class MorphogeneticModel(nn.Module):
         chosen = self.slots[slot]
         if evaluator is None:
             return chosen.measure()
-        return self._measure_seed(chosen, evaluator) if chosen.is_active else None
+        if not chosen.is_active:
+            return None
+        alphas = self.growth_config.gates.thresholds.smaller_alphas
+        return self._measurer.measure(chosen, GateSamples(evaluator, higher_is_better), alphas).evidence
 
     @contextmanager
     def bypassed(self, slot: str) -> Iterator[MorphogeneticModel]:
@@ -581,18 +608,6 @@ class MorphogeneticModel(nn.Module):
         finally:
             for slot in self.slots.values():
                 slot._refresh_mode()
-
-    def _measure_seed(self, slot: SeedSlot, evaluator: Evaluator | None) -> SeedEvidence | None:
-        if evaluator is None:
-            return None
-        with self._agreement.attempt(f"measurement of '{slot.name}'"), self._evaluation():
-            slot.deviation.zero_()
-            with slot.forced(ForwardMode.MEASURE):
-                with_seed = self._gather_samples(evaluator())
-            with slot.forced(ForwardMode.PASS):
-                without_seed = self._gather_samples(evaluator())
-            deviation = self._agreement.largest(f"deviation of '{slot.name}'", float(slot.deviation))
-        return SeedEvidence.from_losses(with_seed, without_seed, deviation)
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -732,7 +747,8 @@ class MorphogeneticModel(nn.Module):
         # What points at the outside (sinks, loaders, optimisers) does not travel with a copy.
         return self.__dict__ | {
             "_telemetry": None,
-            "_evaluator": None,
+            "_gate_samples": None,
+            "_measurer": None,
             "_untracked": None,
             "_before": None,
             "_listeners": [],
@@ -744,6 +760,7 @@ class MorphogeneticModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
+        self._measurer = SeedMeasurer(self)
         self._untracked = UntrackedSeeds(slot.name for slot in self.slots.values() if slot.seed is not None)
         self._listeners = [self._untracked]
         self._own_slots()
@@ -760,9 +777,28 @@ class _Owner:
         if isinstance(event, StageChanged | AlphaChanged):
             self._model._graphs.look(self._model.slots.values())
 
-    def measure(self, slot: SeedSlot) -> SeedEvidence | None:
+    def measure(
+        self, slot: SeedSlot, host_losses: Tensor | None
+    ) -> tuple[SeedEvidence, Tensor | None] | None:
         self._model._graphs.look(self._model.slots.values(), measured=slot)
-        return self._model._measure_seed(slot, self._model._evaluator)
+        samples = self._model._gate_samples
+        if samples is None:
+            return None
+        alphas = slot.config.gates.thresholds.smaller_alphas if slot.is_incubating else ()
+        measured = self._model._measurer.measure(slot, samples, alphas, host_losses)
+        return measured.evidence, measured.without
+
+    def screen(self, slot: SeedSlot) -> PairedGain | None:
+        return None
+
+    def error_share(self, slot: SeedSlot) -> float:
+        slots = self._model.slots.values()
+        if slot.config.gates.thresholds.error_budget is ErrorBudget.PER_RUN:
+            if slot.stage is not SeedStage.GERMINATED:
+                return slot._error_share
+            number = sum(each.germinations for each in slots)
+            return 1.0 / (number * (number + 1))
+        return 1.0 / sum(SeedStage.GERMINATED <= each.stage <= SeedStage.PROBATIONARY for each in slots)
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
         reading = GradientIsolationMonitor(self._model.host.named_parameters()).measure(slot)

@@ -13,7 +13,7 @@ from kasmina_core.evidence import SeedEvidence
 from kasmina_core.gates import GateResult
 from kasmina_core.lifecycle import SeedStage, SeedState
 
-RECORD_VERSION: Final = 2
+RECORD_VERSION: Final = 3
 
 _LARGEST_COUNT: Final = 1 << 63
 
@@ -32,6 +32,10 @@ class SlotRecord:
         evidence_is_fresh: Whether the evidence is of this epoch.
         isolation_is_fresh: Whether isolation was measured in this epoch.
         frozen_by_pause: Names of the seed's parameters that `resume` makes trainable again.
+        looks: Looks of the gates' test since the stage began.
+        look_is_counted: Whether one of them is at the evidence of this epoch.
+        error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
+        host_losses: Held-out losses of the host as last measured in TRAINING, a sample each; ``None`` if never.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
         incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
@@ -51,6 +55,10 @@ class SlotRecord:
     gradient_norms: tuple[int, float, float]
     incubations: int
     deviation: float
+    looks: int
+    look_is_counted: bool
+    error_share: float
+    host_losses: list[float] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the version of the format."""
@@ -97,6 +105,12 @@ class SlotRecord:
                 gradient_norms=_norms(*data["gradient_norms"]),
                 incubations=_count(data["incubations"]),
                 deviation=float(data["deviation"]),
+                looks=_count(data["looks"]),
+                look_is_counted=bool(data["look_is_counted"]),
+                error_share=_share(data["error_share"]),
+                host_losses=[float(loss) for loss in data["host_losses"]]
+                if data["host_losses"] is not None
+                else None,
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"The saved state of slot '{slot}' cannot be read: {error}") from error
@@ -123,6 +137,12 @@ def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST_COUNT:
         raise ValueError(f"expected a number of times, found {value!r:.40}")
     return value
+
+
+def _share(value: float) -> float:
+    if not 0.0 < float(value) <= 1.0:
+        raise ValueError(f"expected a share of an error rate, found {value!r:.40}")
+    return float(value)
 
 
 def _norms(count: object, total: float, largest: float) -> tuple[int, float, float]:

@@ -64,6 +64,7 @@ from kasmina_core.lifecycle import (
 )
 from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.randomness import derived_seed
+from kasmina_core.sequential import Look, PairedGain
 from kasmina_core.sharding import local_part, whole_tensor
 from kasmina_core.slot_record import SlotRecord
 from kasmina_core.topology import Topology
@@ -102,8 +103,21 @@ class SlotOwner(Protocol):
         """Take an event."""
         ...
 
-    def measure(self, slot: SeedSlot) -> SeedEvidence | None:
-        """Measure the slot's seed on held-out samples."""
+    def measure(
+        self, slot: SeedSlot, host_losses: Tensor | None
+    ) -> tuple[SeedEvidence, Tensor | None] | None:
+        """Measure the slot's seed on held-out samples; return the losses without it too, where they can be kept.
+
+        ``host_losses`` are those of the host as blending began.
+        """
+        ...
+
+    def screen(self, slot: SeedSlot) -> PairedGain | None:
+        """Measure the first-order gain of the slot's seed."""
+        ...
+
+    def error_share(self, slot: SeedSlot) -> float:
+        """Return the part of the gates' error rate that the slot's seed may spend."""
         ...
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
@@ -197,6 +211,10 @@ class SeedSlot(nn.Module):
         self._evidence: SeedEvidence | None = None
         self._evidence_is_fresh = False
         self._gains: list[float] = []
+        self._looks = 0
+        self._look_is_counted = False
+        self._error_share = 1.0
+        self._host_losses: Tensor | None = None
         self._frozen_by_pause: list[str] = []
         self._norm_count = 0
         self._norm_sum = self._norm_max = torch.zeros(())
@@ -288,8 +306,14 @@ class SeedSlot(nn.Module):
             return blend_with_isolation(features, seed(features), self.alpha_buffer)
         apart = features.detach()
         replaced = like_host(seed(apart), apart)
-        noted = self.training_deviation if mode == _REPLACE else self.deviation
-        note_largest(noted, relative_deviation(apart, replaced))
+        found = relative_deviation(apart, replaced)
+        if mode == _REPLACE:
+            note_largest(self.training_deviation, found)
+        elif torch.compiler.is_compiling():
+            # Nothing but what a graph writes tells afterwards that this ran in one: the sign does.
+            self.deviation.copy_(-torch.maximum(self.deviation.abs(), found))
+        else:
+            note_largest(self.deviation, found)
         return replaced
 
     def isolated_forward(self, features: Tensor) -> Tensor:
@@ -303,6 +327,27 @@ class SeedSlot(nn.Module):
         with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
             self.seed.eval()
             return self.forward(features)
+
+    @property
+    def was_compiled(self) -> bool:
+        """Whether the last measurement ran in a compiled graph."""
+        return bool(torch.signbit(self.deviation))
+
+    @property
+    def blending_mode(self) -> ForwardMode:
+        """The forward mode of BLENDING, by the gradient policy of the slot's topology."""
+        is_detached = self.config.gradient_policies[self.point.topology].detach_input_in_blending
+        return ForwardMode.BLEND_DETACHED if is_detached else ForwardMode.BLEND
+
+    @contextmanager
+    def blend_weight(self, alpha: float) -> Iterator[None]:
+        """Run the block with another blend weight for the forward modes that blend."""
+        before = self.alpha_buffer.clone()
+        self.alpha_buffer.fill_(alpha)
+        try:
+            yield
+        finally:
+            self.alpha_buffer.copy_(before)
 
     @contextmanager
     def forced(self, mode: ForwardMode) -> Iterator[None]:
@@ -334,8 +379,7 @@ class SeedSlot(nn.Module):
             learns = self.training and self.is_incubating
             return _STRAIGHT_THROUGH if learns and config.incubation is Incubation.STRAIGHT_THROUGH else _PASS
         if stage is SeedStage.BLENDING:
-            detached = config.gradient_policies[self.point.topology].detach_input_in_blending
-            return _BLEND_DETACHED if detached else _BLEND
+            return int(self.blending_mode)
         return _SEED
 
     @property
@@ -461,7 +505,14 @@ class SeedSlot(nn.Module):
             self.check_deviation()
         result = self.config.gates.check(
             gate,
-            GateContext(state, self.measure, self._gains, parameters_finite=self._parameters_are_finite),
+            GateContext(
+                state,
+                self.measure,
+                self._gains,
+                parameters_finite=self._parameters_are_finite,
+                look=self._take_look,
+                screen=lambda: self._owner.screen(self) if self._owner is not None else None,
+            ),
         )
         if result.gate is not None:
             self._gates[result.gate] = result
@@ -489,7 +540,7 @@ class SeedSlot(nn.Module):
             metrics.record(metric)
         self._collect_gradient_norms()
         self._gates.clear()
-        self._evidence_is_fresh = self._isolation_is_fresh = False
+        self._evidence_is_fresh = self._look_is_counted = self._isolation_is_fresh = False
         if state.is_paused:
             return None
         metrics.epochs_total += 1
@@ -694,6 +745,9 @@ class SeedSlot(nn.Module):
         state.move_to(target)
         self._gates.clear()
         self._gains.clear()
+        self._looks, self._look_is_counted = 0, False
+        if target in (SeedStage.GERMINATED, SeedStage.TRAINING) and self._owner is not None:
+            self._error_share = self._owner.error_share(self)
         if target is SeedStage.BLENDING:
             self.schedule = self.config.make_schedule()
             state.metrics.blending_steps_done = 0
@@ -791,11 +845,29 @@ class SeedSlot(nn.Module):
         """
         if self._evidence_is_fresh:
             return self._evidence
-        measured = self._owner.measure(self) if self._owner is not None and self.is_active else None
-        if measured is not None:
-            self._evidence, self._evidence_is_fresh = measured, True
-            self._gains.append(measured.gain)
-        return measured
+        if self._owner is None or not self.is_active:
+            return None
+        is_blending = self.stage is not SeedStage.TRAINING
+        measured = self._owner.measure(self, self._host_losses if is_blending else None)
+        if measured is None:
+            return None
+        self._evidence, host_losses = measured
+        self._evidence_is_fresh = True
+        self._gains.append(self._evidence.gain)
+        if not is_blending:
+            self._host_losses = host_losses
+        return self._evidence
+
+    def _take_look(self) -> Look:
+        """Count a look of the gates' test, once an epoch; within it the same evidence is looked at again."""
+        if not self._look_is_counted:
+            self._looks += 1
+            self._look_is_counted = True
+        return Look(self._looks, self._error_share)
+
+    def forget_host_losses(self) -> None:
+        """Forget what the host's losses were as blending began: they are those of other samples."""
+        self._host_losses = None
 
     def _parameters_are_finite(self) -> bool:
         finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
@@ -819,6 +891,9 @@ class SeedSlot(nn.Module):
         self._gains = []
         self._evidence = None
         self._evidence_is_fresh = self._isolation_is_fresh = False
+        self._looks, self._look_is_counted = 0, False
+        self._error_share = 1.0
+        self._host_losses = None
         self._frozen_by_pause = []
         self._forget_gradient_norms()
         self._steps_since_isolation = self._incubations = 0
@@ -889,6 +964,10 @@ class SeedSlot(nn.Module):
             gradient_norms=(self._norm_count, float(self._norm_sum), float(self._norm_max)),
             incubations=self._incubations,
             deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
+            looks=self._looks,
+            look_is_counted=self._look_is_counted,
+            error_share=self._error_share,
+            host_losses=self._host_losses.tolist() if self._host_losses is not None else None,
         ).to_dict()
 
     def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
@@ -933,6 +1012,9 @@ class SeedSlot(nn.Module):
         self._evidence, self._evidence_is_fresh = record.evidence, record.evidence_is_fresh
         self._isolation_is_fresh = record.isolation_is_fresh
         self._steps_since_isolation = record.steps_since_isolation
+        self._looks, self._look_is_counted = record.looks, record.look_is_counted
+        self._error_share = record.error_share
+        self._host_losses = torch.tensor(record.host_losses) if record.host_losses is not None else None
         self._norm_count, total, largest = record.gradient_norms
         self._norm_sum, self._norm_max = torch.tensor(total), torch.tensor(largest)
         self._incubations = record.incubations

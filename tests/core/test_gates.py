@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from state_helpers import FIRST, CountingEvaluator, bring_to, make_model, open_c
 from kasmina_core import (
     CheckpointError,
     CheckVerdict,
+    GateCheck,
     GateCheckSpec,
     GateLevel,
     GateProfile,
@@ -27,6 +29,7 @@ from kasmina_core import (
 )
 from kasmina_core.errors import BlueprintError
 from kasmina_core.gates import GATE_INTO, GateContext
+from kasmina_core.sequential import Finding, Look, PairedGain
 
 G = GateLevel
 GERMINATION = (
@@ -120,6 +123,7 @@ def test_the_checks_of_the_evidence_gates_are_these():
             "held-out samples",
             "gain",
             "gain over its error",
+            "harm at alpha 1 over its error",
         ],
         "G3": ["finite parameters", "alpha", "ramp progress"],
         "G4": [
@@ -136,6 +140,7 @@ def test_the_checks_of_the_evidence_gates_are_these():
             "held-out samples",
             "gain",
             "gain over its error",
+            "gain over the host at blending",
             "smallest gain in probation",
         ],
     }
@@ -148,9 +153,8 @@ def test_the_checks_of_the_evidence_gates_are_these():
         (G.G1, "just germinated", {"stage": SeedStage.TRAINING}, 0.0, ">= 1"),
         (G.G2, "epochs in training", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
         (G.G2, "isolation violations", {"isolation_violations": 1}, 1.0, "<= 0"),
-        (G.G2, "held-out samples", {"measured": evidence(samples=29)}, 29.0, ">= 30"),
+        (G.G2, "held-out samples", {"measured": evidence(samples=99)}, 99.0, ">= 100"),
         (G.G2, "gain", {"measured": evidence(gain=-0.1)}, -0.1, ">= 0"),
-        (G.G2, "gain over its error", {"measured": evidence(gain=0.029)}, 2.9, ">= 3"),
         (G.G3, "alpha", {"alpha": 0.99}, 0.99, ">= 1"),
         (G.G3, "ramp progress", {"blending_steps_done": 4}, 0.8, ">= 1"),
         (G.G4, "epochs in shadowing", {"epochs_in_current_stage": 0}, 0.0, ">= 1"),
@@ -184,6 +188,9 @@ def test_a_seed_with_a_parameter_that_is_not_finite_passes_no_gate(gate):
     ("gate", "name", "measured"),
     [
         (G.G2, "held-out samples", None),
+        (G.G2, "gain over its error", evidence(skewness=math.nan)),
+        (G.G2, "gain over its error", evidence(smaller=((0.3, PairedGain(100, math.nan, 0.1)),))),
+        (G.G5, "gain over the host at blending", evidence(since_blending=PairedGain(100, 0.1, math.inf))),
         (G.G2, "gain", evidence(gain=math.nan)),
         (G.G2, "gain", evidence(gain=math.inf)),
         (G.G2, "gain over its error", evidence(standard_error=math.nan)),
@@ -220,6 +227,120 @@ def test_no_gate_passes_on_a_number_that_is_not_finite(gate, gain, error):
     assert result.passed == (not result.failed_checks)
 
 
+# -- the sequential test -----------------------------------------------------------------------------------------------
+
+
+def at_look(number, share=1.0, *, measured, stage=SeedStage.TRAINING) -> GateContext:
+    seen = context(stage, measured=measured)
+    return GateContext(seen.state, seen.measure, seen.gains, look=lambda: Look(number, share))
+
+
+@pytest.mark.parametrize(
+    ("number", "share", "needed"),
+    [(1, 1.0, 2.6264), (8, 1.0, 2.6264), (9, 1.0, 2.6264), (10, 1.0, 3.0081), (1, 0.5, 2.8713)],
+)
+def test_the_gain_must_be_significant_at_what_the_look_may_spend(number, share, needed):
+    for gain, passes in ((needed * 0.99, False), (needed * 1.01, True)):
+        measured = evidence(gain=gain * 0.01)
+        result = QualityGates().check(G.G2, at_look(number, share, measured=measured))
+        found = check(result, "gain over its error")
+        assert found.minimum == pytest.approx(needed, rel=1e-3)  # quantiles of scipy.stats.t with 99 degrees
+        assert found.verdict is (CheckVerdict.PASSED if passes else CheckVerdict.FAILED)
+        assert f"look {number}" in found.detail
+        assert result.finding.look == number
+        assert result.finding.error_rate == pytest.approx(0.05 * share)
+        assert (result.finding.bound > 0) == passes
+
+
+def test_a_seed_is_accepted_on_its_best_alpha_with_a_correction_for_asking_twice():
+    weak = evidence(gain=0.01)
+    for size, passes in ((0.0275, False), (0.0290, True)):  # 2.62 would do for one alpha, 2.87 for two
+        measured = replace(weak, smaller=((0.3, PairedGain(100, size, 0.01)),))
+        result = QualityGates().check(G.G2, at_look(1, measured=measured))
+        assert result.passed == passes
+        assert result.finding.alpha == 0.3
+        assert result.finding.effect == size
+        assert "alpha 0.3" in str(result)
+
+
+def test_a_seed_that_does_harm_at_alpha_1_is_refused_whatever_it_does_at_less():
+    measured = replace(evidence(gain=-0.03), smaller=((0.3, PairedGain(100, 0.1, 0.01)),))
+    result = QualityGates().check(G.G2, at_look(1, measured=measured))
+    assert [c.name for c in result.failed_checks] == ["harm at alpha 1 over its error"]
+
+
+def test_probation_is_decided_on_the_model_as_it_is():
+    measured = replace(evidence(gain=0.01), smaller=((0.3, PairedGain(100, 0.1, 0.01)),))
+    result = QualityGates().check(G.G5, at_look(1, measured=measured))
+    assert result.finding.alpha == 1.0
+    assert check(result, "gain over its error").verdict is CheckVerdict.FAILED
+
+
+def test_the_model_must_beat_its_host_as_it_was_when_blending_began():
+    for gain, verdict in ((0.1, CheckVerdict.PASSED), (0.01, CheckVerdict.FAILED)):
+        measured = evidence(since_blending=PairedGain(100, gain, 0.01))
+        result = QualityGates().check(G.G5, at_look(1, measured=measured))
+        assert check(result, "gain over the host at blending").verdict is verdict
+        assert result.passed == (verdict is CheckVerdict.PASSED)
+
+
+def test_a_start_that_was_never_measured_is_said_and_not_required():
+    result = QualityGates().check(G.G5, at_look(1, measured=evidence()))
+    found = check(result, "gain over the host at blending")
+    assert found.verdict is CheckVerdict.NOT_REQUIRED
+    assert "never measured" in str(found)
+    assert result.passed
+    relaxed = QualityGates(thresholds=GateThresholds(beat_start=False))
+    measured = evidence(since_blending=PairedGain(100, -1.0, 0.01))
+    assert relaxed.check(G.G5, at_look(1, measured=measured)).passed
+
+
+def test_a_gate_of_nothing_but_what_is_not_required_does_not_pass():
+    assert not GateResult(G.G5, (GateCheck("x", None, CheckVerdict.NOT_REQUIRED, 1.0),))
+
+
+def test_a_fixed_threshold_can_stand_in_for_the_test():
+    gates = QualityGates(thresholds=GateThresholds(min_t=3.0))
+    for gain, passes in ((0.029, False), (0.031, True)):
+        result = gates.check(G.G2, at_look(50, measured=evidence(gain=gain)))
+        assert result.passed == passes
+        assert check(result, "gain over its error").threshold == ">= 3"
+
+
+def test_the_finding_of_a_gate_survives_as_plain_data():
+    result = QualityGates().check(G.G2, at_look(3, 0.5, measured=evidence()))
+    assert isinstance(result.finding, Finding)
+    assert GateResult.from_dict(result.to_dict()) == result
+    assert result.to_dict()["finding"]["samples"] == 100
+    assert "gain +0.1 (97.5 % interval +0.0" in str(result)
+    assert "n = 100, alpha 1, look 3" in str(result)
+    damaged = result.to_dict() | {"finding": {"look": 1}}
+    with pytest.raises(ValueError, match="finding cannot be read"):
+        GateResult.from_dict(damaged)
+
+
+def test_gates_without_evidence_have_no_finding():
+    assert QualityGates().check(G.G3, context()).finding is None
+    assert QualityGates().check(G.G2, context(measured=None)).finding is None
+    assert QualityGates().check(G.G2, context(epochs_in_current_stage=0)).finding is None
+    assert QualityGates(GateProfile.REPORT).check(G.G2, context()).finding is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"error_rate": 0.0}, "level must be above 0 and at most 1, not 0.0"),
+        ({"planned_looks": 0}, "planned_looks must be at least 1, not 0"),
+        ({"smaller_alphas": (1.0,)}, "between 0 and 1, not 1.0"),
+        ({"smaller_alphas": (0.3, 0.3)}, "names one twice"),
+        ({"error_budget": "per day"}, "per day"),
+    ],
+)
+def test_thresholds_out_of_range_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        GateThresholds(**change)
+
+
 @pytest.mark.parametrize("gate", [6, -1, "G2", None, 2.5])
 def test_an_unknown_gate_fails_and_says_which_there_are(gate):
     result = QualityGates().check(gate, context())
@@ -239,7 +360,7 @@ def test_the_reason_is_the_first_failure_before_what_was_not_measured():
     assert result.reason == "epochs in training failed: 1 (needs >= 3)"
     assert str(result) == f"G2 failed: {result.reason}"
     unmeasured = QualityGates().check(G.G2, context(measured=None))
-    assert unmeasured.reason.startswith("held-out samples never measured: nothing (needs >= 30)")
+    assert unmeasured.reason.startswith("held-out samples never measured: nothing (needs >= 100)")
 
 
 def test_a_result_as_plain_data_names_every_check():
@@ -522,7 +643,9 @@ def test_evidence_is_the_paired_t_test():
     assert found.gain == pytest.approx(mean)
     assert found.standard_error == pytest.approx(error)
     assert found.t == pytest.approx(mean / error)
-    assert found.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+    student = 3.1824  # the .975 quantile with 3 degrees of freedom
+    assert found.interval[0] <= mean - student * error * 0.99
+    assert found.interval[1] >= mean + student * error * 0.99
     assert (found.loss_with, found.loss_without, found.deviation) == (1.5, 2.125, 0.25)
 
 
@@ -540,6 +663,9 @@ def test_losses_that_are_not_paired_are_refused(a, b, shown):
         SeedEvidence.from_losses(a, b)
 
 
+GAINS = st.builds(PairedGain, st.integers(0, 10**6), st.floats(), st.floats(), st.floats())
+
+
 @given(
     st.builds(
         SeedEvidence,
@@ -549,6 +675,9 @@ def test_losses_that_are_not_paired_are_refused(a, b, shown):
         loss_with=st.floats(),
         loss_without=st.floats(),
         deviation=st.floats(),
+        skewness=st.floats(),
+        smaller=st.lists(st.tuples(st.floats(0.01, 0.99), GAINS), max_size=2).map(tuple),
+        since_blending=st.none() | GAINS,
     )
 )
 def test_evidence_survives_as_plain_data(found):
@@ -565,6 +694,9 @@ def test_evidence_survives_as_plain_data(found):
         (evidence().to_dict() | {"gain": "much"}, "SeedEvidence.gain cannot be 'much'"),
         (evidence().to_dict() | {"samples": 1.5}, "SeedEvidence.samples cannot be 1.5"),
         (evidence().to_dict() | {"colour": 1}, "colour"),
+        (evidence().to_dict() | {"smaller": [[2.0, PairedGain(3, 0.0, 0.0).to_dict()]]}, "at alpha 2.0"),
+        (evidence().to_dict() | {"smaller": [[0.3, {"gain": 1}]]}, "gain cannot be read"),
+        (evidence().to_dict() | {"since_blending": 1}, "gain cannot be read"),
     ],
 )
 def test_damaged_evidence_is_refused(data, says):

@@ -443,7 +443,8 @@ def test_evidence_pairs_the_same_samples_with_and_without_the_seed(stage: SeedSt
 
     model.evaluate_with(evaluator)
     evidence = model.measure("norm", evaluator)
-    assert calls == [False, False]
+    assert calls
+    assert not any(calls)  # in eval mode, without gradients
     written_in = copy.deepcopy(model).eval()
     seed = written_in.slots["norm"].seed
     host = written_in.detach_slots()

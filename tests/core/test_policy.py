@@ -330,7 +330,7 @@ def test_an_observation_tells_what_the_model_knows():
         gain=slot.last_evidence.gain,
         gain_t=slot.last_evidence.t,
         gate_passed=True,
-        gate_reason="all 7 checks passed",
+        gate_reason="all 8 checks passed",
         parameters=8,
         shape=(2, 4, 5, 5),
     )

@@ -1,0 +1,355 @@
+"""A test of paired differences that may be looked at after every epoch.
+
+*Level* means the probability of a wrong acceptance; *alpha* stays the blend weight of a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import NormalDist
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from kasmina_core.errors import CheckpointError
+
+PLANNED_SHARE: Final = 0.8
+"""Part of the level that the planned looks spend; the rest is for those that come later, without end."""
+
+_NORMAL: Final = NormalDist()
+
+
+def student_t_cdf(t: float, freedom: int) -> float:
+    """Return the probability that Student's t with ``freedom`` degrees is at most ``t``, within .001.
+
+    Wallace's normalising transform, ``z = (8f + 1) / (8f + 3) * sqrt(f * log(1 + t² / f))`` with the sign of ``t``.
+
+    Source: Wallace 1959, https://doi.org/10.1214/aoms/1177706093 (second approximation)
+    """
+    if math.isinf(t):
+        return 0.0 if t < 0 else 1.0
+    z = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p(t * t / freedom))
+    return _NORMAL.cdf(math.copysign(z, t))
+
+
+def student_t_quantile(probability: float, freedom: int) -> float:
+    """Return the value that Student's t with ``freedom`` degrees stays below with ``probability``.
+
+    The inverse of `student_t_cdf`; infinite at 0 and 1.
+    """
+    if probability <= 0.0 or probability >= 1.0:
+        return -math.inf if probability <= 0.0 else math.inf
+    z = _NORMAL.inv_cdf(probability)
+    size = abs(z) * (8 * freedom + 3) / (8 * freedom + 1)
+    exponent = size * size / freedom
+    if exponent > 700:  # beyond what a float can hold
+        return math.copysign(math.inf, z)
+    return math.copysign(math.sqrt(freedom * math.expm1(exponent)), z)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LevelSpending:
+    """How much of a level each of many looks may spend, so that all of them together keep to it.
+
+    The same held-out samples are looked at again and again while the seed changes, so the looks depend on each other
+    in a way that nobody knows. A union bound holds all the same: the looks' levels only have to add up to the whole.
+    Four fifths are spread evenly over the planned looks; look ``planned + j`` gets ``1 / (j * (j + 1))`` of the last
+    fifth, which adds up to it over endless looks.
+
+    Attributes:
+        level: Probability that any look wrongly accepts, in (0, 1]. At 1 nothing is tested: every look passes.
+        planned_looks: Looks that share the larger part, at least 1.
+
+    Source: the idea of spending is that of Lan & DeMets 1983, https://doi.org/10.1093/biomet/70.3.659
+
+    >>> spending = LevelSpending(0.05, planned_looks=8)
+    >>> round(spending.at(1), 4), round(spending.at(9), 4), round(spending.at(10), 4)
+    (0.005, 0.005, 0.0017)
+    """
+
+    level: float = 0.05
+    planned_looks: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.level <= 1.0:
+            raise ValueError(f"A level must be above 0 and at most 1, not {self.level!r}.")
+        if self.planned_looks < 1:
+            raise ValueError(f"planned_looks must be at least 1, not {self.planned_looks!r}.")
+
+    def at(self, look: int) -> float:
+        """Return the level of one look, counted from 1.
+
+        Raises:
+            ValueError: If ``look`` is below 1.
+        """
+        if look < 1:
+            raise ValueError(f"Looks are counted from 1, not {look!r}.")
+        if self.level == 1.0:
+            return 1.0
+        if look <= self.planned_looks:
+            return self.level * PLANNED_SHARE / self.planned_looks
+        late = look - self.planned_looks
+        return self.level * (1.0 - PLANNED_SHARE) / (late * (late + 1))
+
+    def spent(self, looks: int) -> float:
+        """Return what the first ``looks`` looks spend together, never above ``level``."""
+        return min(self.level, sum(self.at(look) for look in range(1, looks + 1)))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Which look of a test this is.
+
+    Attributes:
+        number: Counted from 1 since the stage began.
+        share: Part of the level that the seed may spend, in (0, 1]: what multiplicity leaves it.
+    """
+
+    number: int = 1
+    share: float = 1.0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PairedGain:
+    """What ``n`` paired differences say of their mean.
+
+    With mean ``x``, standard deviation ``s`` and skewness ``g`` of the differences, ``t = sqrt(n) * x / s`` is
+    Student's. Differences of cross entropies are skewed: a seed may help a little on most samples and do great harm
+    on a few, and then ``t`` is too often large by chance. Hall's transform takes that away::
+
+        w = x / s
+        hall = sqrt(n) * (w + g * w² / 3 + g² * w³ / 27 + g / (6 * n))
+
+    `statistic` is the smaller of the two, since Hall's is too often large where the skewness is positive or cannot
+    be estimated. Against a mean above zero it is compared with Student's quantile.
+
+    Attributes:
+        samples: ``n``.
+        gain: Mean of the differences, in units of the loss or metric; positive is good.
+        standard_error: Of the gain: ``s / sqrt(n)``.
+        skewness: ``g``, the sample skewness without bias correction; 0 where the differences are all the same.
+
+    Source: Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x; Johnson 1978,
+    https://doi.org/10.1080/01621459.1978.10480051
+    """
+
+    samples: int
+    gain: float
+    standard_error: float
+    skewness: float = 0.0
+
+    @classmethod
+    def of(cls, differences: Tensor) -> PairedGain:
+        """Summarise a vector of at least two differences.
+
+        Raises:
+            ValueError: If it is no vector, or shorter.
+        """
+        if differences.dim() != 1 or differences.numel() < 2:
+            raise ValueError(
+                f"Paired differences are a vector of at least two numbers, not {tuple(differences.shape)}."
+            )
+        d = differences.detach().double().cpu()
+        n = d.numel()
+        mean = d.mean()
+        # A spread within the rounding of the numbers is none: its skewness would be that of the rounding.
+        spread = d.std(correction=0)
+        still = bool(spread <= 1e-12 * d.abs().max())
+        skewness = 0.0 if still else (((d - mean) / spread) ** 3).mean().item()
+        return cls(n, mean.item(), 0.0 if still else d.std().item() / math.sqrt(n), skewness)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every figure is a finite number."""
+        return all(map(math.isfinite, (self.gain, self.standard_error, self.skewness)))
+
+    @property
+    def t(self) -> float:
+        """``gain / standard_error``; 0 where both are 0 (nothing changed), NaN if either is not finite."""
+        if not (math.isfinite(self.gain) and math.isfinite(self.standard_error)):
+            return math.nan
+        if self.standard_error == 0.0:
+            return 0.0 if self.gain == 0.0 else math.copysign(math.inf, self.gain)
+        return self.gain / self.standard_error
+
+    @property
+    def statistic(self) -> float:
+        """The smaller of Student's ``t`` and Hall's transform of it; NaN if a figure is not finite."""
+        t = self.t
+        if not self.is_finite:
+            return math.nan
+        if math.isinf(t) or self.samples < 3:
+            return t
+        root, g = math.sqrt(self.samples), self.skewness
+        w = t / root
+        return min(t, root * (w + g * w**2 / 3 + g**2 * w**3 / 27 + g / (6 * self.samples)))
+
+    @property
+    def p_value(self) -> float:
+        """Probability of a statistic this large if the true gain were 0; NaN if it is not a number."""
+        value = self.statistic
+        return math.nan if math.isnan(value) else 1.0 - student_t_cdf(value, max(1, self.samples - 1))
+
+    def critical(self, level: float) -> float:
+        """Return what `statistic` must reach to be accepted at ``level``."""
+        return student_t_quantile(1.0 - level, max(1, self.samples - 1))
+
+    def interval(self, level: float = 0.05) -> tuple[float, float]:
+        """Return an interval that leaves out the true gain with probability ``level``, half of it on each side.
+
+        The lower end is above 0 exactly where `statistic` is accepted at ``level / 2``.
+        """
+        if not self.is_finite:
+            return math.nan, math.nan
+        size = self.critical(level / 2)
+        scale = self.standard_error * math.sqrt(self.samples)
+        if scale == 0.0 or math.isinf(size):
+            reach = math.inf if math.isinf(size) and scale else 0.0
+            return self.gain - reach, self.gain + reach
+        y = size / math.sqrt(self.samples)
+        return (
+            self.gain - scale * max(y, self._unhall(y)),
+            self.gain - scale * min(-y, self._unhall(-y)),
+        )
+
+    def _unhall(self, y: float) -> float:
+        """Return the ``w`` that Hall's transform takes to ``y * sqrt(n)``."""
+        g = self.skewness
+        if abs(g) < 1e-6 or self.samples < 3:
+            return y
+        return 3.0 / g * (math.cbrt(1.0 + g * (y - g / (6 * self.samples))) - 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PairedGain:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or no number.
+        """
+        try:
+            found = cls(**data)
+        except TypeError as error:  # no mapping, or other fields
+            raise CheckpointError(f"A saved gain cannot be read: {error}") from error
+        require_numbers(found, [f.name for f in fields(cls)])
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a gate found of a seed at one look.
+
+    Attributes:
+        alpha: Blend weight at which the effect was measured.
+        effect: Mean gain per held-out sample; positive is good.
+        bound: What the true gain is not below, one-sided; above 0 exactly where the finding is significant.
+        low: Lower end of the interval of ``effect``.
+        high: Upper end. All the intervals of a test, one a look, hold the true effects at once with probability
+            ``1 - error_rate``.
+        samples: Held-out samples.
+        p_value: Probability of a finding this good, at this look alone, for a seed that does nothing.
+        look: Which look this was, from 1.
+        level: What ``p_value`` was compared with: the part of ``error_rate`` that this look may spend.
+        spent: What this and the earlier looks have spent together.
+        error_rate: What all looks at this seed may spend.
+    """
+
+    alpha: float
+    effect: float
+    bound: float
+    low: float
+    high: float
+    samples: int
+    p_value: float
+    look: int
+    level: float
+    spent: float
+    error_rate: float
+
+    def __str__(self) -> str:
+        return (
+            f"gain {self.effect:+.4g} ({100 * (1 - self.error_rate):.4g} % interval {self.low:+.4g} to "
+            f"{self.high:+.4g}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or no number.
+        """
+        try:
+            found = cls(**data)
+        except TypeError as error:  # no mapping, or other fields
+            raise CheckpointError(f"A saved finding cannot be read: {error}") from error
+        require_numbers(found, [f.name for f in fields(cls)])
+        return found
+
+
+def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending) -> Finding:
+    """Judge gains at one or several blend weights at one look: the best of them, with Bonferroni's correction.
+
+    Args:
+        gains: Gains by alpha, at least one.
+        look: Which look this is, and the seed's share of the level.
+        spending: The level and how looks spend it.
+    """
+    tests = len(gains)
+    alpha, best = max(
+        gains.items(), key=lambda item: -math.inf if math.isnan(item[1].statistic) else item[1].statistic
+    )
+    is_open = spending.level == 1.0
+    level = 1.0 if is_open else look.share * spending.at(look.number) / tests
+    low, high = best.interval(level)
+    return Finding(
+        alpha=alpha,
+        effect=best.gain,
+        bound=best.interval(min(1.0, 2 * level))[0],
+        low=low,
+        high=high,
+        samples=best.samples,
+        p_value=best.p_value,
+        look=look.number,
+        level=level,
+        spent=look.share * spending.spent(look.number),
+        error_rate=1.0 if is_open else look.share * spending.level,
+    )
+
+
+def require_numbers(record: Any, names: Sequence[str]) -> None:
+    """Check that fields of a record read from a file are numbers, and its ``samples`` a whole one.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
+    for name in names:
+        value = getattr(record, name)
+        wanted = int if name in ("samples", "look") else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise CheckpointError(f"{type(record).__name__}.{name} cannot be {value!r}.")
+
+
+def placebo_of(differences: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw as many differences from those given, with their mean taken away: a seed that does nothing, as skewed.
+
+    Args:
+        differences: Paired differences, ``(n,)``.
+        generator: What to draw with.
+    """
+    picked = torch.randint(0, differences.numel(), (differences.numel(),), generator=generator)
+    return (differences - differences.mean())[picked]
