@@ -73,7 +73,7 @@ class ControlGroup:
         limit = timedelta(seconds=timeout)
         try:
             # Only members of a smaller group come here, so that new_group must not wait for the others.
-            self._group = (
+            self.process_group = (
                 dist.new_group(backend="gloo", timeout=limit)
                 if group is None
                 else dist.new_group(
@@ -105,7 +105,7 @@ class ControlGroup:
         self._note(word)
         heard: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(heard, word, group=self._group)
+            dist.all_gather_object(heard, word, group=self.process_group)
         except Exception as error:
             raise self.give_up(self._missing(word, error)) from error
         failures = {rank: said.failure for rank, said in enumerate(heard) if said.failure}

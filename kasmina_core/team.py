@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kasmina_core.control import ControlGroup, FailedSomewhere, by_rank
@@ -87,6 +88,15 @@ class Team:
                 self._end(text, None)
         finally:
             self._depth -= 1
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The processes, over gloo and with the time limit."""
+        return self._control.process_group
+
+    def first(self, what: str, value: Any = None) -> Any:
+        """Return rank 0's value, when all have come here."""
+        return self._say(what, value)[0]
 
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Do something that leaves no trace if it fails; if it fails on one rank it fails on all.
@@ -188,8 +198,7 @@ class Team:
 
     def commands(self, chosen: Sequence[Command]) -> Sequence[Command]:
         """Return the commands that rank 0's policy chose."""
-        first: Sequence[Command] = self._say("the commands of the policy", list(chosen))[0]
-        return first
+        return cast("Sequence[Command]", self.first("the commands of the policy", list(chosen)))
 
     def gradients(self) -> None:
         """Average the gradients of the seeds that no wrapper averages."""
@@ -228,7 +237,7 @@ class Team:
         """Copy rank 0's values into tensors that have the same shapes everywhere."""
         own = list(tensors)
         whole = [tensor.detach().cpu() for tensor in own] if self._control.rank == 0 else None
-        first: list[Tensor] = self._say(f"weights of {what}", whole)[0]
+        first: list[Tensor] = self.first(f"weights of {what}", whole)
         with torch.no_grad():
             for tensor, value in zip(own, first, strict=True):
                 tensor.copy_(value)

@@ -1,4 +1,4 @@
-"""Runs the checks of a test module in two processes at once; each check has a process group of its own."""
+"""Runs the checks of a test module in several processes at once; each check has a process group of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Check = Callable[[int], None]
 
 
 def on_each_rank(check: Check) -> Check:
-    """Mark a function of a test module as one that both processes run, each with its rank."""
+    """Mark a function of a test module as one that every process runs, with its rank."""
     check.on_each_rank = True  # type: ignore[attr-defined]
     return check
 
@@ -57,17 +57,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_checks(module: str, folder: Path, limit: float = 400.0) -> Outcomes:
-    """Run every check of the test module at path ``module`` on two ranks, and return what they said."""
+def run_checks(
+    module: str, folder: Path, *, size: int = 2, backend: str = "gloo", limit: float = 400.0
+) -> Outcomes:
+    """Run every check of the test module at path ``module`` on ``size`` ranks, and return what they said."""
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, module, str(folder), str(rank)],
+            [sys.executable, __file__, module, str(folder), str(rank), str(size), backend],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(size)
     ]
     output = ""
     try:
@@ -76,16 +78,16 @@ def run_checks(module: str, folder: Path, limit: float = 400.0) -> Outcomes:
     finally:
         for process in processes:
             process.kill()
-    files = [folder / f"rank{rank}.json" for rank in range(2)]
+    files = [folder / f"rank{rank}.json" for rank in range(size)]
     return Outcomes([json.loads(f.read_text()) if f.exists() else {} for f in files], output)
 
 
 @contextlib.contextmanager
-def process_group(store: Path, rank: int, size: int = 2) -> Iterator[None]:
+def process_group(store: Path, rank: int, size: int = 2, backend: str = "gloo") -> Iterator[None]:
     import torch.distributed as dist
 
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(str(store), size),
         rank=rank,
         world_size=size,
@@ -101,15 +103,17 @@ def everywhere(value: Any) -> list[Any]:
     """Return the value of each rank."""
     import torch.distributed as dist
 
-    heard: list[Any] = [None, None]
+    heard: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(heard, value)
     return heard
 
 
-def main(module: str, folder: Path, rank: int) -> None:
+def main(module: str, folder: Path, rank: int, size: int, backend: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     spec = importlib.util.spec_from_file_location(Path(module).stem, module)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded
@@ -120,7 +124,7 @@ def main(module: str, folder: Path, rank: int) -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for number, (name, check) in enumerate(checks_in(vars(loaded)).items()):
         try:
-            with process_group(folder / f"store{number}", rank):
+            with process_group(folder / f"store{number}", rank, size, backend):
                 torch.manual_seed(rank)
                 check(rank)
             said[name] = ""
@@ -130,4 +134,4 @@ def main(module: str, folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
