@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from kasmina_core.distributed import DistributedGrowth as DistributedGrowth
     from kasmina_core.distributed import Wrap as Wrap
     from kasmina_core.distributed import distribute as distribute
+    from kasmina_core.distributed_checkpoint import load_distributed as load_distributed
+    from kasmina_core.distributed_checkpoint import save_distributed as save_distributed
     from kasmina_core.errors import AmbiguousNameError as AmbiguousNameError
     from kasmina_core.errors import BlueprintError as BlueprintError
     from kasmina_core.errors import CheckpointError as CheckpointError
@@ -279,6 +281,8 @@ _HOME = {
     "load_named_optimizer_state": "optimizer_names",
     "named_optimizer_state": "optimizer_names",
     "rebuild_topology": "growth_state",
+    "load_distributed": "distributed_checkpoint",
+    "save_distributed": "distributed_checkpoint",
     "reset_default_registry": "discovery",
     "save_checkpoint": "checkpoint",
     "straight_through": "isolation",

@@ -73,7 +73,7 @@ class ControlGroup:
         limit = timedelta(seconds=timeout)
         try:
             # Only members of a smaller group come here, so that new_group must not wait for the others.
-            self.process_group = (
+            self.process_group: dist.ProcessGroup = (
                 dist.new_group(backend="gloo", timeout=limit)
                 if group is None
                 else dist.new_group(

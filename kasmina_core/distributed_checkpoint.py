@@ -8,21 +8,24 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, cast, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata, load, save
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from kasmina_core.checkpoint import unwrapped
-from kasmina_core.checkpoint_files import MANIFEST, NewFolder, previous_of
+from kasmina_core.checkpoint import _present, unwrapped
+from kasmina_core.checkpoint_files import MANIFEST, NewFolder
+from kasmina_core.checkpoint_reader import CheckpointReader
 from kasmina_core.distributed import DistributedGrowth
 from kasmina_core.errors import CheckpointError, DistributedError
-from kasmina_core.growth_state import rebuild_topology, topology_of
+from kasmina_core.growth_state import rebuilding, topology_of
 from kasmina_core.model import SLOTS_KEY, MorphogeneticModel
 from kasmina_core.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.plain_data import from_json, to_json
@@ -33,26 +36,6 @@ from kasmina_core.unchanged import OptimizerBefore
 
 FORMAT: Final = "kasmina distributed checkpoint"
 FORMAT_VERSION: Final = 1
-
-_HARMLESS: Final = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "BytesStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-}
-"""What torch's own description of a checkpoint is made of."""
 
 
 def save_distributed(
@@ -83,15 +66,14 @@ def save_distributed(
         DistributedError: If a process is missing.
     """
     inner = _inner(model)
-    team, first = _team(inner), _is_first()
+    team = _team(inner)
+    first = team is None or team.rank == 0
     with team.attempt("save_distributed()") if team is not None else nullcontext():
         reshard(inner)
         tensors = {f"model/{name}": tensor for name, tensor in _tensors(inner).items()}
 
-        def keep(tensor: Tensor) -> str:
-            name = f"training/{len(tensors)}"
-            tensors[name] = tensor
-            return name
+        def keep(name: str, tensor: Tensor) -> None:
+            tensors[f"training/{name}"] = tensor
 
         manifest = {
             "format": FORMAT,
@@ -146,75 +128,38 @@ def load_distributed(
     inner = _inner(model)
     team = _team(inner)
     with team.attempt("load_distributed()") if team is not None else nullcontext():
-        path = Path(folder)
-        place = path if path.is_dir() else previous_of(path)
-        reader = _Reader(place)
-        with _as_checkpoint_error(f"The checkpoint in {folder} cannot be read"):
-            known = {
-                name: found
-                for name, found in reader.read_metadata().state_dict_metadata.items()
-                if isinstance(found, TensorStorageMetadata)
-            }
-        waiting: dict[int, tuple[Tensor, str]] = {}
-
-        def fetch(name: str) -> Tensor:
-            if name not in known:
-                raise CheckpointError(f"The checkpoint in {folder} lacks the tensor '{name:.80}'.")
-            stand_in = torch.empty(known[name].size, dtype=known[name].properties.dtype, device="meta")
-            waiting[id(stand_in)] = (stand_in, name)
-            return stand_in
-
-        manifest = _manifest(place, fetch)
-        optimizers = _several(optimizer)
-        saved = manifest["optimizers"]
+        place = _present(Path(folder))
+        reader = CheckpointReader(place)
+        with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
+            wanted = _Wanted(reader.stored_tensors())
+        manifest = _manifest(place, wanted.stand_in)
+        optimizers, saved = _several(optimizer), manifest["optimizers"]
         if len(saved) < len(optimizers):
             raise CheckpointError(
-                f"The checkpoint holds fewer optimisers than asked for.\n  saved: {len(saved)}\n"
-                f"  here:  {len(optimizers)}"
+                "The checkpoint holds fewer optimisers than are to be loaded.\n"
+                f"  saved: {len(saved)}\n  here:  {len(optimizers)}"
             )
-        with _undone_on_error(inner, optimizers):
-            rebuild_topology(inner, manifest["topology"])
+        with _undone_on_error(inner, optimizers), rebuilding(inner, manifest["topology"]) as records:
+            inner.load_state_dict(records, strict=False)
             reshard(inner)
-            own = _tensors(inner)
-            _compare(own, {n.removeprefix("model/"): m for n, m in known.items() if n.startswith("model/")})
-            read = {f"model/{name}": torch.empty_like(tensor) for name, tensor in own.items()}
+            own = {f"model/{name}": tensor for name, tensor in _tensors(inner).items()}
+            wanted.compare(own, "model/")
+            wanted.read |= {name: torch.empty_like(tensor) for name, tensor in own.items()}
             parameters = {plain_name(name): p for name, p in inner.named_parameters()}
-
-            def real(value: Any, parameter: Tensor | None = None) -> Any:
-                if isinstance(value, dict):
-                    return {key: real(item, parameter) for key, item in value.items()}
-                if isinstance(value, list | tuple):
-                    return type(value)(real(item, parameter) for item in value)
-                if id(value) not in waiting:
-                    return value
-                stand_in, name = waiting[id(value)]
-                is_like = parameter is not None and stand_in.shape == parameter.shape
-                read[name] = (
-                    torch.empty_like(cast("Tensor", parameter), dtype=stand_in.dtype, requires_grad=False)
-                    if is_like
-                    else torch.empty_like(stand_in, device="cpu")
-                )
-                return read[name]
-
-            states = []
-            for state in saved[: len(optimizers)]:
-                values = state.get("state", {}) if isinstance(state, dict) else {}
-                by_name = {name: real(value, parameters.get(name)) for name, value in values.items()}
-                states.append({**state, "state": by_name} if isinstance(state, dict) else state)
-            states = [
-                {**real({k: v for k, v in s.items() if k != "state"}), "state": s["state"]} for s in states
-            ]
-            extra = real(manifest["extra"])
-            with _as_checkpoint_error(f"The checkpoint in {folder} cannot be read"):
+            states = [wanted.of_optimizer(state, parameters) for state in saved[: len(optimizers)]]
+            extra = wanted.filled(manifest["extra"])
+            if team is not None:
+                team.first("reading in load_distributed()")  # torch's words take the same way as ours
+            with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
                 load(
-                    read,
+                    wanted.read,
                     storage_reader=reader,
                     process_group=team.process_group if team is not None else None,
                     no_dist=team is None,
                 )
             with torch.no_grad():
                 for name, tensor in own.items():
-                    tensor.copy_(read[f"model/{name}"])
+                    tensor.copy_(wanted.read[name])
             for one, state in zip(optimizers, states, strict=True):
                 load_named_optimizer_state(inner, one, state)
             if team is not None:
@@ -222,32 +167,77 @@ def load_distributed(
     return extra
 
 
-class _Reader(FileSystemReader):
-    """Reads what torch wrote, and nothing that a file made up: its description is a pickle."""
+@final
+class _Wanted:
+    """The tensors of a checkpoint that are to be read, and where to.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Harmless(file).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-            raise CheckpointError(f"{self.path} holds no checkpoint of torch.distributed.checkpoint.")
-        for stored in (metadata.storage_data or {}).values():
-            where = getattr(stored, "relative_path", None)
-            if not isinstance(where, str) or Path(where).name != where:
-                raise CheckpointError(f"The checkpoint in {self.path} leads elsewhere: {where!r:.80}.")
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+    Args:
+        stored: What the checkpoint holds.
+    """
 
+    def __init__(self, stored: Mapping[str, TensorStorageMetadata]) -> None:
+        self._stored = stored
+        self._stand_ins: dict[int, tuple[Tensor, str]] = {}
+        self.read: dict[str, Tensor] = {}
 
-class _Harmless(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _HARMLESS.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+    def stand_in(self, name: str) -> Tensor:
+        """Return a tensor without values for the one of this name, until it is known where its values shall be."""
+        name = f"training/{name}"
+        if name not in self._stored:
+            raise CheckpointError(f"The checkpoint lacks the tensor '{name:.80}'.")
+        found = self._stored[name]
+        tensor = torch.empty(found.size, dtype=found.properties.dtype, device="meta")
+        self._stand_ins[id(tensor)] = tensor, name
+        return tensor
+
+    def filled(self, value: Any, parameter: Tensor | None = None) -> Any:
+        """Return data with tensors that will be read for the stand-ins in it.
+
+        Args:
+            value: The data.
+            parameter: Tensors of its shape are placed, and sharded, as it is; others are whole and on the CPU.
+        """
+        if isinstance(value, dict):
+            return {key: self.filled(item, parameter) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.filled(item, parameter) for item in value)
+        if id(value) not in self._stand_ins:
             return value
-        raise CheckpointError(
-            f"The checkpoint's description asks for {module[:40]}.{name[:40]}, which is none of its parts; "
-            "nothing of it was run."
+        stand_in, name = self._stand_ins[id(value)]
+        like = parameter if parameter is not None and parameter.shape == stand_in.shape else None
+        self.read[name] = (
+            torch.empty_like(like, dtype=stand_in.dtype, requires_grad=False)
+            if like is not None
+            else torch.empty_like(stand_in, device="cpu")
         )
+        return self.read[name]
+
+    def of_optimizer(self, saved: Any, parameters: Mapping[str, Tensor]) -> Any:
+        """Return an optimiser's state, each parameter's tensors where the parameter is."""
+        if not isinstance(saved, dict) or not isinstance(state := saved.get("state"), dict):
+            return saved
+        rest = self.filled({key: value for key, value in saved.items() if key != "state"})
+        return {
+            **rest,
+            "state": {name: self.filled(values, parameters.get(name)) for name, values in state.items()},
+        }
+
+    def compare(self, own: Mapping[str, Tensor], prefix: str) -> None:
+        """Require that the checkpoint holds exactly these tensors under a prefix.
+
+        Raises:
+            CheckpointError: If not.
+        """
+        faults = [f"  {n}: saved, not here" for n in self._stored if n.startswith(prefix) and n not in own]
+        for name, tensor in own.items():
+            saved = self._stored.get(name)
+            if saved is None:
+                faults.append(f"  {name}: here, not saved")
+            elif saved.size != tensor.shape:
+                faults.append(f"  {name}: {tuple(saved.size)} saved, {tuple(tensor.shape)} here")
+        if faults:
+            more = f"\n  … and {len(faults) - 6} more" if len(faults) > 6 else ""
+            raise CheckpointError("The checkpoint is of another host.\n" + "\n".join(faults[:6]) + more)
 
 
 def _manifest(folder: Path, fetch: Callable[[str], Tensor]) -> dict[str, Any]:
@@ -275,18 +265,6 @@ def _tensors(model: MorphogeneticModel) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def _compare(own: Mapping[str, Tensor], saved: Mapping[str, TensorStorageMetadata]) -> None:
-    faults = [f"  {name}: saved, not in this model" for name in saved if name not in own]
-    for name, tensor in own.items():
-        if name not in saved:
-            faults.append(f"  {name}: in this model, not saved")
-        elif saved[name].size != tensor.shape:
-            faults.append(f"  {name}: {tuple(saved[name].size)} saved, {tuple(tensor.shape)} here")
-    if faults:
-        more = f"\n  … and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise CheckpointError("The checkpoint is of another host.\n" + "\n".join(faults[:6]) + more)
-
-
 def _inner(model: nn.Module | DistributedGrowth) -> MorphogeneticModel:
     return model.model if isinstance(model, DistributedGrowth) else unwrapped(model)
 
@@ -297,10 +275,6 @@ def _team(model: MorphogeneticModel) -> Team | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise DistributedError("The processes do not know each other yet: call distribute(model) first.")
     return None
-
-
-def _is_first() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _several(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:

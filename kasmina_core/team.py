@@ -90,6 +90,11 @@ class Team:
             self._depth -= 1
 
     @property
+    def rank(self) -> int:
+        """This process's."""
+        return self._control.rank
+
+    @property
     def process_group(self) -> dist.ProcessGroup:
         """The processes, over gloo and with the time limit."""
         return self._control.process_group
@@ -236,7 +241,7 @@ class Team:
     def send_from_first(self, what: str, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's values into tensors that have the same shapes everywhere."""
         own = list(tensors)
-        whole = [tensor.detach().cpu() for tensor in own] if self._control.rank == 0 else None
+        whole = [tensor.detach().cpu() for tensor in own] if self.rank == 0 else None
         first: list[Tensor] = self.first(f"weights of {what}", whole)
         with torch.no_grad():
             for tensor, value in zip(own, first, strict=True):

@@ -28,6 +28,11 @@ def on_each_rank(check: Check) -> Check:
     return check
 
 
+def folder_of_checks() -> Path:
+    """Return the folder that the processes and the test share."""
+    return Path(os.environ["KASMINA_CHECKS"])
+
+
 def checks_in(names: dict[str, Any]) -> dict[str, Check]:
     return {name: value for name, value in names.items() if getattr(value, "on_each_rank", False)}
 
@@ -64,7 +69,7 @@ def run_checks(
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, module, str(folder), str(rank), str(size), backend],
-            env=environment(),
+            env=environment() | {"KASMINA_CHECKS": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,67 @@
+"""Reads what torch.distributed.checkpoint wrote, whose own description is a pickle, without running anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from kasmina_core.errors import CheckpointError
+
+_HARMLESS: Final = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "BytesStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+}
+"""What torch's own description of a checkpoint is made of."""
+
+
+@final
+class CheckpointReader(FileSystemReader):
+    """Reads what torch wrote, and nothing that a file made up: its description is a pickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _Harmless(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+            raise CheckpointError(f"{self.path} holds no checkpoint of torch.distributed.checkpoint.")
+        for stored in (metadata.storage_data or {}).values():
+            where = getattr(stored, "relative_path", None)
+            if not isinstance(where, str) or Path(where).name != where:
+                raise CheckpointError(f"The checkpoint in {self.path} leads elsewhere: {where!r:.80}.")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def stored_tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Return what tensors the checkpoint holds, by name."""
+        stored = self.read_metadata().state_dict_metadata
+        return {name: found for name, found in stored.items() if isinstance(found, TensorStorageMetadata)}
+
+
+class _Harmless(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _HARMLESS.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        raise CheckpointError(
+            f"The checkpoint's description asks for {module[:40]}.{name[:40]}, which is none of its parts; "
+            "nothing of it was run."
+        )
