@@ -81,29 +81,78 @@ def bound_deviation(host: Tensor, seed: Tensor, bound: float) -> Tensor:
         seed: The seed's output; shape of ``host``.
         bound: Largest deviation as a share of the host's RMS, above 0; ``inf`` for none.
     """
-    return bounded_and_measured(host, seed, bound)[0]
-
-
-def bounded_and_measured(host: Tensor, seed: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Return `bound_deviation` and, from the same sums, `relative_deviation` before the bound."""
     if math.isinf(bound):
-        return seed, relative_deviation(host, seed)
+        return seed
     dims = tuple(range(1, host.dim()))
-    wide = torch.float32 if host.dtype in (torch.float16, torch.bfloat16) else host.dtype
+    wide = _wide(host.dtype)
     delta = (seed - host).to(wide)
-    host_squares = host.to(wide).square().mean(dims, keepdim=True)
-    seed_squares = delta.square().mean(dims, keepdim=True)
-    limit = (host_squares + DEVIATION_EPS).sqrt() * bound
-    size = (seed_squares + DEVIATION_EPS).sqrt()
+    limit = (host.to(wide).square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt() * bound
+    size = (delta.square().mean(dims, keepdim=True) + DEVIATION_EPS).sqrt()
     bounded = host + (delta * (limit / size)).to(host.dtype)
-    measured = seed_squares.detach().mean().sqrt() / (host_squares.mean() + DEVIATION_EPS).sqrt()
-    return torch.where(size > limit, bounded, seed), measured.float()
+    return torch.where(size > limit, bounded, seed)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which to sum squares: half precision overflows."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class _BoundedSeedGradient(torch.autograd.Function):
+    """`_SeedGradientOnly` of `bound_deviation`: its value is not needed, so nothing is computed before backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+        return seed.new_full((), -0.0).expand_as(seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        host, seed, ctx.bound = inputs
+        ctx.save_for_backward(host, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+        host, seed = ctx.saved_tensors
+        dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
+        delta, gradient = (seed - host).to(wide), grad_output.to(wide)
+        # Sums over a sample, (b, 1, ...): of squares, and of what lies along delta.
+        eps = DEVIATION_EPS * math.prod(host.shape[1:])
+        host_square = torch.linalg.vector_norm(host, dim=dims, keepdim=True, dtype=wide).square() + eps
+        square = torch.linalg.vector_norm(delta, dim=dims, keepdim=True).square() + eps
+        along = (gradient * delta).sum(dims, keepdim=True)
+        # d(delta * limit / size): beyond the bound what lies along delta is taken out, and the rest is scaled.
+        scale = (host_square / square).sqrt() * ctx.bound
+        along = scale * along / square * (scale < 1.0)
+        bounded = torch.addcmul(gradient * scale.clamp(max=1.0), delta, along, value=-1.0)
+        return None, bounded.to(grad_output.dtype), None
+
+
+def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+    """Return ``straight_through(host, bound_deviation(host.detach(), seed, bound))``, for less time and memory.
+
+    Args:
+        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        seed: The seed's output for those features; shape of ``host``, any floating dtype.
+        bound: See `bound_deviation`.
+
+    Raises:
+        SeedShapeError: If the two shapes differ.
+    """
+    if math.isinf(bound):
+        return straight_through(host, seed)
+    if seed.shape != host.shape:
+        raise SeedShapeError(host.shape, seed.shape)
+    routed = _BoundedSeedGradient.apply(host.detach(), seed.to(host.dtype), bound)  # type: ignore[no-untyped-call]  # torch
+    return host + cast("Tensor", routed)
 
 
 def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
     """Return ``rms(seed - host) / rms(host)`` over all elements, a 0-d float32 tensor."""
-    host, seed = host.detach().float(), seed.detach().float()
-    return (seed - host).square().mean().sqrt() / (host.square().mean() + DEVIATION_EPS).sqrt()
+    host, delta = host.detach(), seed.detach() - host.detach()
+    sizes = (torch.linalg.vector_norm(x, dtype=_wide(x.dtype)).float() for x in (host, delta))
+    whole, part = (size / math.sqrt(host.numel()) for size in sizes)
+    return cast("Tensor", part / (whole.square() + DEVIATION_EPS).sqrt())
 
 
 def note_largest(noted: Tensor, value: Tensor) -> None:

@@ -50,10 +50,9 @@ from kasmina_core.germination import Trial, try_seed
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import (
     IsolationReading,
-    bounded_and_measured,
+    bounded_straight_through,
     note_largest,
     relative_deviation,
-    straight_through,
 )
 from kasmina_core.lifecycle import (
     VALID_TRANSITIONS,
@@ -295,11 +294,10 @@ class SeedSlot(nn.Module):
         if mode == _SEED:
             return like_host(seed(features), features)
         if mode == _STRAIGHT_THROUGH:
-            apart = features.detach()
-            output = like_host(seed(apart), apart)
-            learned, measured = bounded_and_measured(apart, output, self.config.max_deviation)
-            note_largest(self.training_deviation, measured)
-            return straight_through(features, learned)
+            output = seed(features.detach())
+            learned = bounded_straight_through(features, output, self.config.max_deviation)
+            note_largest(self.training_deviation, relative_deviation(features, output))
+            return learned
         if mode == _BLEND_DETACHED:
             return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
         if mode == _BLEND:
