@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kasmina_core.attachment import HookedHost as HookedHost
+    from kasmina_core.attribution import Attribution as Attribution
+    from kasmina_core.attribution import SeedShare as SeedShare
     from kasmina_core.averaging import GrowingAveragedModel as GrowingAveragedModel
     from kasmina_core.blending import AlphaSchedule as AlphaSchedule
     from kasmina_core.blending import blend_with_isolation as blend_with_isolation
@@ -154,6 +156,7 @@ _HOME = {
     "AlphaChanged": "events",
     "AlphaSchedule": "blending",
     "AmbiguousNameError": "errors",
+    "Attribution": "attribution",
     "BanditPolicy": "policies.bandit",
     "BlueprintError": "errors",
     "BlueprintRegistered": "events",
@@ -237,6 +240,7 @@ _HOME = {
     "SeedGerminated": "events",
     "SeedMetrics": "lifecycle",
     "SeedShapeError": "errors",
+    "SeedShare": "attribution",
     "SeedSlot": "slots",
     "SeedStage": "lifecycle",
     "SeedState": "lifecycle",

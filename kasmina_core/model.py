@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, final
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.agreement import ALONE, Agreement, own_samples
 from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
+from kasmina_core.attribution import Attribution, attribute
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
 from kasmina_core.errors import GerminationError, HostError, TransitionError
@@ -40,6 +41,7 @@ from kasmina_core.policy import (
     SetAlpha,
     SlotObservation,
 )
+from kasmina_core.screening import ScreenOfEpoch, screen
 from kasmina_core.sequential import PairedGain
 from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
@@ -180,6 +182,7 @@ class MorphogeneticModel(nn.Module):
         self._graphs = GraphForesight()
         self._gate_samples = GateSamples(evaluator) if evaluator is not None else None
         self._measurer = SeedMeasurer(self)
+        self._screens = ScreenOfEpoch()
         self._untracked = UntrackedSeeds()
         self._listeners: list[SeedParameterListener] = [self._untracked]
         self._agreement: Agreement = ALONE
@@ -594,6 +597,50 @@ class MorphogeneticModel(nn.Module):
         alphas = self.growth_config.gates.thresholds.smaller_alphas
         return self._measurer.measure(chosen, GateSamples(evaluator, higher_is_better), alphas).evidence
 
+    def screen(self, evaluator: Evaluator | None = None) -> dict[str, PairedGain]:
+        """Measure the first-order gain of every incubating seed, in one forward and backward. See `screening.screen`.
+
+        Args:
+            evaluator: Other samples than the gates'.
+
+        Returns:
+            By slot, the gain per unit of alpha as the seed begins to blend; empty if none incubates.
+
+        Raises:
+            ValueError: If there is no evaluator, or its losses carry no graph.
+        """
+        names = [slot.name for slot in self.slots.values() if slot.is_apart]
+        return screen(self, self._samples_of(evaluator), names) if names else {}
+
+    def attribute(
+        self,
+        slots: Iterable[str] | None = None,
+        evaluator: Evaluator | None = None,
+        *,
+        permutations: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Attribution:
+        """Say whom of several seeds, fossils too, a joint gain is due to. See `attribution.attribute`.
+
+        Args:
+            slots: Names of slots; ``None`` for all with an active seed.
+            evaluator: Other samples than the gates'.
+            permutations: Orders to draw where there are more than 5 seeds.
+            generator: What to draw them with.
+
+        Raises:
+            ValueError: If there is no evaluator, nothing to attribute to, or too many seeds for every subset.
+        """
+        return attribute(
+            self, self._samples_of(evaluator), slots, permutations=permutations, generator=generator
+        )
+
+    def _samples_of(self, evaluator: Evaluator | None) -> GateSamples:
+        samples = self._gate_samples if evaluator is None else GateSamples(evaluator)
+        if samples is None:
+            raise ValueError("There are no held-out samples: give an evaluator, here or with evaluate_with.")
+        return samples
+
     @contextmanager
     def bypassed(self, slot: str) -> Iterator[MorphogeneticModel]:
         """Run the block with the model as it would be without that slot's seed, fossils included."""
@@ -789,6 +836,12 @@ class _Owner:
         return measured.evidence, measured.without
 
     def screen(self, slot: SeedSlot) -> PairedGain | None:
+        model = self._model
+        if model._gate_samples is None:
+            return None
+        # What cannot be screened is measured in full.
+        with suppress(Exception), model._agreement.attempt("first-order screen"):
+            return model._screens.of(model, slot, model._gate_samples)
         return None
 
     def error_share(self, slot: SeedSlot) -> float:
