@@ -118,7 +118,7 @@ class GateCheck:
             and all(isinstance(text, str) for text in texts)
         ):
             raise ValueError(f"expected a check of a gate, found {data!r:.80}")
-        value, minimum, maximum = (None if number is None else float(number) for number in numbers)
+        value, minimum, maximum = numbers
         return cls(str(texts[0]), value, CheckVerdict(data.get("verdict")), minimum, maximum, str(texts[1]))
 
 
