@@ -43,6 +43,7 @@ from kasmina_core.policy import (
 )
 from kasmina_core.screening import ScreenOfEpoch, screen
 from kasmina_core.sequential import PairedGain
+from kasmina_core.seed_gradient import give_gradient
 from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.snapshot import (
@@ -521,8 +522,8 @@ class MorphogeneticModel(nn.Module):
             The loss with the seed, by slot; detached.
 
         Raises:
-            RuntimeError: From torch, if the host uses reentrant gradient checkpointing, which cannot give the gradient to
-                chosen parameters; use ``use_reentrant=False``.
+            HostError: If the host uses reentrant gradient checkpointing, which cannot give the gradient to chosen
+                parameters; use ``use_reentrant=False``.
         """
         losses: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
@@ -543,7 +544,7 @@ class MorphogeneticModel(nn.Module):
                 loss = closure()
                 scaled = scaler.scale(loss) if scaler is not None else loss
                 # Asked after the forward, which puts whole parameters in the place of shards.
-                scaled.backward(inputs=[p for p in self.seed_parameters(name) if p.requires_grad])
+                give_gradient(scaled, [p for p in self.seed_parameters(name) if p.requires_grad])
             losses[name] = loss.detach()
         return losses
 

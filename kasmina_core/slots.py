@@ -216,7 +216,7 @@ class SeedSlot(nn.Module):
         self._host_losses: Tensor | None = None
         self._frozen_by_pause: list[str] = []
         self._norm_count = 0
-        self._norm_sum = self._norm_max = torch.zeros(())
+        self._norm_sum = self._norm_max = torch.zeros((), device="cpu")
         self._incubations = 0
         self._steps_since_isolation = 0
         self._isolation_is_fresh = False
@@ -363,6 +363,16 @@ class SeedSlot(nn.Module):
         """Set training mode. In eval mode a seed in TRAINING does not run: its output would be the host's anyway."""
         super().train(mode)
         self._refresh_mode()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
+        was_meta = self.alpha_buffer.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        # No file holds these buffers: `to_empty` leaves noise in them, and a way through bf16 a rounded alpha.
+        self.alpha_buffer.fill_(self.alpha)
+        if was_meta and not self.alpha_buffer.is_meta:
+            self.deviation.zero_()
+            self.training_deviation.fill_(_NOTHING_MEASURED)
         return self
 
     def _refresh_mode(self) -> None:
@@ -881,7 +891,7 @@ class SeedSlot(nn.Module):
 
     def _forget_gradient_norms(self) -> None:
         self._norm_count = 0
-        self._norm_sum = self._norm_max = torch.zeros(())
+        self._norm_sum = self._norm_max = torch.zeros((), device="cpu")
 
     def _forget_measurements(self) -> None:
         # New objects, not cleared ones: a load that fails puts the old ones back.
@@ -1014,7 +1024,7 @@ class SeedSlot(nn.Module):
         self._error_share = record.error_share
         self._host_losses = torch.tensor(record.host_losses) if record.host_losses is not None else None
         self._norm_count, total, largest = record.gradient_norms
-        self._norm_sum, self._norm_max = torch.tensor(total), torch.tensor(largest)
+        self._norm_sum, self._norm_max = torch.tensor([total, largest], device="cpu")
         self._incubations = record.incubations
         self.training_deviation.fill_(record.deviation)
         self.alpha_buffer.fill_(saved.metrics.alpha)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -96,8 +96,17 @@ class TransformerHost(HookedHost, nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(dim, n_heads, expansion) for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        self.head.weight = self.tok_emb.weight
+        self._tie_weights()
         self._init_weights(n_layers)
+        self.register_load_state_dict_post_hook(_tied_again)
+
+    def _tie_weights(self) -> None:
+        self.head.weight = self.tok_emb.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformerHost:
+        super()._apply(fn, recurse)
+        self._tie_weights()  # `to_empty` parts them when it leaves the meta device
+        return self
 
     def _init_weights(self, n_layers: int) -> None:
         for name, parameter in self.named_parameters():
@@ -141,3 +150,8 @@ class TransformerHost(HookedHost, nn.Module):
             x = layer(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def _tied_again(host: TransformerHost, _keys: object) -> None:
+    """A load with ``assign=True`` gives each its own tensor."""
+    host._tie_weights()
