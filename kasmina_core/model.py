@@ -42,8 +42,8 @@ from kasmina_core.policy import (
     SlotObservation,
 )
 from kasmina_core.screening import ScreenOfEpoch, screen
-from kasmina_core.sequential import PairedGain
 from kasmina_core.seed_gradient import give_gradient
+from kasmina_core.sequential import PairedGain
 from kasmina_core.sharding import kept_whole
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.snapshot import (
