@@ -21,6 +21,8 @@ pytestmark = [
     # Inductor's own: other compilers' deprecations and advice on precision.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32:UserWarning"),
+    # CUDA graph trees capture an empty graph when they begin.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
 
 
@@ -73,7 +75,10 @@ def test_a_second_seed_compiles_nothing_and_the_host_is_that_of_a_run_without() 
         model = new_model(embargo_epochs=0)
         counter = CompileCounterWithBackend("inductor")
         call = torch.compile(model, fullgraph=True, backend=counter)
-        optimizer = tie_optimizer(model, torch.optim.AdamW(model.host_parameters(), 1e-2, fused=True))
+        # Adam would blow the rounding of a gradient that is zero up to a whole step.
+        optimizer = tie_optimizer(
+            model, torch.optim.SGD(model.host_parameters(), 1e-2, momentum=0.9, fused=True)
+        )
         x, y = batch()
         for step in range(8):
             if grow and step in (1, 5):

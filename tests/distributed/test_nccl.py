@@ -41,7 +41,7 @@ def train(net: DistributedGrowth, optimizer: torch.optim.Optimizer, rank: int, f
 
 def digest(net: DistributedGrowth) -> list[float]:
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in net.model.parameters()]
-    return [float(p.double().sum()) for p in whole]
+    return [float(p.detach().double().sum()) for p in whole]
 
 
 def live(net: DistributedGrowth, rank: int) -> None:

@@ -23,6 +23,26 @@ class Identity(nn.Conv2d):
         nn.init.dirac_(self.weight)
 
 
+class Pinned(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 1, 1))
+        self.shift = torch.zeros(dim, 1, 1)  # no buffer: it stays where it was made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.weight) + self.shift.to(x.dtype)
+
+
+class Drawing(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(1, device=x.device, dtype=x.dtype) if x.is_cuda else 0.0
+        return x * (1 + self.weight) + 0 * noise
+
+
 def test_with_cuda_the_checks_run_on_cpu_and_cuda_and_leave_its_random_numbers() -> None:
     torch.cuda.init()
     before = torch.cuda.get_rng_state()
@@ -35,30 +55,12 @@ def test_with_cuda_the_checks_run_on_cpu_and_cuda_and_leave_its_random_numbers()
 
 
 def test_what_works_on_the_cpu_alone_fails() -> None:
-    class Pinned(nn.Module):
-        def __init__(self, dim: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(dim, 1, 1))
-            self.shift = torch.zeros(dim, 1, 1)  # no buffer: it stays where it was made
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * (1 + self.weight) + self.shift
-
     report = check_blueprint_spec(BlueprintSpec("pinned", Topology.CNN, Pinned, lambda dim: dim))
     assert report.verdict is ValidationVerdict.FAILED
     assert {c.device.partition(":")[0] for c in report.failures} == {"cuda"}
 
 
 def test_random_numbers_drawn_on_the_device_are_seen() -> None:
-    class Drawing(nn.Module):
-        def __init__(self, dim: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(dim, 1, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            noise = torch.rand(1, device=x.device) if x.is_cuda else 0.0
-            return x * (1 + self.weight) + 0 * noise
-
     report = check_blueprint_spec(BlueprintSpec("drawing", Topology.CNN, Drawing, lambda dim: dim))
     assert [c.name for c in report.failures] == ["forward_draws_no_random_numbers"]
 
