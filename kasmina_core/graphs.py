@@ -19,8 +19,8 @@ _GRAPHS_OF_A_MEASUREMENT: Final = 2
 """With the seed and without it."""
 
 _DYNAMO: Final = "torch._dynamo"
-_GUARD_OF_A_SLOT: Final = "__import_kasmina_core_dot_slots"
-"""What the guards of a frame name if a slot's forward ran in it, whoever's function the frame is."""
+_TYPE_OF_A_SLOT: Final = "<class 'kasmina_core.slots.SeedSlot'>"
+"""What the guards of a frame name if it looks at a slot, whoever's function the frame is."""
 
 
 class RecompileLimitWarning(UserWarning):
@@ -102,7 +102,7 @@ def graphs_made() -> int:
 
 
 def _graphs_with_slots(entries: Sequence[object]) -> int:
-    if entries and _GUARD_OF_A_SLOT in str(getattr(entries[-1], "guard_manager", "")):
+    if entries and _TYPE_OF_A_SLOT in str(getattr(entries[-1], "guard_manager", "")):
         return len(entries)
     return 0
 
