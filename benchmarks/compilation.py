@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -20,7 +20,6 @@ from benchmarks.timing import Row, Step, arguments_of, command_line, device_of, 
 from benchmarks.workloads import SIZES, Workload
 from kasmina_core import SeedStage
 
-MODES: Final = 4
 ALPHAS: Final = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
@@ -57,18 +56,17 @@ class Life:
         self.graphs[stage] = self.graphs.get(stage, 0) + self._counter.frame_count - before
 
 
-def measure(work: Workload, slots: int) -> list[Row]:
-    """Return the rows of one host: a life in each of ``slots`` slots, one after the other."""
+def measure(work: Workload, slots: int) -> Iterator[Row]:
+    """Yield the rows of one host: a life in each of ``slots`` slots, one after the other."""
     part = f"{work.kind}, compiling"
     progress(f"{part}: bare host")
     torch._dynamo.reset()
     bare = Life(work, work.host())
     bare.note("bare")
     model = work.model(slots)
-    # The gates' evaluator runs the model as it is: what is counted is the training step.
-    model.evaluate_with(lambda: work.losses(type(model).forward(model, work.inputs)))
+    # The gates' evaluator runs the model as it is, not compiled: what is counted is the training step.
+    model.evaluate_with(lambda: work.losses(model(work.inputs)))
     life = Life(work, model)
-    rows = []
     life.note("DORMANT")
     for number, name in enumerate(model.slots):
         before = sum(life.graphs.values()), sum(life.seconds.values())
@@ -85,17 +83,14 @@ def measure(work: Workload, slots: int) -> list[Row]:
             graphs, seconds = graphs + before[0], seconds + before[1]
         ratio = seconds / bare.seconds["bare"]
         by_stage = ", ".join(f"{stage} {n}" for stage, n in life.graphs.items() if n) if number == 0 else ""
-        rows.append(
-            Row(
-                part,
-                f"life of a seed in slot {number + 1}: {graphs} graphs",
-                "first step of the bare host",
-                (ratio, ratio, ratio),
-                unit=f"{bare.seconds['bare']:.1f} s",
-                note=by_stage,
-            )
+        yield Row(
+            part,
+            f"life of a seed in slot {number + 1}: {graphs} graphs",
+            "first step of the bare host",
+            (ratio, ratio, ratio),
+            unit=f"{bare.seconds['bare']:.1f} s",
+            note=by_stage,
         )
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,18 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = device_of(options)
     size = SIZES["tiny" if options.fast else "small"]
-    rows: list[Row] = []
-    begun = time.monotonic()
+    end = time.monotonic() + options.budget
+    rows = (
+        row
+        for kind in options.hosts.split(",")
+        if time.monotonic() < end
+        for row in measure(Workload(kind, size, device), options.slots)
+    )
     with (
         torch._dynamo.config.patch(recompile_limit=10**3, accumulated_recompile_limit=10**3),
         torch._inductor.config.patch(force_disable_caches=True),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        for kind in options.hosts.split(","):
-            if time.monotonic() - begun < options.budget:
-                rows += measure(Workload(kind, size, device), options.slots)
-    report(command_line("benchmarks.compilation", arguments), device, options, rows)
+        report(command_line("benchmarks.compilation", arguments), device, options, rows)
 
 
 if __name__ == "__main__":

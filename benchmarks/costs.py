@@ -12,7 +12,9 @@ round, the fastest of three turns each.
 
 from __future__ import annotations
 
+import argparse
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -30,7 +32,7 @@ from benchmarks.timing import (
     progress,
     report,
 )
-from benchmarks.workloads import SIZES, Workload, seeds_of
+from benchmarks.workloads import SIZES, Size, Workload, seeds_of
 from kasmina_core import GradientIsolationMonitor, Incubation, MorphogeneticModel, SeedStage
 
 GOAL_DORMANT: Final = {"eager": 1.01, "compiled": 1.00}
@@ -52,15 +54,23 @@ class Costs:
         clock: Takes the time.
         compiled: Whether hosts, models and seeds on their own are compiled.
         counts: Numbers of slots.
+        only: Measure the cases with this in their names.
     """
 
-    def __init__(self, work: Workload, clock: Clock, compiled: bool, counts: Sequence[int]) -> None:
-        self.work, self.clock, self.counts = work, clock, counts
+    def __init__(
+        self, work: Workload, clock: Clock, compiled: bool, counts: Sequence[int], only: str = ""
+    ) -> None:
+        self.work, self.clock, self.counts, self.only = work, clock, counts, only
         self.mode = "compiled" if compiled else "eager"
         self.part = f"{work.kind}, {self.mode}"
 
     def rows(self) -> Iterator[Row]:
         """Measure one row after another."""
+        for row in self._all():
+            if row is not None:
+                yield row
+
+    def _all(self) -> Iterator[Row | None]:
         yield from self.dormant()
         for stage in STAGES:
             yield from self.by_hand(stage)
@@ -69,7 +79,7 @@ class Costs:
             yield from self.counterfactual()
             yield self.isolation()
 
-    def dormant(self) -> Iterator[Row]:
+    def dormant(self) -> Iterator[Row | None]:
         """Yield the rows of slots without seeds."""
         for count in (0, *self.counts):
 
@@ -84,7 +94,7 @@ class Costs:
                 GOAL_DORMANT[self.mode] if count else None,
             )
 
-    def by_hand(self, stage: SeedStage) -> Iterator[Row]:
+    def by_hand(self, stage: SeedStage) -> Iterator[Row | None]:
         """Yield the rows of seeds that contribute, over the same by hand."""
         for count in self.counts:
 
@@ -96,7 +106,7 @@ class Costs:
                 f"{_many(count, 'seed')} in {stage.name}", "the same by hand", build, GOAL_BY_HAND
             )
 
-    def straight_through(self) -> Iterator[Row]:
+    def straight_through(self) -> Iterator[Row | None]:
         """Yield the rows of seeds that learn in the host's own pass."""
         for count in self.counts:
 
@@ -107,7 +117,7 @@ class Costs:
             case = f"{_many(count, 'seed')} in straight-through TRAINING"
             yield self._row(case, "host + seeds alone", build, GOAL_TRAINING)
 
-    def counterfactual(self) -> Iterator[Row]:
+    def counterfactual(self) -> Iterator[Row | None]:
         """Yield the rows of seeds that learn in a pass of their own: it is one more of the host for each of them."""
         for count in self.counts:
             for over in ("host + the passes by hand", "host + seeds alone"):
@@ -123,7 +133,7 @@ class Costs:
                 case = f"{_many(count, 'seed')} in counterfactual TRAINING"
                 yield self._row(case, over, build, GOAL_TRAINING)
 
-    def isolation(self) -> Row:
+    def isolation(self) -> Row | None:
         """Return the row of one measurement of isolation, of which there is one in a hundred steps."""
 
         def build() -> tuple[Step, ...]:
@@ -136,7 +146,9 @@ class Costs:
 
     def _row(
         self, case: str, over: str, build: Callable[[], tuple[Step, ...]], goal: float | None = None
-    ) -> Row:
+    ) -> Row | None:
+        if self.only not in case:
+            return None
         if self.clock.is_over:
             return Row(self.part, case, over, None, goal)
         progress(f"{self.part}: {case}")
@@ -198,28 +210,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--modes", default="eager,compiled,memory", help="what to measure (default: %(default)s)"
     )
     parser.add_argument("--counts", default="1,3,12", help="numbers of slots (default: %(default)s)")
+    parser.add_argument("--only", default="", help="of steps, those with this in their name, such as dormant")
     parser.add_argument("--size", choices=SIZES, help="default: small on the CPU, large on CUDA")
     options = parser.parse_args(arguments)
     device = device_of(options)
     if options.fast:
         options.rounds, options.counts = 2, "1"
     size = options.size or ("tiny" if options.fast else "small" if options.device == "cpu" else "large")
-    counts = [int(count) for count in options.counts.split(",")]
     clock = Clock(device, options.rounds, options.budget)
-    rows: list[Row] = []
+    rows = measure(options, clock, SIZES[size])
     # Every model that is compiled is one more set of graphs for the same code.
-    with torch._dynamo.config.patch(recompile_limit=10**4, accumulated_recompile_limit=10**4):
-        for mode in options.modes.split(","):
-            for kind in options.hosts.split(","):
-                work = Workload(kind, SIZES[size], device)
-                torch._dynamo.reset()
-                found = (
-                    memory(work, clock, counts)
-                    if mode == "memory"
-                    else Costs(work, clock, mode == "compiled", counts).rows()
-                )
-                rows += found
-    report(command_line("benchmarks.costs", arguments), device, options, rows, size=size)
+    with (
+        torch._dynamo.config.patch(recompile_limit=10**4, accumulated_recompile_limit=10**4),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        report(command_line("benchmarks.costs", arguments), device, options, rows, size=size)
+
+
+def measure(options: argparse.Namespace, clock: Clock, size: Size) -> Iterator[Row]:
+    """Yield the rows that were asked for."""
+    counts = [int(count) for count in options.counts.split(",")]
+    for mode in options.modes.split(","):
+        for kind in options.hosts.split(","):
+            torch._dynamo.reset()
+            work = Workload(kind, size, clock.device)
+            if mode == "memory":
+                yield from memory(work, clock, counts)
+            else:
+                yield from Costs(work, clock, mode == "compiled", counts, options.only).rows()
 
 
 if __name__ == "__main__":

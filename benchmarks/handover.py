@@ -84,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.rounds = 2
     clock = Clock(device, options.rounds, options.budget)
     size = SIZES["tiny" if options.fast else "small"]
-    rows = [
+    rows = (
         row for kind in ("cnn", "transformer") for row in Handover(Workload(kind, size, device), clock).rows()
-    ]
+    )
     report(command_line("benchmarks.handover", arguments), device, options, rows)
 
 

@@ -54,7 +54,7 @@ class Size:
 SIZES: Final[Mapping[str, Size]] = {
     "tiny": Size(width=8, image=4, images=2, dim=16, length=8, sequences=2),
     "small": Size(width=16, image=16, images=16, dim=64, length=64, sequences=8),
-    "large": Size(width=128, image=32, images=128, dim=768, length=512, sequences=16),
+    "large": Size(width=128, image=32, images=128, dim=768, length=512, sequences=8),
 }
 
 
