@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kasmina_core.errors import BlueprintError as BlueprintError
     from kasmina_core.errors import CheckpointError as CheckpointError
     from kasmina_core.errors import DistributedError as DistributedError
+    from kasmina_core.errors import ExportError as ExportError
     from kasmina_core.errors import GerminationError as GerminationError
     from kasmina_core.errors import HostError as HostError
     from kasmina_core.errors import KasminaError as KasminaError
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from kasmina_core.events import TelemetryEvent as TelemetryEvent
     from kasmina_core.events import TelemetryEventType as TelemetryEventType
     from kasmina_core.evidence import SeedEvidence as SeedEvidence
+    from kasmina_core.export import export_model as export_model
     from kasmina_core.gates import CheckVerdict as CheckVerdict
     from kasmina_core.gates import ErrorBudget as ErrorBudget
     from kasmina_core.gates import GateCheck as GateCheck
@@ -137,6 +139,8 @@ if TYPE_CHECKING:
     from kasmina_core.reports import CheckStatus as CheckStatus
     from kasmina_core.reports import ValidationReport as ValidationReport
     from kasmina_core.reports import ValidationVerdict as ValidationVerdict
+    from kasmina_core.seed_files import graft_seeds as graft_seeds
+    from kasmina_core.seed_files import save_seeds as save_seeds
     from kasmina_core.sequential import Finding as Finding
     from kasmina_core.sequential import LevelSpending as LevelSpending
     from kasmina_core.sequential import PairedGain as PairedGain
@@ -175,6 +179,7 @@ _HOME = {
     "DistributedError": "errors",
     "DistributedGrowth": "distributed",
     "ErrorBudget": "gates",
+    "ExportError": "errors",
     "Finding": "sequential",
     "FixedTimes": "policies.triggers",
     "FixedTimesPolicy": "policies.plateau",
@@ -274,6 +279,8 @@ _HOME = {
     "default_registry": "discovery",
     "distribute": "distributed",
     "drop_nonfinite_seed_gradients": "clipping",
+    "export_model": "export",
+    "graft_seeds": "seed_files",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
     "is_active_stage": "lifecycle",
@@ -282,13 +289,14 @@ _HOME = {
     "is_valid_transition": "lifecycle",
     "list_packs": "packs",
     "load_checkpoint": "checkpoint",
+    "load_distributed": "distributed_checkpoint",
     "load_named_optimizer_state": "optimizer_names",
     "named_optimizer_state": "optimizer_names",
     "rebuild_topology": "growth_state",
-    "load_distributed": "distributed_checkpoint",
-    "save_distributed": "distributed_checkpoint",
     "reset_default_registry": "discovery",
     "save_checkpoint": "checkpoint",
+    "save_distributed": "distributed_checkpoint",
+    "save_seeds": "seed_files",
     "straight_through": "isolation",
     "tie_optimizer": "optim",
     "topology_of": "growth_state",

@@ -136,8 +136,8 @@ class NewFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         for file in sorted(self.path.iterdir()):
-            _flush(file)
-        _flush(self.path)
+            flush(file)
+        flush(self.path)
         gone = self._beside("removing")
         if self._target.exists() and _is_checkpoint(self._target) and any(self._target.iterdir()):
             # The previous one is out of the way before the present one takes its name: one of them is always there.
@@ -145,7 +145,7 @@ class NewFolder:
                 os.rename(self._previous, gone)
             os.rename(self._target, self._previous)
         os.rename(self.path, self._target)
-        _flush(self._target.parent)
+        flush(self._target.parent)
         shutil.rmtree(gone, ignore_errors=True)
         if not self._keep_previous:
             shutil.rmtree(self._previous, ignore_errors=True)
@@ -233,7 +233,8 @@ def _is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # elsewhere a folder cannot be opened
     handle = os.open(path, os.O_RDONLY)

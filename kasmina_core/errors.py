@@ -96,6 +96,10 @@ class DistributedError(KasminaError):
         self.missing = tuple(missing)
 
 
+class ExportError(KasminaError):
+    """A grown model that cannot be turned into a plain module that computes the same."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, else the known names, else ``""``.
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from kasmina_core.blueprints import RegisteredBlueprint
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
@@ -36,14 +37,15 @@ def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
     """
     return {
         "version": TOPOLOGY_VERSION,
-        "slots": {name: _slot_data(slot) for name, slot in model.slots.items()},
+        "slots": {name: slot_data(slot) for name, slot in model.slots.items()},
         "epoch": model.epoch,
         "events": model._sequence,
         "last_metric": model._last_metric,
     }
 
 
-def _slot_data(slot: SeedSlot) -> dict[str, Any]:
+def slot_data(slot: SeedSlot) -> dict[str, Any]:
+    """Return what `topology_of` says of one slot."""
     data: dict[str, Any] = {
         "point": _point_data(slot.point),
         "record": slot.get_extra_state(),
@@ -106,7 +108,7 @@ def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[O
     def fits(loaded: nn.Module, _keys: Any) -> None:
         for name, slot in model.slots.items():
             if name in slots:
-                _compare_seed(slot, slots[name], others)
+                compare_seed(slot, slots[name], others)
 
     # A hook that raises makes the load undo itself.
     handle = model.register_load_state_dict_post_hook(fits)  # type: ignore[no-untyped-call]  # torch
@@ -156,7 +158,7 @@ def _checked(
         if record.state is not None:
             _compare_points(slot, saved["point"])
         if record.state is not None and not is_failure_stage(record.state.stage):
-            _asked(slot, record.state.blueprint_id, _origin(saved["blueprint"]))
+            demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
     return dict(slots), (counters[0], counters[1], None if metric is None else float(metric))
 
 
@@ -172,15 +174,20 @@ def _compare_points(slot: SeedSlot, saved: Any) -> None:
     )
 
 
-def _origin(saved: Any) -> str:
-    """Return ``"distribution==version"`` for pip, ``"distribution"``, or nothing."""
+def origin_of(saved: Any) -> str:
+    """Return what a blueprint came from: ``"distribution==version"`` for pip, ``"distribution"``, or nothing."""
     parts = [saved.get(key) for key in ("distribution", "version")] if isinstance(saved, Mapping) else []
     # Nobody shall paste a command into a shell that a file made up.
     named = [part for part in parts if isinstance(part, str) and _SAFE_IN_A_COMMAND.fullmatch(part)]
     return "==".join(named) if named and named[0] == parts[0] else ""
 
 
-def _asked(slot: SeedSlot, blueprint_id: str, origin: str) -> Any:
+def demand_blueprint(slot: SeedSlot, blueprint_id: str, origin: str) -> RegisteredBlueprint:
+    """Return the blueprint of a saved seed.
+
+    Raises:
+        CheckpointError: If it cannot be had; the message names what to install.
+    """
     try:
         return slot._blueprints().get(blueprint_id)
     except KasminaError as error:
@@ -195,13 +202,23 @@ def _asked(slot: SeedSlot, blueprint_id: str, origin: str) -> Any:
         ) from error
 
 
-def _compare_seed(slot: SeedSlot, saved: Mapping[str, Any], others: list[str]) -> None:
+def compare_seed(slot: SeedSlot, saved: Mapping[str, Any], others: list[str]) -> None:
+    """Compare a seed that was built anew with what `slot_data` said of the saved one.
+
+    Args:
+        slot: Holds the seed.
+        saved: What was said.
+        others: Takes a text if the seed fits but comes from another version of its pack.
+
+    Raises:
+        CheckpointError: If its parameters are others.
+    """
     if slot.seed is None or slot.state is None:
         return
-    entry = _asked(slot, slot.state.blueprint_id, _origin(saved["blueprint"]))
+    entry = demand_blueprint(slot, slot.state.blueprint_id, origin_of(saved["blueprint"]))
     then, now = (
-        _origin(saved["blueprint"]),
-        _origin({"distribution": entry.distribution, "version": entry.version}),
+        origin_of(saved["blueprint"]),
+        origin_of({"distribution": entry.distribution, "version": entry.version}),
     )
     versions = f"  saved with: {then or 'no distribution'}\n  here:       {now or 'no distribution'}"
     tensors = {name: list(t.shape) for name, t in _tensors(slot.seed)}

@@ -167,7 +167,7 @@ class MorphogeneticModel(nn.Module):
     ) -> None:
         super().__init__()
         if example is None:
-            example = _example_of(host)
+            example = example_of(host)
         proved = probe(host, requested_points(host, slots), example, causal=causal)
         self.host = host
         # Not `config`: trainers take a model's `config` for that of a transformers model.
@@ -896,7 +896,12 @@ def _event_target(telemetry: EventTarget | None) -> EventTarget | None:
     return telemetry
 
 
-def _example_of(host: nn.Module) -> object:
+def example_of(host: nn.Module) -> object:
+    """Return the inputs that a host offers for one forward.
+
+    Raises:
+        HostError: If it offers none.
+    """
     offered = getattr(host, "example_inputs", None)
     if callable(offered):
         return offered()

@@ -360,7 +360,7 @@ def interrupt_at(number, monkeypatch):
     for place, name in (
         (checkpoint, "write_tensors"),
         (checkpoint, "write_manifest"),
-        (checkpoint_files, "_flush"),
+        (checkpoint_files, "flush"),
         (checkpoint_files.os, "rename"),
     ):
         monkeypatch.setattr(place, name, counting(getattr(place, name)))

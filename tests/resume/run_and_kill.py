@@ -253,7 +253,7 @@ def die_before(call: int) -> None:
     for place, name in (
         (checkpoint_module, "write_tensors"),
         (checkpoint_module, "write_manifest"),
-        (checkpoint_files, "_flush"),
+        (checkpoint_files, "flush"),
         (os, "rename"),
         (shutil, "rmtree"),
     ):
