@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from kasmina_core.model import MorphogeneticModel as MorphogeneticModel
     from kasmina_core.model import SlotSummary as SlotSummary
     from kasmina_core.optim import tie_optimizer as tie_optimizer
+    from kasmina_core.optim import untie_optimizer as untie_optimizer
     from kasmina_core.optimizer_names import load_named_optimizer_state as load_named_optimizer_state
     from kasmina_core.optimizer_names import named_optimizer_state as named_optimizer_state
     from kasmina_core.packs import PackReason as PackReason
@@ -300,6 +301,7 @@ _HOME = {
     "straight_through": "isolation",
     "tie_optimizer": "optim",
     "topology_of": "growth_state",
+    "untie_optimizer": "optim",
 }
 
 __all__ = sorted(_HOME)

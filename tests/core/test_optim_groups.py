@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from state_helpers import FIRST, SECOND, bring_to, make_model, train_once
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from kasmina_core import GerminationError, SeedStage, tie_optimizer
+from kasmina_core import GerminationError, SeedStage, tie_optimizer, untie_optimizer
 
 IMPLEMENTATIONS = [
     *((kind, {"foreach": True}) for kind in (SGD, Adam, AdamW)),
@@ -202,6 +204,19 @@ def test_a_setting_that_is_no_number_is_refused_at_once_or_at_germination(bad):
     assert model.slots[FIRST].stage is SeedStage.DORMANT
     assert model.state_dict().keys() == before.keys()
     assert model.seed_parameters() == []
+
+
+def test_an_untied_optimiser_keeps_its_groups_and_is_not_kept_alive():
+    model, _ = make_model()
+    optimizer = tie_optimizer(model, AdamW(model.host_parameters(), 1e-2))
+    model.germinate(FIRST, "scale")
+    untie_optimizer(model, optimizer)
+    model.germinate(SECOND, "scale")
+    assert [group.get("kasmina_slot") for group in optimizer.param_groups] == [None, FIRST]
+    watched = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert watched() is None
 
 
 def test_lbfgs_is_refused_with_what_to_do():
