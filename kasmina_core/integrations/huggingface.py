@@ -291,7 +291,9 @@ class GrowthCallback(TrainerCallback):
             scaled = trainer.compute_loss_func is not None or (
                 trainer.model_accepts_loss_kwargs and items is not None
             )
-        share = 1 if scaled else trainer.current_gradient_accumulation_steps
+        # Earlier versions of transformers let accelerate divide too.
+        share = trainer.accelerator.gradient_accumulation_steps
+        share *= 1 if scaled else trainer.current_gradient_accumulation_steps
         with surroundings_at_rest(trainer.model, self._required_model()):
             self._required_model().incubate(
                 lambda: self._loss(trained, inputs, items) / share, trainer.accelerator.scaler

@@ -90,7 +90,7 @@ def test_a_run_is_that_of_the_plain_loop(tmp_path: Path, incubation: str, accumu
             metric = None
         mirror.train()
         within = number % 3
-        share = 1 if accumulate == 1 or within == 2 else 2
+        share = (1 if accumulate == 1 or within == 2 else 2) * trainer.accelerator.gradient_accumulation_steps
         (mirror(**batch)["loss"] / share).backward()
         mirror.incubate(lambda batch=batch, share=share: mirror(**batch)["loss"] / share)
         if accumulate == 1 or within:
