@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -225,6 +226,20 @@ class GrowthClock:
             "last_metric": model._last_metric,
             "germinations": {name: slot.germinations for name, slot in model.slots.items()},
         }
+
+    def check_memory(self, model: MorphogeneticModel) -> None:
+        """Refuse, at the start of a run, a policy that no checkpoint could hold.
+
+        Raises:
+            TypeError: If its ``state_dict`` returns anything but plain data.
+        """
+        try:
+            json.dumps(self.state_dict(model))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{type(self.policy).__name__}.state_dict() must return plain data (mappings by text, lists, text, "
+                f"numbers, None), which a checkpoint can hold: {error}."
+            ) from error
 
     def load_state_dict(self, model: MorphogeneticModel, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; the model's own ``state_dict`` has been loaded before.

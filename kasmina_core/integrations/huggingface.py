@@ -111,7 +111,8 @@ class GrowthCallback(TrainerCallback):
 
         Raises:
             ValueError: If the trainer's model holds no `MorphogeneticModel` or several, the trainer does not evaluate,
-                trains in more than one process or on more than one device, or grows already.
+                trains in more than one process or on more than one device, makes models itself, smooths labels, or
+                grows already.
         """
         if self._trainer is not None or any(
             isinstance(c, GrowthCallback) for c in trainer.callback_handler.callbacks
@@ -128,6 +129,11 @@ class GrowthCallback(TrainerCallback):
             raise ValueError(
                 "Growth goes by evaluation, and this trainer runs none: "
                 "give it an eval_dataset and TrainingArguments(eval_strategy='epoch')."
+            )
+        if trainer.model_init is not None or trainer.label_smoother is not None:
+            raise ValueError(
+                "A model that grows is given to the trainer as model=, not made anew by model_init; and for "
+                "label_smoothing_factor the trainer would have to know its class: give a compute_loss_func."
             )
         model = find_model(trainer.model, "One of them can grow under a Trainer.")
         if trainer.model is model:
@@ -147,6 +153,7 @@ class GrowthCallback(TrainerCallback):
         """Go on from a checkpoint's record, tie the scheduler too, and try the held-out samples.
 
         Raises:
+            TypeError: If what the policy remembers is no plain data.
             ValueError: If this callback was not attached, or the samples cannot be measured.
             CheckpointError: If the record cannot be read.
         """
@@ -155,6 +162,7 @@ class GrowthCallback(TrainerCallback):
         model = self._required_model()
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self._clock.load_state_dict(model, saved)
+        self._clock.check_memory(model)
         self._follow_with(kwargs["optimizer"], kwargs["lr_scheduler"])
         self._learned_until = state.global_step
         self._evaluator_before = model._evaluator

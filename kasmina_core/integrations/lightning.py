@@ -65,7 +65,8 @@ class GrowthCallback(Callback):
         weight_decay: See `tie_optimizer`.
 
     Raises:
-        TypeError: If ``policy`` is no policy, or ``held_out`` can be gone through only once.
+        TypeError: If ``policy`` is no policy, or ``held_out`` can be gone through only once. At the start of ``fit``: if
+            what the policy remembers is no plain data.
         ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
             optimiser is not clear, or if there is more than one process. After a validation: if it did not log
             ``monitor``.
@@ -116,6 +117,7 @@ class GrowthCallback(Callback):
         if self._loaded is not None:
             self._clock.load_state_dict(model, self._loaded)
             self._loaded = None
+        self._clock.check_memory(model)
         self._optimizer = self._find_optimizer(trainer.optimizers, model)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         own = [

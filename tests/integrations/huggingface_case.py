@@ -70,8 +70,10 @@ def pictures(n: int, seed: int) -> list[dict[str, Tensor]]:
     return [{"x": x, "labels": y} for x, y in zip(images(n, seed), labels(n, seed + 1), strict=True)]
 
 
-def make_trainer(model: nn.Module, folder: Path, epochs: float, data: Any = texts, **options: Any) -> Trainer:
-    names = ("eval_dataset", "optimizers", "compute_loss_func", "compute_metrics")
+def make_trainer(
+    model: nn.Module | None, folder: Path, epochs: float, data: Any = texts, **options: Any
+) -> Trainer:
+    names = ("eval_dataset", "optimizers", "compute_loss_func", "compute_metrics", "model_init")
     given = {name: options.pop(name) for name in names if name in options}
     settings = {
         "eval_strategy": "epoch",

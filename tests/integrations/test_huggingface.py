@@ -453,6 +453,25 @@ def test_wrong_arguments_are_refused_at_once() -> None:
         grower(held_out=DataLoader(texts(8, 1), shuffle=True))
 
 
+def test_models_made_anew_and_smoothed_labels_are_refused(tmp_path: Path) -> None:
+    made = make_trainer(None, tmp_path, 1, model_init=lambda: growing_gpt2())
+    smoothed = make_trainer(growing_gpt2(), tmp_path, 1)
+    smoothed.label_smoother = object()
+    for trainer in (made, smoothed):
+        with pytest.raises(ValueError, match=r"as model=.*give a compute_loss_func"):
+            grower().attach(trainer)
+
+
+def test_a_policy_whose_memory_is_not_plain_is_refused_before_it_is_lost(tmp_path: Path) -> None:
+    class Forgetful(Script):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": torch.zeros(1)}
+
+    trainer = grower(Forgetful({})).attach(make_trainer(growing_gpt2(), tmp_path, 1))
+    with pytest.raises(TypeError, match=r"Forgetful\.state_dict\(\) must return plain data.*Tensor"):
+        trainer.train()
+
+
 def test_a_record_of_growth_of_another_version_is_refused(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

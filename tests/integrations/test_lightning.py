@@ -32,6 +32,7 @@ pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning_case import (  # noqa: E402
     HELD_OUT,
     PLAN,
@@ -279,6 +280,35 @@ def test_gates_measure_in_the_precision_of_the_trainer(tmp_path: Path) -> None:
     assert set(seen) == {torch.bfloat16}
     assert module.net.slots["norm"].stage >= SeedStage.SHADOWING
     assert all(bool(loss.isfinite()) for loss in module.losses)
+
+
+class Overflowing(pl.Callback):
+    """Makes the seed's gradient infinite."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        for parameter in module.net.seed_parameters():
+            parameter.data.fill_(1e30)
+
+
+def test_a_seed_that_overflows_does_not_make_a_scaler_skip_the_step_of_the_host(tmp_path: Path) -> None:
+    def run(module: Classifier, callbacks: list[Any]) -> list[Any]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        trainer = fit(module, callbacks, tmp_path, 5, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        host = module.net.host if isinstance(module.net, MorphogeneticModel) else module.net
+        assert module.losses[0] != module.losses[-1]
+        return [
+            module.losses,
+            host.state_dict(),
+            everything(module, trainer)["optimizer"],
+            scaler.state_dict(),
+        ]
+
+    expected = run(Classifier(grow=False), [])
+    for incubation in ("straight-through", "counterfactual"):
+        grown = Classifier(incubation=incubation)
+        found = run(grown, [grower(copy.deepcopy(CULLED)), Overflowing()])
+        assert grown.net.slots["norm"].germinations == 1
+        assert same(found, expected)
 
 
 def test_batchnorm_and_dropout_around_the_model_are_as_before(tmp_path: Path) -> None:
