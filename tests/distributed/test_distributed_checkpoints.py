@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric_helpers import causal_host, causal_model, grow_to, registry, same_tensors, tokens
-from ranks import Outcomes, checks_in, everywhere, folder_of_checks, on_each_rank, run_checks
+from ranks import Outcomes, checks_in, everywhere, folder_of_checks, on_each_rank, run_checks, shard
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kasmina_core import (
@@ -39,8 +38,8 @@ def start(*, sharded: bool = False, **config: Any) -> Run:
     model = causal_model(causal_host(seed=1), **config)
     if sharded:
         for block in model.host.blocks:
-            fully_shard(block)
-        fully_shard(model.host)
+            shard(block)
+        shard(model.host)
     net = distribute(model, timeout=10.0)
     return net, tie_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 

@@ -18,9 +18,9 @@ from numeric_helpers import (
     same_tensors,
     tokens,
 )
-from ranks import Outcomes, checks_in, on_each_rank, run_checks
+from ranks import Outcomes, checks_in, on_each_rank, run_checks, shard
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kasmina_core import (
@@ -39,8 +39,8 @@ BOTH = (STRAIGHT_THROUGH, COUNTERFACTUAL)
 def sharded_model(**config: Any) -> tuple[MorphogeneticModel, DistributedGrowth]:
     model = causal_model(causal_host(), **config)
     for block in model.host.blocks:
-        fully_shard(block)
-    fully_shard(model.host)
+        shard(block)
+    shard(model.host)
     return model, distribute(model, timeout=10.0)
 
 
@@ -147,7 +147,7 @@ def seed_culled_from_training_leaves_no_trace(rank: int) -> None:
 @on_each_rank
 def whole_model_may_be_the_root_and_seeds_are_shards_at_any_time(rank: int) -> None:
     model = causal_model(causal_host(), incubation=COUNTERFACTUAL)
-    fully_shard(model)
+    shard(model)
     net = distribute(model)
     optimizer = tie_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     grow_to(model, "blocks.0", SeedStage.TRAINING, "mlp")
@@ -190,15 +190,15 @@ def paused_seed_keeps_its_weights_and_learns_again_when_it_goes_on(rank: int) ->
 @on_each_rank
 def seed_is_sharded_as_the_caller_says(rank: int) -> None:
     model = causal_model(causal_host())
-    fully_shard(model.host)
+    shard(model.host)
     seen = []
 
-    def shard(seed: torch.nn.Module) -> None:
+    def shard_in_parts(seed: torch.nn.Module) -> None:
         seen.append(seed)
-        fully_shard(seed.linear)
-        fully_shard(seed)
+        shard(seed.linear)
+        shard(seed)
 
-    net = distribute(model, shard=shard)
+    net = distribute(model, shard=shard_in_parts)
     optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
     place = grow_to(model, "blocks.0", SeedStage.BLENDING, "mlp")
     assert seen == [place.seed]
@@ -223,7 +223,7 @@ def seed_that_cannot_be_sharded_is_refused_and_changes_nothing(rank: int) -> Non
 @on_each_rank
 def seeds_that_were_there_before_are_sharded_and_their_optimiser_follows(rank: int) -> None:
     model = causal_model(causal_host())
-    fully_shard(model.host)
+    shard(model.host)
     with pytest.warns(UserWarning, match="one of 2 processes"):
         grow_to(model, "blocks.0", SeedStage.BLENDING, "mlp")
     optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
