@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.sharding import reshard
+
 if TYPE_CHECKING:
     from kasmina_core.slots import SeedSlot
 
@@ -101,6 +103,8 @@ def contributing_tensors(
         f"{slot.name}.seed": cast("nn.Module", slot.seed)
         for slot in _contributors(slots, apart_from).values()
     }
+    for module in modules.values():
+        reshard(module)
     return {
         f"{prefix}.{name}": tensor
         for prefix, module in modules.items()

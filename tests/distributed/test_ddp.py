@@ -376,6 +376,23 @@ def wrapper_is_made_anew_only_when_a_seed_begins_or_ceases_to_contribute(rank: i
 
 
 @on_each_rank
+def host_is_put_back_alike_when_a_late_seed_is_culled(rank: int) -> None:
+    model, optimizer, net = pair(keep_snapshot=True)
+    grow_to(model, "norm", SeedStage.TRAINING)
+    train(net, optimizer, rank)
+    before = weights(model)
+    assert model.advance_stage("norm")
+    model.slots["norm"].set_alpha(0.5)
+    train(net, optimizer, rank)
+    assert not torch.equal(weights(model)["host.stem.weight"], before["host.stem.weight"])
+    model.cull("norm", revert=True)
+    assert_alike(model, optimizer)
+    assert same_tensors(weights(model), {name: t for name, t in before.items() if name.startswith("host.")})
+    train(net, optimizer, rank)
+    assert_alike(model, optimizer)
+
+
+@on_each_rank
 def gradients_accumulate_without_talking_until_the_last_pass(rank: int) -> None:
     sums = []
     for split in (False, True):

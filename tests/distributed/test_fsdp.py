@@ -188,6 +188,28 @@ def paused_seed_keeps_its_weights_and_learns_again_when_it_goes_on(rank: int) ->
 
 
 @on_each_rank
+def host_is_put_back_when_a_late_seed_is_culled_and_the_seed_can_be_had_again(rank: int) -> None:
+    model, net = sharded_model(keep_snapshot=True, embargo_epochs=0)
+    optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    grow_to(model, "blocks.0", SeedStage.TRAINING, "mlp")
+    train(net, optimizer, rank)
+    before = whole(model)
+    with torch.no_grad():
+        net(tokens(2))  # leaves the host's root whole
+    assert model.advance_stage("blocks.0")
+    model.slots["blocks.0"].set_alpha(0.5)
+    train(net, optimizer, rank)
+    learned = {n: t for n, t in whole(model).items() if "seed" in n}
+    model.cull("blocks.0", revert=True, keep=True)
+    assert same_tensors(whole(model), {name: t for name, t in before.items() if name.startswith("host.")})
+    while model.slots["blocks.0"].state is not None:
+        model.step_epoch()
+    model.regerminate("blocks.0")
+    assert same_tensors({n: t for n, t in whole(model).items() if "seed" in n}, learned)
+    train(net, optimizer, rank)
+
+
+@on_each_rank
 def seed_is_sharded_as_the_caller_says(rank: int) -> None:
     model = causal_model(causal_host())
     shard(model.host)
