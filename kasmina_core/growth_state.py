@@ -40,6 +40,7 @@ def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
         "slots": {name: slot_data(slot) for name, slot in model.slots.items()},
         "epoch": model.epoch,
         "events": model._sequence,
+        "lost_epochs": model.lost_epochs,
         "last_metric": model._last_metric,
     }
 
@@ -118,12 +119,14 @@ def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[O
         handle.remove()
     for text in others:
         warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
-    model.epoch, model._sequence, model._last_metric = counters  # last: a warning may be an error
+    model.epoch, model._sequence, model.lost_epochs, model._last_metric = (
+        counters  # last: a warning may be an error
+    )
 
 
 def _checked(
     model: MorphogeneticModel, data: Mapping[str, Any]
-) -> tuple[dict[str, Any], tuple[int, int, float | None]]:
+) -> tuple[dict[str, Any], tuple[int, int, int, float | None]]:
     version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
     if version != TOPOLOGY_VERSION:
         raise CheckpointError(
@@ -132,7 +135,7 @@ def _checked(
             f"  readable: {TOPOLOGY_VERSION}"
         )
     counters = []
-    for name in ("epoch", "events"):
+    for name in ("epoch", "events", "lost_epochs"):
         number = data.get(name)
         if type(number) is not int or not 0 <= number < 1 << 63:
             raise CheckpointError(f"The saved topology is damaged: {name} cannot be {number!r:.40}.")
@@ -159,7 +162,12 @@ def _checked(
             _compare_points(slot, saved["point"])
         if record.state is not None and not is_failure_stage(record.state.stage):
             demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
-    return dict(slots), (counters[0], counters[1], None if metric is None else float(metric))
+    return dict(slots), (
+        counters[0],
+        counters[1],
+        counters[2],
+        None if metric is None else float(metric),
+    )
 
 
 def _compare_points(slot: SeedSlot, saved: Any) -> None:

@@ -40,7 +40,19 @@ class RunFolderError(KasminaError):
     metavar="ID",
     help="Blueprint to grow from. Default: the policy's choice.",
 )
-@click.option("--policy", default="plateau", show_default=True, help="plateau, none, or one from a pack.")
+@click.option(
+    "--policy",
+    default="plateau",
+    show_default=True,
+    help="plateau, fixed-times, budget, bandit, tournament, none, or one from a pack.",
+)
+@click.option(
+    "--policy-option",
+    "policy_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of the policy, such as patience=5 or parameters=500.",
+)
 @click.option(
     "--incubation",
     type=click.Choice(["counterfactual", "straight-through"]),
@@ -84,6 +96,7 @@ def grow(
     slots: tuple[str, ...],
     blueprints: tuple[str, ...],
     policy: str,
+    policy_options: tuple[str, ...],
     incubation: str,
     epochs: int | None,
     batch_size: int | None,
@@ -131,7 +144,8 @@ def grow(
         seed=seed,
         device=place,
         ramp_epochs=preset.ramp_epochs,
-        host_options=dict(map(_option, host_options)),
+        host_options=dict(_option("--host-option", text) for text in host_options),
+        policy_options=dict(_option("--policy-option", text) for text in policy_options),
     )
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
@@ -161,10 +175,10 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(flag: str, text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not (name and sign):
-        raise click.UsageError(f"--host-option {text!r} must read NAME=VALUE.")
+        raise click.UsageError(f"{flag} {text!r} must read NAME=VALUE.")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -39,8 +39,8 @@ from kasmina_core.gates import QualityGates
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.model import EventTarget, MorphogeneticModel
 from kasmina_core.optim import tie_optimizer
-from kasmina_core.policies.plateau import PlateauPolicy
-from kasmina_core.policy import NoGrowthPolicy, Policy, SlotObservation
+from kasmina_core.policies.bundled import BUNDLED, build_policy
+from kasmina_core.policy import Policy, SlotObservation
 from kasmina_core.randomness import derived_seed, private_rng
 from kasmina_core.topology import Topology
 
@@ -90,7 +90,7 @@ class RunSettings:
         host: Id of the host; ``None`` for the first one of the task's topology.
         slots: Names, paths or globs of points; empty for all that the host declares.
         blueprints: Blueprints to grow from; empty lets the policy choose among all of the topology.
-        policy: ``plateau``, ``none``, or the name of a policy from a pack.
+        policy: Name of a bundled policy, or of one from a pack.
         incubation: Value of `Incubation`.
         seed: For the split, the weights, the order of the samples and the seeds.
         device: Torch device.
@@ -109,6 +109,7 @@ class RunSettings:
     device: str
     ramp_epochs: float
     host_options: Mapping[str, Any]
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -157,7 +158,8 @@ class SeedLog:
                     f"{decisive.t:.1f} times its standard error"
                 )
         elif isinstance(event, SeedCulled):
-            life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason}
+            reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
+            life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason + reverted}
         if self.onward is not None:
             self.onward.emit(event)
 
@@ -279,22 +281,33 @@ def candidates(
 def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: RunSettings) -> Policy:
     """Build the policy of a run.
 
-    A policy from a pack is called with ``blueprints=``, a function of a slot's observation that lists candidates.
+    A policy from a pack is called with ``blueprints=``, a function of a slot's observation that lists candidates, and
+    with the options that the user gave.
 
     Raises:
         UnknownNameError: If there is no policy of that name, or no such blueprint.
         BlueprintError: If a blueprint that the user named fits no slot.
+        PolicyOptionError: If the policy does not take one of its options.
     """
     fitting = candidates(plugins, model, settings.blueprints)
-    if settings.policy == "plateau":
-        return PlateauPolicy(fitting)
-    if settings.policy == "none":
-        return NoGrowthPolicy()
     offered = plugins.policies()
-    if settings.policy in offered or ":" in settings.policy:
-        return offered[settings.policy](blueprints=fitting)
-    known = ["plateau", "none", *offered]
-    raise UnknownNameError(f"There is no policy '{settings.policy}'.{did_you_mean(settings.policy, known)}")
+    if settings.policy in BUNDLED:
+        factory = BUNDLED[settings.policy]
+    elif settings.policy in offered or ":" in settings.policy:
+        factory = offered[settings.policy]
+    else:
+        known = [*BUNDLED, *offered]
+        raise UnknownNameError(
+            f"There is no policy '{settings.policy}'.{did_you_mean(settings.policy, known)}"
+        )
+    return build_policy(
+        settings.policy,
+        factory,
+        fitting,
+        settings.policy_options,
+        registry=plugins.blueprints,
+        seed=derived_seed(settings.seed, "policy"),
+    )
 
 
 @final
@@ -319,6 +332,7 @@ class GrowthRun:
             incubation=settings.incubation,  # type: ignore[arg-type]  # the config turns text into its Enum
             ramp_unit=RampUnit.STEP,
             ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
+            keep_snapshot=True,
             gates=QualityGates(extra_checks=plugins.gate_checks()),
             seed=derived_seed(settings.seed, "seeds"),
         )
@@ -415,6 +429,11 @@ class GrowthRun:
             self.record.notes.append(
                 "Contributions of seeds that are still there were measured on the test samples, which decided "
                 "nothing; those of culled seeds are the last that a gate saw, on samples of its own."
+            )
+        if model.lost_epochs:
+            self.record.notes.append(
+                f"{model.lost_epochs} epochs of the host's training were given up to undo what seeds did that were "
+                "culled late; their operations are charged."
             )
         self._finish_arm(GROWN, model, ledger, len(self.record.epochs), last, time.perf_counter() - started)
 

@@ -56,6 +56,43 @@ def test_json_is_the_record_and_nothing_else(run: tuple[Path, dict[str, Any]]) -
     assert not record["interrupted"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "option"),
+    [
+        ("fixed-times", "epochs=[1]"),
+        ("budget", "parameters=300"),
+        ("bandit", "patience=1"),
+        ("tournament", "patience=1"),
+    ],
+)
+def test_each_bundled_policy_germinates_what_it_likes(tmp_path: Path, policy: str, option: str) -> None:
+    patience = () if policy == "fixed-times" else ("--policy-option", "patience=1")
+    wanted = (
+        "--policy",
+        policy,
+        "--policy-option",
+        option,
+        *patience,
+        "--policy-option",
+        "max_training_epochs=4",
+    )
+    result = _grow(
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "2",
+        "--batch-size",
+        "512",
+        "--json",
+        *wanted,
+        *(() if policy == "fixed-times" else ("--policy-option", "min_delta=1e9")),
+    )
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert len(record["seeds"]) == 1
+    assert record["config"]["policy_options"]["max_training_epochs"] == 4
+
+
 def test_both_arms_spend_the_same_training_flops(run: tuple[Path, dict[str, Any]]) -> None:
     grown, alone = run[1]["arms"]
     one_batch = alone["flops"] / (alone["epochs"] * 16)
@@ -176,6 +213,11 @@ def test_without_a_terminal_there_are_no_escape_codes(tmp_path: Path) -> None:
         (("--blueprint", "lora"), "fits no slot", 1),
         (("--blueprint", "bottleneck", "--host-option", "base_channels=1"), "2 channels or more", 1),
         (("--policy", "platau"), "Did you mean 'plateau'?", 1),
+        (("--policy", "budget"), "needs a budget", 1),
+        (("--policy", "none", "--policy-option", "patience=2"), "options: none", 1),
+        (("--policy-option", "patience=0"), "patience must be at least 1, not 0", 1),
+        (("--policy-option", "pateince=5"), "Did you mean 'patience'?", 1),
+        (("--policy-option", "nonsense"), "--policy-option 'nonsense' must read NAME=VALUE", 2),
         (("--incubation", "none"), "counterfactual", 2),
         (("--epochs", "0"), "epochs", 2),
         (("--lr", "-1"), "lr", 2),
