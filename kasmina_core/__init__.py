@@ -142,6 +142,9 @@ if TYPE_CHECKING:
     from kasmina_core.reports import ValidationVerdict as ValidationVerdict
     from kasmina_core.seed_files import graft_seeds as graft_seeds
     from kasmina_core.seed_files import save_seeds as save_seeds
+    from kasmina_core.seed_schedules import ConstantRate as ConstantRate
+    from kasmina_core.seed_schedules import WarmupCosine as WarmupCosine
+    from kasmina_core.seed_schedules import schedule_seeds as schedule_seeds
     from kasmina_core.sequential import Finding as Finding
     from kasmina_core.sequential import LevelSpending as LevelSpending
     from kasmina_core.sequential import PairedGain as PairedGain
@@ -175,6 +178,7 @@ _HOME = {
     "CheckpointError": "errors",
     "ClippedGradients": "clipping",
     "Command": "policy",
+    "ConstantRate": "seed_schedules",
     "Continue": "policy",
     "Cull": "policy",
     "DistributedError": "errors",
@@ -271,6 +275,7 @@ _HOME = {
     "VALID_TRANSITIONS": "lifecycle",
     "ValidationReport": "reports",
     "ValidationVerdict": "reports",
+    "WarmupCosine": "seed_schedules",
     "Wrap": "distributed",
     "blend_with_isolation": "blending",
     "blueprint_costs": "policies.budget",
@@ -298,6 +303,7 @@ _HOME = {
     "save_checkpoint": "checkpoint",
     "save_distributed": "distributed_checkpoint",
     "save_seeds": "seed_files",
+    "schedule_seeds": "seed_schedules",
     "straight_through": "isolation",
     "tie_optimizer": "optim",
     "topology_of": "growth_state",
