@@ -382,7 +382,7 @@ def _put_back_on_error(
     states = [(one, one.get_state()) for one in generators.values()]
     undo: list[Callable[[], None]] = [OptimizerBefore(one).put_back for one in optimizers]
     undo.append(AttributesBefore(schedulers, _inside_a_scheduler).put_back)
-    undo.append(AttributesBefore(things, lambda _: ()).put_back)
+    undo.append(AttributesBefore(things, _what_remembers).put_back)
     try:
         yield
     except BaseException:
@@ -393,6 +393,11 @@ def _put_back_on_error(
         with suppress(CheckpointError):
             restore_random_states(numbers)
         raise
+
+
+def _what_remembers(thing: Any) -> list[Any]:
+    """Return what a policy or a scaler is made of that has a state of its own."""
+    return [value for value in vars(thing).values() if callable(getattr(value, "load_state_dict", None))]
 
 
 def _inside_a_scheduler(scheduler: Any) -> list[Any]:

@@ -134,4 +134,4 @@ class AttributesBefore:
 
 
 def _copied(value: Any) -> Any:
-    return type(value)(value) if type(value) in (list, dict) else value
+    return type(value)(value) if type(value) in (list, dict, set) else value
