@@ -8,6 +8,7 @@ order, so that ways are compared in pairs; intervals are bootstrap intervals of 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import random
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from kasmina_cnn import CNNHost
@@ -29,10 +31,12 @@ from kasmina_core import (
     QualityGates,
     RampUnit,
     SeedStage,
+    replay,
     tie_optimizer,
 )
 from kasmina_core.cli.flops import FlopLedger
 from kasmina_core.cli.tasks import Task, load_task
+from kasmina_core.isolation import _BoundedSeedGradient
 from kasmina_core.replay import ReplayTape
 from kasmina_core.slots import ForwardMode
 
@@ -55,6 +59,7 @@ class Way:
     replay: bool = False
     bound: float = 0.1
     surrogate: int = 0
+    pull: bool = False
     learns: bool = True
 
 
@@ -68,7 +73,9 @@ WAYS = [
     Way("counterfactual, a quarter of the batch", counterfactual=True, share=0.25),
     Way("counterfactual, tail alone (replay)", counterfactual=True, replay=True),
     Way("straight-through, bound .1"),
+    Way("straight-through, bound .1, pulled back", pull=True),
     Way("straight-through, bound .5", bound=0.5),
+    Way("straight-through, bound .5, pulled back", bound=0.5, pull=True),
     Way("straight-through, no bound", bound=float("inf")),
     Way("straight-through, curvature every 4th", bound=float("inf"), surrogate=4),
 ]
@@ -128,6 +135,21 @@ class Curvature:
             self.coefficient = 0.7 * self.coefficient + 0.3 * found if self.coefficient else found
 
 
+PLAIN_BACKWARD = _BoundedSeedGradient.backward
+
+
+def pulled_backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+    """Beyond the bound, add to the bounded gradient one as long as it that points back to the host."""
+    host, seed = ctx.saved_tensors
+    _, bounded, _ = PLAIN_BACKWARD(ctx, grad_output)
+    dims = tuple(range(1, host.dim()))
+    delta = seed - host
+    size = torch.linalg.vector_norm(delta, dim=dims, keepdim=True) + 1e-12
+    limit = ctx.bound * torch.linalg.vector_norm(host, dim=dims, keepdim=True)
+    length = torch.linalg.vector_norm(bounded, dim=dims, keepdim=True)
+    return None, bounded + (size > limit) * length * delta / size, None
+
+
 class Run:
     """One number: a host at its plateau, from which every way starts."""
 
@@ -148,9 +170,12 @@ class Run:
 
     def go(self, way: Way | None) -> Result:
         """Train from the plateau, with a seed that is incubated in a way, or without one."""
+        _BoundedSeedGradient.backward = staticmethod(pulled_backward if way and way.pull else PLAIN_BACKWARD)
         steps = -(-len(self.task.train.inputs) // BATCH)
         config = GrowthConfig(
-            incubation=Incubation.COUNTERFACTUAL if way and way.counterfactual else Incubation.STRAIGHT_THROUGH,
+            incubation=Incubation.COUNTERFACTUAL
+            if way and way.counterfactual
+            else Incubation.STRAIGHT_THROUGH,
             max_deviation=way.bound if way else 0.1,
             max_incubation_deviation=float("inf"),
             incubate_every=way.every if way else 1,
@@ -162,7 +187,7 @@ class Run:
         model = MorphogeneticModel(CNNHost(base_channels=3, width_factor=1), config=config)
         model.host.load_state_dict(self.host)
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        optimizer.load_state_dict(json_free(self.optimizer))
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer))
         tie_optimizer(model, optimizer)
         order = torch.Generator()
         order.set_state(self.order)
@@ -225,47 +250,59 @@ class Run:
         curvature: Curvature | None,
     ) -> None:
         model.train()
-        slot = model.slots[SLOT]
         for inputs, targets in self.task.batches("train", BATCH, order):
-            share = max(2, round(len(inputs) * way.share)) if way else len(inputs)
-
-            def loss(n: int = len(inputs), inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                return self.task.loss(model(inputs[:n]), targets[:n]).mean()
-
             optimizer.zero_grad()
-            tape = ReplayTape(model.host, slot) if way and way.replay and slot.is_incubating else None
-
-            def learn() -> None:
-                if tape is not None:
-                    with tape.recording():
-                        value = loss()
-                else:
-                    value = loss()
-                value.backward()
-
-            def incubate() -> None:
-                if tape is not None:
-                    with tape.replaying():
-                        model.incubate(loss)
-                else:
-                    model.incubate(lambda: loss(share))
-
-            key = (slot.mode, len(inputs))
-            ledger.charge(("learn", *key), learn)
-            turn = slot._incubations % model.growth_config.incubate_every == 0 and slot.is_incubating
-            ledger.charge(("incubate", turn, share, *key), incubate)
-            if curvature is not None:
-                due = curvature.calls % curvature.every == 0
-                ledger.charge(("curvature", due, *key), lambda: curvature.measure(loss))
+            self._learn(model, inputs, targets, ledger, way, curvature)
             model.step()
             optimizer.step()
 
+    def _learn(
+        self,
+        model: MorphogeneticModel,
+        inputs: Tensor,
+        targets: Tensor,
+        ledger: FlopLedger,
+        way: Way | None,
+        curvature: Curvature | None,
+    ) -> None:
+        slot, whole = model.slots[SLOT], len(inputs)
+        share = max(2, round(whole * way.share)) if way else whole
+        tape = ReplayTape(model.host, slot) if way and way.replay and slot.is_incubating else None
+        copies = patch("kasmina_core.replay._copied", without_gradient)
 
-def json_free(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of an optimiser's state that shares no tensor with it."""
-    import copy
+        def loss(n: int = whole) -> Tensor:
+            return self.task.loss(model(inputs[:n]), targets[:n]).mean()
 
-    return copy.deepcopy(state)
+        def learn() -> None:
+            if tape is None:
+                loss().backward()
+                return
+            with copies, tape.recording():
+                value = loss()
+            value.backward()
+
+        def incubate() -> None:
+            if tape is None:
+                model.incubate(lambda: loss(share))
+                return
+            with copies, tape.replaying():
+                model.incubate(loss)
+
+        key = (slot.mode, whole)
+        ledger.charge(("learn", *key), learn)
+        turn = slot._incubations % model.growth_config.incubate_every == 0 and slot.is_incubating
+        ledger.charge(("incubate", turn, share, *key), incubate)
+        if curvature is not None:
+            due = curvature.calls % curvature.every == 0
+            ledger.charge(("curvature", due, *key), lambda: curvature.measure(loss))
+
+
+PLAIN_COPY = replay._copied
+
+
+def without_gradient(value: Any) -> Any:
+    """Copy what a tape keeps, also of a pass that builds a graph: evaluation, for which tapes are, builds none."""
+    return PLAIN_COPY(value.detach() if isinstance(value, Tensor) else value)
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
@@ -317,7 +354,9 @@ def main() -> None:
         print(json.dumps(rows))
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {options.runs} runs, {epochs}")
-    print(f"{'incubation':<42}{'FLOPs':>6} {'deviation (largest)':>20} {'gain':>8} {'at .5':>8}  saved at the end")
+    print(
+        f"{'incubation':<42}{'FLOPs':>6} {'deviation (largest)':>20} {'gain':>8} {'at .5':>8}  saved at the end"
+    )
     for name, row in rows.items():
         low, high = row["interval"]
         print(
