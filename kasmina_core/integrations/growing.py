@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, final
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
+from kasmina_core.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.errors import CheckpointError
-from kasmina_core.lifecycle import SeedStage
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.policy import Policy
 
@@ -125,44 +124,27 @@ def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def living_seeds(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each seed that is no fossil, by slot."""
-    return {
-        name: model.seed_parameters(name)
-        for name, slot in model.slots.items()
-        if slot.seed is not None and slot.stage is not SeedStage.FOSSILIZED
-    }
-
-
 def clip_apart(
     model: MorphogeneticModel, clip_rest: Callable[[], Any], clip_seed: Callable[[list[nn.Parameter]], Any]
 ) -> Any:
-    """Clip the gradients of each living seed apart from those of the rest, so that neither changes the other's.
+    """Clip a trainer's way, and each seed apart as `clip_gradients` does, so that no seed changes the host's gradient.
 
     Args:
         model: The model.
-        clip_rest: Clips whatever has a gradient; called while no living seed has one.
-        clip_seed: Clips the gradients of the parameters it is given; called once a living seed that has one.
+        clip_rest: Clips whatever has a gradient; called while no seed has one.
+        clip_seed: Clips the gradients of the parameters it is given; called once a seed that has a finite one.
 
     Returns:
         What ``clip_rest`` returns.
     """
-    seeds = living_seeds(model).values()
+    seeds = [model.seed_parameters(slot) for slot in model.slots]
     with hidden_gradients([p for parameters in seeds for p in parameters]):
         result = clip_rest()
+    drop_nonfinite_seed_gradients(model)
     for parameters in seeds:
         if any(p.grad is not None for p in parameters):
             clip_seed(parameters)
     return result
-
-
-def drop_overflowed(model: MorphogeneticModel) -> None:
-    """Let living seeds whose gradients are not finite skip a step, so that a GradScaler does not skip the host's."""
-    for parameters in living_seeds(model).values():
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients and not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
-            for parameter in parameters:
-                parameter.grad = None
 
 
 def readings(model: MorphogeneticModel) -> dict[str, float]:

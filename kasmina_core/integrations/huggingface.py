@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from kasmina_core.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
     clip_apart,
-    drop_overflowed,
     find_model,
     losses_of_samples,
     metric_named,
@@ -47,7 +47,7 @@ class GrowthCallback(TrainerCallback):
     gates are asked and the policy is followed. An evaluation before which nothing was learned (``eval_on_start``) does
     not count. The optimiser and its scheduler follow the seeds; stages, alphas and gains go through ``trainer.log``;
     the trainer's checkpoints hold all that ``train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` need.
-    ``max_grad_norm`` clips living seeds apart from the host.
+    ``max_grad_norm`` clips each seed apart from the host.
 
     A callback alone is told neither the batch nor when the optimiser is made, so it has to be attached:
 
@@ -229,7 +229,7 @@ class GrowthCallback(TrainerCallback):
             loss = training_step(trained, inputs, *args, **kwargs)
             self._incubate(trained, kept, args[0] if args else kwargs.get("num_items_in_batch"))
             if accelerator.scaler is not None:
-                drop_overflowed(model)
+                drop_nonfinite_seed_gradients(model)
             return loss
 
         def save_apart(*args: Any, **kwargs: Any) -> Any:

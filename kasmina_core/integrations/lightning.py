@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
     clip_apart,
-    drop_overflowed,
     find_model,
     losses_of_samples,
     metric_named,
@@ -40,7 +40,7 @@ class GrowthCallback(Callback):
     Each validation is an epoch of growth: its metric is noted, and before the next training batch the gates are asked
     and the policy is followed. Sanity checks do not count. The optimiser and its schedulers follow the seeds; stages,
     alphas and gains go to the trainer's loggers; ``ModelCheckpoint`` writes all that ``fit(ckpt_path=...)`` needs, with
-    ``weights_only=True`` too. ``gradient_clip_val`` clips living seeds apart from the host.
+    ``weights_only=True`` too. ``gradient_clip_val`` clips each seed apart from the host.
 
     ::
 
@@ -152,7 +152,7 @@ class GrowthCallback(Callback):
         if pl_module.automatic_optimization:
             self._incubate(trainer, pl_module, trainer.accumulate_grad_batches, scaler)
         if scaler is not None:
-            drop_overflowed(self._required_model())
+            drop_nonfinite_seed_gradients(self._required_model())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -23,6 +23,7 @@ from kasmina_core import (
     PlateauPolicy,
     SeedStage,
     Topology,
+    clip_gradients,
     tie_optimizer,
 )
 
@@ -94,9 +95,7 @@ def test_a_run_is_that_of_the_plain_loop(tmp_path: Path, incubation: str, accumu
         (mirror(**batch)["loss"] / share).backward()
         mirror.incubate(lambda batch=batch, share=share: mirror(**batch)["loss"] / share)
         if accumulate == 1 or within:
-            for parameters in sides(mirror):
-                if any(p.grad is not None for p in parameters):
-                    nn.utils.clip_grad_norm_(parameters, 0.1)
+            clip_gradients(mirror, 0.1)
             mirror.step()
             optimizer.step()
             optimizer.zero_grad()
@@ -125,14 +124,6 @@ def copy_of(optimizer: Any, model: MorphogeneticModel) -> torch.optim.Optimizer:
         eps=first["eps"],
         weight_decay=0.0,
     )
-
-
-def sides(model: MorphogeneticModel) -> list[list[nn.Parameter]]:
-    living = [
-        s.name for s in model.slots.values() if s.seed is not None and s.stage is not SeedStage.FOSSILIZED
-    ]
-    fossils = [p for name in model.slots if name not in living for p in model.seed_parameters(name)]
-    return [model.host_parameters() + fossils, *(model.seed_parameters(name) for name in living)]
 
 
 def strip(state: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_a_run_without_a_seed_in_the_end_is_the_bare_run(
     assert same(found, expected)
 
 
-def test_living_seeds_are_clipped_apart_and_fossils_with_the_host(tmp_path: Path) -> None:
+def test_each_seed_is_clipped_apart_from_the_host(tmp_path: Path) -> None:
     norms: list[dict[str, float]] = []
 
     class Watch(pl.Callback):
@@ -168,11 +168,9 @@ def test_living_seeds_are_clipped_apart_and_fossils_with_the_host(tmp_path: Path
     )
     assert module.net.slots["norm"].stage is SeedStage.FOSSILIZED
     assert module.net.slots["norm2"].stage is SeedStage.TRAINING
-    living, with_fossil = norms[8], norms[-1]
-    assert living["host"] == pytest.approx(1e-3, rel=1e-3)
-    assert living["norm"] == pytest.approx(1e-3, rel=1e-3)
-    assert (with_fossil["host"] ** 2 + with_fossil["norm"] ** 2) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
-    assert with_fossil["norm2"] == pytest.approx(1e-3, rel=1e-3)
+    # While the first seed trains; and when it is a fossil and a second one trains.
+    for norm in [norms[8][part] for part in ("host", "norm")] + list(norms[-1].values()):
+        assert norm == pytest.approx(1e-3, rel=1e-3)
     assert "configure_gradient_clipping" not in vars(module)
 
 
