@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kasmina_core.blueprints import BlueprintRegistry as BlueprintRegistry
     from kasmina_core.blueprints import BlueprintSpec as BlueprintSpec
     from kasmina_core.blueprints import RegisteredBlueprint as RegisteredBlueprint
+    from kasmina_core.calibration import Calibration as Calibration
+    from kasmina_core.calibration import CalibrationError as CalibrationError
+    from kasmina_core.calibration import calibrate as calibrate
     from kasmina_core.catalogue import HostRegistry as HostRegistry
     from kasmina_core.check_cache import PassCache as PassCache
     from kasmina_core.checkpoint import InterruptedSave as InterruptedSave
@@ -171,6 +174,8 @@ _HOME = {
     "BlueprintRegistry": "blueprints",
     "BlueprintSpec": "blueprints",
     "BudgetPolicy": "policies.budget",
+    "Calibration": "calibration",
+    "CalibrationError": "calibration",
     "CallableSink": "telemetry",
     "CheckResult": "reports",
     "CheckStatus": "reports",
@@ -280,6 +285,7 @@ _HOME = {
     "blend_with_isolation": "blending",
     "blueprint_costs": "policies.budget",
     "bound_deviation": "isolation",
+    "calibrate": "calibration",
     "check_blueprint_spec": "checks",
     "clip_gradients": "clipping",
     "default_registry": "discovery",

@@ -336,7 +336,8 @@ class GateThresholds:
     Attributes:
         min_training_epochs: Epochs in TRAINING before G2.
         min_shadowing_epochs: Epochs in SHADOWING before G4.
-        min_probation_epochs: Epochs in PROBATIONARY before G5.
+        min_probation_epochs: Epochs in PROBATIONARY before G5; the gain of each of the last so many must reach
+            ``min_gain``, so that one bad epoch is forgotten in time.
         min_blending_epochs: Epochs in BLENDING before G3 (report profile).
         max_isolation_violations: Leaks into the host that G2 and G5 tolerate.
         min_samples: Held-out samples that evidence needs.
@@ -586,7 +587,9 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
         GateCheckSpec(
             "smallest gain in probation",
             (GateLevel.G5,),
-            lambda c: _smallest(c.gains) if c.measure() is not None else None,
+            lambda c: (
+                _smallest(c.gains[-max(1, t.min_probation_epochs) :]) if c.measure() is not None else None
+            ),
             minimum=t.min_gain,
             needs_evidence=True,
         )

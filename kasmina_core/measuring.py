@@ -47,10 +47,12 @@ class Measurement:
         evidence: What was found.
         without: Per-sample losses with the slot empty, ``(n,)`` on the CPU; ``None`` where the samples are others in
             each epoch.
+        differences: What the seed saves at alpha 1 on each sample, ``(n,)`` on the CPU; positive is good.
     """
 
     evidence: SeedEvidence
     without: Tensor | None
+    differences: Tensor
 
 
 @final
@@ -64,12 +66,14 @@ class SeedMeasurer:
 
     Attributes:
         faults: By slot, why passes run in full.
+        is_replaying: Whether a pass goes on in which the part before a slot does not run.
     """
 
     def __init__(self, model: MorphogeneticModel) -> None:
         self._model = model
         self._trusted: set[str] = set()
         self.faults: dict[str, str] = {}
+        self.is_replaying = False
 
     def measure(
         self,
@@ -131,7 +135,9 @@ class SeedMeasurer:
             before_blending=before_blending if samples.is_fixed else None,
             higher_is_better=samples.higher_is_better,
         )
-        return Measurement(evidence, without.detach().float().cpu() if samples.is_fixed else None)
+        kept = without.detach().float().cpu() if samples.is_fixed else None
+        sign = -1.0 if samples.higher_is_better else 1.0
+        return Measurement(evidence, kept, sign * (without - with_seed).detach().float().cpu())
 
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:
@@ -139,12 +145,21 @@ class SeedMeasurer:
         with self._model._evaluation(), slot.forced(mode):
             yield
 
+    @contextmanager
+    def _replaying(self, tape: ReplayTape) -> Iterator[None]:
+        self.is_replaying = True
+        try:
+            with tape.replaying():
+                yield
+        finally:
+            self.is_replaying = False
+
     def _again(
         self, slot: SeedSlot, evaluator: Evaluator, tape: ReplayTape | None, mode: ForwardMode
     ) -> Tensor:
         if tape is not None and not tape.fault:
             try:
-                with self._pass(slot, mode), tape.replaying():
+                with self._pass(slot, mode), self._replaying(tape):
                     losses = evaluator()
             except ReplayDiverged:
                 self.faults[slot.name] = tape.fault
@@ -160,7 +175,7 @@ class SeedMeasurer:
         fault = "the forward is compiled" if slot.was_compiled else tape.fault
         replayed = None
         if not fault:
-            with suppress(ReplayDiverged), self._pass(slot, ForwardMode.MEASURE), tape.replaying():
+            with suppress(ReplayDiverged), self._pass(slot, ForwardMode.MEASURE), self._replaying(tape):
                 replayed = evaluator()
         if not self._all_agree(replayed is not None and _equal(replayed, with_seed)):
             self.faults[slot.name] = fault or tape.fault or "the losses differed from those of a full pass"

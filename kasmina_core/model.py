@@ -577,6 +577,14 @@ class MorphogeneticModel(nn.Module):
         """By slot, why a measurement runs the part of the host before the slot in every pass; empty if none does."""
         return dict(self._measurer.faults)
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a pass of a measurement goes on in which the part of the host before a slot does not run.
+
+        An evaluator that counts what a pass costs must tell the two apart.
+        """
+        return self._measurer.is_replaying
+
     def measure(
         self, slot: str, evaluator: Evaluator | None = None, *, higher_is_better: bool = False
     ) -> SeedEvidence | None:

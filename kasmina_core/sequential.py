@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor
 
 from kasmina_core.errors import CheckpointError
@@ -342,14 +341,3 @@ def require_numbers(record: Any, names: Sequence[str]) -> None:
         wanted = int if name in ("samples", "look") else (int, float)
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise CheckpointError(f"{type(record).__name__}.{name} cannot be {value!r}.")
-
-
-def placebo_of(differences: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw as many differences from those given, with their mean taken away: a seed that does nothing, as skewed.
-
-    Args:
-        differences: Paired differences, ``(n,)``.
-        generator: What to draw with.
-    """
-    picked = torch.randint(0, differences.numel(), (differences.numel(),), generator=generator)
-    return (differences - differences.mean())[picked]

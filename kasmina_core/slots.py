@@ -327,6 +327,11 @@ class SeedSlot(nn.Module):
             return self.forward(features)
 
     @property
+    def is_forced(self) -> bool:
+        """Whether somebody runs the slot in another forward mode than its stage's."""
+        return self._override is not None
+
+    @property
     def was_compiled(self) -> bool:
         """Whether the last measurement ran in a compiled graph."""
         return bool(torch.signbit(self.deviation))

@@ -11,6 +11,7 @@ from kasmina_core import __version__
 from kasmina_core.errors import KasminaError
 
 _COMMANDS: Final = {
+    "calibrate": ("kasmina_core.cli.calibrate:calibrate", "Measure the noise floor of a task's gates."),
     "grow": ("kasmina_core.cli.grow:grow", "Train a host and grow it with seeds."),
     "new": ("kasmina_core.cli.new:new", "Write a package to start from: seeds, or a host."),
     "plugins": ("kasmina_core.cli.plugins:plugins", "Show the installed packs and what they offer."),

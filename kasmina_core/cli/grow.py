@@ -127,7 +127,7 @@ def grow(
     if lr is not None and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
     torch.set_num_threads(threads)
-    place = _device(device)
+    place = pick_device(device)
     require_plots()
     data = load_task(task, seed, place, data_dir=data_dir)
     preset = PRESETS[task]
@@ -150,7 +150,7 @@ def grow(
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
-        folder = _folder(out, task)  # made once nothing the user said can be refused any more
+        folder = make_folder(out, task)  # made once nothing the user said can be refused any more
         with Telemetry([JsonLinesSink(folder / "events.jsonl")]) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
                 telemetry.emit(event)
@@ -165,7 +165,8 @@ def grow(
         sys.exit(130)
 
 
-def _device(wanted: str) -> str:
+def pick_device(wanted: str) -> str:
+    """Return the device to compute on; CUDA that is not there is a usage error."""
     import torch
 
     if wanted == "auto":
@@ -185,9 +186,9 @@ def _option(flag: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _folder(out: Path | None, task: str) -> Path:
-    """Make the run's folder; one that holds something already is refused."""
-    folder = out or Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+def make_folder(out: Path | None, name: str) -> Path:
+    """Make a folder for files, by default ``runs/NAME-DATE-TIME``; one that holds something already is refused."""
+    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(
             f"--out {folder}: there is something already. Name a folder that is new or empty."

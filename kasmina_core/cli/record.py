@@ -135,6 +135,9 @@ class SeedRecord:
         gain_low: Lower end of the 95 % interval of ``gain``.
         gain_high: Upper end of it.
         reason: Why it was fossilised or culled.
+        samples: Held-out samples that ``gain`` was measured on; ``None`` if never measured.
+        finding: What the last gate that decided on evidence found on its own samples: ``gate`` and the fields of
+            `Finding`; ``None`` if none did.
     """
 
     seed_id: str
@@ -149,6 +152,8 @@ class SeedRecord:
     gain_low: float | None = None
     gain_high: float | None = None
     reason: str = ""
+    samples: int | None = None
+    finding: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple((str(stage), int(epoch)) for stage, epoch in self.stages))
@@ -164,7 +169,7 @@ class SeedRecord:
         Raises:
             CheckpointError: If a field is missing, unknown or of the wrong type.
         """
-        with _Reading(cls, data) as read:
+        with _Reading(cls, data, later=("samples", "finding")) as read:
             outcome = read.text("outcome")
             if outcome not in get_args(SeedOutcome):
                 raise ValueError(f"outcome cannot be {outcome!r}")
@@ -181,6 +186,8 @@ class SeedRecord:
                 gain_low=read.optional("gain_low"),
                 gain_high=read.optional("gain_high"),
                 reason=read.text("reason"),
+                samples=None if read.value("samples") is None else read.integer("samples"),
+                finding=read.mapping("finding"),
             )
 
 
@@ -378,10 +385,11 @@ def _to_dict(record: Any) -> dict[str, Any]:
 class _Reading:
     """Reads the fields of one record; what is wrong with them becomes a `CheckpointError` naming the record."""
 
-    def __init__(self, record: type, data: Mapping[str, Any]) -> None:
+    def __init__(self, record: type, data: Mapping[str, Any], later: Sequence[str] = ()) -> None:
         self._name = record.__name__
         self._fields = {f.name for f in fields(record)}
-        self._data = data
+        # What earlier versions did not write was not measured by them.
+        self._data = dict.fromkeys(later) | dict(data) if isinstance(data, Mapping) else data
 
     def __enter__(self) -> _Reading:
         if not isinstance(self._data, Mapping):
@@ -403,6 +411,12 @@ class _Reading:
 
     def value(self, name: str) -> Any:
         return self._data[name]
+
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        value = self._data[name]
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} is not a mapping")
+        return None if value is None else dict(value)
 
     def text(self, name: str) -> str:
         value = self._data[name]

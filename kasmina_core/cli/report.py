@@ -162,13 +162,9 @@ def render_png(record: RunRecord) -> bytes:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     slots = wording.every_slot(record)
     stages_height = 0.42 * max(1, len(slots)) + 0.3
-    figure = Figure(figsize=(11, 5.9 + stages_height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((11, 5.9 + stages_height))
     losses, alphas, stages = figure.subplots(3, 1, sharex=True, height_ratios=[3.4, 1.5, stages_height])
     _draw_losses(losses, record)
     _draw_alphas(alphas, record, slots)
@@ -182,10 +178,25 @@ def render_png(record: RunRecord) -> bytes:
     figure.suptitle(
         _literal(f"{name}: a host that grows, and the same host alone"), fontsize=13, x=0.01, ha="left"
     )
-    return _to_png(figure)
+    return figure_png(figure)
 
 
-def _to_png(figure: Figure) -> bytes:
+def blank_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty picture, ``size`` inches wide and high, that needs no display.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return a picture as PNG."""
     out = io.BytesIO()
     with warnings.catch_warnings():
         # A name may hold characters the font lacks; it is then drawn with boxes.

@@ -35,13 +35,14 @@ from kasmina_core.discovery import PluginRegistry
 from kasmina_core.errors import BlueprintError, GerminationError, UnknownNameError, did_you_mean
 from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
-from kasmina_core.gates import QualityGates
+from kasmina_core.gates import GateResult, QualityGates
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.model import EventTarget, MorphogeneticModel
 from kasmina_core.optim import tie_optimizer
 from kasmina_core.policies.bundled import BUNDLED, build_policy
 from kasmina_core.policy import Policy, SlotObservation
 from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.sequential import Finding
 from kasmina_core.topology import Topology
 
 EVALUATION_BATCH: Final = 256
@@ -140,7 +141,17 @@ class SeedLog:
         self.onward: EventTarget | None = None
         self._lives: dict[str, dict[str, Any]] = {}
         self.evidence: dict[str, SeedEvidence] = {}
-        self.verdicts: dict[str, str] = {}
+        self.verdicts: dict[str, GateResult] = {}
+        self._findings: dict[str, tuple[str, Finding]] = {}
+
+    def note(self, seed_id: str, evidence: SeedEvidence | None, verdict: GateResult | None) -> None:
+        """Write down what was measured of a seed in an epoch, and what its gate said."""
+        if evidence is not None:
+            self.evidence[seed_id] = evidence
+        if verdict is not None:
+            self.verdicts[seed_id] = verdict
+            if verdict.finding is not None and verdict.gate is not None:
+                self._findings[seed_id] = verdict.gate.name, verdict.finding
 
     def emit(self, event: TelemetryEvent) -> None:
         """Take an event."""
@@ -152,11 +163,7 @@ class SeedLog:
             life["stages"].append((event.after, event.epoch))
         elif isinstance(event, SeedFossilized):
             life |= {"outcome": "fossilized", "ended": event.epoch}
-            if (decisive := self.evidence.get(event.seed_id)) is not None:
-                life["reason"] = (
-                    f"G5 passed: on the gates' samples it saved {decisive.gain:.4f} nats, "
-                    f"{decisive.t:.1f} times its standard error"
-                )
+            life["reason"] = "G5 passed"
         elif isinstance(event, SeedCulled):
             reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
             life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason + reverted}
@@ -170,6 +177,12 @@ class SeedLog:
             evidence = self.evidence.get(seed_id)
             low, high = evidence.interval if evidence is not None else (None, None)
             outcome: SeedOutcome = life["outcome"]
+            reason = life.get("reason") or (
+                str(self.verdicts[seed_id].reason) if seed_id in self.verdicts else ""
+            )
+            gate, finding = self._findings.get(seed_id, ("", None))
+            if finding is not None:
+                reason = f"{reason}; {gate}: {finding}" if reason else f"{gate}: {finding}"
             records.append(
                 SeedRecord(
                     seed_id=seed_id,
@@ -183,7 +196,9 @@ class SeedLog:
                     gain=evidence.gain if evidence is not None else None,
                     gain_low=low,
                     gain_high=high,
-                    reason=life.get("reason", self.verdicts.get(seed_id, "")),
+                    reason=reason,
+                    samples=evidence.samples if evidence is not None else None,
+                    finding={"gate": gate} | finding.to_dict() if finding is not None else None,
                 )
             )
         return records
@@ -397,10 +412,8 @@ class GrowthRun:
             val_loss, val_metric = self._evaluate(model, "val")
             verdicts = model.step_epoch(val_loss)
             for slot in model.slots.values():
-                if slot.state is not None and slot.last_evidence is not None:
-                    self._log.evidence[slot.state.seed_id] = slot.last_evidence
-                if slot.state is not None and slot.name in verdicts:
-                    self._log.verdicts[slot.state.seed_id] = str(verdicts[slot.name])
+                if slot.state is not None:
+                    self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
             self._follow()
             gate = "; ".join(
                 f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
@@ -511,10 +524,12 @@ class GrowthRun:
 
     @property
     def _modes(self) -> Hashable:
-        """What decides the cost of a forward: each slot's forward mode and blueprint."""
-        return tuple(
+        """What decides the cost of a forward: each slot's forward mode and blueprint, and what a tape spares."""
+        modes = (
             (s.mode, s.state.blueprint_id if s.state is not None else "") for s in self.model.slots.values()
         )
+        forced = next((s.name for s in self.model.slots.values() if s.is_forced), "")
+        return self.model.is_replaying, forced, tuple(modes)
 
     @property
     def _incubating(self) -> Hashable:

@@ -19,7 +19,8 @@ NEVER_MEASURED: Final = "never measured"
 
 CONTRIBUTION: Final = (
     "Contribution: the held-out loss without the seed minus that with it, and its 95 % interval; "
-    "above zero the model needs it. The rest has adapted to a kept seed, so contributions do not add up."
+    "above zero the model needs it. The rest has adapted to a kept seed, so contributions do not add up. "
+    "The intervals that gates found hold over all the looks they took."
 )
 
 
@@ -92,13 +93,14 @@ def metric(value: float, name: str) -> str:
 
 
 def gain(seed: SeedRecord) -> str:
-    """Return a seed's contribution with its 95 % interval, and say so if the interval holds zero."""
+    """Return a seed's contribution with its 95 % interval and the samples, and say so if the interval holds zero."""
     if seed.gain is None:
         return NEVER_MEASURED
     if seed.gain_low is None or seed.gain_high is None:
         return f"{seed.gain:+.4f}"
     doubt = " may be 0" if seed.gain_low <= 0 <= seed.gain_high else ""
-    return f"{seed.gain:+.4f} [{seed.gain_low:.4f}, {seed.gain_high:.4f}]{doubt}"
+    samples = f", n = {seed.samples}" if seed.samples is not None else ""
+    return f"{seed.gain:+.4f} [{seed.gain_low:.4f}, {seed.gain_high:.4f}]{samples}{doubt}"
 
 
 def arms_table(record: RunRecord) -> TextTable:

@@ -602,7 +602,7 @@ def test_a_mean_loss_is_no_evidence():
     assert "one loss per held-out sample: reduction=" in result.reason
 
 
-def test_every_epoch_of_probation_counts_for_its_smallest_gain():
+def test_the_last_epochs_of_probation_count_for_its_smallest_gain():
     model, _ = make_model(open_config(gates=QualityGates(thresholds=open_thresholds(min_probation_epochs=3))))
     bring_to(model, SeedStage.PROBATIONARY)
     gains = []
@@ -613,8 +613,13 @@ def test_every_epoch_of_probation_counts_for_its_smallest_gain():
             for parameter in model.slots[FIRST].seed_parameters():
                 parameter.mul_(1.1)
     assert result.passed
-    assert check(result, "smallest gain in probation").value == min(gains)
+    assert check(result, "smallest gain in probation").value == min(gains[-3:])  # as many as the dwell
     assert len(set(gains)) == 4
+
+
+def test_one_bad_epoch_of_probation_is_forgotten_in_time():
+    assert not QualityGates().check(G.G5, context(gains=(0.1, 0.1, -0.3, 0.1, 0.1)))
+    assert QualityGates().check(G.G5, context(gains=(-0.3, 0.1, 0.1, 0.1)))
 
 
 def test_measuring_changes_nothing_but_what_is_known():

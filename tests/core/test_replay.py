@@ -100,6 +100,21 @@ def test_what_comes_before_the_slot_runs_once_and_the_figures_are_those_of_full_
         assert ran[after] == batches * passes, after
 
 
+def test_an_evaluator_can_tell_which_passes_cost_less() -> None:
+    model, seen = model_of(cnn_host(), "norm2"), []
+
+    def evaluate() -> Tensor:
+        seen.append(model.is_replaying)
+        return losses(model)
+
+    model.measure("norm2", evaluate)
+    assert seen == [False, False, True, True]
+    seen.clear()
+    model.measure("norm2", evaluate)
+    assert seen == [False, True, True]
+    assert not model.is_replaying
+
+
 def test_a_transformer_is_measured_the_same_way() -> None:
     model = model_of(causal_host(), "blocks.1", tokens(1))
     held_out = tokens(5, seed=31)

@@ -1,0 +1,191 @@
+"""``kasmina calibrate``: measure what chance gives on a task, and propose thresholds for its gates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kasmina_core.cli.grow import make_folder, pick_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from kasmina_core.cli.tasks import Task
+    from kasmina_core.model import MorphogeneticModel
+
+
+@click.command(short_help="Measure the noise floor of a task's gates.")
+@click.option("--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10.")
+@click.option("--host", help="Host, such as cnn:cnn. Default: the bundled one of the task's topology.")
+@click.option(
+    "--slots", multiple=True, metavar="NAME", help="Injection point or glob. Default: all of the host's."
+)
+@click.option(
+    "--blueprint",
+    "blueprints",
+    multiple=True,
+    metavar="ID",
+    help="Blueprint to make placebos from. Default: all that fit.",
+)
+@click.option("--seeds", default=20, show_default=True, type=click.IntRange(min=2), help="Placebo seeds.")
+@click.option(
+    "--looks", default=6, show_default=True, type=click.IntRange(min=1), help="Looks at each of them."
+)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Epochs the host is trained first. Default: half the task's."
+)
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's.")
+@click.option(
+    "--effect",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Gain per sample, in nats, that shall be found: says how many samples that takes.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Decides every random number."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="CPU threads.")
+@click.option(
+    "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the files. Default: runs/calibrate-TASK-DATE-TIME.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else.")
+def calibrate(
+    task: str,
+    host: str | None,
+    slots: tuple[str, ...],
+    blueprints: tuple[str, ...],
+    seeds: int,
+    looks: int,
+    epochs: int | None,
+    lr: float | None,
+    effect: float | None,
+    seed: int,
+    device: str,
+    threads: int,
+    data_dir: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what chance gives on a task, and propose thresholds for its gates.
+
+    The host is trained; then placebo seeds learn from shuffled targets, which say nothing, and are judged as the gates
+    judge seeds. What they gain is the noise floor. The folder then holds calibration.json and calibration.png.
+    """
+    import torch
+
+    from kasmina_core.calibration import calibrate as measure
+    from kasmina_core.calibration import shuffled
+    from kasmina_core.cli.calibration_report import calibration_png, calibration_text, proposal
+    from kasmina_core.cli.display import RunDisplay
+    from kasmina_core.cli.record import plain, write_atomically
+    from kasmina_core.cli.report import require_plots
+    from kasmina_core.cli.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
+    from kasmina_core.cli.tasks import load_task
+    from kasmina_core.config import GrowthConfig
+    from kasmina_core.discovery import default_registry
+    from kasmina_core.model import MorphogeneticModel
+    from kasmina_core.randomness import derived_seed, private_rng
+
+    if not all(value is None or math.isfinite(value) for value in (lr, effect)):
+        raise click.UsageError("--lr and --effect: give finite numbers above 0.")
+    torch.set_num_threads(threads)
+    place = pick_device(device)
+    require_plots()
+    data = load_task(task, seed, place, data_dir=data_dir)
+    preset = PRESETS[task]
+    epochs = epochs or max(1, preset.epochs // 2)
+    settings = RunSettings(
+        task=task,
+        host=host,
+        slots=slots,
+        blueprints=blueprints,
+        policy="none",
+        incubation="counterfactual",
+        epochs=epochs,
+        batch_size=preset.batch_size,
+        lr=lr or preset.lr,
+        seed=seed,
+        device=place,
+        ramp_epochs=preset.ramp_epochs,
+        host_options={},
+    )
+    plugins = default_registry()
+    host_id, module = make_host(plugins, data, settings)
+    model = MorphogeneticModel(
+        module,
+        slots or None,
+        config=GrowthConfig(seed=derived_seed(seed, "seeds")),
+        example=(data.train.inputs[:2],),
+        registry=plugins.blueprints,
+    )
+    fitting = candidates(plugins, model, blueprints)
+    chosen = list(dict.fromkeys(name for slot in model.observe().slots for name in fitting(slot)))
+    folder = make_folder(out, f"calibrate-{task}")
+    order = torch.Generator().manual_seed(derived_seed(seed, "order"))
+
+    def placebo_loss(twin: MorphogeneticModel, generator: torch.Generator) -> torch.Tensor:
+        inputs, targets = next(batches)
+        return data.loss(twin(inputs), shuffled(targets, generator)).mean()
+
+    def evaluate(twin: MorphogeneticModel) -> torch.Tensor:
+        return torch.cat([data.loss(twin(x), y) for x, y in data.batches("gate", EVALUATION_BATCH)])
+
+    with (
+        RunDisplay(epochs, quiet=as_json, metric_name=data.metric_name) as display,
+        private_rng(derived_seed(seed, "training"), torch.device(place)),
+    ):
+        display.phase(f"training the host on {task}", epochs)
+        optimizer = torch.optim.Adam(model.parameters(), settings.lr)
+        model.train()
+        for _ in range(epochs):
+            for inputs, targets in data.batches("train", settings.batch_size, order):
+                optimizer.zero_grad()
+                data.loss(model(inputs), targets).mean().backward()  # type: ignore[no-untyped-call]  # torch
+                optimizer.step()
+            display.advance()
+        batches = _endless(data, settings.batch_size, order)
+        steps = math.ceil(len(data.train.inputs) / settings.batch_size)
+        display.phase(f"raising {seeds} placebo seeds", seeds)
+        found = measure(
+            model,
+            evaluate,
+            placebo_loss,
+            blueprints=chosen,
+            seeds=seeds,
+            looks=looks,
+            steps=steps,
+            lr=settings.lr,
+            seed=seed,
+            progress=lambda done, of: display.advance(),
+        )
+    record = {"task": task, "host": host_id, "config": settings.to_dict(), "steps_per_look": steps}
+    record |= found.to_dict() | {"proposal": proposal(found, effect)}
+    text = json.dumps(plain(record), allow_nan=False)
+    write_atomically(folder / "calibration.json", text + "\n")
+    write_atomically(folder / "calibration.png", calibration_png(found, f"{task} · {host_id}"))
+    if as_json:
+        click.echo(text)
+    else:
+        click.echo(calibration_text(found, effect))
+        click.echo(f"\nFiles: {folder}")
+
+
+def _endless(data: Task, batch_size: int, order: torch.Generator) -> Iterator[Any]:
+    while True:
+        yield from data.batches("train", batch_size, order)
