@@ -183,6 +183,7 @@ def memory(work: Workload, clock: Clock, counts: Sequence[int]) -> Iterator[Row]
     def host() -> Step:
         return work.step(work.host())
 
+    host()()  # libraries take their workspaces at first use
     for count in counts:
         dormant = f"{_many(count, 'slot')}, dormant"
         yield row(dormant, "bare host", GOAL_DORMANT["eager"], lambda c=count: work.step(work.model(c)), host)

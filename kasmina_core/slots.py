@@ -47,6 +47,7 @@ from kasmina_core.gates import (
     GateResult,
 )
 from kasmina_core.germination import Trial, try_seed
+from kasmina_core.gradient_norms import GradientNorms
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import (
     IsolationReading,
@@ -64,7 +65,7 @@ from kasmina_core.lifecycle import (
 from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.randomness import derived_seed
 from kasmina_core.sequential import Look, PairedGain
-from kasmina_core.sharding import local_part, whole_tensor
+from kasmina_core.sharding import local_part
 from kasmina_core.slot_record import SlotRecord
 from kasmina_core.topology import Topology
 
@@ -215,8 +216,7 @@ class SeedSlot(nn.Module):
         self._error_share = 1.0
         self._host_losses: Tensor | None = None
         self._frozen_by_pause: list[str] = []
-        self._norm_count = 0
-        self._norm_sum = self._norm_max = torch.zeros((), device="cpu")
+        self._norms = GradientNorms()
         self._incubations = 0
         self._steps_since_isolation = 0
         self._isolation_is_fresh = False
@@ -578,12 +578,7 @@ class SeedSlot(nn.Module):
             return
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
-            norm = whole_tensor(torch.nn.utils.get_total_norm(gradients).detach()).float()
-            # The first of an epoch begins the sums: a zero from the host would have to be waited for.
-            is_first = self._norm_count == 0
-            self._norm_count += 1
-            self._norm_sum = norm if is_first else self._norm_sum.to(norm.device) + norm
-            self._norm_max = norm if is_first else torch.maximum(self._norm_max.to(norm.device), norm)
+            self._norms.note(gradients)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
             self._step_ramp()
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
@@ -889,14 +884,10 @@ class SeedSlot(nn.Module):
         return self._owner.everywhere(self, "finite parameters", finite)
 
     def _collect_gradient_norms(self) -> None:
-        if self._norm_count and self.state is not None:
-            self.state.metrics.gradient_norm = self._norm_sum.item() / self._norm_count
-            self.state.metrics.gradient_norm_max = self._norm_max.item()
-        self._forget_gradient_norms()
-
-    def _forget_gradient_norms(self) -> None:
-        self._norm_count = 0
-        self._norm_sum = self._norm_max = torch.zeros((), device="cpu")
+        if self._norms.count and self.state is not None:
+            self.state.metrics.gradient_norm = self._norms.mean
+            self.state.metrics.gradient_norm_max = self._norms.largest
+        self._norms = GradientNorms()
 
     def _forget_measurements(self) -> None:
         # New objects, not cleared ones: a load that fails puts the old ones back.
@@ -908,7 +899,7 @@ class SeedSlot(nn.Module):
         self._error_share = 1.0
         self._host_losses = None
         self._frozen_by_pause = []
-        self._forget_gradient_norms()
+        self._norms = GradientNorms()
         self._steps_since_isolation = self._incubations = 0
         self.training_deviation.fill_(_NOTHING_MEASURED)
 
@@ -974,7 +965,7 @@ class SeedSlot(nn.Module):
             isolation_is_fresh=self._isolation_is_fresh,
             frozen_by_pause=list(self._frozen_by_pause),
             steps_since_isolation=self._steps_since_isolation,
-            gradient_norms=(self._norm_count, float(self._norm_sum), float(self._norm_max)),
+            gradient_norms=self._norms.record(),
             incubations=self._incubations,
             deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
             looks=self._looks,
@@ -1028,8 +1019,7 @@ class SeedSlot(nn.Module):
         self._looks, self._look_is_counted = record.looks, record.look_is_counted
         self._error_share = record.error_share
         self._host_losses = torch.tensor(record.host_losses) if record.host_losses is not None else None
-        self._norm_count, total, largest = record.gradient_norms
-        self._norm_sum, self._norm_max = torch.tensor([total, largest], device="cpu")
+        self._norms = GradientNorms(*record.gradient_norms)
         self._incubations = record.incubations
         self.training_deviation.fill_(record.deviation)
         self.alpha_buffer.fill_(saved.metrics.alpha)
