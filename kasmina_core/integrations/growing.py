@@ -125,7 +125,9 @@ def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def clip_apart(
-    model: MorphogeneticModel, clip_rest: Callable[[], Any], clip_seed: Callable[[list[nn.Parameter]], Any]
+    model: MorphogeneticModel,
+    clip_rest: Callable[[], Any],
+    clip_seed: Callable[[list[nn.Parameter]], Any] | None,
 ) -> Any:
     """Clip a trainer's way, and each seed apart as `clip_gradients` does, so that no seed changes the host's gradient.
 
@@ -133,6 +135,7 @@ def clip_apart(
         model: The model.
         clip_rest: Clips whatever has a gradient; called while no seed has one.
         clip_seed: Clips the gradients of the parameters it is given; called once a seed that has a finite one.
+            ``None`` leaves seeds alone, without a wait for the device.
 
     Returns:
         What ``clip_rest`` returns.
@@ -140,6 +143,8 @@ def clip_apart(
     seeds = [model.seed_parameters(slot) for slot in model.slots]
     with hidden_gradients([p for parameters in seeds for p in parameters]):
         result = clip_rest()
+    if clip_seed is None:
+        return result
     drop_nonfinite_seed_gradients(model)
     for parameters in seeds:
         if any(p.grad is not None for p in parameters):

@@ -269,13 +269,12 @@ class GrowthCallback(Callback):
             gradient_clip_val: float | None = None,
             gradient_clip_algorithm: str | None = None,
         ) -> None:
-            def clip_seed(parameters: list[nn.Parameter]) -> None:
-                if not gradient_clip_val:
-                    return
-                if gradient_clip_algorithm == "value":
-                    torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-                else:
-                    torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            limit = gradient_clip_val or 0.0
+            by_value = gradient_clip_algorithm == "value"
+
+            def clip_seed(parameters: list[nn.Parameter]) -> Any:
+                clip_one = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+                return clip_one(parameters, limit)
 
             clip_apart(
                 model,
@@ -284,7 +283,7 @@ class GrowthCallback(Callback):
                     gradient_clip_val=gradient_clip_val,
                     gradient_clip_algorithm=gradient_clip_algorithm,
                 ),
-                clip_seed,
+                clip_seed if limit else None,
             )
 
         # Lightning has no hook between this method, which sees host and seeds together, and the optimiser's step.
