@@ -52,8 +52,8 @@ class Agreement(Protocol):
         """Hear that nothing here prevents the new seed; may raise to prevent it."""
         ...
 
-    def gradients(self) -> None:
-        """Make the gradients of seeds the same everywhere, before an optimiser step."""
+    def gradients(self, *, is_step: bool) -> None:
+        """Make the gradients of seeds the same everywhere: for an optimiser step, or before one looks at them."""
         ...
 
 
@@ -85,7 +85,7 @@ class Alone:
     def seed_accepted(self, slot: SeedSlot) -> None:
         pass
 
-    def gradients(self) -> None:
+    def gradients(self, *, is_step: bool) -> None:
         pass
 
 

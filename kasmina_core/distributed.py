@@ -73,9 +73,7 @@ class DistributedGrowth:
         if wrap is None:
             return
         self._control = ControlGroup(group, timeout)
-        team = Team(
-            model, self._control, self._shard_seed if wrap is Wrap.FSDP else None, self.average_gradients
-        )
+        team = Team(model, self._control, self._shard_seed if wrap is Wrap.FSDP else None, self._average_for)
         self._shard = shard
         if wrap is Wrap.FSDP:
             _begin_sharding(model)
@@ -175,17 +173,17 @@ class DistributedGrowth:
     # -- gradients of seeds ----------------------------------------------------------------------------------------
 
     def average_gradients(self) -> None:
-        """Average the gradients of seeds that no wrapper averages; ``model.step()`` does it.
+        """Average the gradients of seeds that no wrapper averages.
 
-        Call it before ``GradScaler.unscale_`` if ``model.step()`` comes after that. Averaging twice changes nothing.
-
-        Raises:
-            DistributedError: If gradients came by ``model(x)`` and not by this object, so that no process knows those
-                of the others.
+        ``model.step()``, `clip_gradients` and `drop_nonfinite_seed_gradients` do it; call it before anything else that
+        looks at them, such as ``GradScaler.unscale_``. Averaging twice changes nothing.
         """
-        if self.wrap is None:
-            return
-        went_past = self.wrap is Wrap.DDP and not self._was_called and self.size > 1
+        if self.wrap is not None:
+            self._average_seeds()
+
+    def _average_for(self, is_step: bool) -> None:
+        """Average for the model; before a step, refuse gradients of ``model(x)`` that went past the wrapper."""
+        went_past = is_step and self.wrap is Wrap.DDP and not self._was_called and self.size > 1
         if went_past and any(p.grad is not None for p in self._contributing()):
             raise self._control.give_up(
                 DistributedError(
@@ -193,7 +191,11 @@ class DistributedGrowth:
                     "was called.\nCall what distribute() returned, net(x), in the training step."
                 )
             )
-        self._was_called = False
+        if is_step:
+            self._was_called = False
+        self._average_seeds()
+
+    def _average_seeds(self) -> None:
         seeds = [slot.seed for slot in self.model.slots.values() if slot.seed is not None and slot.is_active]
         host = {id(p) for p in self._host or self.model.host_parameters()}
         known = host | (set(self._wrapped) if self._wrapper is not None else set())
@@ -336,7 +338,7 @@ def distribute(
     Held-out losses are gathered from all ranks, in rank order; each rank may hold another number of them. The metric of
     ``step_epoch`` is the mean over the ranks that give one. Of deviations and leaks the largest counts. ``follow``
     carries out what rank 0's policy says. A germination refused on one rank is refused on all. Gradients of seeds that
-    incubate are averaged in ``model.step()``, so call it after ``backward`` and before gradients are clipped.
+    incubate are averaged in ``model.step()``, and before `clip_gradients` or `drop_nonfinite_seed_gradients` see them.
 
     Args:
         model: This process's copy, on its device.

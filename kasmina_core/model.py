@@ -367,7 +367,7 @@ class MorphogeneticModel(nn.Module):
     def step(self) -> None:
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
         self._untracked.look(self, self._tied_optimizers())
-        self._agreement.gradients()
+        self._agreement.gradients(is_step=True)
         for slot in self.slots.values():
             if slot.seed is not None:
                 slot.step()

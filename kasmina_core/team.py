@@ -36,7 +36,7 @@ class Team:
         model: This process's copy.
         control: For the words between them.
         shard: Replaces a new seed's parameters by this process's shards, in place; ``None`` to leave them whole.
-        average: Makes the gradients of seeds the same everywhere.
+        average: Makes the gradients of seeds the same everywhere; told whether an optimiser step follows.
 
     Raises:
         DistributedError: If hosts, slots or settings differ.
@@ -47,7 +47,7 @@ class Team:
         model: MorphogeneticModel,
         control: ControlGroup,
         shard: Callable[[nn.Module], None] | None,
-        average: Callable[[], None],
+        average: Callable[[bool], None],
     ) -> None:
         self._model = model
         self._control = control
@@ -205,9 +205,9 @@ class Team:
         """Return the commands that rank 0's policy chose."""
         return cast("Sequence[Command]", self.first("the commands of the policy", list(chosen)))
 
-    def gradients(self) -> None:
+    def gradients(self, *, is_step: bool) -> None:
         """Average the gradients of the seeds that no wrapper averages."""
-        self._average()
+        self._average(is_step)
 
     # -- a new seed ------------------------------------------------------------------------------------------------
 

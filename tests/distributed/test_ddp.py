@@ -39,7 +39,9 @@ from kasmina_core import (
     RampUnit,
     SeedEvidence,
     SeedStage,
+    clip_gradients,
     distribute,
+    drop_nonfinite_seed_gradients,
     tie_optimizer,
 )
 
@@ -390,6 +392,30 @@ def host_is_put_back_alike_when_a_late_seed_is_culled(rank: int) -> None:
     assert same_tensors(weights(model), {name: t for name, t in before.items() if name.startswith("host.")})
     train(net, optimizer, rank)
     assert_alike(model, optimizer)
+
+
+@on_each_rank
+def clipping_and_dropping_see_the_mean_gradient_of_seeds(rank: int) -> None:
+    found = []
+    for clips in (False, True):
+        model, optimizer, net = pair()
+        grow_to(model, "norm", SeedStage.TRAINING)
+        grow_to(model, "norm2", SeedStage.TRAINING)
+        loss_of(net, rank).backward()
+        if rank == 1:
+            model.slots["norm2"].seed.conv.bias.grad[0] = torch.inf
+        if clips:
+            net.average_gradients()
+            assert drop_nonfinite_seed_gradients(model) == ("norm2",)
+            norms = everywhere(clip_gradients(model, 1e9).seed_norms["norm"])
+            assert torch.equal(*norms)
+        model.step()
+        found.append([p.grad for p in model.seed_parameters("norm")])
+        assert clips is (model.slots["norm2"].seed.conv.bias.grad is None)
+        if clips:
+            optimizer.step()
+            assert_alike(model, optimizer)
+    assert same_tensors(*found)
 
 
 @on_each_rank
