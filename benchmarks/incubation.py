@@ -31,12 +31,12 @@ from kasmina_core import (
     QualityGates,
     RampUnit,
     SeedStage,
+    isolation,
     replay,
     tie_optimizer,
 )
 from kasmina_core.cli.flops import FlopLedger
 from kasmina_core.cli.tasks import Task, load_task
-from kasmina_core.isolation import _BoundedSeedGradient
 from kasmina_core.replay import ReplayTape
 from kasmina_core.slots import ForwardMode
 
@@ -59,7 +59,7 @@ class Way:
     replay: bool = False
     bound: float = 0.1
     surrogate: int = 0
-    pull: bool = False
+    pull: bool = True
     learns: bool = True
 
 
@@ -73,9 +73,9 @@ WAYS = [
     Way("counterfactual, a quarter of the batch", counterfactual=True, share=0.25),
     Way("counterfactual, tail alone (replay)", counterfactual=True, replay=True),
     Way("straight-through, bound .1"),
-    Way("straight-through, bound .1, pulled back", pull=True),
+    Way("straight-through, bound .1, not pulled back", pull=False),
     Way("straight-through, bound .5", bound=0.5),
-    Way("straight-through, bound .5, pulled back", bound=0.5, pull=True),
+    Way("straight-through, bound .5, not pulled back", bound=0.5, pull=False),
     Way("straight-through, no bound", bound=float("inf")),
     Way("straight-through, curvature every 4th", bound=float("inf"), surrogate=4),
 ]
@@ -135,19 +135,9 @@ class Curvature:
             self.coefficient = 0.7 * self.coefficient + 0.3 * found if self.coefficient else found
 
 
-PLAIN_BACKWARD = _BoundedSeedGradient.backward
-
-
-def pulled_backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
-    """Beyond the bound, add to the bounded gradient one as long as it that points back to the host."""
-    host, seed = ctx.saved_tensors
-    _, bounded, _ = PLAIN_BACKWARD(ctx, grad_output)
-    dims = tuple(range(1, host.dim()))
-    delta = seed - host
-    size = torch.linalg.vector_norm(delta, dim=dims, keepdim=True) + 1e-12
-    limit = ctx.bound * torch.linalg.vector_norm(host, dim=dims, keepdim=True)
-    length = torch.linalg.vector_norm(bounded, dim=dims, keepdim=True)
-    return None, bounded + (size > limit) * length * delta / size, None
+def not_pulled_back(gradient: Tensor, *_: Tensor) -> Tensor:
+    """Leave the bounded gradient as it is, in place of what pulls a seed back from beyond the bound."""
+    return gradient
 
 
 class Run:
@@ -170,7 +160,7 @@ class Run:
 
     def go(self, way: Way | None) -> Result:
         """Train from the plateau, with a seed that is incubated in a way, or without one."""
-        _BoundedSeedGradient.backward = staticmethod(pulled_backward if way and way.pull else PLAIN_BACKWARD)
+        isolation._pulled_back = PULLED_BACK if way is None or way.pull else not_pulled_back
         steps = -(-len(self.task.train.inputs) // BATCH)
         config = GrowthConfig(
             incubation=Incubation.COUNTERFACTUAL
@@ -297,7 +287,7 @@ class Run:
             ledger.charge(("curvature", due, *key), lambda: curvature.measure(loss))
 
 
-PLAIN_COPY = replay._copied
+PULLED_BACK, PLAIN_COPY = isolation._pulled_back, replay._copied
 
 
 def without_gradient(value: Any) -> Any:

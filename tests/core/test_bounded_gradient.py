@@ -1,4 +1,4 @@
-"""The one function of straight-through TRAINING equals its two parts, whose formulas are tested in test_isolation.py."""
+"""The one function of straight-through TRAINING equals its parts, whose formulas are tested in test_isolation.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,35 @@ def pair(dtype: torch.dtype, shape: tuple[int, ...] = (4, 3, 5, 5)) -> tuple[Ten
 
 
 def in_parts(host: Tensor, seed: Tensor, bound: float = BOUND) -> Tensor:
-    return straight_through(host, bound_deviation(host.detach(), seed, bound))
+    """The two parts, and the pull: beyond the bound a gradient along the deviation, as long as the bounded one."""
+    apart, own = host.detach(), seed.view_as(seed)
+
+    def pull(gradient: Tensor) -> Tensor:
+        dims = tuple(range(1, seed.dim()))
+        wide = torch.float32 if seed.dtype in (torch.float16, torch.bfloat16) else seed.dtype
+        delta, features = (own - apart).to(wide), apart.to(wide)
+        size = delta.square().sum(dims, keepdim=True).sqrt()
+        is_beyond = size > bound * features.square().sum(dims, keepdim=True).sqrt()
+        length = gradient.to(wide).square().sum(dims, keepdim=True).sqrt()
+        pulled = gradient.to(wide) + length * delta / size
+        return torch.where(is_beyond, pulled, gradient.to(wide)).to(gradient.dtype)
+
+    if seed.requires_grad:
+        own.register_hook(pull)
+    return straight_through(host, bound_deviation(apart, own, bound))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_small_step_shortens_what_is_beyond_the_bound_whatever_the_loss_wants(sign: float) -> None:
+    host, seed, gradient = pair(torch.float64)
+    bounded_straight_through(host, seed, BOUND).backward(sign * gradient)
+    with torch.no_grad():
+        dims = tuple(range(1, seed.dim()))
+        before = (seed - host).square().mean(dims).sqrt()
+        is_beyond = before > BOUND * host.square().mean(dims).sqrt()
+        after = (seed - 1e-4 * seed.grad - host).square().mean(dims).sqrt()
+    assert 0 < int(is_beyond.sum()) < len(seed)
+    assert bool((after < before)[is_beyond].all())
 
 
 @every_dtype
@@ -51,8 +79,15 @@ def test_within_the_bound_the_gradient_is_that_of_the_output_bit_for_bit() -> No
     assert torch.equal(seed.grad, gradient)
 
 
-def test_second_derivatives_are_those_of_the_parts() -> None:
+def test_second_derivatives_within_the_bound_are_those_of_the_parts_and_finite_beyond() -> None:
     host, seed, _ = pair(torch.float64)
+    inside = (host + 1e-2 * (seed - host) / (seed - host).abs().amax((1, 2, 3), keepdim=True)).detach()
+    inside.requires_grad_()
+    (beyond,) = torch.autograd.grad(
+        (bounded_straight_through(host, seed, BOUND) ** 3).sum(), seed, create_graph=True
+    )
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(beyond.square().sum(), [host, seed]))
+    seed = inside
     results = []
     for function in (bounded_straight_through, in_parts):
         output = function(host, seed, BOUND)
