@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,7 +76,7 @@ def grown_from(kind: str) -> tuple[MorphogeneticModel, Tensor, list[str], str]:
         names,
         example=x,
         registry=registry(),
-        config=GrowthConfig(gates=PERMISSIVE),
+        config=GrowthConfig(gates=PERMISSIVE, max_incubation_deviation=math.inf),
         causal=kind == "gpt2",
     )
     eager = MorphogeneticModel.forward
