@@ -51,7 +51,8 @@ class _TiedOptimizer:
         self._schedulers.check(slot, groups)
         before = list(groups)
         factor = self._value("lr_factor", self._lr_factor, slot)
-        group = {"params": own, "kasmina_slot": slot, **group_settings(groups[0], factor)}
+        shared = {name: groups[0][name] for name in self.optimizer.defaults if name in groups[0]}
+        group = {"params": own, "kasmina_slot": slot, **shared, **group_settings(groups[0], factor)}
         if self._weight_decay is not None:
             group["weight_decay"] = self._value("weight_decay", self._weight_decay, slot)
         if any("param_names" in g for g in groups):
@@ -120,7 +121,8 @@ def tie_optimizer(
     Each germination adds a group ``{"kasmina_slot": name, ...}``; a cull removes it with its state; fossilisation
     changes nothing. State of other parameters is untouched. The groups of seeds come after the others, sorted by
     slot, so that the optimiser's ``state_dict`` fits a model that was loaded, whichever seed was germinated first.
-    An optimiser of named parameters gets a seed's names as ``model.named_parameters()`` has them.
+    Its settings (betas, momentum, weight decay) are those of the first group. An optimiser of named parameters gets a
+    seed's names as ``model.named_parameters()`` has them.
 
     Schedulers go on as if the group had always been there: a seed's learning rate, and its bounds where the scheduler
     keeps them per group, are those of the first group times ``lr_factor``. A bound that all groups share, such as
@@ -133,8 +135,8 @@ def tie_optimizer(
         optimizer: The optimiser of the host. For a frozen host, ``SGD([{"params": []}], lr)`` and its like.
         lr_factor: Learning rate of seeds over that of the first group, at least 0; a number, or a function of slot
             and blueprint id.
-        weight_decay: Weight decay of seeds, at least 0; a number, or a function of slot and blueprint id. Default the
-            optimiser's.
+        weight_decay: Weight decay of seeds, at least 0; a number, or a function of slot and blueprint id. Default that
+            of the first group.
         takes: Which of a seed's parameters this optimiser holds; default all. With two optimisers, such as Muon for
             matrices and AdamW for the rest, tie each to its share.
         schedulers: Learning-rate schedulers of this optimiser, of torch's classes or made of what those keep per group.

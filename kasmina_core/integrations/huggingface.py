@@ -67,8 +67,7 @@ class GrowthCallback(TrainerCallback):
             Default: the trainer's own ``compute_loss``, sample by sample, which asks nothing of you and is slower.
         monitor: Name of the metric, as evaluation reports it, that the policy sees.
         lr_factor: See `tie_optimizer`.
-        weight_decay: See `tie_optimizer`. Default: that of the ``TrainingArguments``, or, where the trainer was given an
-            optimiser, that one's.
+        weight_decay: See `tie_optimizer`.
 
     Raises:
         TypeError: If ``policy`` is no policy.
@@ -138,10 +137,6 @@ class GrowthCallback(TrainerCallback):
         model = find_model(trainer.model, "One of them can grow under a Trainer.")
         if trainer.model is model:
             _show_host(trainer, model)
-        if self._tie["weight_decay"] is None and trainer.optimizer is None:
-            self._tie["weight_decay"] = (
-                args.weight_decay
-            )  # which the trainer gives to groups, not to the optimiser
         self._trainer, self._model = trainer, model
         self._stand_beside(trainer, model)
         trainer.add_callback(self)

@@ -190,6 +190,15 @@ def test_weight_decay_can_depend_on_the_blueprint():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.125, 0.0, 1.0]
 
 
+def test_a_seed_takes_the_settings_of_the_first_group():
+    model, _ = make_model()
+    own = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+    optimizer = tie_optimizer(model, AdamW([{"params": model.host_parameters(), **own}], weight_decay=0.7))
+    model.germinate(FIRST, "scale")
+    group = next(g for g in optimizer.param_groups if g.get("kasmina_slot") == FIRST)
+    assert {name: group[name] for name in own} == own
+
+
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), "half"])
 def test_a_setting_that_is_no_number_is_refused_at_once_or_at_germination(bad):
     model, _ = make_model()
