@@ -31,6 +31,8 @@ from kasmina_core import (
     tie_optimizer,
 )
 
+ONE_GROUP = True
+
 Run = tuple[DistributedGrowth, torch.optim.Optimizer]
 
 

@@ -33,6 +33,7 @@ from kasmina_core import (
     tie_optimizer,
 )
 
+ONE_GROUP = True
 BOTH = (STRAIGHT_THROUGH, COUNTERFACTUAL)
 
 
