@@ -182,7 +182,8 @@ class SeedLog:
             )
             gate, finding = self._findings.get(seed_id, ("", None))
             if finding is not None:
-                reason = f"{reason}; {gate}: {finding}" if reason else f"{gate}: {finding}"
+                found = f"{finding}" if reason == f"{gate} passed" else f"{gate} found {finding}"
+                reason = f"{reason}: {found}" if reason else found
             records.append(
                 SeedRecord(
                     seed_id=seed_id,
