@@ -196,6 +196,31 @@ def test_modules_used_again_after_the_slot_and_changes_in_place_are_right() -> N
     assert (ran["stem"], ran["shared"]) == (3, 3 + 9)
 
 
+class Nested(nn.Module):
+    """Runs one module within a part before the slot, and by itself after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(4, 4, 1)
+        self.before = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), self.shared)
+        self.point = nn.Identity()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.point(self.before(x))).relu().mean((2, 3)))
+
+
+def test_a_module_within_a_recorded_part_still_runs_elsewhere() -> None:
+    torch.manual_seed(0)
+    model = model_of(Nested(), "point")
+    expected = in_full(model, lambda: losses(model))
+    model.measure("point", lambda: losses(model))
+    ran = counting(model)
+    assert model.measure("point", lambda: losses(model)) == expected
+    assert model.replay_faults == {}
+    assert (ran["before"], ran["before.0"], ran["shared"]) == (3, 3, 3 + 9)
+
+
 class Remembering(nn.Module):
     """Adds what its head saw in the last forward to its features: it depends on more than its inputs."""
 
