@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol, cast, final
+from typing import Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def save_checkpoint(
     The folder holds ``weights.safetensors`` (the model's ``state_dict``), ``training.safetensors`` (tensors of the
     optimiser and of random numbers) and ``manifest.json``. It is written beside, flushed to the disk and renamed; what
     was there becomes ``<folder>.previous``. Interrupted at any instant, one of the two is a whole checkpoint, and
-    `load_checkpoint` finds it.
+    `load_checkpoint` finds it. Of several processes that train the same model, let one save.
 
     Args:
         folder: Where to. A folder that is there must be a checkpoint, or empty.
@@ -366,9 +367,6 @@ def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> N
             raise CheckpointError(f"The saved generator '{name}' cannot be restored: {error}") from error
 
 
-_RANDOM: Final = ("torch", "python")
-
-
 @contextmanager
 def _put_back_on_error(
     optimizers: Sequence[Optimizer],
@@ -376,9 +374,7 @@ def _put_back_on_error(
     things: Sequence[Any],
     generators: Mapping[str, torch.Generator],
 ) -> Iterator[None]:
-    import sys
-
-    numbers = random_states([*_RANDOM, *(["numpy"] if "numpy" in sys.modules else [])])
+    numbers = random_states(["torch", "python", *(["numpy"] if "numpy" in sys.modules else [])])
     states = [(one, one.get_state()) for one in generators.values()]
     undo: list[Callable[[], None]] = [OptimizerBefore(one).put_back for one in optimizers]
     undo.append(AttributesBefore(schedulers, _inside_a_scheduler).put_back)

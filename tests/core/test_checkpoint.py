@@ -339,9 +339,6 @@ class Stop(BaseException):
     """As if the process had been killed: nothing cleans up after it."""
 
 
-CALLS = ("mkdir", "write", "flush", "rename", "remove")
-
-
 def interrupt_at(number, monkeypatch):
     """Let the save end before its number-th call that touches the disk; returns how many there were."""
     from kasmina_core import checkpoint, checkpoint_files
