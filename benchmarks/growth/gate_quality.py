@@ -22,7 +22,9 @@ from kasmina_core import (
     SeedStage,
 )
 from kasmina_core.cli.tasks import Split
+from kasmina_core.evidence import SeedEvidence
 from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.sequential import LevelSpending, Look, judge
 
 RATE: Final = 1e-2
 """Learning rate of the host and of its seeds."""
@@ -33,7 +35,7 @@ FEW: Final = 24
 LONGEST: Final = 24
 """Intervals of a seed's whole life after which it counts as refused."""
 
-RULES: Final = ("ours, G2", "ours, to the end", "report, G2", "gain > .02", "no gate")
+RULES: Final = ("ours, to the end", "ours, G2 alone", "tested G2", "report, G2", "gain > .02", "no gate")
 THRESHOLD: Final = 0.02
 
 _CNN_KINDS: Final = {
@@ -135,6 +137,7 @@ def examine(setting: Setting, host: str, kind: str, number: int, intervals: int)
                     "why": next((str(c) for c in gate.failed_checks if c.name != "held"), "")
                     if gate is not None
                     else "",
+                    "tested": evidence is not None and _is_proved(evidence, len(looks) + 1),
                     "gain": evidence.gain if evidence is not None else None,
                     "t": evidence.t if evidence is not None else None,
                     "improved": 100 * (accuracy - started),
@@ -153,6 +156,13 @@ def examine(setting: Setting, host: str, kind: str, number: int, intervals: int)
     if any(look["g2"] for look in looks):
         result |= _live(setting, host, number, few, name, blueprint, intervals)
     return result
+
+
+def _is_proved(evidence: SeedEvidence, interval: int) -> bool:
+    """Return whether the sequential test of the library's own G2 accepts; its first look is at the third interval."""
+    look = Look(max(1, interval - 2))
+    finding = judge({1.0: evidence.paired}, look, LevelSpending())
+    return evidence.gain >= 0.0 and finding.p_value <= finding.level
 
 
 def _live(
@@ -213,7 +223,8 @@ def decide(rule: str, record: Mapping[str, Any]) -> Decision:
         return Decision(False, 0, 0.0)
     likes: Mapping[str, Callable[[Mapping[str, Any]], bool]] = MappingProxyType(
         {
-            "ours, G2": lambda look: bool(look["g2"]),
+            "ours, G2 alone": lambda look: bool(look["g2"]),
+            "tested G2": lambda look: bool(look["tested"]),
             "ours, to the end": lambda look: bool(look["g2"]),
             "report, G2": lambda look: look["improved"] >= 0.5,
             "gain > .02": lambda look: look["gain"] is not None and look["gain"] > THRESHOLD,

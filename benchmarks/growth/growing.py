@@ -61,12 +61,12 @@ class Recipe:
         lenient: Whether G2 asks no more of a seed than that it does no harm, and leaves the proof to G5.
     """
 
-    patience: int = 4
+    patience: int = 3
     min_delta: float = 0.01
     training: int = 8
-    probation: int = 8
-    ramp: float = 4.0
-    seed_rate: float = 0.3
+    probation: int = 12
+    ramp: float = 2.0
+    seed_rate: float = 1.0
     embargo: int = 1
     own_schedule: bool = False
     lenient: bool = True
@@ -193,7 +193,9 @@ def gates_of(arm: Arm, recipe: Recipe, extra: Sequence[GateCheckSpec] = ()) -> Q
         proofs.append(
             _proof("gain over the host at blending is proved", lambda evidence: evidence.since_blending)
         )
-    thresholds = GateThresholds(min_t=-2.0, min_gain=-math.inf, beat_start=recipe.beat_start)
+    thresholds = GateThresholds(
+        min_t=-2.0, min_gain=-math.inf, smaller_alphas=(), beat_start=recipe.beat_start
+    )
     return QualityGates(thresholds=thresholds, extra_checks=(*proofs, *extra))
 
 

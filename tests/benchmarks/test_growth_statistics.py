@@ -76,7 +76,7 @@ def test_rule_that_takes_nothing_has_no_precision_and_no_harm() -> None:
 
 
 def _look(g2: bool, gain: float, improved: float, truth: float) -> dict[str, object]:
-    return {"g2": g2, "gain": gain, "t": 0.0, "improved": improved, "truth": truth, "why": ""}
+    return {"g2": g2, "gain": gain, "t": 0.0, "improved": improved, "truth": truth, "why": "", "tested": g2}
 
 
 def test_each_rule_decides_at_the_first_look_it_likes_after_three() -> None:
@@ -90,14 +90,14 @@ def test_each_rule_decides_at_the_first_look_it_likes_after_three() -> None:
     record = {"looks": looks, "kept": True, "truth": 0.9}
     assert (decide("no gate", record).look, decide("no gate", record).gain) == (3, 0.3)
     assert (decide("gain > .02", record).look, decide("gain > .02", record).gain) == (4, 0.4)
-    assert (decide("ours, G2", record).look, decide("report, G2", record).look) == (5, 5)
+    assert (decide("ours, G2 alone", record).look, decide("report, G2", record).look) == (5, 5)
     assert (decide("ours, to the end", record).accepted, decide("ours, to the end", record).gain) == (
         True,
         0.9,
     )
     refused = record | {"kept": False}
     assert not decide("ours, to the end", refused).accepted
-    assert decide("ours, G2", refused).accepted
+    assert decide("ours, G2 alone", refused).accepted
 
 
 def test_seed_that_no_rule_likes_is_judged_by_its_last_look() -> None:
