@@ -100,7 +100,7 @@ FORMS: Final[Mapping[str, Form]] = MappingProxyType(
             schedules=("constant", "cosine"),
             candidates={"useful": 60, "null": 110, "harmful": 110, "overfitting": 40},
             text_candidates={"useful": 20, "null": 20, "harmful": 20, "overfitting": 10},
-            plateau=60,
+            plateau=100,
             transients=12,
             traces=7,
         ),

@@ -195,6 +195,7 @@ def _live(
     return {
         "kept": False,
         "ended": f"refused in {slot.stage.name}",
+        "why": str(slot.last_gate) if slot.last_gate is not None else "",
         "truth": truth.gain if truth is not None else None,
     }
 

@@ -56,7 +56,8 @@ class Recipe:
         seed_rate: Learning rate of a seed in TRAINING over the host's.
         embargo: Intervals that a slot cools down.
         own_schedule: Whether a seed that is not yet kept is spared the host's decay of the learning rate.
-        beat_start: Whether G5 also asks for a gain over the host as it was when blending began.
+        beat_start: Whether G5 also asks for proof of a gain over the host as it was when blending began; else for
+            no harm.
         last: Share of the budget after which nothing new grows or is put in: it would not be done in time.
         lenient: Whether G2 asks no more of a seed than that it does no harm, and leaves the proof to G5.
     """
@@ -70,7 +71,7 @@ class Recipe:
     embargo: int = 1
     own_schedule: bool = False
     lenient: bool = True
-    beat_start: bool = True
+    beat_start: bool = False
     last: float = 0.7
 
 
@@ -186,16 +187,13 @@ def gates_of(arm: Arm, recipe: Recipe, extra: Sequence[GateCheckSpec] = ()) -> Q
     if arm.gates is GateProfile.REPORT:
         return QualityGates(arm.gates, extra_checks=extra)
     if not recipe.lenient:
-        thresholds = GateThresholds(beat_start=recipe.beat_start)
-        return QualityGates(thresholds=thresholds, extra_checks=extra)
+        return QualityGates(extra_checks=extra)
     proofs = [_proof("gain is proved", lambda evidence: evidence.paired)]
     if recipe.beat_start:
         proofs.append(
             _proof("gain over the host at blending is proved", lambda evidence: evidence.since_blending)
         )
-    thresholds = GateThresholds(
-        min_t=-2.0, min_gain=-math.inf, smaller_alphas=(), beat_start=recipe.beat_start
-    )
+    thresholds = GateThresholds(min_t=-2.0, min_gain=-math.inf, smaller_alphas=())
     return QualityGates(thresholds=thresholds, extra_checks=(*proofs, *extra))
 
 
