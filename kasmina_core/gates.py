@@ -352,6 +352,10 @@ class GateThresholds:
         min_t: Gain over its standard error that G2 and G5 need instead of the test, a fixed number whose error rate
             nobody knows; ``None`` for the test.
         max_harm_t: How many standard errors the model may be worse with the seed at alpha 1, at G2 and G4.
+        prove_before_blending: Whether G2 asks for the test. Without it a seed blends in if it does no significant harm at
+            alpha 1, and G5 alone asks for the proof, after joint training. Seeds of which little shows behind a host
+            that goes on learning then get their chance; those that do nothing disturb the host until G5 refuses them,
+            so cull with ``revert=True``.
         beat_start: Whether G5 also needs the model to be better than its host was when blending began. That charges
             the seed with the epochs of the host that it took. Not required where that was never measured.
         screen: Whether G2 first looks at the first-order gains of all incubating seeds, in one forward and backward,
@@ -379,6 +383,7 @@ class GateThresholds:
     smaller_alphas: tuple[float, ...] = (0.3,)
     min_t: float | None = None
     max_harm_t: float = 2.0
+    prove_before_blending: bool = True
     beat_start: bool = True
     screen: bool = False
     max_output_deviation: float = 10.0
@@ -558,7 +563,7 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
         checks.append(_evidence_check("held-out samples", gate, lambda e: e.samples, minimum=t.min_samples))
     if t.screen:
         checks.append(_screen_check(t))
-    for gate in (GateLevel.G2, GateLevel.G5):
+    for gate in (GateLevel.G2, GateLevel.G5) if t.prove_before_blending else (GateLevel.G5,):
         checks.append(_gain_check(gate, t))
         checks.append(_test_check("gain over its error", gate, t, partial(_weighed, gate)))
     checks.append(

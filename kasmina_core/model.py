@@ -840,7 +840,9 @@ class _Owner:
         samples = self._model._gate_samples
         if samples is None:
             return None
-        alphas = slot.config.gates.thresholds.smaller_alphas if slot.is_incubating else ()
+        thresholds = slot.config.gates.thresholds
+        asked = slot.is_incubating and thresholds.prove_before_blending
+        alphas = thresholds.smaller_alphas if asked else ()
         measured = self._model._measurer.measure(slot, samples, alphas, host_losses)
         return measured.evidence, measured.without
 

@@ -269,6 +269,16 @@ def test_a_seed_that_does_harm_at_alpha_1_is_refused_whatever_it_does_at_less():
     assert [c.name for c in result.failed_checks] == ["harm at alpha 1 over its error"]
 
 
+@pytest.mark.parametrize(("gain", "passes"), [(0.0, True), (-0.015, True), (-0.03, False)])
+def test_proof_can_be_left_to_g5_and_g2_then_asks_for_no_harm(gain, passes):
+    gates = QualityGates(thresholds=GateThresholds(prove_before_blending=False))
+    measured = evidence(gain=gain)  # with a standard error of .01
+    assert gates.check(G.G2, at_look(1, measured=measured)).passed is passes
+    assert not QualityGates().check(G.G2, at_look(1, measured=measured))
+    probation = {check.name for check in gates.check(G.G5, at_look(1, measured=measured)).checks}
+    assert {"gain", "gain over its error", "gain over the host at blending"} <= probation
+
+
 def test_probation_is_decided_on_the_model_as_it_is():
     measured = replace(evidence(gain=0.01), smaller=((0.3, PairedGain(100, 0.1, 0.01)),))
     result = QualityGates().check(G.G5, at_look(1, measured=measured))
