@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import socket
 import stat
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +26,13 @@ FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 TRAINING: Final = "training.safetensors"
+
+_NUMBERS: Final = itertools.count()
+_AT_WORK: Final[set[str]] = set()
+"""Names of the folders that this process is filling now, in whatever thread."""
+
+_SWAP: Final = threading.RLock()
+"""One thread at a time renames; a signal's handler that saves in the midst of it must not wait for itself."""
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -118,26 +128,45 @@ class NewFolder:
         self._target = Path(os.path.realpath(target))
         self._previous = previous_of(self._target)
         self._keep_previous = keep_previous
-        for folder in (self._target, self._previous):
-            if os.path.lexists(folder) and not _is_checkpoint(folder):
-                raise CheckpointError(
-                    f"{folder} is there and is no checkpoint, so it is not replaced. Choose another folder, or remove it."
-                )
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._clear_away()
+        self._number = next(_NUMBERS)
+        with _SWAP, _as_checkpoint_error(self._target):
+            for folder in (self._target, self._previous):
+                if os.path.lexists(folder) and not _is_checkpoint(folder):
+                    raise CheckpointError(
+                        f"{folder} is there and is no checkpoint, so it is not replaced. "
+                        "Choose another folder, or remove it."
+                    )
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._clear_away()
         self.path = self._beside("writing")
 
     def __enter__(self) -> Path:
-        self.path.mkdir()
+        _AT_WORK.add(self.path.name)
+        try:
+            with _as_checkpoint_error(self._target):
+                self.path.mkdir()
+        except BaseException:
+            _AT_WORK.discard(self.path.name)
+            raise
         return self.path
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            with _as_checkpoint_error(self._target):
+                if error is not None:
+                    raise error
+                for file in sorted(self.path.iterdir()):
+                    flush(file)
+                flush(self.path)
+                with _SWAP:
+                    self._put_in_place()
+        except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
-            return
-        for file in sorted(self.path.iterdir()):
-            flush(file)
-        flush(self.path)
+            raise
+        finally:
+            _AT_WORK.discard(self.path.name)
+
+    def _put_in_place(self) -> None:
         gone = self._beside("removing")
         if self._target.exists() and _is_checkpoint(self._target) and any(self._target.iterdir()):
             # The previous one is out of the way before the present one takes its name: one of them is always there.
@@ -151,16 +180,29 @@ class NewFolder:
             shutil.rmtree(self._previous, ignore_errors=True)
 
     def _beside(self, what: str) -> Path:
-        return self._target.parent / f".{self._target.name}.{what}-{socket.gethostname()}-{os.getpid()}"
+        name = f".{self._target.name}.{what}-{socket.gethostname()}-{os.getpid()}-{self._number}"
+        return self._target.parent / name
 
     def _clear_away(self) -> None:
-        """Remove what processes of this machine that are no more left behind."""
+        """Remove what saves of this machine that go on no more left behind."""
         for what in ("writing", "removing"):
             start = f".{self._target.name}.{what}-{socket.gethostname()}-"
             for left in self._target.parent.glob(f"{_literal(start)}*"):
-                number = left.name.removeprefix(start)
-                if number.isdecimal() and (int(number) == os.getpid() or not _lives(int(number))):
+                number = left.name.removeprefix(start).partition("-")[0]
+                if number.isdecimal() and not _goes_on(left.name, int(number)):
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def _goes_on(name: str, process: int) -> bool:
+    return name in _AT_WORK if process == os.getpid() else _lives(process)
+
+
+@contextmanager
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {folder} cannot be written: {error}") from error
 
 
 def previous_of(folder: Path) -> Path:

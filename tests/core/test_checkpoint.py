@@ -335,6 +335,63 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     assert living.exists()
 
 
+def test_threads_that_save_to_one_folder_at_once_leave_a_whole_checkpoint(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = parts()[0]
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(save_checkpoint, tmp_path / "point", model) for _ in range(24)]
+    for one in saves:
+        assert one.result() == tmp_path / "point"
+    load_checkpoint(tmp_path / "point", parts()[0])
+    load_checkpoint(tmp_path / "point.previous", parts()[0])
+    assert sorted(os.listdir(tmp_path)) == ["point", "point.previous"]
+
+
+@pytest.mark.parametrize("name", ["file/point", "n" * 250])
+def test_what_the_disk_refuses_is_a_checkpoint_error_that_names_the_folder(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be written: "):
+        save_checkpoint(tmp_path / name, parts()[0])
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_save_within_a_save_as_by_a_signals_handler_harms_neither(tmp_path, monkeypatch):
+    from kasmina_core import checkpoint
+
+    write, signals = checkpoint.write_manifest, [1]
+
+    def interrupted(*args):
+        if signals and signals.pop():
+            save_checkpoint(tmp_path / "point", parts()[0], data_position="within")
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", interrupted)
+    save_checkpoint(tmp_path / "point", parts()[0], data_position="around")
+    assert load_checkpoint(tmp_path / "point", parts()[0]).data_position == "around"
+    assert load_checkpoint(tmp_path / "point.previous", parts()[0]).data_position == "within"
+
+
+def test_a_save_in_the_midst_of_a_germination_is_refused_and_the_checkpoint_before_it_stays(tmp_path):
+    model = parts()[0]
+    save_checkpoint(tmp_path / "point", model, data_position="before")
+    refused = []
+
+    class Saves:
+        def emit(self, event):
+            try:
+                save_checkpoint(tmp_path / "point", model, data_position=type(event).__name__)
+            except CheckpointError as error:
+                refused.append(str(error))
+                assert load_checkpoint(tmp_path / "point", parts()[0]).data_position == "before"
+
+    model.emit_to(Saves())
+    model.germinate(FIRST, "scale")
+    assert refused
+    assert all(f"slot '{FIRST}' is being germinated" in text for text in refused)
+    assert load_checkpoint(tmp_path / "point", parts()[0]).data_position == "StageChanged"
+
+
 class Stop(BaseException):
     """As if the process had been killed: nothing cleans up after it."""
 
