@@ -29,6 +29,7 @@ from kasmina_core.checkpoint_files import (
 )
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth_state import rebuilding, topology_of
+from kasmina_core.lifecycle import SeedStage
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.plain_data import meaning, to_json
@@ -115,6 +116,7 @@ def save_checkpoint(
         TypeError: If ``model`` holds no `MorphogeneticModel`.
     """
     inner = unwrapped(model)
+    _refuse_half_a_germination(inner)
     kept: dict[str, Tensor] = {}
     identity = new_id()
     weights, other = _split(inner.state_dict())
@@ -240,6 +242,15 @@ def unwrapped(model: nn.Module) -> MorphogeneticModel:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_half_a_germination(model: MorphogeneticModel) -> None:
+    for slot in model.slots.values():
+        if slot.state is not None and slot.stage is SeedStage.DORMANT:
+            raise CheckpointError(
+                f"The seed of slot '{slot.name}' is being germinated: half of that cannot be saved.\n"
+                "Save when germinate has returned, not in what hears of it on the way."
+            )
 
 
 def _several(given: Any) -> list[Any]:
