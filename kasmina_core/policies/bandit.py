@@ -11,6 +11,7 @@ from typing import Any, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
+from kasmina_core.policies.memory import row, rows, table, value
 from kasmina_core.policies.triggers import Plateau
 from kasmina_core.policy import Observation
 
@@ -87,7 +88,10 @@ class BanditPolicy(GrowingPolicy):
         """Note gains of the living, and rewards of those whose fate is known."""
         seen = {slot.slot: slot for slot in observation.slots}
         for name, (seed_id, blueprint, gain) in list(self._growing.items()):
-            slot = seen[name]
+            slot = seen.get(name)
+            if slot is None:  # of another model
+                del self._growing[name]
+                continue
             if slot.seed_id == seed_id and slot.stage < SeedStage.FOSSILIZED:
                 continue
             kept = slot.seed_id == seed_id and slot.stage is SeedStage.FOSSILIZED
@@ -110,7 +114,10 @@ class BanditPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
+        draws, rewards = value(state, "draws", int), rows(state, "rewards", str, str, float)
+        by_slot = table(state, "growing").items()
+        growing = {slot: row((str, str, float), one, "growing") for slot, one in by_slot}
         super().load_state_dict(state)
-        self._draws = int(state["draws"])
-        self._rewards = [(str(s), str(b), float(r)) for s, b, r in state["rewards"]]
-        self._growing = {slot: (str(i), str(b), float(g)) for slot, (i, b, g) in state["growing"].items()}
+        self._draws = draws
+        self._rewards = [(slot, blueprint, reward) for slot, blueprint, reward in rewards]
+        self._growing = {slot: (seed, blueprint, gain) for slot, (seed, blueprint, gain) in growing.items()}

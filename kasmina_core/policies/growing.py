@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.memory import rows, table, value
 from kasmina_core.policies.triggers import Trigger
 from kasmina_core.policy import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.topology import Topology
@@ -200,11 +201,20 @@ class GrowingPolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
-        self.trigger.load_state_dict(state["trigger"])
-        self._silent = int(state["silent"])
-        self._pending = {(slot, blueprint) for slot, blueprint in state["pending"]}
-        self._refused = {(slot, blueprint) for slot, blueprint in state["refused"]}
+        """Remember what `state_dict` returned.
+
+        Raises:
+            CheckpointError: If it is damaged, or another policy's.
+        """
+        silent, pending, refused = (
+            value(state, "silent", int),
+            rows(state, "pending", str, str),
+            rows(state, "refused", str, str),
+        )
+        self.trigger.load_state_dict(table(state, "trigger"))
+        self._silent = silent
+        self._pending = {(slot, blueprint) for slot, blueprint in pending}
+        self._refused = {(slot, blueprint) for slot, blueprint in refused}
 
 
 def living_seeds(observation: Observation) -> list[SlotObservation]:

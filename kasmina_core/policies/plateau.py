@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
+from kasmina_core.policies.memory import rows
 from kasmina_core.policies.triggers import FixedTimes, Plateau, Trigger
 from kasmina_core.policy import Germinate, Observation
 
@@ -40,8 +41,9 @@ class _InTurnPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
+        tried = rows(state, "tried", str, str, int)
         super().load_state_dict(state)
-        self._tried = {(slot, blueprint): int(times) for slot, blueprint, times in state["tried"]}
+        self._tried = {(slot, blueprint): times for slot, blueprint, times in tried}
 
 
 @final

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
+from kasmina_core.policies.memory import remembered, row, rows, table, value
 from kasmina_core.policies.triggers import Plateau
 from kasmina_core.policy import (
     Command,
@@ -61,9 +62,9 @@ class TournamentPolicy(GrowingPolicy):
         max_seeds: int | None = None,
         revert: bool = True,
     ) -> None:
-        for name, value in (("incubation_epochs", incubation_epochs), ("contenders", contenders)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value!r}.")
+        for name, number in (("incubation_epochs", incubation_epochs), ("contenders", contenders)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number!r}.")
         care = SeedCare(max_training_epochs, max_probation_epochs, revert)
         trigger = Plateau(patience, min_delta)
         super().__init__(blueprints, trigger, care, max_seeds=max_seeds, patience=patience)
@@ -162,9 +163,15 @@ class TournamentPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
+        waiting = rows(state, "waiting", str, str)
+        by_slot = table(state, "inside")
+        inside = {slot: value(by_slot, slot, str) for slot in by_slot}
+        results = rows(state, "results", str, str, str, float)
+        winner = remembered(state, "winner")
+        if winner is not None:
+            winner = row((str, str, str), winner, "winner")
         super().load_state_dict(state)
-        self._waiting = [(str(slot), str(blueprint)) for slot, blueprint in state["waiting"]]
-        self._inside = {str(slot): str(blueprint) for slot, blueprint in state["inside"].items()}
-        self._results = [(str(s), str(b), str(i), float(g)) for s, b, i, g in state["results"]]
-        winner = state["winner"]
-        self._winner = (str(winner[0]), str(winner[1]), str(winner[2])) if winner is not None else None
+        self._waiting = [(slot, blueprint) for slot, blueprint in waiting]
+        self._inside = inside
+        self._results = [(slot, blueprint, seed_id, gain) for slot, blueprint, seed_id, gain in results]
+        self._winner = winner

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
+from kasmina_core.policies.memory import remembered, value
 from kasmina_core.policy import Observation
 
 
@@ -82,7 +83,8 @@ class Plateau:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        self._best, self._stale = state["best"], int(state["stale"])
+        best = value(state, "best", float) if remembered(state, "best") is not None else None
+        self._best, self._stale = best, value(state, "stale", int)
 
 
 @final
@@ -119,4 +121,4 @@ class FixedTimes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        self._spent = int(state["spent"])
+        self._spent = min(value(state, "spent", int), len(self.epochs))

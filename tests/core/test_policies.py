@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from state_helpers import FIRST, make_model, make_registry, open_config
 from kasmina_core import (
     BanditPolicy,
     BudgetPolicy,
+    CheckpointError,
     Cull,
     FixedTimesPolicy,
     Germinate,
@@ -113,6 +117,33 @@ def test_saving_and_loading_changes_no_decision(make):
         other.load_state_dict(state)
     assert plain.commands == again.commands
     assert len(plain.commands) > 3
+
+
+def leaves(data, path=()):
+    """Where something stands in nested data: the containers' places too, but the whole's."""
+    for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from leaves(item, (*path, key))
+
+
+@every_policy
+def test_a_damaged_memory_is_refused_wherever_it_is_damaged_and_the_policy_stays(make):
+    policy = make()
+    FakeGrowth(GAINS, SIZES).follow(policy, 40)
+    whole, fresh = json.loads(json.dumps(policy.state_dict())), make()
+    before = fresh.state_dict()
+    for path in leaves(whole):
+        for wrong in ({"a": [object()]}, [[[]]], True, -(10**400)):
+            state = copy.deepcopy(whole)
+            *way, last = path
+            reduce(getitem, way, state)[last] = wrong
+            with pytest.raises(CheckpointError, match="The saved state of the policy"):
+                fresh.load_state_dict(state)
+            assert fresh.state_dict() == before
+    for name in whole:
+        with pytest.raises(CheckpointError, match=f"lacks '{name}'"):
+            fresh.load_state_dict({key: item for key, item in whole.items() if key != name})
 
 
 @every_policy
