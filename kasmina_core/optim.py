@@ -64,8 +64,10 @@ class _TiedOptimizer:
         self._schedulers.follow(before, groups, factor)
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        own = self._without_host(parameters)
         before = list(self.optimizer.param_groups)
+        grown = {id(p) for group in before if "kasmina_slot" in group for p in group["params"]}
+        # The groups of seeds hold nothing of the host's, so where they hold all of it the host need not be asked.
+        own = parameters if all(id(p) in grown for p in parameters) else self._without_host(parameters)
         self._drop(own)
         self._schedulers.follow(before, self.optimizer.param_groups)
         # Memory is freed only when both the groups and the state let go.

@@ -203,6 +203,16 @@ def test_a_seed_that_borrows_a_host_parameter_never_takes_it_away():
     assert borrowed[0] in optimizer.state
 
 
+def test_a_cull_does_not_go_through_the_hosts_parameters(monkeypatch):
+    model, optimizer = tied()
+    bring_to(model, S.TRAINING)
+    train_once(model, optimizer)
+    monkeypatch.setattr(model.host, "named_parameters", None)
+    for listener in model._listeners:
+        listener.seed_removed(FIRST, model.slots[FIRST].seed_parameters())
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_seed_without_parameters_adds_no_group():
     registry = make_registry()
     registry.register(
