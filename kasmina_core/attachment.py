@@ -161,11 +161,15 @@ def call_with(host: nn.Module, example: object) -> Any:
     return host(example)
 
 
+def devices_of(module: nn.Module) -> list[torch.device]:
+    """Return the devices on which a module has parameters or buffers, sorted by name."""
+    return sorted({tensor.device for tensor in [*module.parameters(), *module.buffers()]}, key=str)
+
+
 @contextmanager
 def quiet_evaluation(host: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
-    devices = {tensor.device for tensor in [*host.parameters(), *host.buffers()]}
-    with private_rng(None, *sorted(devices, key=str)), torch.no_grad(), kept_modes(host):
+    with private_rng(None, *devices_of(host)), torch.no_grad(), kept_modes(host):
         host.eval()
         try:
             yield

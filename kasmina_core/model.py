@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, final
 
@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.agreement import ALONE, Agreement, own_samples
-from kasmina_core.attachment import SlotHook, lookup, probe, quiet_evaluation, requested_points, submodule
+from kasmina_core.attachment import (
+    SlotHook,
+    devices_of,
+    lookup,
+    probe,
+    quiet_evaluation,
+    requested_points,
+    submodule,
+)
 from kasmina_core.attribution import Attribution, attribute
 from kasmina_core.blueprints import BlueprintRegistry
 from kasmina_core.config import GrowthConfig, Incubation
@@ -41,10 +49,11 @@ from kasmina_core.policy import (
     SetAlpha,
     SlotObservation,
 )
+from kasmina_core.randomness import private_rng
 from kasmina_core.screening import ScreenOfEpoch, screen
 from kasmina_core.seed_gradient import give_gradient
 from kasmina_core.sequential import PairedGain
-from kasmina_core.sharding import kept_whole
+from kasmina_core.sharding import kept_whole, reshard
 from kasmina_core.slots import ForwardMode, SeedSlot
 from kasmina_core.snapshot import (
     HostSnapshot,
@@ -526,27 +535,38 @@ class MorphogeneticModel(nn.Module):
                 parameters; use ``use_reentrant=False``.
         """
         losses: dict[str, Tensor] = {}
-        for name, slot in self.slots.items():
-            if self.growth_config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
-                continue
-            if not slot.begin_incubation():
-                continue
-            if not any(p.requires_grad for p in self.seed_parameters(name)):
-                continue
-            seed = cast("nn.Module", slot.seed)
-            with (
-                self._evaluation(),
-                torch.enable_grad(),
-                kept_whole(seed),
-                slot.forced(ForwardMode.REPLACE),
-            ):
-                seed.train()
+        with ExitStack() as all_passes:
+            for name, slot in self.slots.items():
+                if (
+                    self.growth_config.incubation is not Incubation.COUNTERFACTUAL
+                    or not slot.is_incubating
+                    or not slot.begin_incubation()
+                    or not any(p.requires_grad for p in self.seed_parameters(name))
+                ):
+                    continue
+                if not losses:  # the first: modes are switched once for all of them
+                    all_passes.enter_context(self._evaluation())
+                    devices = devices_of(self)
+                elif self.training or self.host.training:  # the closure has switched them
+                    self.eval()
+                with private_rng(None, *devices), torch.enable_grad():
+                    losses[name] = self._incubate(slot, closure, scaler)
+        return losses
+
+    def _incubate(self, slot: SeedSlot, closure: Callable[[], Tensor], scaler: Any) -> Tensor:
+        seed = cast("nn.Module", slot.seed)
+        with kept_whole(seed), slot.forced(ForwardMode.REPLACE):
+            seed.train()
+            try:
                 loss = closure()
                 scaled = scaler.scale(loss) if scaler is not None else loss
                 # Asked after the forward, which puts whole parameters in the place of shards.
-                give_gradient(scaled, [p for p in self.seed_parameters(name) if p.requires_grad])
-            losses[name] = loss.detach()
-        return losses
+                learning = [p for p in self.seed_parameters(slot.name) if p.requires_grad]
+                give_gradient(scaled, learning)
+            finally:
+                seed.eval()
+                reshard(self)
+        return loss.detach()
 
     def evaluate_with(
         self, evaluator: Evaluator | None, *, higher_is_better: bool = False, fixed_samples: bool = True

@@ -104,6 +104,36 @@ def test_several_seeds_learn_one_at_a_time_each_as_if_it_were_alone() -> None:
         assert same_tensors(gradients(alone.slots[slot].seed), gradients(together.slots[slot].seed))
 
 
+def test_modes_are_switched_once_however_many_seeds_learn() -> None:
+    model, entered = incubating("norm", "act2"), []
+    train = model.host.train
+    model.host.train = lambda mode=True: (entered.append(mode), train(mode))[1]
+    model.train()
+    entered.clear()
+    assert len(model.incubate(lambda: loss_of(model))) == 2
+    assert entered == [False]
+    assert all(module.training for module in model.modules())
+
+
+def test_each_seed_learns_in_eval_mode_and_from_the_same_random_numbers_whatever_the_closure_does() -> None:
+    gained = []
+    for switches in (False, True):
+        model = incubating("norm", "act2", host=cnn_host(dropout=0.5))
+        model.train()
+        torch.manual_seed(3)
+
+        def closure(model: MorphogeneticModel = model, switches: bool = switches) -> Tensor:
+            loss = loss_of(model) + 0.0 * torch.rand(())
+            if switches:
+                model.train()
+            return loss * torch.rand(())
+
+        losses = model.incubate(closure)
+        gained.append((losses, gradients(model.slots["norm"].seed), gradients(model.slots["act2"].seed)))
+        assert torch.equal(torch.rand(()), torch.rand((), generator=torch.Generator().manual_seed(3)))
+    assert same_tensors(*gained)
+
+
 def test_a_fossil_beside_it_takes_part_and_gets_no_gradient() -> None:
     model = incubating("norm2")
     grow_to(model, "norm", SeedStage.FOSSILIZED)
