@@ -210,6 +210,7 @@ class GrowthClock:
             "policy": remember() if callable(remember) else None,
             "epoch": model.epoch,
             "sequence": model._sequence,
+            "lost_epochs": model.lost_epochs,
             "last_metric": model._last_metric,
             "germinations": {name: slot.germinations for name, slot in model.slots.items()},
         }
@@ -249,13 +250,14 @@ class GrowthClock:
             )
         try:
             noted, metric = _number(state["noted"]), _number(state["last_metric"])
-            epoch, sequence = int(state["epoch"]), int(state["sequence"])
+            epoch, sequence, lost = (int(state[name]) for name in ("epoch", "sequence", "lost_epochs"))
             germinations = {str(name): int(count) for name, count in state["germinations"].items()}
             if memory is not None and callable(recall):
                 recall(memory)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"The checkpoint's record of growth cannot be read: {error!r}") from error
-        self.noted, model._last_metric, model.epoch, model._sequence = noted, metric, epoch, sequence
+        self.noted, model._last_metric = noted, metric
+        model.epoch, model._sequence, model.lost_epochs = epoch, sequence, lost
         for name, slot in model.slots.items():
             if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
                 slot.germinations = germinations.get(name, slot.germinations)

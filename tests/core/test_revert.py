@@ -18,7 +18,8 @@ from numeric_helpers import (
     walk_to,
 )
 
-from kasmina_core import Cull, SeedStage, TransitionError, tie_optimizer
+from kasmina_core import Cull, NoGrowthPolicy, SeedStage, TransitionError, tie_optimizer
+from kasmina_core.integrations.growing import GrowthClock
 
 S = SeedStage
 
@@ -210,3 +211,14 @@ def test_other_tensors_than_then_are_refused():
     run, _ = grown(S.SHADOWING)
     run.model.host.register_buffer("more", torch.zeros(2))
     refused(run, "host.more: kept nothing, now \\(2,\\) torch.float32")
+
+
+def test_what_a_trainers_checkpoint_keeps_of_growth_holds_the_epochs_that_were_given_up():
+    run, _ = grown(S.BLENDING)
+    run.epoch()
+    run.model.cull("norm", revert=True)
+    assert run.model.lost_epochs == 1
+    clock = GrowthClock(NoGrowthPolicy())
+    fresh = Training()
+    clock.load_state_dict(fresh.model, clock.state_dict(run.model))
+    assert fresh.model.observe().lost_epochs == 1
