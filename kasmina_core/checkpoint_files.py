@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import shutil
 import socket
 import stat
 import threading
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -216,10 +219,24 @@ def new_id() -> str:
 
 
 def write_manifest(folder: Path, text: str) -> None:
-    """Write the manifest, with the sizes of the files that are there."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": sizes})
+    """Write the manifest, with the sizes and checksums of the files that are there, which are flushed meanwhile."""
+    written = sorted(folder.iterdir())
+    with ThreadPoolExecutor(1) as beside:  # neither the disk nor the sum waits for the other
+        sums = [beside.submit(checksum, file) for file in written]
+        for file in written:
+            flush(file)
+    sizes = {file.name: file.stat().st_size for file in written}
+    checksums = {file.name: found.result() for file, found in zip(written, sums, strict=True)}
+    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": sizes, "crc32": checksums})
     (folder / MANIFEST).write_text(f"{head[:-1]}, {text[1:]}\n", encoding="utf-8")
+
+
+def checksum(file: Path) -> int:
+    """Return the CRC-32 of a file, which a bit that turned on the disk or on the way changes."""
+    if not file.stat().st_size:
+        return 0
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return zlib.crc32(content)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -257,6 +274,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder / name} is not as it was written; it was cut off or replaced.\n"
                 f"  written: {bytes_!r:.40} bytes\n"
                 f"  found:   {found} bytes"
+            )
+    sums = data.get("crc32")
+    if not isinstance(sums, dict) or sums.keys() != files.keys():
+        raise CheckpointError(f"{file} is damaged: crc32 cannot be {sums!r:.80}.")
+    for name, written in sums.items():
+        if (computed := checksum(folder / name)) != written:
+            raise CheckpointError(
+                f"{folder / name} is not as it was written: its bytes have changed since.\n"
+                f"  crc32 written: {written!r:.40}\n"
+                f"  crc32 found:   {computed}"
             )
     return data
 

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import warnings
+import zlib
 
 import numpy
 import pytest
@@ -535,6 +536,8 @@ MANIFESTS = [
     (("files", {}), "names other files"),
     (("files", "../../etc/passwd", 5), "names other files than a checkpoint has"),
     (("files", W, 5), "(?s)is not as it was written.*written: 5 bytes"),
+    (("crc32", W, 5), "(?s)weights.safetensors is not as it was written.*crc32 written: 5"),
+    (("crc32", {}), "crc32 cannot be {}"),
     (("id", "x"), "(?s)does not belong to this checkpoint.*'x'"),
     (("id", [1]), r"id cannot be \[1\]"),
     (("shared", None), "shared cannot be None"),
@@ -611,13 +614,23 @@ def test_no_checkpoint_at_all_is_said(target, tmp_path):
 
 
 def with_tensors(folder, file, change):
-    """Rewrite a file of tensors, and its size in the manifest, as somebody with bad intentions would."""
+    """Rewrite a file of tensors, and its size and checksum in the manifest, as somebody with bad intentions would."""
     tensors = load_file(folder / file)
     manifest = json.loads((folder / "manifest.json").read_text())
     change(tensors)
     save_file(tensors, folder / file, {"checkpoint": manifest["id"]})
     manifest["files"][file] = (folder / file).stat().st_size
+    manifest["crc32"][file] = zlib.crc32((folder / file).read_bytes())
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("file", [W, T])
+def test_a_bit_that_turned_is_noticed_and_nothing_is_changed(file, saved, target, tmp_path):
+    shutil.copytree(saved, tmp_path / "point")
+    content = bytearray((tmp_path / "point" / file).read_bytes())
+    content[-5] ^= 4  # in the last tensor
+    (tmp_path / "point" / file).write_bytes(content)
+    refused(tmp_path / "point", target, f"(?s){file} is not as it was written: its bytes have changed")
 
 
 MOMENT = "optimizers[0]['state']['host.0.weight']['exp_avg']"
