@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeVar, cast, final
 
@@ -257,7 +258,10 @@ class DistributedGrowth:
             if self._shard is not None:
                 self._shard(seed)
             else:
-                fully_shard(seed, mesh=_mesh_of(self.model.host), reshard_after_forward=True)
+                host = self.model.host
+                policy = _precision_around(seed, self.model)
+                options = {"mp_policy": policy} if policy is not None else {}
+                fully_shard(seed, mesh=_mesh_of(host), reshard_after_forward=True, **options)
         except (ValueError, NotImplementedError) as error:
             raise GerminationError(f"The seed cannot be sharded: {error}") from error
         for module in sharded_modules(seed):
@@ -307,6 +311,20 @@ def _begin_sharding(model: MorphogeneticModel) -> None:
                 begin()
 
 
+def _precision_around(seed: nn.Module, model: MorphogeneticModel) -> Any:
+    """Return the mixed precision of the innermost sharded module of the host around a seed; ``None`` for none."""
+    path = next(slot.point.path for slot in model.slots.values() if slot.seed is seed)
+    modules = dict(model.host.named_modules(remove_duplicate=False))
+    names = path.split(".")
+    found: Any = None
+    for depth in range(len(names) + 1):
+        module: Any = modules[".".join(names[:depth])]
+        if hasattr(module, "set_reshard_after_forward"):
+            found = getattr(module._get_fsdp_state(), "_mp_policy", found)
+    # What a layer gives out is its own affair: a seed's output gets the dtype of the features.
+    return replace(found, output_dtype=None) if found is not None else None
+
+
 def _mesh_of(host: nn.Module) -> Any:
     for parameter in host.parameters():
         if _is_sharded(parameter):
@@ -345,7 +363,8 @@ def distribute(
         wrap: Who averages gradients; default FSDP if the host is sharded, else DDP.
         process_group: The processes that hold copies of the model; default all.
         timeout: Seconds to wait for the slowest process before a decision.
-        shard: Shards a new seed in place, as the host's layers were; default ``fully_shard`` over the host's mesh.
+        shard: Shards a new seed in place, as the host's layers were; default ``fully_shard`` over the host's mesh,
+            in the mixed precision of the layer around the seed.
         ddp_options: Options of ``DistributedDataParallel``.
 
     Raises:

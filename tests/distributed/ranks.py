@@ -108,12 +108,12 @@ def process_group(store: Path, rank: int, size: int = 2, backend: str = "gloo") 
         dist.destroy_process_group()
 
 
-def shard(module: Any) -> Any:
+def shard(module: Any, **options: Any) -> Any:
     """Apply FSDP2 over all processes on the CPU, whatever else the machine has."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)), **options)
 
 
 def everywhere(value: Any) -> list[Any]:

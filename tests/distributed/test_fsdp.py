@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numeric_helpers import (
 )
 from ranks import Outcomes, checks_in, on_each_rank, run_checks, shard
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from kasmina_core import (
@@ -105,6 +106,45 @@ def whole_life_equals_that_under_ddp(rank: int) -> None:
         assert runs[0][0][-1] is SeedStage.FOSSILIZED
         assert runs[0][1].gain == pytest.approx(runs[1][1].gain, rel=1e-3, abs=1e-6)
         assert runs[0][2] == pytest.approx(runs[1][2], rel=1e-3)
+
+
+@on_each_rank
+def seeds_compute_in_the_precision_of_the_layers_around_them(rank: int) -> None:
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for incubation in BOTH:
+        model = causal_model(causal_host(), incubation=incubation)
+        for block in model.host.blocks:
+            shard(block, mp_policy=half)
+        shard(model.host, mp_policy=replace(half, output_dtype=torch.float32))
+        net = distribute(model, timeout=10.0)
+        optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model.germinate("blocks.0", "mlp")
+        for step in range(12):
+            train(net, optimizer, rank, first=2 * step)
+            model.step_epoch(1.0)
+            if model.slots["blocks.0"].stage is SeedStage.PROBATIONARY:
+                model.step_epoch()
+                assert model.advance_stage("blocks.0")
+        assert model.slots["blocks.0"].stage is SeedStage.FOSSILIZED
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@on_each_rank
+def layers_of_different_precision_each_give_their_seeds_their_own(rank: int) -> None:
+    model = causal_model(causal_host())
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    shard(model.host.blocks[0], mp_policy=half)
+    shard(model.host)
+    net = distribute(model, timeout=10.0)
+    optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    seen = {}
+    for slot in ("blocks.0", "blocks.1"):
+        grow_to(model, slot, SeedStage.TRAINING, "mlp")
+        model.slots[slot].seed.linear.register_forward_hook(
+            lambda _m, _a, output, slot=slot: seen.update({slot: output.dtype})
+        )
+    train(net, optimizer, rank)
+    assert seen == {"blocks.0": torch.bfloat16, "blocks.1": torch.float32}
 
 
 def run_of_the_host(grow: bool, rank: int, **config: Any) -> list[Any]:
