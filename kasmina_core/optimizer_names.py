@@ -30,6 +30,9 @@ _LIKE_THE_PARAMETER: Final = frozenset(
 )
 """What torch's optimisers keep in the shape of the parameter."""
 
+_PART_OF_FLAG: Final = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+"""What torch's optimisers keep only where a flag is set; from the first step on."""
+
 _NOT_SETTINGS: Final = ("params", "param_names")
 
 _HOW: Final = ("capturable", "differentiable", "foreach", "fused")
@@ -170,6 +173,12 @@ def _same_state_in_a_group(groups: list[Mapping[str, Any]], state: Mapping[str, 
         for name, keys in known.items():
             if lost := sorted(set.union(*known.values()) - keys):
                 raise CheckpointError(f"The saved optimiser state of '{name}' lacks: {', '.join(lost)}.")
+            if missing := [
+                part for flag, part in _PART_OF_FLAG.items() if group.get(flag) and part not in keys
+            ]:
+                raise CheckpointError(
+                    f"The saved optimiser state of '{name}' lacks {missing[0]}, which the saved settings of its group need."
+                )
 
 
 def _is_number(value: Any) -> bool:

@@ -133,6 +133,7 @@ DAMAGE = [
     ),
     (lambda d: d["groups"][0].update(betas=[0.9]), r"betas .* cannot be \[0.9\]"),
     (lambda d: d["groups"][0].update(params=5), "params cannot be 5"),
+    (lambda d: d["groups"][0].update(amsgrad=True), "state of 'host.0.weight' lacks max_exp_avg_sq"),
     (
         lambda d: d["state"].update({"host.0.wieght": {}}),
         "is none of its parameters. Did you mean 'host.0.weight'",
