@@ -35,6 +35,7 @@ from kasmina_core.optimizer_names import load_named_optimizer_state, named_optim
 from kasmina_core.plain_data import meaning, to_json
 from kasmina_core.random_states import random_states, restore_random_states
 from kasmina_core.scheduler_states import load_scheduler_states, scheduler_states
+from kasmina_core.snapshot import KeptSeed
 from kasmina_core.state_keys import WRAPPER, plain_name
 from kasmina_core.unchanged import AttributesBefore, OptimizerBefore
 
@@ -125,6 +126,7 @@ def save_checkpoint(
         "kasmina": _version(),
         "torch": str(torch.__version__),
         "topology": topology_of(inner),
+        "kept_seeds": {slot: kept.to_dict() for slot, kept in inner._kept_seeds.items()},
         "host": {"class": type(inner.host).__name__, "other_state": other},
         "optimizers": [named_optimizer_state(inner, one) for one in _several(optimizer)],
         "schedulers": scheduler_states(_several(schedulers)),
@@ -202,6 +204,7 @@ def load_checkpoint(
     if not isinstance(host, dict) or not isinstance(host.get("other_state"), dict):
         raise CheckpointError(f"The manifest in {place} is damaged: host cannot be {host!r:.80}.")
     optimizers, followers = list(_several(optimizer)), list(_several(schedulers))
+    kept_seeds = _kept_seeds(inner, data.get("kept_seeds"))
     things = [one for one in (policy, scaler) if one is not None]
     with (
         _put_back_on_error(optimizers, followers, things, generators or {}),
@@ -217,6 +220,7 @@ def load_checkpoint(
         _load_generators(generators or {}, data.get("generators"))
         if rng:
             restore_random_states(_mapping("rng", data.get("rng")))
+    inner._kept_seeds = kept_seeds  # last: a load forgets those that were here
     return LoadedCheckpoint(
         place,
         data.get("data_position"),
@@ -363,6 +367,15 @@ def _recall(name: str, thing: Any, state: Any) -> None:
         thing.load_state_dict(state)
     except Exception as error:
         raise CheckpointError(f"The saved {name} cannot be loaded: {error!r:.200}") from error
+
+
+def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
+    found = _mapping("kept_seeds", saved)
+    if unknown := [name for name in found if name not in model.slots]:
+        raise CheckpointError(
+            f"The checkpoint has a seed put aside in slot '{unknown[0]!s:.80}', and this model has no such slot."
+        )
+    return {str(name): KeptSeed.from_dict(data, str(name)) for name, data in found.items()}
 
 
 def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> None:

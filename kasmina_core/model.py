@@ -296,15 +296,15 @@ class MorphogeneticModel(nn.Module):
         """Make the seed that was put aside in a slot again, with the weights it had; it starts at GERMINATED.
 
         Raises:
-            GerminationError: If none was put aside (``cull(slot, keep=True)``; in memory alone, not in checkpoints or
-                copies), the slot is not dormant, or the weights do not fit. No seed is there then.
+            GerminationError: If none was put aside (``cull(slot, keep=True)``; `save_checkpoint` saves it, a ``state_dict``
+                or a copy of the model does not), the slot is not dormant, or the weights do not fit. No seed is there then.
         """
         chosen = self.slots[slot]
         kept = self._kept_seeds.get(chosen.name)
         if kept is None:
             raise GerminationError(
-                f"No seed was put aside in slot '{chosen.name}'. cull(slot, keep=True) does so, in memory: a model "
-                "that was loaded or copied has none."
+                f"No seed was put aside in slot '{chosen.name}'. cull(slot, keep=True) does so; of what is saved, "
+                "save_checkpoint's checkpoints alone hold it, and copies of a model do not."
             )
         state = chosen.germinate(kept.blueprint_id, **kept.options)
         try:

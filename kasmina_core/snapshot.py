@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.errors import CheckpointError
 from kasmina_core.sharding import reshard
 
 if TYPE_CHECKING:
@@ -93,6 +94,33 @@ class KeptSeed:
             return None
         state = slot.state
         return cls(state.seed_id, state.blueprint_id, copy.deepcopy(slot.options), slot.seed.state_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data and tensors."""
+        return {
+            "seed_id": self.seed_id,
+            "blueprint_id": self.blueprint_id,
+            "options": dict(self.options),
+            "weights": dict(self.weights),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, slot: str) -> KeptSeed:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If it is damaged.
+        """
+        kinds = {"seed_id": str, "blueprint_id": str, "options": dict, "weights": dict}
+        if (
+            not isinstance(data, Mapping)
+            or not all(isinstance(data.get(name), kind) for name, kind in kinds.items())
+            or not all(isinstance(name, str) for name in [*data["options"], *data["weights"]])
+        ):
+            raise CheckpointError(
+                f"The seed that was put aside in slot '{slot:.80}' is damaged: it cannot be {data!r:.80}."
+            )
+        return cls(**{name: data[name] for name in kinds})
 
 
 def contributing_tensors(

@@ -336,6 +336,22 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     assert living.exists()
 
 
+def test_a_seed_that_was_put_aside_comes_back_after_a_resume_with_the_weights_it_had(tmp_path):
+    models = [parts()[0] for _ in range(2)]
+    bring_to(models[0], SeedStage.TRAINING)
+    with torch.no_grad():
+        models[0].slots[FIRST].seed.weight.add_(1.0)
+    models[0].cull(FIRST, keep=True)
+    save_checkpoint(tmp_path / "point", models[0])
+    load_checkpoint(tmp_path / "point", models[1])
+    for model in models:
+        assert model.observe().slots[0].kept_seed == f"{FIRST}-1"
+        while model.slots[FIRST].state is not None:
+            model.step_epoch(1.0)
+        model.regerminate(FIRST)
+    assert same_picture(*(dict(model.state_dict()) for model in models))
+
+
 def test_threads_that_save_to_one_folder_at_once_leave_a_whole_checkpoint(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -536,6 +552,9 @@ MANIFESTS = [
     (("files", {}), "names other files"),
     (("files", "../../etc/passwd", 5), "names other files than a checkpoint has"),
     (("files", W, 5), "(?s)is not as it was written.*written: 5 bytes"),
+    (("kept_seeds", None), "kept_seeds cannot be None"),
+    (("kept_seeds", "nowhere", {}), "'nowhere', and this model has no such slot"),
+    (("kept_seeds", FIRST, {"seed_id": "x"}), f"put aside in slot '{FIRST}' is damaged"),
     (("crc32", W, 5), "(?s)weights.safetensors is not as it was written.*crc32 written: 5"),
     (("crc32", {}), "crc32 cannot be {}"),
     (("id", "x"), "(?s)does not belong to this checkpoint.*'x'"),
