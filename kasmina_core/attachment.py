@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
@@ -262,11 +262,8 @@ def probe(
     seen: dict[str, list[Any]] = {path: [] for path in paths}
     handles = []
     try:
-        for path in seen:
-            record = seen[path]
-            handles.append(
-                submodule(host, path).register_forward_hook(lambda _m, _a, out, r=record: r.append(out))
-            )
+        for path, record in seen.items():
+            handles.append(submodule(host, path).register_forward_hook(_noting(record)))
         with kept_buffers(host), quiet_evaluation(host):
             try:
                 call_with(host, example)
@@ -291,6 +288,14 @@ def probe(
     if faults:
         raise HostError(f"{type(host).__name__} cannot hold the slots asked for.\n" + "\n".join(faults))
     return proved
+
+
+def _noting(record: list[Any]) -> Callable[[nn.Module, Any, Any], None]:
+    # A closure: of a default argument a compiled host may fill a copy.
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        record.append(output)
+
+    return note
 
 
 def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bool) -> ProbedPoint:

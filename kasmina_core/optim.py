@@ -59,6 +59,7 @@ class _TiedOptimizer:
             group["param_names"] = self._names(own)
         self._drop(own)
         self.optimizer.add_param_group(group)
+        _begin_adagrad(self.optimizer, group)
         # A state_dict knows parameters by position: an order that does not depend on who grew first keeps it right.
         groups.sort(key=lambda g: str(g.get("kasmina_slot", "")))
         self._schedulers.follow(before, groups, factor)
@@ -183,6 +184,14 @@ def _checked(name: str, value: Any) -> float:
     if not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
         raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}.")
     return value
+
+
+def _begin_adagrad(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Give a new group the state that Adagrad makes when it is made itself; torch 2.11 steps no group without it."""
+    if isinstance(optimizer, torch.optim.Adagrad):
+        settings = {name: group[name] for name in optimizer.defaults}
+        begun = torch.optim.Adagrad(group["params"], **settings)
+        optimizer.state.update(begun.state)
 
 
 def _refuse_what_muon_refuses(slot: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
