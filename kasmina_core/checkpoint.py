@@ -131,6 +131,7 @@ def save_checkpoint(
         "optimizers": [named_optimizer_state(inner, one) for one in _several(optimizer)],
         "schedulers": scheduler_states(_several(schedulers)),
         "policy": _memory(policy),
+        "policy_class": None if policy is None else type(policy).__name__,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "rng": random_states(rng),
         "generators": {name: one.get_state() for name, one in (generators or {}).items()},
@@ -141,9 +142,9 @@ def save_checkpoint(
     metadata = {"checkpoint": identity}
     target = Path(folder)
     with NewFolder(target, keep_previous) as path:
-        shared = {WEIGHTS: write_tensors(path / WEIGHTS, weights, metadata)}
+        shared = {WEIGHTS: write_tensors(path / WEIGHTS, weights, metadata, named=target / WEIGHTS)}
         if kept:
-            shared[TRAINING] = write_tensors(path / TRAINING, kept, metadata)
+            shared[TRAINING] = write_tensors(path / TRAINING, kept, metadata, named=target / TRAINING)
         parts["shared"] = to_json(shared, "shared")
         write_manifest(path, "{" + ", ".join(f'"{key}": {text}' for key, text in parts.items()) + "}")
     return target
@@ -215,7 +216,7 @@ def load_checkpoint(
         orders = _load_optimizers(inner, optimizers, data.get("optimizers"))
         if followers:
             load_scheduler_states(followers, data.get("schedulers"), orders)
-        _recall("policy", policy, data.get("policy"))
+        _recall("policy", policy, data.get("policy"), data.get("policy_class"))
         _recall("scaler", scaler, data.get("scaler"))
         _load_generators(generators or {}, data.get("generators"))
         if rng:
@@ -358,7 +359,7 @@ def _load_optimizers(
     }
 
 
-def _recall(name: str, thing: Any, state: Any) -> None:
+def _recall(name: str, thing: Any, state: Any, saved_class: object = None) -> None:
     if thing is None or not callable(getattr(thing, "load_state_dict", None)):
         return
     if state is None:
@@ -366,7 +367,12 @@ def _recall(name: str, thing: Any, state: Any) -> None:
     try:
         thing.load_state_dict(state)
     except Exception as error:
-        raise CheckpointError(f"The saved {name} cannot be loaded: {error!r:.200}") from error
+        here = type(thing).__name__
+        lines = [f"The saved {name} cannot be loaded into this {here}: its saved state does not fit."]
+        if isinstance(saved_class, str) and saved_class != here:
+            lines += [f"  saved: {saved_class:.80}", f"  here:  {here}"]
+        lines.append(str(error)[:400] if isinstance(error, CheckpointError) else f"{error!r:.200}")
+        raise CheckpointError("\n".join(lines)) from error
 
 
 def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:

@@ -38,13 +38,16 @@ _SWAP: Final = threading.RLock()
 """One thread at a time renames; a signal's handler that saves in the midst of it must not wait for itself."""
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, named: Path | None = None
+) -> dict[str, str]:
     """Write tensors in the safetensors format, each storage once.
 
     Args:
         file: Where to.
         tensors: By name; of any device and layout.
         metadata: Text that goes into the file's head.
+        named: What an error calls the file; default its own name.
 
     Returns:
         The names that were left out because their tensor is another's, with the other's name.
@@ -79,7 +82,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_file(written, file, dict(metadata))
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"The tensors cannot be written to {file.name}: {error}") from error
+        raise CheckpointError(f"The tensors cannot be written to {named or file.name}: {error}") from error
     return same
 
 
@@ -128,11 +131,12 @@ class NewFolder:
     """
 
     def __init__(self, target: Path, keep_previous: bool) -> None:
+        self._named = target
         self._target = Path(os.path.realpath(target))
         self._previous = previous_of(self._target)
         self._keep_previous = keep_previous
         self._number = next(_NUMBERS)
-        with _SWAP, _as_checkpoint_error(self._target):
+        with _SWAP, as_checkpoint_error(f"The checkpoint {target}"):
             for folder in (self._target, self._previous):
                 if os.path.lexists(folder) and not _is_checkpoint(folder):
                     raise CheckpointError(
@@ -146,7 +150,7 @@ class NewFolder:
     def __enter__(self) -> Path:
         _AT_WORK.add(self.path.name)
         try:
-            with _as_checkpoint_error(self._target):
+            with as_checkpoint_error(f"The checkpoint {self._named}"):
                 self.path.mkdir()
         except BaseException:
             _AT_WORK.discard(self.path.name)
@@ -155,7 +159,7 @@ class NewFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            with _as_checkpoint_error(self._target):
+            with as_checkpoint_error(f"The checkpoint {self._named}"):
                 if error is not None:
                     raise error
                 for file in sorted(self.path.iterdir()):
@@ -201,11 +205,17 @@ def _goes_on(name: str, process: int) -> bool:
 
 
 @contextmanager
-def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Say of what the user named that it cannot be written, and not of a file beside that the user never saw.
+
+    Raises:
+        CheckpointError: In place of an OSError.
+    """
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"The checkpoint {folder} cannot be written: {error}") from error
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{what} cannot be written: {reason}.") from error
 
 
 def previous_of(folder: Path) -> Path:

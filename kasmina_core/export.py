@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.attachment import SlotHook, call_with, features_in, quiet_evaluation, submodule
-from kasmina_core.errors import ExportError
+from kasmina_core.errors import ExportError, HostError
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.model import MorphogeneticModel, example_of
@@ -57,6 +57,7 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     Raises:
         ExportError: If there are unfinished seeds, or the copy computes something else, because the host reads
             something of a module that was replaced or calls it in more than one way.
+        HostError: If there is no ``example``, and the host offers none.
         ValueError: If ``unfinished`` is none of the two.
     """
     if unfinished not in UNFINISHED:
@@ -70,7 +71,14 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
             'Fossilise or cull them, or leave them out: export_model(model, unfinished="drop").'
         )
     if example is None:
-        example = example_of(model.host)
+        try:
+            example = example_of(model.host)
+        except HostError as error:
+            raise HostError(
+                f"{type(model.host).__name__} must be run once to prove that its export computes the same, and offers "
+                "no example_inputs().\nA model does not keep the example it was made with. Give one: "
+                "export_model(model, example=...), a tensor, a tuple of arguments or a mapping of keywords."
+            ) from error
     joints, expected = _watch(model, fossils, living, example)
     # In one copy, so that what host and seeds share stays shared.
     host, seeds = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
 from kasmina_core.attachment import lookup
-from kasmina_core.checkpoint_files import flush, write_tensors
+from kasmina_core.checkpoint_files import as_checkpoint_error, flush, write_tensors
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth_state import (
     OtherBlueprintVersion,
@@ -42,7 +43,7 @@ def save_seeds(
         The file.
 
     Raises:
-        CheckpointError: If a slot holds no seed, or none does.
+        CheckpointError: If a slot holds no seed, or none does, or the file cannot be written.
         UnknownNameError: If there is no such slot.
     """
     chosen = [model.slots[name] for name in ([slots] if isinstance(slots, str) else slots or model.slots)]
@@ -62,13 +63,16 @@ def save_seeds(
     text = to_json({"version": SEEDS_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
     target = Path(file)
     beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    try:
-        write_tensors(beside, tensors, {_KEY: text})
-        flush(beside)
-        os.replace(beside, target)
-        flush(target.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    with as_checkpoint_error(f"The file of seeds {target}"):
+        try:
+            beside.touch()  # where a file cannot be at all, the system says why more clearly than safetensors
+            write_tensors(beside, tensors, {_KEY: text}, named=target)
+            flush(beside)
+            os.replace(beside, target)
+            flush(target.parent)
+        finally:
+            with suppress(OSError):
+                beside.unlink()
     return target
 
 

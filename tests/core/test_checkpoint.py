@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import json
 import os
@@ -32,6 +33,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from kasmina_core import (
+    BanditPolicy,
     CheckpointError,
     InterruptedSave,
     MorphogeneticModel,
@@ -801,3 +803,67 @@ def test_any_damaged_byte_is_refused_as_a_whole_or_harmless(saved, target, tmp_p
             whole = parts()
             before = everything(whole, generator)
         shutil.copy(saved / file, folder / file)
+
+
+def test_a_place_that_cannot_be_written_is_said_by_the_name_that_was_given(tmp_path):
+    model, _ = make_model()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path / "file" / "point", model)
+    assert f"The checkpoint {tmp_path / 'file' / 'point'} cannot be written: File exists." in str(
+        caught.value
+    )
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "training.safetensors", "manifest.json"])
+def test_a_full_disk_is_said_by_the_name_that_was_given(file, tmp_path, monkeypatch):
+    model, optimizer, *_ = parts()
+    train_once(model, optimizer)
+    save_checkpoint(tmp_path / "point", model, optimizer=optimizer)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(path):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("kasmina_core.checkpoint_files.flush", full)
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path / "point", model, optimizer=optimizer)
+    assert (
+        str(caught.value)
+        == f"The checkpoint {tmp_path / 'point'} cannot be written: No space left on device."
+    )
+    assert isinstance(caught.value.__cause__, OSError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    load_checkpoint(tmp_path / "point", model, optimizer=optimizer)
+
+
+def test_a_policy_of_another_class_is_refused_by_both_names(tmp_path):
+    model, _, _, policy, _ = parts()
+    save_checkpoint(tmp_path / "point", model, policy=policy)
+    other = BanditPolicy({Topology.CNN: ["normed"]})
+    with pytest.raises(CheckpointError, match=r"(?s)saved: PlateauPolicy.*here:  BanditPolicy.*draws"):
+        load_checkpoint(tmp_path / "point", model, policy=other)
+
+
+def test_a_policy_that_an_older_manifest_does_not_name_is_refused_by_its_own_class(tmp_path):
+    class Other:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            state["draws"]
+
+    model, _, _, policy, _ = parts()
+    save_checkpoint(tmp_path / "point", model, policy=policy)
+    manifest = tmp_path / "point" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    del data["policy_class"]
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(
+        CheckpointError, match="cannot be loaded into this Other: its saved state does not fit"
+    ) as no:
+        load_checkpoint(tmp_path / "point", model, policy=Other())
+    assert "saved:" not in str(no.value)

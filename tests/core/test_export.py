@@ -28,6 +28,7 @@ from kasmina_core import (
     BlueprintSpec,
     ExportError,
     HookedHost,
+    HostError,
     InjectionPoint,
     MorphogeneticModel,
     SeedStage,
@@ -288,3 +289,12 @@ def test_an_optimiser_of_the_exported_model_goes_on_training_it():
     plain = export_model(model, EXAMPLE)
     assert all(p.grad is None for p in plain.parameters())
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_an_export_without_an_example_says_how_to_give_one():
+    host = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
+    x = torch.randn(2, 3, 8, 8)
+    model = MorphogeneticModel(host, ["0"], example=x)
+    with pytest.raises(HostError, match=r"(?s)its export.*export_model\(model, example=\.\.\.\)"):
+        export_model(model)
+    assert torch.equal(export_model(model, x).eval()(x), model.eval()(x))

@@ -199,3 +199,14 @@ def test_a_foreign_or_truncated_file_is_refused(tmp_path):
     for length in range(0, len(whole), 301):
         file.write_bytes(whole[:length])
         refused(file, make_model()[0], "damaged or no safetensors file")
+
+
+@pytest.mark.parametrize("place", ["file/seeds.safetensors", "nowhere/seeds.safetensors"])
+def test_a_place_that_cannot_be_written_is_said_by_the_name_that_was_given(place, tmp_path):
+    model, _ = grown()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError) as caught:
+        save_seeds(tmp_path / place, model)
+    assert f"The file of seeds {tmp_path / place} cannot be written: " in str(caught.value)
+    assert ".writing" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
