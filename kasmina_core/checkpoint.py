@@ -20,6 +20,7 @@ from kasmina_core.checkpoint_files import (
     TRAINING,
     WEIGHTS,
     NewFolder,
+    Unchanged,
     new_id,
     previous_of,
     read_manifest,
@@ -195,6 +196,7 @@ def load_checkpoint(
     if not isinstance(identity := raw.get("id"), str):
         raise CheckpointError(f"The manifest in {place} is damaged: id cannot be {identity!r:.80}.")
     metadata = {"checkpoint": identity}
+    unchanged = Unchanged(place, raw["crc32"])
     shared = _shared(raw)
     tensors = {}
     if TRAINING in raw["files"]:
@@ -221,6 +223,7 @@ def load_checkpoint(
         _load_generators(generators or {}, data.get("generators"))
         if rng:
             restore_random_states(_mapping("rng", data.get("rng")))
+        unchanged.demand()  # within the block: what was loaded of a damaged file is undone
     inner._kept_seeds = kept_seeds  # last: a load forgets those that were here
     return LoadedCheckpoint(
         place,

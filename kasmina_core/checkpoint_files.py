@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -249,6 +249,37 @@ def checksum(file: Path) -> int:
         return zlib.crc32(content)
 
 
+@final
+class Unchanged:
+    """Computes in a thread whether files are as they were written, while they are read.
+
+    Args:
+        folder: Where the files are.
+        sums: Their checksums as the manifest has them, by name.
+    """
+
+    def __init__(self, folder: Path, sums: Mapping[str, object]) -> None:
+        beside = ThreadPoolExecutor(1)
+        self._sums = [
+            (folder / name, sum_, beside.submit(checksum, folder / name)) for name, sum_ in sums.items()
+        ]
+        beside.shutdown(wait=False)
+
+    def demand(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            CheckpointError: If a file is another than was written.
+        """
+        for file, written, computed in self._sums:
+            if (found := computed.result()) != written:
+                raise CheckpointError(
+                    f"{file} is not as it was written: its bytes have changed since.\n"
+                    f"  crc32 written: {written!r:.40}\n"
+                    f"  crc32 found:   {found}"
+                )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose files are all there and whole, as `plain_data.parse` gives it.
 
@@ -288,13 +319,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     sums = data.get("crc32")
     if not isinstance(sums, dict) or sums.keys() != files.keys():
         raise CheckpointError(f"{file} is damaged: crc32 cannot be {sums!r:.80}.")
-    for name, written in sums.items():
-        if (computed := checksum(folder / name)) != written:
-            raise CheckpointError(
-                f"{folder / name} is not as it was written: its bytes have changed since.\n"
-                f"  crc32 written: {written!r:.40}\n"
-                f"  crc32 found:   {computed}"
-            )
     return data
 
 
