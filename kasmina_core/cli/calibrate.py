@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ def calibrate(
 
     The host is trained; then placebo seeds learn from shuffled targets, which say nothing, and are judged as the gates
     judge seeds. What they gain is the noise floor. The folder then holds calibration.json and calibration.png.
+
+    Ctrl-C ends it, and nothing is kept.
     """
     import torch
 
@@ -93,7 +96,7 @@ def calibrate(
     from kasmina_core.calibration import shuffled
     from kasmina_core.cli.calibration_report import calibration_png, calibration_text, proposal
     from kasmina_core.cli.display import RunDisplay
-    from kasmina_core.cli.record import plain, write_atomically
+    from kasmina_core.cli.record import plain, write_all, write_atomically
     from kasmina_core.cli.report import require_plots
     from kasmina_core.cli.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
     from kasmina_core.cli.tasks import load_task
@@ -146,43 +149,53 @@ def calibrate(
     def evaluate(twin: MorphogeneticModel) -> torch.Tensor:
         return torch.cat([data.loss(twin(x), y) for x, y in data.batches("gate", EVALUATION_BATCH)])
 
-    with (
-        RunDisplay(epochs, quiet=as_json, metric_name=data.metric_name) as display,
-        private_rng(derived_seed(seed, "training"), torch.device(place)),
-    ):
-        display.phase(f"training the host on {task}", epochs)
-        optimizer = torch.optim.Adam(model.parameters(), settings.lr)
-        model.train()
-        for _ in range(epochs):
-            for inputs, targets in data.batches("train", settings.batch_size, order):
-                optimizer.zero_grad()
-                data.loss(model(inputs), targets).mean().backward()  # type: ignore[no-untyped-call]  # torch
-                optimizer.step()
-            display.advance()
-        batches = _endless(data, settings.batch_size, order)
-        steps = math.ceil(len(data.train.inputs) / settings.batch_size)
-        display.phase(f"raising {seeds} placebo seeds", seeds)
-        found = measure(
-            model,
-            evaluate,
-            placebo_loss,
-            blueprints=chosen,
-            seeds=seeds,
-            looks=looks,
-            steps=steps,
-            lr=settings.lr,
-            seed=seed,
-            progress=lambda done, of: display.advance(),
-        )
+    try:
+        with (
+            RunDisplay(epochs, quiet=as_json, metric_name=data.metric_name) as display,
+            private_rng(derived_seed(seed, "training"), torch.device(place)),
+        ):
+            display.phase(f"training the host on {task}", epochs)
+            optimizer = torch.optim.Adam(model.parameters(), settings.lr)
+            model.train()
+            for _ in range(epochs):
+                for inputs, targets in data.batches("train", settings.batch_size, order):
+                    optimizer.zero_grad()
+                    data.loss(model(inputs), targets).mean().backward()  # type: ignore[no-untyped-call]  # torch
+                    optimizer.step()
+                display.advance()
+            batches = _endless(data, settings.batch_size, order)
+            steps = math.ceil(len(data.train.inputs) / settings.batch_size)
+            display.phase(f"raising {seeds} placebo seeds", seeds)
+            found = measure(
+                model,
+                evaluate,
+                placebo_loss,
+                blueprints=chosen,
+                seeds=seeds,
+                looks=looks,
+                steps=steps,
+                lr=settings.lr,
+                seed=seed,
+                progress=lambda done, of: display.advance(),
+            )
+    except KeyboardInterrupt:
+        click.echo("Nothing was kept: the figures are made once all placebo seeds were judged.", err=True)
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     record = {"task": task, "host": host_id, "config": settings.to_dict(), "steps_per_look": steps}
     record |= found.to_dict() | {"proposal": proposal(found, effect)}
     text = json.dumps(plain(record), allow_nan=False)
-    write_atomically(folder / "calibration.json", text + "\n")
-    write_atomically(folder / "calibration.png", calibration_png(found, f"{task} · {host_id}"))
-    if as_json:
-        click.echo(text)
-    else:
-        click.echo(calibration_text(found, effect))
+    click.echo(text if as_json else calibration_text(found, effect))
+    picture = calibration_png(found, f"{task} · {host_id}")
+    write_all(
+        folder,
+        [
+            lambda: write_atomically(folder / "calibration.json", text + "\n"),
+            lambda: write_atomically(folder / "calibration.png", picture),
+        ],
+    )
+    if not as_json:
         click.echo(f"\nFiles: {folder}")
 
 

@@ -254,21 +254,27 @@ def final_text(record: RunRecord, width: int = 120) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def print_final(
-    record: RunRecord, folder: str | os.PathLike[str] | None = None, console: Console | None = None
-) -> None:
-    """Print `final_tables` and where the files of the run are.
+def print_final(record: RunRecord, console: Console | None = None) -> None:
+    """Print `final_tables`.
 
     Args:
         record: The run.
-        folder: Folder of its files; ``None`` says nothing of it.
         console: Where to print; by default standard output.
     """
     console = console if console is not None else Console()
     for part in final_tables(record):
         console.print(part)
-    if folder is not None:
-        console.print(Text(f"\nFiles: {os.fspath(folder)} (open report.html)"), soft_wrap=True)
+
+
+def print_files(folder: str | os.PathLike[str], console: Console | None = None) -> None:
+    """Print where the files of a run are.
+
+    Args:
+        folder: Folder of its files.
+        console: Where to print; by default standard output.
+    """
+    console = console if console is not None else Console()
+    console.print(Text(f"\nFiles: {os.fspath(folder)} (open report.html)"), soft_wrap=True)
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -51,7 +52,7 @@ class RunFolderError(KasminaError):
     "policy_options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Option of the policy, such as patience=5 or parameters=500.",
+    help="Option of the policy, such as patience=5, parameters=500 or, a list, 'epochs=[3,8]'; given once for each.",
 )
 @click.option(
     "--incubation",
@@ -117,7 +118,8 @@ def grow(
     """
     import torch
 
-    from kasmina_core.cli.display import RunDisplay, print_final
+    from kasmina_core.cli.display import RunDisplay, print_files, print_final
+    from kasmina_core.cli.record import write_all, write_atomically
     from kasmina_core.cli.report import require_plots, write_run
     from kasmina_core.cli.run import PRESETS, GrowthRun, RunSettings
     from kasmina_core.cli.tasks import load_task
@@ -155,12 +157,21 @@ def grow(
             for event in plugins.events:
                 telemetry.emit(event)
             record = run.run(telemetry)
-    torch.save(run.model.state_dict(), folder / "model.pt")
-    write_run(record, folder)
     if as_json:
         click.echo(json.dumps(record.to_dict(), allow_nan=False))
     else:
-        print_final(record, folder)
+        print_final(record)
+
+    def write_model() -> None:
+        whole = io.BytesIO()
+        torch.save(run.model.state_dict(), whole)
+        write_atomically(folder / "model.pt", whole.getvalue())
+
+    write_all(
+        folder, [lambda: write_run(record, folder), write_model]
+    )  # after the result, which cost the time
+    if not as_json:
+        print_files(folder)
     if record.interrupted:
         sys.exit(130)
 

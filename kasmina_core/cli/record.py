@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, cast, final, get_args
 
-from kasmina_core.errors import CheckpointError
+from kasmina_core.errors import CheckpointError, KasminaError
 
 GROWN: Final = "grown"
 """Name of the arm that was grown."""
@@ -20,6 +20,11 @@ HOST_ALONE: Final = "host alone"
 
 RUN_FORMAT: Final = 1
 """Version of the written form."""
+
+
+class FilesError(KasminaError):
+    """Files of a run could not be written."""
+
 
 SeedOutcome = Literal["fossilized", "culled", "unfinished"]
 
@@ -357,6 +362,26 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_all(folder: Path, writers: Sequence[Callable[[], object]]) -> None:
+    """Call each of the functions that write into a folder, also after one of them failed.
+
+    Raises:
+        FilesError: If one could not write; what could be written stays.
+    """
+    failed: OSError | None = None
+    for write in writers:
+        try:
+            write()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        kept = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+        raise FilesError(
+            f"Not every file could be written to {folder}: {failed.strerror or failed}.\n"
+            f"  there: {kept or 'none'}"
+        ) from failed
 
 
 def plain(value: Any) -> Any:

@@ -40,7 +40,8 @@ from kasmina_core.hosts import HostProtocol
 from kasmina_core.model import EventTarget, MorphogeneticModel
 from kasmina_core.optim import tie_optimizer
 from kasmina_core.policies.bundled import BUNDLED, build_policy
-from kasmina_core.policy import Policy, SlotObservation
+from kasmina_core.policies.triggers import FixedTimes, Plateau
+from kasmina_core.policy import NoGrowthPolicy, Observation, Policy, SlotObservation
 from kasmina_core.randomness import derived_seed, private_rng
 from kasmina_core.sequential import Finding
 from kasmina_core.topology import Topology
@@ -49,7 +50,7 @@ EVALUATION_BATCH: Final = 256
 """Samples a batch where nothing is learned."""
 
 FINAL_EPOCHS: Final = 5
-"""The final figures are means over the models of this many last epochs: one epoch's are mostly noise."""
+"""The final figures are means over the models of at most this many last epochs: one epoch's are mostly noise."""
 
 
 @final
@@ -341,6 +342,7 @@ class GrowthRun:
         self.task = task
         self._display = display
         self._interrupted = False
+        self._refused = False
         self._log = SeedLog()
         host_id, host = make_host(plugins, task, settings)
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
@@ -389,7 +391,9 @@ class GrowthRun:
         with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
             self._train_alone()
         self.record.interrupted = self._interrupted
-        self.record.notes.append(f"Test figures are means over the models of the last {FINAL_EPOCHS} epochs.")
+        self.record.notes.append(test_figures_note(self.record))
+        if not self.record.seeds:
+            self.record.notes.append(self._why_no_seed())
         if self._interrupted:
             self.record.notes.append(
                 "The run was stopped before its end; the figures are those of what was trained."
@@ -457,7 +461,34 @@ class GrowthRun:
             try:
                 self.model.execute(command)
             except GerminationError as error:
+                self._refused = True
                 self.record.notes.append(str(error))
+
+    def _why_no_seed(self) -> str:
+        """Say in a line why no seed germinated."""
+        epochs, trigger = len(self.record.epochs), getattr(self._policy, "trigger", None)
+        if isinstance(self._policy, NoGrowthPolicy):
+            return "No seed germinated: policy 'none' grows nothing."
+        if self._refused:
+            return "No seed germinated: every one that the policy asked for was refused; the notes say why."
+        if isinstance(trigger, Plateau) and not self._was_on_a_plateau(trigger):
+            return (
+                f"No seed germinated: the validation loss never was on a plateau within {epochs} "
+                f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement of "
+                f"{trigger.min_delta:.3g} of it. Use more --epochs, or less --policy-option patience."
+            )
+        if isinstance(trigger, FixedTimes) and trigger.epochs[0] > epochs:
+            return (
+                f"No seed germinated: the first time for one is epoch {trigger.epochs[0]}, and the run had {epochs}. "
+                "Use more --epochs, or earlier --policy-option epochs."
+            )
+        return f"No seed germinated: policy '{self.settings.policy}' asked for none within {epochs} epochs."
+
+    def _was_on_a_plateau(self, trigger: Plateau) -> bool:
+        again = Plateau(trigger.patience, trigger.min_delta)
+        return any(
+            again.is_due(Observation(e.epoch, e.val_loss, False, 0, 0, ()), False) for e in self.record.epochs
+        )
 
     def _train_alone(self) -> None:
         grown = self.record.arm(GROWN)
@@ -592,6 +623,20 @@ class GrowthRun:
                 seconds,
             )
         )
+
+
+def test_figures_note(record: RunRecord) -> str:
+    """Say over how many epochs' models the final figures of each arm are means."""
+    counts = {arm.name: min(arm.epochs, FINAL_EPOCHS) for arm in record.arms}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{name}: {epochs}" for name, epochs in counts.items())
+        return f"Test figures are means over the models of the last epochs ({each})."
+    epochs = next(iter(counts.values()), 0)
+    if epochs == 0:
+        return "Test figures are those of the model as it was when the run was stopped."
+    if epochs == 1:
+        return "Test figures are those of the model after the last epoch."
+    return f"Test figures are means over the models of the last {epochs} epochs."
 
 
 @contextmanager

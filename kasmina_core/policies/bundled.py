@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +31,26 @@ BUNDLED: Final[Mapping[str, Callable[..., Policy]]] = MappingProxyType(
     }
 )
 """Policy classes by name; all but ``none`` take ``blueprints`` and keywords."""
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_ALL_OF_THEM: Final = " Known:"
+
+_KINDS: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = MappingProxyType(
+    {
+        "int": ("a whole number", lambda value: _is_a(Integral, value)),
+        "float": ("a number", lambda value: _is_a(Real, value)),
+        "bool": ("true or false", lambda value: isinstance(value, bool)),
+        "Sequence[int]": (
+            "a list of whole numbers, such as [3,8]",
+            lambda value: isinstance(value, (list, tuple)) and all(_is_a(Integral, one) for one in value),
+        ),
+    }
+)
+"""What annotations of options ask for, and whether a value is it; other annotations are the policy's own affair."""
 
 
 class PolicyOptionError(KasminaError):
@@ -65,16 +87,35 @@ def build_policy(
         given.setdefault("costs", blueprint_costs(registry, count_operations="flops" in options))
     if factory is BanditPolicy:
         given.setdefault("seed", seed)
-    known = [parameter for parameter in inspect.signature(factory).parameters if parameter != "blueprints"]
+    parameters = inspect.signature(factory).parameters
+    known = [parameter for parameter in parameters if parameter != "blueprints"]
     try:
         inspect.signature(factory).bind(**given)
     except TypeError as error:
         odd = next((option for option in options if option not in known), "")
+        meant = did_you_mean(odd, known) if odd else ""
         raise PolicyOptionError(
-            f"Policy '{name}' does not take these options: {error}.{did_you_mean(odd, known)}\n"
+            f"Policy '{name}' does not take these options: {error}."
+            f"{'' if meant.startswith(_ALL_OF_THEM) else meant}\n"
             f"  options: {', '.join(known) or 'none'}"
         ) from error
+    for option, value in options.items():
+        if option in parameters:
+            _demand_kind(name, option, value, parameters[option].annotation)
     try:
         return factory(**given)
     except (TypeError, ValueError) as error:
         raise PolicyOptionError(f"Policy '{name}' refuses its options: {error}") from error
+
+
+def _demand_kind(policy: str, option: str, value: Any, annotation: Any) -> None:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    bare = text.removesuffix(" | None")
+    wanted, fits = _KINDS.get(bare, ("", None))
+    if fits is None or fits(value) or (value is None and bare != text):
+        return
+    raise PolicyOptionError(
+        f"Policy '{policy}' refuses an option.\n"
+        f"  given:  {option}={value if isinstance(value, str) else json.dumps(value, default=str)}\n"
+        f"  wanted: {wanted}{', or null' if bare != text else ''}"
+    )

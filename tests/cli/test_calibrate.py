@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from kasmina_core.cli import main
+from kasmina_core.cli import INTERRUPTED, main
+from kasmina_core.cli.record import write_atomically
 
 SHORT = ("--seeds", "3", "--looks", "2", "--epochs", "2", "--blueprint", "norm")
 
@@ -72,4 +75,37 @@ def test_wrong_input_is_answered_with_what_is_wrong(
     assert result.exit_code in (1, 2)
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_full_disk_takes_files_and_not_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+) -> None:
+    def write(path: Path, content: str | bytes) -> None:
+        if path.name == "calibration.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_atomically(path, content)
+
+    monkeypatch.setattr("kasmina_core.cli.record.write_atomically", write)
+    folder = tmp_path / "run"
+    result = _calibrate("--out", str(folder), *SHORT, *how)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert f"Not every file could be written to {folder}: No space left on device." in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["calibration.png"]
+    if how:
+        assert len(json.loads(result.stdout)["placebos"]) == 3
+    else:
+        assert "accepted placebos" in result.stdout
+
+
+def test_ctrl_c_says_that_nothing_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kasmina_core.calibration.calibrate", interrupted)
+    result = _calibrate("--out", str(tmp_path / "run"), *SHORT)
+    assert result.exit_code == INTERRUPTED
+    assert "Nothing was kept" in result.stderr
     assert not (tmp_path / "run").exists()

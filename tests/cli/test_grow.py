@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from kasmina_core.cli import main
 from kasmina_core.cli.flops import FlopLedger, flop_counter
+from kasmina_core.cli.record import write_atomically
 from kasmina_core.telemetry import JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")
@@ -217,6 +219,20 @@ def test_without_a_terminal_there_are_no_escape_codes(tmp_path: Path) -> None:
         (("--policy", "none", "--policy-option", "patience=2"), "options: none", 1),
         (("--policy-option", "patience=0"), "patience must be at least 1, not 0", 1),
         (("--policy-option", "pateince=5"), "Did you mean 'patience'?", 1),
+        (("--policy-option", "patience=abc"), "given:  patience=abc\n  wanted: a whole number", 1),
+        (("--policy-option", "patience=2.5"), "given:  patience=2.5\n  wanted: a whole number", 1),
+        (("--policy-option", "revert=no"), "given:  revert=no\n  wanted: true or false", 1),
+        (("--policy-option", "max_seeds=[1]"), "given:  max_seeds=[1]\n  wanted: a whole number, or null", 1),
+        (
+            ("--policy", "fixed-times", "--policy-option", "epochs=5"),
+            "given:  epochs=5\n  wanted: a list of whole numbers, such as [3,8]",
+            1,
+        ),
+        (
+            ("--policy", "fixed-times", "--policy-option", "epochs=3,8"),
+            "given:  epochs=3,8\n  wanted: a list of whole numbers, such as [3,8]",
+            1,
+        ),
         (("--policy-option", "nonsense"), "--policy-option 'nonsense' must read NAME=VALUE", 2),
         (("--incubation", "none"), "counterfactual", 2),
         (("--epochs", "0"), "epochs", 2),
@@ -303,3 +319,76 @@ def test_a_ledger_charges_every_call_and_counts_each_kind_once() -> None:
     assert ledger.total == 3 * 2 * 4 * 4 * 5
     assert ledger.charge("other", lambda: a.sum()) == a.sum()
     assert ledger.total == 3 * 2 * 4 * 4 * 5
+
+
+def test_the_help_shows_how_a_list_is_given() -> None:
+    assert "'epochs=[3,8]'" in " ".join(_grow("--help").stdout.split())
+
+
+@pytest.mark.parametrize("wrong", ["zzz=1", None])
+def test_the_options_of_a_policy_are_listed_once(tmp_path: Path, wrong: str | None) -> None:
+    option = ("--policy-option", wrong) if wrong else ()
+    result = _grow("--out", str(tmp_path / "run"), "--policy", "fixed-times", *option)
+    assert result.exit_code == 1
+    assert result.stderr.count("max_training_epochs") == 1
+
+
+def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the disk be full for files of these names, and only for them."""
+
+    def write(path: Path, content: str | bytes) -> None:
+        if path.name in names:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_atomically(path, content)
+
+    for module in ("record", "report"):
+        monkeypatch.setattr(f"kasmina_core.cli.{module}.write_atomically", write)
+
+
+@pytest.mark.parametrize(
+    ("names", "there"),
+    [
+        (["report.png", "model.pt"], ["config.json", "events.jsonl", "metrics.csv", "run.json"]),
+        (["run.json"], ["events.jsonl", "model.pt"]),
+    ],
+)
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_full_disk_takes_files_and_not_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], there: list[str], how: tuple[str, ...]
+) -> None:
+    _full(monkeypatch, *names)
+    folder = tmp_path / "run"
+    result = _grow("--out", str(folder), "--epochs", "1", "--batch-size", "512", *how)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert f"Not every file could be written to {folder}: No space left on device." in result.stderr
+    assert f"  there: {', '.join(there)}" in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == there
+    if how:
+        assert json.loads(result.stdout)["arms"]
+    else:
+        assert "host alone" in result.stdout
+        assert "open report.html" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "never was on a plateau within 3 epochs, which takes 3 in a row"),
+        (("--policy", "none"), "policy 'none' grows nothing"),
+        (("--policy", "fixed-times", "--policy-option", "epochs=[9]"), "the first time for one is epoch 9"),
+    ],
+)
+def test_a_run_without_seeds_says_why_and_over_what_its_figures_are_means(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = _grow("--out", str(tmp_path / "run"), *SHORT, *arguments, "--json")
+    notes = json.loads(result.stdout)["notes"]
+    assert "Test figures are means over the models of the last 3 epochs." in notes
+    assert [note for note in notes if note.startswith("No seed germinated: ") and said in note]
+
+
+def test_a_run_with_seeds_does_not_say_why_there_are_none(run: tuple[Path, dict[str, Any]]) -> None:
+    notes = run[1]["notes"]
+    assert not [note for note in notes if note.startswith("No seed germinated")]
+    assert "Test figures are means over the models of the last 5 epochs." in notes
