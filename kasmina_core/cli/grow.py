@@ -52,7 +52,7 @@ class RunFolderError(KasminaError):
     "policy_options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Option of the policy, such as patience=5, parameters=500 or, a list, 'epochs=[3,8]'; given once for each.",
+    help="Option of the policy, such as patience=5, parameters=500 or, a list, 'epochs=[3,8]'. Repeat it for more.",
 )
 @click.option(
     "--incubation",

@@ -474,8 +474,8 @@ class GrowthRun:
         if isinstance(trigger, Plateau) and not self._was_on_a_plateau(trigger):
             return (
                 f"No seed germinated: the validation loss never was on a plateau within {epochs} "
-                f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement of "
-                f"{trigger.min_delta:.3g} of it. Use more --epochs, or less --policy-option patience."
+                f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement by "
+                f"{100 * trigger.min_delta:.3g} %. Use more --epochs, or less --policy-option patience."
             )
         if isinstance(trigger, FixedTimes) and trigger.epochs[0] > epochs:
             return (
