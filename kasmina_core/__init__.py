@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from kasmina_core.errors import GerminationError as GerminationError
     from kasmina_core.errors import HostError as HostError
     from kasmina_core.errors import KasminaError as KasminaError
+    from kasmina_core.errors import MisuseWarning as MisuseWarning
     from kasmina_core.errors import NameConflictError as NameConflictError
     from kasmina_core.errors import PluginError as PluginError
     from kasmina_core.errors import SeedShapeError as SeedShapeError
@@ -225,6 +226,7 @@ _HOME = {
     "LevelSpending": "sequential",
     "LoadedCheckpoint": "checkpoint",
     "MemorySink": "telemetry",
+    "MisuseWarning": "errors",
     "MorphogeneticModel": "model",
     "NameConflictError": "errors",
     "NoGrowthPolicy": "policy",

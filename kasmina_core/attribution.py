@@ -178,7 +178,7 @@ class _Values:
             for name in self._names:
                 mode = ForwardMode.MEASURE if name in subset else ForwardMode.PASS
                 stack.enter_context(model.slots[name].forced(mode))
-            losses = model._gather_samples(self._samples.evaluator())
+            losses = model._gather_samples(self._samples.losses())
         sign = 1.0 if self._samples.higher_is_better else -1.0
         return sign * losses.detach().double().cpu()
 

@@ -100,6 +100,10 @@ class ExportError(KasminaError):
     """A grown model that cannot be turned into a plain module that computes the same."""
 
 
+class MisuseWarning(UserWarning):
+    """Something was forgotten, or cannot work as it was given, so that growth stands still; each is said once."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, else the known names, else ``""``.
 

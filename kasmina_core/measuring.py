@@ -37,6 +37,27 @@ class GateSamples:
     higher_is_better: bool = False
     is_fixed: bool = True
 
+    def __post_init__(self) -> None:
+        if not callable(self.evaluator):
+            raise TypeError(
+                "An evaluator is a function that returns the loss of every held-out sample, (n,): reduction='none'.\n"
+                f"  given: {self.evaluator!r:.200}"
+            )
+
+    def losses(self) -> Tensor:
+        """Ask the evaluator.
+
+        Raises:
+            TypeError: If it returns no tensor.
+        """
+        found: object = self.evaluator()
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                "An evaluator must return a tensor (n,), one loss per held-out sample: reduction='none'.\n"
+                f"  returned: {type(found).__name__} {found!r:.80}"
+            )
+        return found
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,7 @@ class SeedMeasurer:
 
         Raises:
             ValueError: If the evaluator's losses are not vectors of one length of at least 2.
+            TypeError: If they are no tensor.
         """
         with self._model._agreement.attempt(f"measurement of '{slot.name}'"):
             return self._measure(slot, samples, alphas, before_blending)
@@ -103,7 +125,7 @@ class SeedMeasurer:
         alphas: Sequence[float],
         before_blending: Tensor | None,
     ) -> Measurement:
-        evaluator = samples.evaluator
+        evaluator = samples.losses
         slot.deviation.zero_()
         tape = self._tape(slot)
         if tape is not None and slot.name in self._trusted:

@@ -35,6 +35,7 @@ from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.measuring import Evaluator as Evaluator
 from kasmina_core.measuring import GateSamples, SeedMeasurer
+from kasmina_core.misuse import Misuse
 from kasmina_core.policy import (
     Advance,
     Command,
@@ -194,6 +195,7 @@ class MorphogeneticModel(nn.Module):
         self._measurer = SeedMeasurer(self)
         self._screens = ScreenOfEpoch()
         self._untracked = UntrackedSeeds()
+        self._misuse = Misuse()
         self._listeners: list[SeedParameterListener] = [self._untracked]
         self._agreement: Agreement = ALONE
         self._gather_samples: Callable[[Tensor], Tensor] = own_samples
@@ -354,6 +356,7 @@ class MorphogeneticModel(nn.Module):
         lost = self.epoch - snapshot.epoch
         with self._agreement.command(chosen, f"revert({chosen.name!r})"):
             chosen.cull(reason, lost_epochs=lost)
+            self._misuse.restart()
             snapshot.restore(contributing_tensors(self.host, self.slots.values(), chosen))
             self.lost_epochs += lost
 
@@ -377,6 +380,8 @@ class MorphogeneticModel(nn.Module):
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
         self._untracked.look(self, self._tied_optimizers())
         self._agreement.gradients(is_step=True)
+        if self._misuse.awaits_step:
+            self._misuse.note_step(self)
         for slot in self.slots.values():
             if slot.seed is not None:
                 slot.step()
@@ -395,12 +400,14 @@ class MorphogeneticModel(nn.Module):
         )
         self._untracked.look(self, self._tied_optimizers())
         results = {}
+        self._misuse.epoch_ends(self)
         with self._agreement.command(None, "step_epoch"):
             self._last_metric = value = self._agreement.metric(value)
             self.epoch += 1
             for name, slot in self.slots.items():
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result
+        self._misuse.epoch_ended(self, results, self._tied_optimizers())
         return results
 
     def execute(self, command: Command) -> SeedState | GateResult | None:
@@ -580,13 +587,15 @@ class MorphogeneticModel(nn.Module):
             higher_is_better: Whether it returns a metric that grows with quality instead of a loss.
             fixed_samples: Whether the samples are the same in every epoch. If each epoch draws others, still the same
                 within it, losses of different epochs are never paired.
+
+        Raises:
+            TypeError: If it cannot be called. One that fails later is told of in a `MisuseWarning`, once.
         """
-        if None not in (evaluator, self._gate_samples):  # other samples than those that were measured
+        given = GateSamples(evaluator, higher_is_better, fixed_samples) if evaluator is not None else None
+        if None not in (given, self._gate_samples):  # other samples than those that were measured
             for slot in self.slots.values():
                 slot.forget_host_losses()
-        self._gate_samples = (
-            GateSamples(evaluator, higher_is_better, fixed_samples) if evaluator is not None else None
-        )
+        self._gate_samples = given
 
     @property
     def _evaluator(self) -> Evaluator | None:
@@ -617,6 +626,10 @@ class MorphogeneticModel(nn.Module):
 
         Returns:
             The evidence, or ``None`` if the slot has no active seed or there is no evaluator.
+
+        Raises:
+            TypeError: If the evaluator cannot be called, or returns no tensor.
+            ValueError: If it returns no vector of at least two numbers.
         """
         chosen = self.slots[slot]
         if evaluator is None:
@@ -774,6 +787,7 @@ class MorphogeneticModel(nn.Module):
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
         """
+        self._misuse.restart()
         with self._undone_on_error() as before:
             listeners, self._listeners = self._listeners, []
             try:
@@ -826,6 +840,7 @@ class MorphogeneticModel(nn.Module):
             "_gate_samples": None,
             "_measurer": None,
             "_untracked": None,
+            "_misuse": None,
             "_before": None,
             "_listeners": [],
             "_snapshots": {},
@@ -838,6 +853,7 @@ class MorphogeneticModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
         self._measurer = SeedMeasurer(self)
         self._untracked = UntrackedSeeds(slot.name for slot in self.slots.values() if slot.seed is not None)
+        self._misuse = Misuse()
         self._listeners = [self._untracked]
         self._own_slots()
 
@@ -863,7 +879,12 @@ class _Owner:
         thresholds = slot.config.gates.thresholds
         asked = slot.is_incubating and thresholds.prove_before_blending
         alphas = thresholds.smaller_alphas if asked else ()
-        measured = self._model._measurer.measure(slot, samples, alphas, host_losses)
+        try:
+            measured = self._model._measurer.measure(slot, samples, alphas, host_losses)
+        except Exception as error:
+            self._model._misuse.note_failure(slot, error)
+            raise
+        self._model._misuse.note_measurement(slot, measured)
         return measured.evidence, measured.without
 
     def screen(self, slot: SeedSlot) -> PairedGain | None:

@@ -45,7 +45,7 @@ def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]
         raise ValueError("First-order gains cannot be measured in a model whose parameters are sharded.")
     with model._evaluation(), torch.enable_grad(), _frozen(model), ExitStack() as stack:
         weights = [stack.enter_context(_weighed(slot)) for slot in chosen]
-        losses = samples.evaluator()
+        losses = samples.losses()
     if not losses.requires_grad or losses.dim() != 1:
         raise ValueError(
             "First-order gains need one loss a sample, with its graph.\n"

@@ -1,0 +1,179 @@
+"""What was forgotten, or cannot work, is said: once a model, with what to do, and never without a reason."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from state_helpers import FIRST, make_batch, make_host, make_model, open_config
+from torch.optim import SGD, AdamW
+
+from kasmina_core import (
+    GateProfile,
+    MisuseWarning,
+    MorphogeneticModel,
+    QualityGates,
+    SeedStage,
+    tie_optimizer,
+)
+
+X, Y = make_batch(16)
+
+
+class Loop:
+    """A training loop that leaves out what it is told to."""
+
+    def __init__(self, leave_out="", *, make=AdamW, tied=True, evaluator="good", **config):
+        self.model = model = make_model(open_config(**config), evaluate=False)[0]
+        self.leave_out = leave_out
+        optimizer = make(model.parameters(), lr=1e-3)
+        self.optimizer = tie_optimizer(model, optimizer) if tied else optimizer
+        if evaluator == "good":
+            model.evaluate_with(lambda: F.cross_entropy(model(X), Y, reduction="none"))
+        elif evaluator is not None:
+            model.evaluate_with(lambda: evaluator(model))
+        model.germinate(FIRST, "scale")
+        if not tied:
+            optimizer.add_param_group({"params": model.seed_parameters()})
+
+    def loss(self):
+        return F.cross_entropy(self.model(X), Y)
+
+    def epoch(self, batches=2):
+        model = self.model
+        for _ in range(batches):
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            if self.leave_out != "incubate":
+                model.incubate(self.loss)
+            if self.leave_out == "early zero_grad":
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.leave_out != "step":
+                model.step()
+            if self.leave_out not in ("early zero_grad", "optimizer"):
+                self.optimizer.step()
+        return model.step_epoch(float(self.loss().detach()))
+
+    def epochs(self, number):
+        """Run epochs; return what was said."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(number):
+                self.epoch()
+        assert all(w.category is MisuseWarning for w in said)
+        assert all(w.filename == __file__ for w in said)
+        return [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize("incubation", ["straight-through", "counterfactual"])
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_whole_loop_is_told_nothing(make, incubation):
+    loop = Loop(make=make, incubation=incubation)
+    assert loop.epochs(12) == []
+    assert loop.model.slots[FIRST].stage is SeedStage.PROBATIONARY
+
+
+BROKEN = {
+    "raises": (lambda model: 1 / 0, "ZeroDivisionError: division by zero"),
+    "a mean": (lambda model: F.cross_entropy(model(X), Y), "reduction='none'"),
+    "a number": (lambda model: float(F.cross_entropy(model(X), Y)), "returned: float"),
+    "nothing": (lambda model: None, "returned: NoneType"),
+    "nan": (lambda model: F.cross_entropy(model(X), Y, reduction="none") * float("nan"), "is NaN"),
+}
+
+
+@pytest.mark.parametrize(("evaluator", "reason"), BROKEN.values(), ids=BROKEN.keys())
+def test_an_evaluator_that_cannot_work_is_told_with_the_reason(evaluator, reason):
+    loop = Loop(evaluator=evaluator)
+    (said,) = loop.epochs(8)
+    assert reason in said
+    assert f"slot '{FIRST}'" in said
+    assert "evaluate_with" in said
+    assert loop.model.slots[FIRST].stage is SeedStage.TRAINING
+
+
+def test_some_losses_that_are_nan_are_no_broken_evaluator():
+    def one_nan(model):
+        losses = F.cross_entropy(model(X), Y, reduction="none")
+        return torch.where(torch.arange(len(losses)) == 0, torch.nan, losses)
+
+    assert Loop(evaluator=one_nan).epochs(8) == []
+
+
+@pytest.mark.parametrize("wrong", [3, "loss", torch.ones(4)])
+def test_an_evaluator_that_cannot_be_called_is_refused_at_once(wrong):
+    loop = Loop()
+    loop.epochs(2)
+    before = loop.model._evaluator
+    for give in (
+        loop.model.evaluate_with,
+        lambda e: loop.model.measure(FIRST, e),
+        lambda e: MorphogeneticModel(make_host(), [FIRST], example=X, evaluator=e),
+    ):
+        with pytest.raises(TypeError, match="is a function"):
+            give(wrong)
+    assert loop.model._evaluator is before
+
+
+@pytest.mark.parametrize("wrong", [None, 0.5, [0.5, 0.5]])
+def test_measuring_with_an_evaluator_that_returns_no_tensor_says_what_it_returned(wrong):
+    loop = Loop()
+    loop.epochs(2)
+    with pytest.raises(TypeError, match=f"returned: {type(wrong).__name__}"):
+        loop.model.measure(FIRST, lambda: wrong)
+
+
+def test_a_missing_evaluator_is_told_when_a_gate_first_waits_for_it():
+    loop = Loop(evaluator=None)
+    assert loop.epochs(2) == []
+    (said,) = loop.epochs(8)
+    assert f"slot '{FIRST}': " in said
+    assert "model.evaluate_with(evaluator)" in said
+
+
+def test_a_missing_evaluator_is_told_to_nobody_who_does_not_need_one():
+    assert Loop(evaluator=None, gates=QualityGates(GateProfile.REPORT)).epochs(8) == []
+    assert Loop("optimizer", evaluator=None).epochs(8) == []
+
+
+def test_a_forgotten_step_is_told_after_the_first_whole_epoch():
+    loop = Loop("step", make=SGD)
+    assert loop.epochs(1) == []
+    (said,) = loop.epochs(6)
+    assert "model.step() was never called" in said
+    assert f"slot '{FIRST}'" in said
+
+
+def test_a_step_behind_zero_grad_is_told():
+    (said,) = Loop("early zero_grad").epochs(6)
+    assert "saw no gradients" in said
+    assert f"slot '{FIRST}'" in said
+
+
+def test_a_forgotten_incubate_is_told():
+    (said,) = Loop("incubate", incubation="counterfactual").epochs(2)
+    assert "incubate() was never called" in said
+    assert f"slot '{FIRST}'" in said
+    assert Loop("incubate").epochs(6) == []
+
+
+@pytest.mark.parametrize("lacks", ["step", "incubate"])
+def test_nothing_is_told_of_epochs_in_which_nothing_was_trained(lacks):
+    loop = Loop(lacks, incubation="counterfactual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            loop.model.step_epoch(1.0)
+            loop.model.load_state_dict(copy.deepcopy(loop.model.state_dict()))
+
+
+def test_a_copy_of_a_model_is_told_anew():
+    loop = Loop("step")
+    assert len(loop.epochs(4)) == 1
+    loop.model = copy.deepcopy(loop.model)
+    loop.optimizer = tie_optimizer(loop.model, SGD(loop.model.host_parameters(), 0.1))
+    assert len([said for said in loop.epochs(4) if "model.step()" in said]) == 1
