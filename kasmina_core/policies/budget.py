@@ -192,6 +192,7 @@ class BudgetPolicy(GrowingPolicy):
             return None
         affordable = self._affordable(observation, pairs, self.left(observation))
         if not affordable:
+            self._tell_if_too_small(observation)
             return None
 
         def rank(option: tuple[SlotObservation, str]) -> tuple[float, int]:
@@ -199,6 +200,19 @@ class BudgetPolicy(GrowingPolicy):
 
         slot, blueprint = min(affordable, key=rank)
         return slot.slot, blueprint
+
+    def _tell_if_too_small(self, observation: Observation) -> None:
+        """Warn, once, if the whole budget would not do for any candidate in any slot, free or not."""
+        everything = [(slot.slot, name) for slot in observation.slots for name in self._candidates(slot)]
+        if self._is_told or self._affordable(observation, everything, self._limits):
+            return
+        slots = {slot.slot: slot for slot in observation.slots}
+        amounts = [self._amounts(slots[slot], blueprint) for slot, blueprint in everything]
+        limits = (
+            f"{limit:,} {name}, the least that one takes is {min(each[name] for each in amounts):,}"
+            for name, limit in self._limits.items()
+        )
+        self._tell(f"its budget is too small for any candidate ({'; '.join(limits)})", observation)
 
     def judge(self, observation: Observation, slot: SlotObservation) -> Command | None:
         """Cull what does not fit the budget or stands in the way of a better use of it."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from kasmina_core.errors import MisuseWarning
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.memory import rows, table, value
 from kasmina_core.policies.triggers import Trigger
@@ -75,7 +76,8 @@ class GrowingPolicy:
 
     A pair that gate G0 refuses is not tried again, and another one is germinated in its place. A host whose metric is
     not finite for ``patience`` epochs is said to be so in a `RuntimeWarning`, once, and a seed that contributes to it
-    is culled.
+    is culled. Where the candidates fit no slot of the model at all, a `MisuseWarning` says so the first time that a seed
+    is due, once.
 
     Write a policy by overriding `choose`, and `judge`, `learn` and the two methods of its state where it has more to
     remember.
@@ -109,6 +111,7 @@ class GrowingPolicy:
         self._silent = 0
         self._pending: set[Pair] = set()
         self._refused: set[Pair] = set()
+        self._is_told = False
 
     # -- what a policy of one's own says ---------------------------------------------------------------------------
 
@@ -142,6 +145,8 @@ class GrowingPolicy:
         if not (due or was_refused) or (self.max_seeds is not None and kept >= self.max_seeds):
             return ()
         pairs = self.pairs(observation)
+        if not pairs and not self._refused:
+            self._tell_of_misfit(observation)
         choice = self.choose(observation, pairs) if pairs else None
         return () if choice is None else [self.germinate(choice)]
 
@@ -161,6 +166,28 @@ class GrowingPolicy:
         self._pending.add(pair)
         self.trigger.spend()
         return Germinate(*pair)
+
+    def _tell_of_misfit(self, observation: Observation) -> None:
+        """Warn, once, if a dormant slot waits and no slot of the model, free or not, has a candidate."""
+        free = [slot.slot for slot in observation.slots if slot.stage is SeedStage.DORMANT]
+        if self._is_told or not free or any(len(self._candidates(slot)) for slot in observation.slots):
+            return
+        self._tell("blueprints names none for the topology of a slot of this model", observation)
+
+    def _tell(self, why: str, observation: Observation) -> None:
+        """Warn, once, that nothing can ever be germinated."""
+        if self._is_told:
+            return
+        self._is_told = True
+        slots = "".join(
+            f"  slot '{slot.slot}': {slot.topology.value}, width {slot.dim}\n" for slot in observation.slots
+        )
+        warnings.warn(
+            f"{type(self).__name__} will never germinate a seed: {why}.\n{slots}"
+            "Give it blueprints that fit these slots (kasmina plugins lists those that are installed).",
+            MisuseWarning,
+            stacklevel=4,
+        )
 
     def _note_refusals(self, observation: Observation) -> bool:
         dormant = {slot.slot for slot in observation.slots if slot.stage is SeedStage.DORMANT}

@@ -12,11 +12,16 @@ from state_helpers import FIRST, make_batch, make_host, make_model, open_config
 from torch.optim import SGD, AdamW
 
 from kasmina_core import (
+    BudgetPolicy,
     GateProfile,
     MisuseWarning,
     MorphogeneticModel,
+    PlateauPolicy,
     QualityGates,
+    SeedCost,
     SeedStage,
+    Topology,
+    TournamentPolicy,
     tie_optimizer,
 )
 
@@ -177,3 +182,48 @@ def test_a_copy_of_a_model_is_told_anew():
     loop.model = copy.deepcopy(loop.model)
     loop.optimizer = tie_optimizer(loop.model, SGD(loop.model.host_parameters(), 0.1))
     assert len([said for said in loop.epochs(4) if "model.step()" in said]) == 1
+
+
+CNN, OTHER = {Topology.CNN: ["scale"]}, {Topology.TRANSFORMER: ["per-token"]}
+
+
+def tiny(blueprints, parameters=1):
+    return BudgetPolicy(blueprints, parameters=parameters, costs=lambda slot, name: SeedCost(8), patience=1)
+
+
+MISFITS = {
+    "another topology": (lambda: PlateauPolicy(OTHER, patience=1), "names none"),
+    "nothing": (lambda: TournamentPolicy({}, patience=1), "names none"),
+    "a function of nothing": (lambda: PlateauPolicy(lambda slot: (), patience=1), "names none"),
+    "too small a budget": (lambda: tiny(CNN), "1 parameters, the least that one takes is 8"),
+}
+
+
+def followed(policy, epochs=8):
+    model = Loop().model
+    model.cull(FIRST)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(epochs):
+            model.step_epoch(1.0)
+            model.follow(policy)
+    return model, said
+
+
+@pytest.mark.parametrize(("make", "reason"), MISFITS.values(), ids=MISFITS.keys())
+def test_a_policy_whose_candidates_fit_no_slot_says_so_once(make, reason):
+    policy = make()
+    _, said = followed(policy)
+    assert [w.category for w in said] == [MisuseWarning]
+    assert reason in str(said[0].message)
+    assert f"slot '{FIRST}': cnn, width 4" in str(said[0].message)
+
+
+def test_a_policy_that_has_spent_what_it_had_says_nothing():
+    for policy in (
+        PlateauPolicy(lambda slot: CNN[slot.topology] if slot.slot == FIRST else (), patience=1),
+        PlateauPolicy({Topology.CNN: ["narrow"]}, patience=1),
+        tiny(CNN, parameters=8),
+    ):
+        _, said = followed(policy)
+        assert said == []
