@@ -43,6 +43,7 @@ class Training:
         for _ in range(steps):
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(images()), labels()).backward()
+            self.model.step()
             self.optimizer.step()
 
     def epoch(self):
