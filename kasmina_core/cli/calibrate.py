@@ -186,15 +186,17 @@ def calibrate(
     record = {"task": task, "host": host_id, "config": settings.to_dict(), "steps_per_look": steps}
     record |= found.to_dict() | {"proposal": proposal(found, effect)}
     text = json.dumps(plain(record), allow_nan=False)
-    click.echo(text if as_json else calibration_text(found, effect))
     picture = calibration_png(found, f"{task} · {host_id}")
-    write_all(
-        folder,
-        [
-            lambda: write_atomically(folder / "calibration.json", text + "\n"),
-            lambda: write_atomically(folder / "calibration.png", picture),
-        ],
-    )
+    try:
+        click.echo(text if as_json else calibration_text(found, effect))
+    finally:
+        write_all(
+            folder,
+            [
+                lambda: write_atomically(folder / "calibration.json", text + "\n"),
+                lambda: write_atomically(folder / "calibration.png", picture),
+            ],
+        )
     if not as_json:
         click.echo(f"\nFiles: {folder}")
 

@@ -157,19 +157,19 @@ def grow(
             for event in plugins.events:
                 telemetry.emit(event)
             record = run.run(telemetry)
-    if as_json:
-        click.echo(json.dumps(record.to_dict(), allow_nan=False))
-    else:
-        print_final(record)
 
     def write_model() -> None:
         whole = io.BytesIO()
         torch.save(run.model.state_dict(), whole)
         write_atomically(folder / "model.pt", whole.getvalue())
 
-    write_all(
-        folder, [lambda: write_run(record, folder), write_model]
-    )  # after the result, which cost the time
+    try:  # the result comes first: a full disk must not take it, nor a closed pipe the files
+        if as_json:
+            click.echo(json.dumps(record.to_dict(), allow_nan=False))
+        else:
+            print_final(record)
+    finally:
+        write_all(folder, [lambda: write_run(record, folder), write_model])
     if not as_json:
         print_files(folder)
     if record.interrupted:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kasmina_core.cli import INTERRUPTED, main
+from kasmina_core.cli import INTERRUPTED, main, report
+from kasmina_core.cli import record as recording
 from kasmina_core.cli.record import write_atomically
 
 SHORT = ("--seeds", "3", "--looks", "2", "--epochs", "2", "--blueprint", "norm")
@@ -87,7 +88,8 @@ def test_a_full_disk_takes_files_and_not_the_figures(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    monkeypatch.setattr("kasmina_core.cli.record.write_atomically", write)
+    for module in (report, recording):  # both imported before, so that each gets its own back
+        monkeypatch.setattr(module, "write_atomically", write)
     folder = tmp_path / "run"
     result = _calibrate("--out", str(folder), *SHORT, *how)
     assert result.exit_code == 1

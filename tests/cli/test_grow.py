@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kasmina_core.cli import main
+from kasmina_core.cli import main, report
+from kasmina_core.cli import record as recording
 from kasmina_core.cli.flops import FlopLedger, flop_counter
 from kasmina_core.cli.record import write_atomically
 from kasmina_core.telemetry import JsonLinesSink
@@ -341,8 +344,8 @@ def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    for module in ("record", "report"):
-        monkeypatch.setattr(f"kasmina_core.cli.{module}.write_atomically", write)
+    for module in (report, recording):  # both imported before, so that each gets its own back
+        monkeypatch.setattr(module, "write_atomically", write)
 
 
 @pytest.mark.parametrize(
@@ -392,3 +395,30 @@ def test_a_run_with_seeds_does_not_say_why_there_are_none(run: tuple[Path, dict[
     notes = run[1]["notes"]
     assert not [note for note in notes if note.startswith("No seed germinated")]
     assert "Test figures are means over the models of the last 5 epochs." in notes
+
+
+def test_a_closed_pipe_takes_the_words_and_not_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise SystemExit(1)  # what rich makes of a broken pipe
+
+    monkeypatch.setattr("kasmina_core.cli.display.print_final", closed)
+    result = _grow("--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "512")
+    assert result.exit_code == 1
+    assert {"run.json", "model.pt", "report.html"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_documented_way_to_load_model_pt_gives_the_grown_model(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- file: after_grow.py -->\n```py\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert code is not None
+    shutil.copytree(run[0], tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code.group(1), "after_grow.py", "exec"), names)
+    stages = {slot["name"]: slot["stage"] for slot in run[1]["epochs"][-1]["slots"]}
+    assert {name: slot.stage.name for name, slot in names["model"].slots.items()} == stages
+    assert "FOSSILIZED" in stages.values()

@@ -18,6 +18,9 @@ from kasmina_core import MorphogeneticModel, PluginRegistry
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+SECTIONS_APART = {"trainers.md"}
+"""Documents whose sections are for different readers: the code of each runs alone."""
+
 
 def _documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,9 +36,13 @@ def test_code_blocks_run_one_after_the_other(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
+    names: dict[str, object] = {}
     text = document.read_text(encoding="utf-8")
+    section = None
     for match in BLOCK.finditer(text):
+        here = text.rfind("\n## ", 0, match.start()) if document.name in SECTIONS_APART else 0
+        if here != section:
+            names, section = {"__name__": "__main__"}, here
         line = text[: match.start()].count("\n") + 1
         exec(compile("\n" * line + match.group(1), str(document), "exec"), names)
 
