@@ -213,6 +213,7 @@ def requested_points(
 
     Raises:
         HostError: If nothing was asked of a host that declares nothing, or something does not exist.
+        TypeError: If something is neither a name nor a point.
     """
     declared = list(host.injection_points()) if isinstance(host, HostProtocol) else []
     if slots is None:
@@ -224,6 +225,11 @@ def requested_points(
         return list(declared)
     if isinstance(slots, (str, InjectionPoint)):
         slots = [slots]
+    slots = list(slots) if isinstance(slots, Iterable) else [slots]
+    if odd := [item for item in slots if not isinstance(item, (str, InjectionPoint))]:
+        raise TypeError(
+            f"slots must name modules of the host, such as ['layer3'] or ['layers.*'], or be InjectionPoints, not {odd[0]!r:.200}."
+        )
     wanted: list[str | InjectionPoint] = []
     for item in slots:
         if isinstance(item, InjectionPoint):

@@ -101,7 +101,7 @@ def attribute(
     Args:
         model: The model.
         samples: What to measure on.
-        slots: Names of slots with active seeds; ``None`` for all of those.
+        slots: Names of slots with active seeds, or one name; ``None`` for all of those.
         permutations: Orders to draw instead of trying every subset, at least 2; the spread between them is then part of
             the standard errors.
         generator: What to draw them with.
@@ -137,6 +137,7 @@ def _chosen(
     permutations: int | None,
     generator: torch.Generator | None,
 ) -> list[str]:
+    slots = [slots] if isinstance(slots, str) else slots
     active = [name for name, slot in model.slots.items() if slot.is_active]
     names = active if slots is None else [model.slots[name].name for name in dict.fromkeys(slots)]
     if idle := [name for name in names if name not in active]:

@@ -54,10 +54,17 @@ def clip_gradients(
         foreach: See ``torch.nn.utils.clip_grad_norm_``.
 
     Raises:
+        ValueError: If a largest norm is negative or NaN.
         RuntimeError: If the host's gradient is not finite and ``error_if_nonfinite`` is set.
 
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
+    limit = max_norm if seed_max_norm is None else seed_max_norm
+    if not (max_norm >= 0.0 and limit >= 0.0):
+        raise ValueError(
+            "Gradients are clipped to norms of at least 0; inf is no limit.\n"
+            f"  max_norm:      {max_norm!r}\n  seed_max_norm: {seed_max_norm!r}"
+        )
     host_norm = clip_grad_norm_(model.host_parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
     gradients = _seed_gradients(model)
     norms = {
@@ -70,7 +77,6 @@ def clip_gradients(
         if slot in dropped:
             _drop(parameters)
         else:
-            limit = max_norm if seed_max_norm is None else seed_max_norm
             clip_grads_with_norm_(parameters, limit, norms[slot], foreach)
     return ClippedGradients(host_norm.detach(), norms, dropped)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kasmina_core.control import ControlGroup
 from kasmina_core.errors import DistributedError, GerminationError
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.misuse import require_model
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.sharding import sharded_modules
 from kasmina_core.slots import SeedSlot
@@ -370,7 +371,9 @@ def distribute(
     Raises:
         DistributedError: If a process is missing, or hosts, slots, settings or seeds differ.
         ValueError: If options do not go with ``wrap``.
+        TypeError: If it is no `MorphogeneticModel`.
     """
+    require_model(model, "distribute")
     chosen: Wrap | None = None
     if dist.is_available() and dist.is_initialized():
         chosen = Wrap(wrap) if wrap is not None else Wrap.FSDP if sharded_modules(model) else Wrap.DDP

@@ -16,6 +16,7 @@ from kasmina_core.attachment import SlotHook, call_with, features_in, quiet_eval
 from kasmina_core.errors import ExportError, HostError
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.misuse import require_model
 from kasmina_core.model import MorphogeneticModel, example_of
 from kasmina_core.slots import SeedSlot
 
@@ -59,7 +60,9 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
             something of a module that was replaced or calls it in more than one way.
         HostError: If there is no ``example``, and the host offers none.
         ValueError: If ``unfinished`` is none of the two.
+        TypeError: If it is no `MorphogeneticModel`.
     """
+    require_model(model, "export_model")
     if unfinished not in UNFINISHED:
         raise ValueError(f"unfinished must be one of {', '.join(UNFINISHED)}, not {unfinished!r}.")
     fossils = [slot for slot in model.slots.values() if slot.stage is SeedStage.FOSSILIZED]

@@ -367,7 +367,8 @@ class GateThresholds:
         min_total_improvement: Improvement since germination at G5, in units of the metric (report profile).
 
     Raises:
-        ValueError: If an error rate, a number of looks or an alpha is out of range.
+        ValueError: If an error rate, a number of looks or an alpha is out of range, or a number of epochs, samples or
+            violations is below 0.
     """
 
     min_training_epochs: int = 3
@@ -398,6 +399,16 @@ class GateThresholds:
             raise ValueError(f"smaller_alphas must be between 0 and 1, not {wrong[0]!r}.")
         if len(set(self.smaller_alphas)) < len(self.smaller_alphas):
             raise ValueError(f"smaller_alphas names one twice: {self.smaller_alphas!r}.")
+        for name in (
+            "min_training_epochs",
+            "min_shadowing_epochs",
+            "min_probation_epochs",
+            "min_blending_epochs",
+            "max_isolation_violations",
+            "min_samples",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)!r}.")
         LevelSpending(self.error_rate, self.planned_looks)
 
     @property

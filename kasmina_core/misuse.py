@@ -1,20 +1,21 @@
-"""Calls that were forgotten, and evaluators that cannot work: what would otherwise be silent, said once a model."""
+"""Calls that were forgotten, and evaluators that cannot work, said once a model; arguments that are something else."""
 
 from __future__ import annotations
 
 import math
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, final
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast, final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_core.config import Incubation
 from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates import GateProfile, GateResult
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policy import Command, Observation, Policy
 from kasmina_core.slots import SeedSlot
 
 if TYPE_CHECKING:
@@ -157,6 +158,68 @@ class Misuse:
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(message, MisuseWarning, stacklevel=LEVEL_OF_CALLER)
+
+
+def require_model(model: object, what: str) -> MorphogeneticModel:
+    """Return the model, which may be wrapped.
+
+    Raises:
+        TypeError: If it is none; ``what`` asked for it.
+    """
+    if isinstance(model, type) or not hasattr(model, "seed_parameters"):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"{what} takes a MorphogeneticModel, not {'the class' if isinstance(model, type) else 'a'} {given}: "
+            "MorphogeneticModel(host, slots=[...], example=inputs) makes one of any host."
+        )
+    return cast("MorphogeneticModel", model)
+
+
+def require_policy(policy: object) -> Policy:
+    """Return the policy.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
+        hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
+        raise TypeError(f"follow takes a policy, with decide(observation), not {policy!r:.200}.{hint}")
+    return cast("Policy", policy)
+
+
+def decided(policy: Policy, observation: Observation) -> Sequence[Command]:
+    """Return what a policy decides.
+
+    Raises:
+        TypeError: If that is no list of commands.
+    """
+    chosen: object = policy.decide(observation)
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        raise TypeError(
+            f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."
+        )
+    return list(chosen)
+
+
+def one_number(metric: object) -> float:
+    """Return a metric as a number.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is a tensor of several.
+    """
+    if isinstance(metric, Tensor) and metric.numel() != 1:
+        raise ValueError(
+            "step_epoch takes one number, the metric of the whole model.\n"
+            f"  given: a tensor of shape {tuple(metric.shape)}\n"
+            "Give its mean: metric.mean()."
+        )
+    try:
+        return float(cast("Any", metric.detach() if isinstance(metric, Tensor) else metric))
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"step_epoch takes one number, the metric of the whole model, not {metric!r:.200}."
+        ) from error
 
 
 def _seed_of(slot: SeedSlot) -> str:

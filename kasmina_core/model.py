@@ -35,7 +35,7 @@ from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.measuring import Evaluator as Evaluator
 from kasmina_core.measuring import GateSamples, SeedMeasurer
-from kasmina_core.misuse import Misuse
+from kasmina_core.misuse import Misuse, decided, one_number, require_policy
 from kasmina_core.policy import (
     Advance,
     Command,
@@ -115,6 +115,10 @@ class SlotMap(Mapping[str, SeedSlot]):
         self._slots = {slot.name: slot for slot in slots}
 
     def __getitem__(self, name: str) -> SeedSlot:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"A slot is asked for by its name, not {name!r}. Slots: {', '.join(self._slots)}."
+            )
         if (slot := self._slots.get(name)) is not None:
             return slot
         by_path = {slot.point.path: slot for slot in self._slots.values()}
@@ -161,6 +165,7 @@ class MorphogeneticModel(nn.Module):
     Raises:
         HostError: If a point does not exist, does not fire exactly once, or is not as declared; the host is left as
             it was.
+        TypeError: If an argument is something else than that.
     """
 
     def __init__(
@@ -176,6 +181,9 @@ class MorphogeneticModel(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(host, nn.Module):
+            hint = f" Make one of the class: {host.__name__}(...)." if isinstance(host, type) else ""
+            raise TypeError(f"host must be a module, not {host!r:.200}.{hint}")
         if example is None:
             example = example_of(host)
         proved = probe(host, requested_points(host, slots), example, causal=causal)
@@ -390,14 +398,16 @@ class MorphogeneticModel(nn.Module):
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
         Args:
-            metric: Validation metric of the whole model.
+            metric: Validation metric of the whole model, one number.
 
         Returns:
             By slot, what the gate of this epoch said, where one was asked.
+
+        Raises:
+            TypeError: If the metric is no number.
+            ValueError: If it is a tensor of several.
         """
-        value = (
-            float(metric.detach() if isinstance(metric, Tensor) else metric) if metric is not None else None
-        )
+        value = one_number(metric) if metric is not None else None
         self._untracked.look(self, self._tied_optimizers())
         results = {}
         self._misuse.epoch_ends(self)
@@ -492,10 +502,14 @@ class MorphogeneticModel(nn.Module):
 
         Returns:
             The commands that were carried out.
+
+        Raises:
+            TypeError: If it is no policy, or decides on something else than a list of commands.
         """
         done = []
+        require_policy(policy)
         with self._agreement.command(None, "follow"):
-            for command in self._agreement.commands(policy.decide(self.observe())):
+            for command in self._agreement.commands(decided(policy, self.observe())):
                 try:
                     self.execute(command)
                 except GerminationError as error:
@@ -665,7 +679,7 @@ class MorphogeneticModel(nn.Module):
         """Say whom of several seeds, fossils too, a joint gain is due to. See `attribution.attribute`.
 
         Args:
-            slots: Names of slots; ``None`` for all with an active seed.
+            slots: Names of slots, or one name; ``None`` for all with an active seed.
             evaluator: Other samples than the gates'.
             permutations: Orders to draw where there are more than 5 seeds.
             generator: What to draw them with.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core.errors import GerminationError
+from kasmina_core.misuse import require_model
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.schedulers import FollowingSchedulers, group_settings
 from kasmina_core.snapshot import kept_optimizer_state
@@ -148,10 +149,13 @@ def tie_optimizer(
         The same optimiser.
 
     Raises:
-        TypeError: If one of the schedulers is none of torch's, or the optimiser takes one group only (LBFGS).
-        ValueError: If a scheduler was made for another optimiser, or a number is negative or not finite.
+        TypeError: If the model or the optimiser is none, one of the schedulers is none of torch's, or the optimiser
+            takes one group only (LBFGS).
+        ValueError: If the optimiser holds parameters and none of them is this model's, a scheduler was made for another
+            optimiser, or a number is negative or not finite.
         GerminationError: If a scheduler, or Muon, cannot take the seeds that are already there.
     """
+    _check_what_is_tied(model, optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             f"{type(optimizer).__name__} steps its first parameter group alone, and a seed needs one of its own.\n"
@@ -169,6 +173,25 @@ def tie_optimizer(
     untie_optimizer(model, optimizer)
     model.listen(tied)
     return optimizer
+
+
+def _check_what_is_tied(model: object, optimizer: object) -> None:
+    if isinstance(model, Optimizer):
+        raise TypeError(
+            f"The model comes first: tie_optimizer(model, optimizer), not a {type(model).__name__} and then a "
+            f"{type(optimizer).__name__}."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"tie_optimizer ties an optimiser of torch.optim, not {optimizer!r:.200}.")
+    known = {id(p) for p in require_model(model, "tie_optimizer").parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and not held & known:
+        raise ValueError(
+            f"The {type(optimizer).__name__} holds parameters, and none of them is this model's: it trains another one, "
+            "or this one's were replaced since it was made.\n"
+            f"  parameters it holds: {len(held)}\n"
+            "Make it of model.host_parameters() and tie it again."
+        )
 
 
 def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:

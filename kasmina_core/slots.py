@@ -428,7 +428,13 @@ class SeedSlot(nn.Module):
             GerminationError: If the slot is not dormant or gate G0 fails; ``.result`` holds the gate's checks. Nothing
                 is changed then.
             UnknownNameError: If nobody offers the blueprint.
+            TypeError: If the blueprint is not named by text.
         """
+        if not isinstance(blueprint_id, str):
+            raise TypeError(
+                f"A blueprint is named by text, 'pack:name' or 'name', not {blueprint_id!r:.200} "
+                f"(slot '{self.name}')."
+            )
         if self.state is not None:
             raise GerminationError(
                 f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "

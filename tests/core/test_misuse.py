@@ -13,7 +13,9 @@ from torch.optim import SGD, AdamW
 
 from kasmina_core import (
     BudgetPolicy,
+    Continue,
     GateProfile,
+    GateThresholds,
     MisuseWarning,
     MorphogeneticModel,
     PlateauPolicy,
@@ -22,6 +24,9 @@ from kasmina_core import (
     SeedStage,
     Topology,
     TournamentPolicy,
+    clip_gradients,
+    distribute,
+    export_model,
     tie_optimizer,
 )
 
@@ -227,3 +232,77 @@ def test_a_policy_that_has_spent_what_it_had_says_nothing():
     ):
         _, said = followed(policy)
         assert said == []
+
+
+def test_attribution_takes_the_name_of_one_slot():
+    model = Loop().model
+    model.advance_stage(FIRST)
+    assert [seed.slot for seed in model.attribute(FIRST).seeds] == [FIRST]
+
+
+@pytest.mark.parametrize(("largest", "of_seeds"), [(-1.0, None), (1.0, -0.5), (float("nan"), 1.0)])
+def test_a_norm_that_nothing_can_have_is_refused_before_anything_is_clipped(largest, of_seeds):
+    loop = Loop()
+    loop.loss().backward()
+    before = [p.grad.clone() for p in loop.model.host_parameters()]
+    with pytest.raises(ValueError, match=f"max_norm: +{largest!r}\n +seed_max_norm: {of_seeds!r}"):
+        clip_gradients(loop.model, largest, of_seeds)
+    assert all(map(torch.equal, before, [p.grad for p in loop.model.host_parameters()]))
+
+
+class SaysNothing:
+    def decide(self, observation):
+        return None
+
+
+class SaysOne:
+    def decide(self, observation):
+        return Continue()
+
+
+WRONG = {
+    "swapped": (lambda m: tie_optimizer(SGD(m.parameters(), 0.1), m), TypeError, "model comes first"),
+    "no optimiser": (lambda m: tie_optimizer(m, 0.1), TypeError, "not 0.1"),
+    "tied to a host": (
+        lambda m: tie_optimizer(m.host, SGD(m.parameters(), 0.1)),
+        TypeError,
+        "not a Sequential",
+    ),
+    "another's optimiser": (
+        lambda m: tie_optimizer(m, SGD(make_host().parameters(), 0.1)),
+        ValueError,
+        "parameters it holds: 8\n",
+    ),
+    "slot 3": (lambda m: m.germinate(3, "scale"), TypeError, f"not 3. Slots: {FIRST}"),
+    "no blueprint": (lambda m: m.germinate(FIRST, None), TypeError, "not None"),
+    "slots=1": (lambda m: MorphogeneticModel(make_host(), 1, example=X), TypeError, "not 1"),
+    "slots=[1]": (lambda m: MorphogeneticModel(make_host(), [1], example=X), TypeError, "not 1"),
+    "a class": (lambda m: MorphogeneticModel(torch.nn.Linear), TypeError, r"Linear\(...\)"),
+    "no policy": (lambda m: m.follow(None), TypeError, "not None"),
+    "a policy's class": (lambda m: m.follow(PlateauPolicy), TypeError, r"PlateauPolicy\(...\)"),
+    "no list": (lambda m: m.follow(SaysNothing()), TypeError, "SaysNothing.decide .* not None"),
+    "one command": (lambda m: m.follow(SaysOne()), TypeError, r"SaysOne.decide .* not Continue\(\)"),
+    "three metrics": (lambda m: m.step_epoch(torch.ones(3)), ValueError, r"shape \(3,\)"),
+    "a list of metrics": (lambda m: m.step_epoch([0.5]), TypeError, r"not \[0.5\]"),
+    "a word for a metric": (lambda m: m.step_epoch("good"), ValueError, "not 'good'"),
+    "less than no sample": (lambda m: GateThresholds(min_samples=-5), ValueError, "min_samples .* not -5"),
+    "distribute": (lambda m: distribute(m.host), TypeError, "distribute takes a Morph.* not a Sequential"),
+    "export": (lambda m: export_model(m.host), TypeError, "export_model takes a Morph.* not a Sequential"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "reason"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_something_else_is_refused_with_what_was_given_and_changes_nothing(call, error, reason):
+    model = make_model()[0]
+    before = model.observe()
+    with pytest.raises(error, match=reason):
+        call(model)
+    assert model.observe() == before
+    model.germinate(FIRST, "scale")
+
+
+def test_an_optimiser_that_waits_for_seeds_holds_nothing_and_is_tied():
+    model = make_model()[0]
+    optimizer = tie_optimizer(model, SGD([{"params": []}], 0.1))
+    model.germinate(FIRST, "scale")
+    assert len(optimizer.param_groups[-1]["params"]) == 2
