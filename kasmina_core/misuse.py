@@ -175,25 +175,16 @@ def require_model(model: object, what: str) -> MorphogeneticModel:
     return cast("MorphogeneticModel", model)
 
 
-def require_policy(policy: object) -> Policy:
-    """Return the policy.
+def decided(policy: object, observation: Observation) -> Sequence[Command]:
+    """Return what a policy decides.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is no policy, or that is no list of commands.
     """
     if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
         hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
         raise TypeError(f"follow takes a policy, with decide(observation), not {policy!r:.200}.{hint}")
-    return cast("Policy", policy)
-
-
-def decided(policy: Policy, observation: Observation) -> Sequence[Command]:
-    """Return what a policy decides.
-
-    Raises:
-        TypeError: If that is no list of commands.
-    """
-    chosen: object = policy.decide(observation)
+    chosen: object = cast("Policy", policy).decide(observation)
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(
             f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."
@@ -217,7 +208,8 @@ def one_number(metric: object) -> float:
     try:
         return float(cast("Any", metric.detach() if isinstance(metric, Tensor) else metric))
     except (TypeError, ValueError) as error:
-        raise type(error)(
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
             f"step_epoch takes one number, the metric of the whole model, not {metric!r:.200}."
         ) from error
 

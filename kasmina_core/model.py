@@ -35,7 +35,7 @@ from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.measuring import Evaluator as Evaluator
 from kasmina_core.measuring import GateSamples, SeedMeasurer
-from kasmina_core.misuse import Misuse, decided, one_number, require_policy
+from kasmina_core.misuse import Misuse, decided, one_number
 from kasmina_core.policy import (
     Advance,
     Command,
@@ -507,7 +507,6 @@ class MorphogeneticModel(nn.Module):
             TypeError: If it is no policy, or decides on something else than a list of commands.
         """
         done = []
-        require_policy(policy)
         with self._agreement.command(None, "follow"):
             for command in self._agreement.commands(decided(policy, self.observe())):
                 try:
