@@ -16,6 +16,7 @@ from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates import GateProfile, GateResult
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policy import Command, Observation, Policy
+from kasmina_core.sharding import local_part
 from kasmina_core.slots import SeedSlot
 
 if TYPE_CHECKING:
@@ -61,9 +62,13 @@ class Misuse:
         if not isinstance(error, DistributedError):  # another process says why
             self._fault = f"  slot '{slot.name}': {type(error).__name__}: {error}\n"
 
-    def note_measurement(self, slot: SeedSlot, measured: Measurement) -> None:
-        """Take what was measured for a gate."""
-        if math.isnan(measured.evidence.loss_without) and bool(measured.differences.isnan().all()):
+    def note_measurement(self, model: MorphogeneticModel, slot: SeedSlot, measured: Measurement) -> None:
+        """Take what was measured for a gate. A host that has diverged is not the evaluator's fault."""
+        if (
+            math.isnan(measured.evidence.loss_without)
+            and bool(measured.differences.isnan().all())
+            and all(bool(local_part(p).isfinite().all()) for p in model.host.parameters())
+        ):
             self._fault = (
                 f"  slot '{slot.name}': every number that it returned is NaN, also without the seed\n"
             )

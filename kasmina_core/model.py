@@ -897,7 +897,7 @@ class _Owner:
         except Exception as error:
             self._model._misuse.note_failure(slot, error)
             raise
-        self._model._misuse.note_measurement(slot, measured)
+        self._model._misuse.note_measurement(self._model, slot, measured)
         return measured.evidence, measured.without
 
     def screen(self, slot: SeedSlot) -> PairedGain | None:

@@ -114,6 +114,14 @@ def test_some_losses_that_are_nan_are_no_broken_evaluator():
     assert Loop(evaluator=one_nan).epochs(8) == []
 
 
+def test_a_host_that_has_diverged_is_no_broken_evaluator():
+    loop = Loop()
+    loop.epochs(1)
+    with torch.no_grad():
+        loop.model.host[0].weight.fill_(torch.nan)
+    assert loop.epochs(8) == []
+
+
 @pytest.mark.parametrize("wrong", [3, "loss", torch.ones(4)])
 def test_an_evaluator_that_cannot_be_called_is_refused_at_once(wrong):
     loop = Loop()
