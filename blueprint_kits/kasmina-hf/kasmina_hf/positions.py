@@ -26,7 +26,7 @@ IDLE_MODE: Final = 0
 PROBE_POSITIONS: Final = 64
 TOLERANCE: Final = 1e-4
 
-_CACHES: Final = ("past_key_values", "cache_params", "mems")
+_CACHES: Final = ("cache", "past_key_values", "cache_params", "mems")  # the first from transformers 5.24 on
 _MASKS: Final = ("attention_mask", "decoder_attention_mask")
 _mixes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 

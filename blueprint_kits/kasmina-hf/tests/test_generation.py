@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ def greedy(model: nn.Module, ids: Tensor) -> Tensor:
             logits = model(input_ids=ids, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return ids
+
+
+def with_cache(host: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword that gives a host its cache; transformers 5.24 has renamed it."""
+    known = inspect.signature(host.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def generated(model: Any, ids: Tensor, **options: Any) -> Any:
@@ -92,7 +99,7 @@ def test_seeds_that_mix_positions_refuse_a_filled_cache_and_say_what_to_do(
         assert torch.equal(generated(model.host, ids), greedy(speaker.host(), ids))
     cache = model(input_ids=ids[:, :-1]).past_key_values  # an empty cache is filled: nothing was missed
     with pytest.raises(HostError, match="mixes positions"):
-        model(input_ids=ids[:, -1:], past_key_values=cache)
+        model(input_ids=ids[:, -1:], **with_cache(model.host, cache))
 
 
 def test_a_filled_cache_is_found_among_positional_arguments_too() -> None:
@@ -117,7 +124,7 @@ def test_without_the_refusal_a_cache_would_change_what_the_seed_computes(speaker
     whole = model(input_ids=ids).logits[:, -1]
     cache = model(input_ids=ids[:, :-1]).past_key_values
     assert not torch.allclose(
-        model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1], whole, atol=1e-3
+        model(input_ids=ids[:, -1:], **with_cache(model.host, cache)).logits[:, -1], whole, atol=1e-3
     )
 
 
@@ -127,7 +134,7 @@ def test_a_seed_that_is_measured_refuses_a_filled_cache_as_well() -> None:
 
     def evaluator() -> Tensor:
         cache = model(input_ids=ids[:, :-1]).past_key_values
-        return model(input_ids=ids[:, -1:], past_key_values=cache).logits.flatten()
+        return model(input_ids=ids[:, -1:], **with_cache(model.host, cache)).logits.flatten()
 
     with pytest.raises(HostError, match="mixes positions"):
         model.measure(case.slot, evaluator)
@@ -251,4 +258,4 @@ def test_a_seed_in_training_is_not_tried_while_nobody_asks() -> None:
     model = grow(case.host(), config=open_config())
     bring_to(model, SeedStage.TRAINING, case.slot, ATTENTION)
     assert isinstance(model, GrowingModel)
-    model.eval()(**case.inputs(), past_key_values=None)
+    model.eval()(**case.inputs(), **with_cache(model.host, None))

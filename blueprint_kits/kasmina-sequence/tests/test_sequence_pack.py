@@ -92,7 +92,7 @@ def _model(example: Tensor) -> MorphogeneticModel:
 
 @pytest.mark.parametrize("name", list(SPECS))
 def test_seed_passes_every_gate_on_evidence_and_becomes_part_of_the_model(name: str) -> None:
-    x = torch.randn(128, 6, 3)
+    x = torch.randn(192, 6, 3)
     past = x[..., 2:].cumsum(1) / torch.arange(1, 7).view(1, -1, 1)
     y = x[..., :1] * x[..., 1:2] + past
     model = _model(x[:2])

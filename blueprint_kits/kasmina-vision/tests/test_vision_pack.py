@@ -87,7 +87,7 @@ def _host() -> nn.Sequential:
 
 @pytest.mark.parametrize("name", list(SPECS))
 def test_seed_passes_every_gate_on_evidence_and_becomes_part_of_the_model(name: str) -> None:
-    x = torch.randn(128, 2, 4, 4) + torch.randn(128, 2, 1, 1)
+    x = torch.randn(576, 2, 4, 4) + torch.randn(576, 2, 1, 1)
     mean = x.mean((2, 3))
     y = mean[:, :1].square() + mean[:, :1] * mean[:, 1:]
     config = GrowthConfig(incubation="counterfactual")
