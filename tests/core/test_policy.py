@@ -27,6 +27,7 @@ from kasmina_core import (
     GateResult,
     Germinate,
     GerminationError,
+    MisuseWarning,
     NoGrowthPolicy,
     Observation,
     Pause,
@@ -161,8 +162,11 @@ def test_candidates_may_be_chosen_by_a_function_of_the_slot():
     assert decide(policy, [1.0, 1.0], S.DORMANT, S.DORMANT)[-1] == [Germinate("b", "wide")]
 
 
-def test_without_a_candidate_nothing_happens():
-    assert decide(PlateauPolicy({Topology.TRANSFORMER: ["x"]}, patience=1), [1.0] * 3) == [[]] * 3
+def test_without_a_candidate_nothing_happens_and_it_is_said_once():
+    policy = PlateauPolicy({Topology.TRANSFORMER: ["x"]}, patience=1)
+    with pytest.warns(MisuseWarning, match="will never germinate") as said:
+        assert decide(policy, [1.0] * 3) == [[]] * 3
+    assert len(said) == 1
 
 
 # -- what becomes of it ----------------------------------------------------------------------------------------------
