@@ -72,7 +72,7 @@ class SeedCare:
 
 
 class GrowingPolicy:
-    """Germinates one seed at a time when a trigger says so; what, and what is kept, is for others to say.
+    """Germinates seeds when a trigger says so; what, and what is kept, is for others to say.
 
     A pair that gate G0 refuses is not tried again, and another one is germinated in its place. A host whose metric is
     not finite for ``patience`` epochs is said to be so in a `RuntimeWarning`, once, and a seed that contributes to it
@@ -87,11 +87,14 @@ class GrowingPolicy:
         trigger: Says when.
         care: Says what becomes of a seed.
         max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
+        max_growing: Seeds that grow at the same time, at most, each in a slot of its own. All that may are germinated at
+            once, and the trigger waits until the fate of each is known.
         patience: Epochs without a finite metric that are too many.
 
     Raises:
         TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
         TopologyError: If it maps something that is no topology.
+        ValueError: If ``max_growing`` is below 1.
     """
 
     def __init__(
@@ -101,12 +104,16 @@ class GrowingPolicy:
         care: SeedCare | None = None,
         *,
         max_seeds: int | None = None,
+        max_growing: int = 1,
         patience: int = 3,
     ) -> None:
+        if max_growing < 1:
+            raise ValueError(f"max_growing must be at least 1, not {max_growing!r}.")
         self._candidates = blueprints if callable(blueprints) else _from_mapping(blueprints)
         self.trigger = trigger
         self.care = care or SeedCare()
         self.max_seeds = max_seeds
+        self.max_growing = max_growing
         self.silence = patience
         self._silent = 0
         self._pending: set[Pair] = set()
@@ -142,13 +149,19 @@ class GrowingPolicy:
                 if (command := self._part(slot, diverged) or self.judge(observation, slot)) is not None
             ]
         kept = sum(slot.stage is SeedStage.FOSSILIZED for slot in observation.slots)
-        if not (due or was_refused) or (self.max_seeds is not None and kept >= self.max_seeds):
+        wanted = self.max_growing if self.max_seeds is None else min(self.max_growing, self.max_seeds - kept)
+        if not (due or was_refused) or wanted < 1:
             return ()
         pairs = self.pairs(observation)
         if not pairs and not self._refused:
             self._tell_of_misfit(observation)
-        choice = self.choose(observation, pairs) if pairs else None
-        return () if choice is None else [self.germinate(choice)]
+        commands: list[Command] = []
+        while pairs and len(commands) < wanted and (choice := self.choose(observation, pairs)) is not None:
+            commands.append(self.germinate(choice))
+            pairs = [pair for pair in pairs if pair[0] != choice[0]]
+        if commands:
+            self.trigger.spend()
+        return commands
 
     def pairs(self, observation: Observation) -> list[Pair]:
         """Return what could be grown now, in the order of blueprints first and slots second."""
@@ -164,7 +177,6 @@ class GrowingPolicy:
     def germinate(self, pair: Pair) -> Germinate:
         """Return the command that grows a pair, and watch what becomes of it."""
         self._pending.add(pair)
-        self.trigger.spend()
         return Germinate(*pair)
 
     def _tell_of_misfit(self, observation: Observation) -> None:

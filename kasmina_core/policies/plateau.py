@@ -20,9 +20,12 @@ class _InTurnPolicy(GrowingPolicy):
         trigger: Trigger,
         care: SeedCare,
         max_seeds: int | None,
+        max_growing: int,
         patience: int = 3,
     ) -> None:
-        super().__init__(blueprints, trigger, care, max_seeds=max_seeds, patience=patience)
+        super().__init__(
+            blueprints, trigger, care, max_seeds=max_seeds, max_growing=max_growing, patience=patience
+        )
         self._tried: dict[Pair, int] = {}
 
     def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
@@ -50,7 +53,7 @@ class _InTurnPolicy(GrowingPolicy):
 class PlateauPolicy(_InTurnPolicy):
     """Germinates when the metric stops improving, fossilises what passes G5, culls what takes too long.
 
-    One seed lives at a time. The metric is on a plateau when its best has not improved by ``min_delta`` (relative to
+    One seed lives at a time, or up to ``max_growing`` in slots of their own. The metric is on a plateau when its best has not improved by ``min_delta`` (relative to
     the best's size) for ``patience`` epochs. Candidates are tried in order, slot by slot, and a blueprint that was
     culled in a slot is not tried there again before all others were. One that gate G0 refuses is not tried there again
     at all.
@@ -63,6 +66,8 @@ class PlateauPolicy(_InTurnPolicy):
         max_probation_epochs: Epochs in SHADOWING, PROBATIONARY or, once the ramp is done, BLENDING after which a seed
             that its gate refuses is culled.
         max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
+        max_growing: Seeds that grow at the same time, at most. They are germinated together; the next plateau is looked
+            for once the fate of each is known.
         revert: Whether a cull puts the host back where ``GrowthConfig(keep_snapshot=True)`` kept a snapshot of it.
 
     Raises:
@@ -80,10 +85,11 @@ class PlateauPolicy(_InTurnPolicy):
         max_training_epochs: int = 8,
         max_probation_epochs: int = 8,
         max_seeds: int | None = None,
+        max_growing: int = 1,
         revert: bool = True,
     ) -> None:
         care = SeedCare(max_training_epochs, max_probation_epochs, revert)
-        super().__init__(blueprints, Plateau(patience, min_delta), care, max_seeds, patience)
+        super().__init__(blueprints, Plateau(patience, min_delta), care, max_seeds, max_growing, patience)
 
 
 @final
@@ -98,6 +104,7 @@ class FixedTimesPolicy(_InTurnPolicy):
         max_training_epochs: As in `PlateauPolicy`.
         max_probation_epochs: As in `PlateauPolicy`.
         max_seeds: As in `PlateauPolicy`.
+        max_growing: As in `PlateauPolicy`; each time is for so many.
         revert: As in `PlateauPolicy`.
 
     Raises:
@@ -114,7 +121,8 @@ class FixedTimesPolicy(_InTurnPolicy):
         max_training_epochs: int = 8,
         max_probation_epochs: int = 8,
         max_seeds: int | None = None,
+        max_growing: int = 1,
         revert: bool = True,
     ) -> None:
         care = SeedCare(max_training_epochs, max_probation_epochs, revert)
-        super().__init__(blueprints, FixedTimes(epochs), care, max_seeds)
+        super().__init__(blueprints, FixedTimes(epochs), care, max_seeds, max_growing)

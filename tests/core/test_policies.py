@@ -49,6 +49,7 @@ def costs(slot, blueprint):
 
 MAKERS = {
     "plateau": lambda: PlateauPolicy(CANDIDATES, patience=2),
+    "two at once": lambda: PlateauPolicy(CANDIDATES, patience=2, max_growing=2),
     "fixed": lambda: FixedTimesPolicy(CANDIDATES, epochs=[3, 5, 20, 40]),
     "budget": lambda: BudgetPolicy(CANDIDATES, parameters=30, flops=400, costs=costs, patience=2),
     "bandit": lambda: BanditPolicy(CANDIDATES, patience=2, seed=3),
@@ -218,6 +219,35 @@ def test_what_is_paused_is_left_alone(make):
 
 
 # -- fixed times -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"), [((1, None), 1), ((2, None), 2), ((9, None), 3), ((2, 1), 1)]
+)
+def test_as_many_seeds_grow_together_as_are_allowed_each_in_a_slot_of_its_own(limits, expected):
+    growing, kept = limits
+    world = FakeGrowth({(slot, "good"): 0.4 for slot in "abc"}, SIZES)
+    policy = PlateauPolicy({Topology.CNN: ["good"]}, patience=2, max_growing=growing, max_seeds=kept)
+    counts = []
+    for _ in range(40):
+        world.follow(policy)
+        counts.append(sum(slot.stage in ALIVE for slot in world.slots.values()))
+    assert max(counts) == expected
+    assert next(count for count in counts if count) == expected  # germinated together, not one by one
+    assert sum(slot.stage is S.FOSSILIZED for slot in world.slots.values()) == (kept or 3)
+
+
+def test_a_time_is_for_as_many_seeds_as_may_grow_together():
+    world = FakeGrowth({(slot, "good"): 0.4 for slot in "abc"}, SIZES)
+    policy = FixedTimesPolicy({Topology.CNN: ["good"]}, epochs=[3], max_growing=2)
+    for _ in range(40):
+        world.follow(policy)
+    assert sum(slot.stage is S.FOSSILIZED for slot in world.slots.values()) == 2
+
+
+def test_less_than_one_seed_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="max_growing must be at least 1, not 0"):
+        PlateauPolicy(CANDIDATES, max_growing=0)
 
 
 def test_fixed_times_are_kept_or_made_up_for():
