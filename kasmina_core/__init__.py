@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from kasmina_core.gates import GateResult as GateResult
     from kasmina_core.gates import GateThresholds as GateThresholds
     from kasmina_core.gates import QualityGates as QualityGates
+    from kasmina_core.gates import StartComparison as StartComparison
     from kasmina_core.graphs import RecompileLimitWarning as RecompileLimitWarning
     from kasmina_core.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
     from kasmina_core.growth_state import rebuild_topology as rebuild_topology
@@ -267,6 +268,7 @@ _HOME = {
     "SlotObservation": "policy",
     "SlotSummary": "model",
     "StageChanged": "events",
+    "StartComparison": "gates",
     "SwitchError": "errors",
     "Switches": "switches",
     "Telemetry": "telemetry",

@@ -329,6 +329,24 @@ class ErrorBudget(Enum):
 
 
 @final
+class StartComparison(Enum):
+    """What G5 asks of the model against its host as it was when blending began.
+
+    It charges the seed with the epochs of the host that it took: one that is only needed because the rest adapted to it
+    does not pass.
+
+    - ``PROVED``: significantly better, by the sequential test.
+    - ``NO_HARM``: not worse by more than ``max_harm_t`` standard errors. A host at its plateau moves by about as much
+      as a useful seed gains, so this is what few held-out samples can tell.
+    - ``NOT_ASKED``: nothing.
+    """
+
+    PROVED = "proved"
+    NO_HARM = "no harm"
+    NOT_ASKED = "not asked"
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class GateThresholds:
     """Thresholds of both profiles.
@@ -341,7 +359,8 @@ class GateThresholds:
         min_blending_epochs: Epochs in BLENDING before G3 (report profile).
         max_isolation_violations: Leaks into the host that G2 and G5 tolerate.
         min_samples: Held-out samples that evidence needs.
-        min_gain: Gain that G2 and G5 need, in units of the loss per sample.
+        min_gain: Gain that G2 and G5 need besides the test, in units of the loss per sample; ``-inf`` leaves it to the
+            test alone.
         error_rate: Probability that a seed that does nothing passes G2, and again G5, at any of all its looks; see
             `LevelSpending`. At 1 the test passes everything.
         error_budget: Whether that holds for each seed or for the whole run.
@@ -356,8 +375,8 @@ class GateThresholds:
             alpha 1, and G5 alone asks for the proof, after joint training. Seeds of which little shows behind a host
             that goes on learning then get their chance; those that do nothing disturb the host until G5 refuses them,
             so cull with ``revert=True``.
-        beat_start: Whether G5 also needs the model to be better than its host was when blending began. That charges
-            the seed with the epochs of the host that it took. Not required where that was never measured.
+        against_start: What G5 asks of the model against its host as it was when blending began; not required where that
+            was never measured.
         screen: Whether G2 first looks at the first-order gains of all incubating seeds, in one forward and backward,
             and refuses those that are significantly below 0. It needs an evaluator that keeps the graph, and memory for
             it; it pays where several seeds incubate at once.
@@ -385,7 +404,7 @@ class GateThresholds:
     min_t: float | None = None
     max_harm_t: float = 2.0
     prove_before_blending: bool = True
-    beat_start: bool = True
+    against_start: StartComparison = StartComparison.PROVED
     screen: bool = False
     max_output_deviation: float = 10.0
     min_training_improvement: float = 0.5
@@ -394,6 +413,7 @@ class GateThresholds:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "error_budget", ErrorBudget(self.error_budget))
+        object.__setattr__(self, "against_start", StartComparison(self.against_start))
         object.__setattr__(self, "smaller_alphas", tuple(map(float, self.smaller_alphas)))
         if wrong := [a for a in self.smaller_alphas if not 0.0 < a < 1.0]:
             raise ValueError(f"smaller_alphas must be between 0 and 1, not {wrong[0]!r}.")
@@ -415,6 +435,23 @@ class GateThresholds:
     def spending(self) -> LevelSpending:
         """How the looks spend the error rate."""
         return LevelSpending(self.error_rate, self.planned_looks)
+
+    @classmethod
+    def proof_in_probation(cls) -> GateThresholds:
+        """Return thresholds that let a seed blend in early and ask for the proof after joint training.
+
+        G2 asks, from the first epoch in TRAINING on, that the seed does no harm; G5 asks for the test, and that the model
+        is no worse than its host was when blending began. Most seeds that are worth keeping show it only once the
+        host trains with them, so these keep several times as many of them as the default does, and no more of those
+        that do nothing. But those too blend in and disturb the host until G5 refuses them: use it with
+        ``GrowthConfig(keep_snapshot=True)``, so that a policy reverts the host.
+        """
+        return cls(
+            min_training_epochs=1,
+            min_gain=-math.inf,
+            prove_before_blending=False,
+            against_start=StartComparison.NO_HARM,
+        )
 
     @classmethod
     def report(cls) -> GateThresholds:
@@ -500,8 +537,7 @@ def _test_check(
             return None
         gains = of(evidence)
         if gains is None:
-            why = "never measured: the host's losses as blending began are not known for these samples"
-            return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=t.min_t or 0.0, detail=why)
+            return _unknown_start(name, t.min_t or 0.0)
         if any(not gain.is_finite for gain in gains.values()):
             return _judged(name, math.nan, minimum=t.min_t or 0.0)
         finding = judge(gains, context.look(), t.spending)
@@ -515,6 +551,32 @@ def _test_check(
 
     bound = t.min_t if t.min_t is not None else 0.0
     return GateCheckSpec(name, (gate,), measure, minimum=bound, needs_evidence=True)
+
+
+def _start_check(t: GateThresholds) -> GateCheckSpec:
+    """Compare with the host as it was when blending began."""
+    name = "gain over the host at blending"
+    if t.against_start is StartComparison.PROVED:
+        return _test_check(
+            name, GateLevel.G5, t, lambda e: None if e.since_blending is None else {1.0: e.since_blending}
+        )
+    least = -t.max_harm_t
+
+    def measure(context: GateContext) -> GateCheck | None:
+        evidence = context.measure()
+        if evidence is None:
+            return None
+        since = evidence.since_blending
+        return (
+            _unknown_start(name, least) if since is None else _judged(name, _bounded(since.t), minimum=least)
+        )
+
+    return GateCheckSpec(name, (GateLevel.G5,), measure, minimum=least, needs_evidence=True)
+
+
+def _unknown_start(name: str, minimum: float) -> GateCheck:
+    why = "never measured: the host's losses as blending began are not known for these samples"
+    return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=minimum, detail=why)
 
 
 def _screen_check(t: GateThresholds) -> GateCheckSpec:
@@ -575,7 +637,8 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     if t.screen:
         checks.append(_screen_check(t))
     for gate in (GateLevel.G2, GateLevel.G5) if t.prove_before_blending else (GateLevel.G5,):
-        checks.append(_gain_check(gate, t))
+        if t.min_gain > -math.inf:
+            checks.append(_gain_check(gate, t))
         checks.append(_test_check("gain over its error", gate, t, partial(_weighed, gate)))
     checks.append(
         _evidence_check(
@@ -585,31 +648,25 @@ def _evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     checks.append(
         _evidence_check("gain over its error", GateLevel.G4, lambda e: _bounded(e.t), minimum=-t.max_harm_t)
     )
-    if t.beat_start:
-        checks.append(
-            _test_check(
-                "gain over the host at blending",
-                GateLevel.G5,
-                t,
-                lambda e: None if e.since_blending is None else {1.0: e.since_blending},
-            )
-        )
+    if t.against_start is not StartComparison.NOT_ASKED:
+        checks.append(_start_check(t))
     checks.append(
         _evidence_check(
             "output deviation", GateLevel.G4, lambda e: e.deviation, maximum=t.max_output_deviation
         )
     )
-    checks.append(
-        GateCheckSpec(
-            "smallest gain in probation",
-            (GateLevel.G5,),
-            lambda c: (
-                _smallest(c.gains[-max(1, t.min_probation_epochs) :]) if c.measure() is not None else None
-            ),
-            minimum=t.min_gain,
-            needs_evidence=True,
+    if t.min_gain > -math.inf:
+        checks.append(
+            GateCheckSpec(
+                "smallest gain in probation",
+                (GateLevel.G5,),
+                lambda c: (
+                    _smallest(c.gains[-max(1, t.min_probation_epochs) :]) if c.measure() is not None else None
+                ),
+                minimum=t.min_gain,
+                needs_evidence=True,
+            )
         )
-    )
     return checks
 
 

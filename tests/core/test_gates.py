@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -287,6 +288,20 @@ def test_probation_is_decided_on_the_model_as_it_is():
     assert check(result, "gain over its error").verdict is CheckVerdict.FAILED
 
 
+def test_without_a_smallest_gain_the_test_alone_decides():
+    gates = QualityGates(thresholds=GateThresholds(min_gain=float("-inf")))
+    for measured, passes in (
+        (evidence(gain=0.1), True),
+        (evidence(gain=0.01), False),
+        (evidence(gain=-0.1), False),
+    ):
+        context = replace(at_look(1, measured=measured), gains=(-0.2, 0.1, 0.1))
+        result = gates.check(G.G5, context)
+        assert result.passed is passes
+        assert not {"gain", "smallest gain in probation"} & {c.name for c in result.checks}
+        json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_the_model_must_beat_its_host_as_it_was_when_blending_began():
     for gain, verdict in ((0.1, CheckVerdict.PASSED), (0.01, CheckVerdict.FAILED)):
         measured = evidence(since_blending=PairedGain(100, gain, 0.01))
@@ -301,9 +316,21 @@ def test_a_start_that_was_never_measured_is_said_and_not_required():
     assert found.verdict is CheckVerdict.NOT_REQUIRED
     assert "never measured" in str(found)
     assert result.passed
-    relaxed = QualityGates(thresholds=GateThresholds(beat_start=False))
+    relaxed = QualityGates(thresholds=GateThresholds(against_start="not asked"))
     measured = evidence(since_blending=PairedGain(100, -1.0, 0.01))
     assert relaxed.check(G.G5, at_look(1, measured=measured)).passed
+
+
+@pytest.mark.parametrize(("gain", "passes"), [(0.0, True), (-0.015, True), (-0.03, False)])
+def test_the_start_can_be_asked_for_no_more_than_no_harm(gain, passes):
+    lenient = QualityGates(thresholds=GateThresholds(against_start="no harm"))
+    measured = evidence(since_blending=PairedGain(100, gain, 0.01))
+    result = lenient.check(G.G5, at_look(1, measured=measured))
+    assert result.passed is passes
+    assert check(result, "gain over the host at blending").threshold == ">= -2"
+    unknown = lenient.check(G.G5, at_look(1, measured=evidence()))
+    assert check(unknown, "gain over the host at blending").verdict is CheckVerdict.NOT_REQUIRED
+    assert unknown.passed
 
 
 def test_a_gate_of_nothing_but_what_is_not_required_does_not_pass():
