@@ -35,7 +35,7 @@ from kasmina_core.discovery import PluginRegistry
 from kasmina_core.errors import BlueprintError, GerminationError, UnknownNameError, did_you_mean
 from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
 from kasmina_core.evidence import SeedEvidence
-from kasmina_core.gates import GateResult, QualityGates
+from kasmina_core.gates import GateResult, GateThresholds, QualityGates
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.model import EventTarget, MorphogeneticModel
 from kasmina_core.optim import tie_optimizer
@@ -351,7 +351,9 @@ class GrowthRun:
             ramp_unit=RampUnit.STEP,
             ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
             keep_snapshot=True,
-            gates=QualityGates(extra_checks=plugins.gate_checks()),
+            gates=QualityGates(
+                thresholds=GateThresholds.proof_in_probation(), extra_checks=plugins.gate_checks()
+            ),
             seed=derived_seed(settings.seed, "seeds"),
         )
         example = None
