@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.growth.arms import ARMS
-from benchmarks.growth.cells import BENCHMARKS, FORMS, plan
+from benchmarks.growth.cells import BENCHMARKS, FORMS, REMEDIES, plan
 from benchmarks.growth.goals import goal_table, judge
 from benchmarks.growth.running import run
 from benchmarks.growth.tables import report
@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"stop starting cells in time (default: {FAST_MINUTES} for the fast form)",
     )
     parser.add_argument(
-        "--only", action="append", choices=BENCHMARKS, help="one benchmark; may be given again"
+        "--only",
+        action="append",
+        choices=(*BENCHMARKS, REMEDIES),
+        help=f"one benchmark; may be given again. '{REMEDIES}' tries recipes, and runs only when it is asked for",
     )
     parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="one arm; may be given again")
     parser.add_argument("--seeds", type=int, help="runs an arm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,7 @@ class AdapterTraining(InsertionTraining):
         import peft  # an arm that says so where it is not installed
 
         self._peft = peft
-        super().__init__(setting, host, arm, recipe, *args)
+        super().__init__(setting, host, arm, replace(recipe, together=1), *args)
 
     def put_in(self, slot: str, blueprint: str) -> None:
         """Adapt every layer at once; the slot does not matter."""

@@ -19,7 +19,8 @@ class Arm:
         name: As the tables and the command line have it.
         grows: ``nothing``; ``from birth``: the final size from scratch; ``insertion``: modules put in when the trigger
             says so; ``lifecycle``: seeds; ``adapter``: PEFT's LoRA on the host, which is then frozen; ``gromo``.
-        trigger: ``plateau``: when the validation loss stalls; ``times``: at fixed shares of the budget.
+        policy: ``plateau``: candidates in turn when the validation loss stalls; ``times``: at fixed shares of the budget;
+            ``bandit``: what paid before, drawn; ``tournament``: candidates compared before one is grown.
         pool: ``good``: the setting's first blueprint; ``half bad``: two good and two bad ones, in an order of the
             seed's.
         random: Whether an inserted module's last layer is drawn as torch would, rather than 0.
@@ -32,7 +33,7 @@ class Arm:
     name: str
     what: str
     grows: Literal["nothing", "from birth", "insertion", "lifecycle", "adapter", "gromo"] = "nothing"
-    trigger: Literal["plateau", "times"] = "plateau"
+    policy: Literal["plateau", "times", "bandit", "tournament"] = "plateau"
     pool: Literal["good", "half bad"] = "good"
     random: bool = False
     warmup: int = 0
@@ -62,7 +63,7 @@ _ARMS: Final = (
         "ours, fixed times",
         "the same, germinating at fixed shares of the budget",
         "lifecycle",
-        trigger="times",
+        policy="times",
     ),
     Arm("LoRA (PEFT)", "PEFT adapters on every layer at the first plateau, the host frozen", "adapter"),
     Arm(NAIVE[0] + BAD, "insertion from a pool that is half bad", "insertion", pool="half bad"),
@@ -76,6 +77,14 @@ _ARMS: Final = (
         gates=GateProfile.REPORT,
     ),
     Arm(OURS + BAD, "ours, from that pool", "lifecycle", pool="half bad"),
+    Arm("ours, bandit" + BAD, "ours, a bandit over slots and blueprints", "lifecycle", "bandit", "half bad"),
+    Arm(
+        "ours, tournament" + BAD,
+        "ours, candidates compared before one is grown",
+        "lifecycle",
+        "tournament",
+        "half bad",
+    ),
     Arm("GroMo", "gromo 0.1.0: neurons added to every layer, chosen by its statistics", "gromo"),
 )
 
@@ -95,4 +104,5 @@ ARMS_OF: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 def rates_like(arm: str) -> str:
     """Return the arm whose learning rate an arm takes: one that differs in its pool alone is not tuned again."""
-    return {"report" + BAD: "straight-through"}.get(arm, arm.removesuffix(BAD))
+    same = {"report": "straight-through", "ours, bandit": OURS, "ours, tournament": OURS}
+    return same.get(arm.removesuffix(BAD), arm.removesuffix(BAD)) if arm.endswith(BAD) else arm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Final, final
@@ -16,11 +17,13 @@ TUNING: Final = 1000
 """Seeds from here on choose learning rates, by validation loss, and are in no table."""
 
 CANDIDATES: Final = 5
-"""Seeds that a cell of the gates examines."""
+"""Seeds that a cell of the gates examines, in one host."""
 
 RACES: Final = ("digits", "chars", "mlp")
 OTHERS: Final = ("gates", "transient", "trace")
 BENCHMARKS: Final = (*RACES, *OTHERS)
+REMEDIES: Final = "remedies"
+"""Recipes that were tried: run when asked for."""
 
 
 @final
@@ -29,9 +32,9 @@ class Cell:
     """One piece of work, done in one process; equal cells give equal results.
 
     Attributes:
-        benchmark: One of `BENCHMARKS`.
+        benchmark: One of `BENCHMARKS`, or `REMEDIES`.
         setting: Name of the setting.
-        arm: Name of the arm; of the gates, the kind of seed.
+        arm: Name of the arm; of the gates, the kind of seed; of the remedies, the recipe.
         host: Name of the host.
         schedule: Of the learning rate.
         lr: Learning rate; 0 where there is nothing to choose.
@@ -93,12 +96,12 @@ FORMS: Final[Mapping[str, Form]] = MappingProxyType(
         "long": Form(
             name="long",
             share=1.0,
-            seeds=10,
+            seeds=8,
             tuning=2,
             rates=3,
             hosts=2,
             schedules=("constant", "cosine"),
-            candidates={"useful": 60, "null": 110, "harmful": 110, "overfitting": 40},
+            candidates={"useful": 50, "null": 90, "harmful": 90, "overfitting": 25},
             text_candidates={"useful": 20, "null": 20, "harmful": 20, "overfitting": 10},
             plateau=100,
             transients=12,
@@ -207,6 +210,8 @@ def plan(form: Form) -> list[Wanted]:
                         ((seed, 0.5), Wanted(Cell("trace", name, arm, host, schedule, seed=seed)))
                         for seed in range(form.traces)
                     ]
+    if REMEDIES in form.benchmarks:
+        ranked += _remedies(form)
     wanted: dict[str, Wanted] = {}
     for _, item in sorted(ranked, key=lambda pair: pair[0]):
         if item.cell.benchmark in form.benchmarks:
@@ -226,6 +231,17 @@ def _races(form: Form) -> Iterator[tuple[tuple[float, ...], Wanted]]:
                             yield (cell.seed - TUNING - 1, rank), Wanted(cell)
                     for seed in range(form.seeds):
                         yield (seed, rank), Wanted(replace(base, seed=seed), is_tuned=True)
+
+
+def _remedies(form: Form) -> Iterator[tuple[tuple[float, ...], Wanted]]:
+    from benchmarks.growth.remedies import RECIPES
+
+    for name in ("digits", "chars"):
+        for host, schedule in product(SETTINGS[name].hosts[: form.hosts], form.schedules):
+            for recipe in (*NAIVE[:2], *RECIPES):
+                for seed in range(form.seeds):
+                    cell = Cell(REMEDIES, name, recipe, host, schedule, seed=TUNING + seed)
+                    yield (seed, 0.0), Wanted(cell)
 
 
 def _gates(form: Form) -> Iterator[tuple[float, Cell]]:
@@ -251,6 +267,10 @@ def run_cell(cell: Cell, form: Form) -> dict[str, Any]:
             from benchmarks.growth.transient import rises
 
             return rises(setting, cell.host, cell.seed, form.plateau)
+        case "remedies":
+            from benchmarks.growth.remedies import case
+
+            return case(setting, cell.arm, cell.host, cell.schedule, cell.seed)
         case "trace":
             from benchmarks.growth.no_trace import compare
 

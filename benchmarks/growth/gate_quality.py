@@ -1,4 +1,4 @@
-"""How well rules tell good seeds from bad ones: many seeds in one trained host, and every rule asked of the same ones."""
+"""How well rules tell good seeds from bad ones: many seeds in trained hosts, and every rule asked of the same ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.growth.arms import ARMS, OURS
 from benchmarks.growth.blueprints import HARMFUL, NULL, OVERFITTING
+from benchmarks.growth.cells import CANDIDATES
 from benchmarks.growth.growing import RECIPE, LifecycleTraining, config_of
-from benchmarks.growth.settings import SETTINGS, Setting, make_host
+from benchmarks.growth.settings import SETTINGS, Setting, endless, make_host
 from benchmarks.growth.training import Training
 from kasmina_core import (
     GateCheckSpec,
     GateLevel,
+    GateThresholds,
     SeedStage,
 )
 from kasmina_core.cli.tasks import Split
@@ -31,6 +34,9 @@ RATE: Final = 1e-2
 
 FEW: Final = 24
 """Samples that the overfitting seeds learn from."""
+
+DWELL: Final = GateThresholds().min_training_epochs
+"""Intervals in TRAINING before the library's own G2 looks at a seed."""
 
 LONGEST: Final = 24
 """Intervals of a seed's whole life after which it counts as refused."""
@@ -65,9 +71,19 @@ class _Candidate(LifecycleTraining):
             (hold,) if held else (),
         )
         super().__init__(
-            setting, module, ARMS[OURS], RECIPE, 0, RATE, "constant", float("inf"), config=config
+            setting,
+            module,
+            ARMS[OURS],
+            RECIPE,
+            host_seed(number),
+            RATE,
+            "constant",
+            float("inf"),
+            config=config,
         )
         self.policy = None
+        order = torch.Generator().manual_seed(derived_seed(number, "candidate's order"))
+        self._batches = endless(self.task, setting.batch_size, order)
         if few:
             self._few()
 
@@ -83,19 +99,24 @@ class _Candidate(LifecycleTraining):
         self.after_backward = after_backward  # type: ignore[method-assign]
 
 
+def host_seed(number: int) -> int:
+    """Return the seed of a candidate's host: those of one cell share it, with its split of the data."""
+    return number // CANDIDATES
+
+
 @lru_cache(maxsize=2)
-def trained_host(name: str, host: str, intervals: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def trained_host(name: str, host: str, intervals: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train a host to its plateau; return its state and its optimiser's."""
     setting = SETTINGS[name]
-    training = Training(setting, make_host(setting, host, 0), 0, RATE, "constant", float("inf"))
-    with private_rng(derived_seed(0, "plateau")):
+    training = Training(setting, make_host(setting, host, seed), seed, RATE, "constant", float("inf"))
+    with private_rng(derived_seed(seed, "plateau")):
         training.train(intervals * setting.interval)
     return copy.deepcopy(training.module.state_dict()), copy.deepcopy(training.optimizer.state_dict())
 
 
 def _candidate(setting: Setting, host: str, intervals: int, number: int, few: bool, held: bool) -> _Candidate:
-    module = make_host(setting, host, 0)
-    weights, optimizer = trained_host(setting.name, host, intervals)
+    module = make_host(setting, host, host_seed(number))
+    weights, optimizer = trained_host(setting.name, host, intervals, host_seed(number))
     module.load_state_dict(weights)
     made = _Candidate(setting, module, number, few=few, held=held)
     made.optimizer.load_state_dict(copy.deepcopy(optimizer))  # it keeps the tensors that it is given
@@ -159,8 +180,8 @@ def examine(setting: Setting, host: str, kind: str, number: int, intervals: int)
 
 
 def _is_proved(evidence: SeedEvidence, interval: int) -> bool:
-    """Return whether the sequential test of the library's own G2 accepts; its first look is at the third interval."""
-    look = Look(max(1, interval - 2))
+    """Return whether the sequential test of the library's own G2 accepts; its first look is after the dwell."""
+    look = Look(max(1, interval - DWELL + 1))
     finding = judge({1.0: evidence.paired}, look, LevelSpending())
     return evidence.gain >= 0.0 and finding.p_value <= finding.level
 
@@ -210,14 +231,15 @@ class Decision:
     gain: float
 
 
-def _dwelt(looks: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    return [(i, look) for i, look in enumerate(looks, 1) if i >= 3]
+def _dwelt(rule: str, looks: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    wait = RECIPE.min_training if rule.startswith("ours") else DWELL
+    return [(i, look) for i, look in enumerate(looks, 1) if i >= wait]
 
 
 def decide(rule: str, record: Mapping[str, Any]) -> Decision:
     """Return what a rule of `RULES` says of an examined seed: taken at the first look that it likes, or refused.
 
-    Every rule waits three intervals, as the gates do.
+    Ours waits as long as its recipe says, every other rule as the library's own gates do.
     """
     looks = record["looks"]
     if not looks:
@@ -233,7 +255,7 @@ def decide(rule: str, record: Mapping[str, Any]) -> Decision:
         }
     )
     last = float(looks[-1]["truth"] or 0.0)
-    for number, look in _dwelt(looks):
+    for number, look in _dwelt(rule, looks):
         if likes[rule](look):
             if rule == "ours, to the end" and not record["kept"]:
                 return Decision(False, number, float(record.get("truth") or 0.0))

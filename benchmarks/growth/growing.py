@@ -14,9 +14,9 @@ from benchmarks.growth.blueprints import registry
 from benchmarks.growth.settings import Setting, make_host
 from benchmarks.growth.training import Training
 from kasmina_core import (
+    BanditPolicy,
     FixedTimesPolicy,
     GateCheckSpec,
-    GateLevel,
     GateProfile,
     GateThresholds,
     Germinate,
@@ -31,15 +31,14 @@ from kasmina_core import (
     RampUnit,
     SeedStage,
     SlotObservation,
+    StartComparison,
     TelemetryEvent,
+    TournamentPolicy,
     tie_optimizer,
 )
 from kasmina_core.cli.flops import flop_counter
 from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged
-from kasmina_core.evidence import SeedEvidence
-from kasmina_core.gates import GateContext
 from kasmina_core.randomness import derived_seed, private_rng
-from kasmina_core.sequential import LevelSpending, PairedGain, judge
 
 
 @final
@@ -50,28 +49,39 @@ class Recipe:
     Attributes:
         patience: Intervals without improvement that make a plateau.
         min_delta: Smallest improvement that counts, as a share of the loss.
+        together: Seeds, or inserted modules, that start at the same time, each in a slot of its own.
+        min_training: Intervals in TRAINING before G2.
         training: Intervals in TRAINING after which a refused seed is culled.
-        probation: The same for the stages after the ramp.
-        ramp: Intervals of the alpha ramp.
         seed_rate: Learning rate of a seed in TRAINING over the host's.
+        every: Steps of which one incubates.
+        contest: Intervals in TRAINING of a contender in a tournament.
+        ramp: Intervals of the alpha ramp.
+        probation: Intervals in the stages after the ramp after which a refused seed is culled.
         embargo: Intervals that a slot cools down.
         own_schedule: Whether a seed that is not yet kept is spared the host's decay of the learning rate.
-        beat_start: Whether G5 also asks for proof of a gain over the host as it was when blending began; else for
-            no harm.
-        last: Share of the budget after which nothing new grows or is put in: it would not be done in time.
         lenient: Whether G2 asks no more of a seed than that it does no harm, and leaves the proof to G5.
+        max_harm: Standard errors of harm that G2 and G4 let pass.
+        min_gain: Gain that G5 asks of each of the last intervals of probation, besides the proof.
+        start: What G5 asks of the model against its host as it was when blending began.
+        last: Share of the budget after which nothing new grows or is put in: it would not be done in time.
     """
 
     patience: int = 3
     min_delta: float = 0.01
+    together: int = 2
+    min_training: int = 1
     training: int = 8
-    probation: int = 12
+    seed_rate: float = 0.3
+    every: int = 1
+    contest: int = 3
     ramp: float = 2.0
-    seed_rate: float = 1.0
+    probation: int = 12
     embargo: int = 1
     own_schedule: bool = False
     lenient: bool = True
-    beat_start: bool = False
+    max_harm: float = 2.0
+    min_gain: float = -math.inf
+    start: StartComparison = StartComparison.NO_HARM
     last: float = 0.7
 
 
@@ -86,11 +96,18 @@ def make_policy(setting: Setting, arm: Arm, seed: int, recipe: Recipe, spent: Ca
             return ()
         return setting.blueprints(arm.pool, slot.slot, seed)
 
-    lengths = {"max_training_epochs": recipe.training, "max_probation_epochs": recipe.probation}
-    if arm.trigger == "times":
-        epochs = [round(share * setting.intervals) for share in setting.times]
-        return FixedTimesPolicy(blueprints, epochs=epochs, **lengths)
-    return PlateauPolicy(blueprints, patience=recipe.patience, min_delta=recipe.min_delta, **lengths)
+    care = {"max_training_epochs": recipe.training, "max_probation_epochs": recipe.probation}
+    plateau = {"patience": recipe.patience, "min_delta": recipe.min_delta}
+    match arm.policy:
+        case "times":
+            epochs = [round(share * setting.intervals) for share in setting.times]
+            return FixedTimesPolicy(blueprints, epochs=epochs, **care)
+        case "bandit":
+            return BanditPolicy(blueprints, seed=derived_seed(seed, "bandit"), **plateau, **care)
+        case "tournament":
+            return TournamentPolicy(blueprints, incubation_epochs=recipe.contest, **plateau, **care)
+        case "plateau":
+            return PlateauPolicy(blueprints, max_growing=recipe.together, **plateau, **care)
 
 
 class Inserted(nn.Module):
@@ -166,35 +183,19 @@ class InsertionTraining(Training):
         self.log.append((self.intervals, slot, "kept", blueprint))
 
 
-def _proof(name: str, of: Callable[[SeedEvidence], PairedGain | None]) -> GateCheckSpec:
-    """Return the sequential test of G5 as a check of its own; what was never measured is left to the gate."""
-
-    def measure(context: GateContext) -> bool | None:
-        evidence = context.measure()
-        if evidence is None:
-            return None
-        gain = of(evidence)
-        if gain is None:
-            return True
-        finding = judge({1.0: gain}, context.look(), LevelSpending())
-        return gain.is_finite and gain.gain >= 0.0 and finding.p_value <= finding.level
-
-    return GateCheckSpec(name, (GateLevel.G5,), measure, minimum=1.0, needs_evidence=True)
-
-
 def gates_of(arm: Arm, recipe: Recipe, extra: Sequence[GateCheckSpec] = ()) -> QualityGates:
     """Return the gates of an arm."""
     if arm.gates is GateProfile.REPORT:
         return QualityGates(arm.gates, extra_checks=extra)
-    if not recipe.lenient:
-        return QualityGates(extra_checks=extra)
-    proofs = [_proof("gain is proved", lambda evidence: evidence.paired)]
-    if recipe.beat_start:
-        proofs.append(
-            _proof("gain over the host at blending is proved", lambda evidence: evidence.since_blending)
-        )
-    thresholds = GateThresholds(min_t=-2.0, min_gain=-math.inf, smaller_alphas=())
-    return QualityGates(thresholds=thresholds, extra_checks=(*proofs, *extra))
+    thresholds = GateThresholds.proof_in_probation() if recipe.lenient else GateThresholds()
+    thresholds = replace(
+        thresholds,
+        min_training_epochs=recipe.min_training,
+        against_start=recipe.start,
+        max_harm_t=recipe.max_harm,
+        min_gain=recipe.min_gain,
+    )
+    return QualityGates(thresholds=thresholds, extra_checks=extra)
 
 
 def config_of(
@@ -208,6 +209,7 @@ def config_of(
     report = arm.gates is GateProfile.REPORT
     return GrowthConfig(
         incubation=arm.incubation,
+        incubate_every=recipe.every,
         max_deviation=math.inf if report else 0.1,
         ramp_unit=RampUnit.STEP,
         ramp_steps=max(1, round(recipe.ramp * setting.interval)),

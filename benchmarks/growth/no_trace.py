@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.growth.arms import ALONE, ARMS
 from benchmarks.growth.blueprints import KINDS
-from benchmarks.growth.growing import LifecycleTraining, start
+from benchmarks.growth.growing import RECIPE, LifecycleTraining, start
 from benchmarks.growth.settings import Setting
 from benchmarks.growth.training import Training
 from kasmina_core import SeedStage
@@ -18,7 +19,7 @@ from kasmina_core.randomness import private_rng
 
 INTERVALS: Final = 6
 TWO_LOOKS: Final = 2
-"""Looks after which a seed is culled: before G2 could let it go on."""
+"""Looks in TRAINING after which a seed is culled; G2 waits one more."""
 
 
 def _blueprint(setting: Setting, seed: int) -> str:
@@ -40,7 +41,8 @@ def compare(setting: Setting, arm: str, host: str, schedule: str, seed: int) -> 
     # Operations are no clock here: both runs have the same steps, and the schedule goes by them.
     steps = INTERVALS * setting.interval
     bare = start(setting, ARMS[ALONE], host, seed, 1e-2, schedule, math.inf)
-    seeded = start(setting, ARMS[arm], host, seed, 1e-2, schedule, math.inf)
+    held = replace(RECIPE, min_training=TWO_LOOKS + 1)
+    seeded = start(setting, ARMS[arm], host, seed, 1e-2, schedule, math.inf, held)
     assert isinstance(seeded, LifecycleTraining)
     seeded.policy = None
     culled = 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any, Final
 
 from benchmarks.growth.arms import ALONE, ARMS_OF
-from benchmarks.growth.cells import RACES, TUNING, Cell, Form, chosen_rate
+from benchmarks.growth.cells import RACES, REMEDIES, TUNING, Cell, Form, chosen_rate
 from benchmarks.growth.gate_quality import RULES, decide
 from benchmarks.growth.settings import SETTINGS
 from benchmarks.growth.statistics import Judged, bootstrap, paired, score, share_interval
@@ -158,6 +159,29 @@ def gate_table(seeds: Sequence[Record]) -> str:
     return text_table(["rule", *(f"{kind} taken" for kind in KINDS)], rows)
 
 
+WORTH: Final = (-math.inf, 0.0, 0.02, 0.05, math.inf)
+"""Bounds of what a seed is worth in the end: loss per test sample, measured when its life is decided."""
+
+
+def worth_table(seeds: Sequence[Record]) -> str:
+    """Return how many of the useful seeds ours kept, by what they were worth once they had trained with the host."""
+    decided = [seed for seed in seeds if seed["kind"] == "useful" and seed.get("truth") is not None]
+    rows = []
+    for low, high in pairwise(WORTH):
+        there = [seed for seed in decided if low < seed["truth"] <= high]
+        kept = sum(seed["kept"] for seed in there)
+        below, above = share_interval(kept, len(there))
+        name = (
+            f"{low:g} to {high:g}"
+            if math.isfinite(low + high)
+            else f"above {low:g}"
+            if low > 0
+            else "0 or less"
+        )
+        rows.append([name, f"{kept}/{len(there)} [{100 * below:.0f}, {100 * above:.0f}] %" if there else "-"])
+    return text_table(["gain on the test samples in the end", "kept"], rows)
+
+
 def half_bad(seeds: Sequence[Record]) -> list[Record]:
     """Return as many useful as bad seeds, the bad ones in equal parts of each kind."""
     by_kind = {kind: [seed for seed in seeds if seed["kind"] == kind] for kind in KINDS}
@@ -263,12 +287,17 @@ def report(form: Form, done: Mapping[str, Record]) -> str:
     for name in ("digits", "chars"):
         if seeds := examined(done, name):
             parts += [f"gates on {name}: seeds taken [95 %]", gate_table(seeds)]
+            parts += [f"gates on {name}: useful seeds by what they were worth", worth_table(seeds)]
             parts += [f"gates on {name}: rules where half the seeds are bad", rule_table(seeds)]
         for host in SETTINGS[name].hosts:
             if found := rises(done, name, host):
                 parts += [f"transient on {name}, host '{host}'", transient_table(found)]
     if any(record["benchmark"] == "trace" for record in done.values()):
         parts += ["no trace: runs with culled seeds against runs without", trace_table(done)]
+    if any(record["benchmark"] == REMEDIES for record in done.values()):
+        from benchmarks.growth.remedies import remedy_table
+
+        parts += ["recipes: validation loss less a plain insertion's", remedy_table(done)]
     failed = [f"{record['key']}: {record['error']}" for record in done.values() if "error" in record]
     if failed:
         parts += [f"{len(failed)} cells failed or were not run", "\n".join(sorted(failed)[:12])]

@@ -8,16 +8,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from benchmarks.growth.arms import ARMS, ARMS_OF, BAD, OURS, rates_like
 from benchmarks.growth.blueprints import HARMFUL, NULL, OVERFITTING, kind_of, registry
 from benchmarks.growth.cells import FORMS, TUNING, Cell, Form, plan, run_cell
 from benchmarks.growth.goals import goal_table, judge
+from benchmarks.growth.growing import RECIPE
 from benchmarks.growth.no_trace import compare
 from benchmarks.growth.race import race
+from benchmarks.growth.remedies import RECIPES
 from benchmarks.growth.running import read, run, work
 from benchmarks.growth.settings import SETTINGS
 from benchmarks.growth.tables import report, runs_of
@@ -111,6 +115,35 @@ def test_every_arm_spends_the_same_operations(arm: str) -> None:
     dearest_step = 20 * alone["flops"] / (setting.intervals * setting.interval)
     assert alone["flops"] <= found["flops"] < alone["flops"] + dearest_step
     assert 0.0 < found["test"] < 10.0
+
+
+def test_adapters_go_on_once_and_the_host_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adapt(host: nn.Module, config: SimpleNamespace) -> nn.Module:
+        assert config.target_modules
+        host.requires_grad_(False)
+        host.head.weight.requires_grad_(True)
+        return host
+
+    fake = SimpleNamespace(LoraConfig=SimpleNamespace, get_peft_model=adapt)
+    monkeypatch.setitem(sys.modules, "peft", fake)
+    setting = SETTINGS["digits"].shortened(0.05)
+    recipe = replace(RECIPE, min_delta=0.5)
+    found = race(setting, "LoRA (PEFT)", "group", "constant", 1e-2, seed=0, recipe=recipe)
+    assert [entry[1:3] for entry in found["log"]] == [("every layer", "kept")]
+    assert found["trainable"] < found["parameters"]
+
+
+@pytest.mark.parametrize("recipe", ["insertion", *RECIPES])
+def test_every_recipe_runs_and_is_compared_with_the_insertion(recipe: str) -> None:
+    form = replace(TINY, benchmarks=("remedies",), seeds=1)
+    wanted = [
+        item
+        for item in plan(form)
+        if item.cell.setting == "digits" and item.cell.arm in ("insertion", recipe)
+    ]
+    done = run(wanted, form, jobs=1, out=io.StringIO())
+    assert not [record["error"] for record in done.values() if "error" in record]
+    assert recipe == "insertion" or f"\n{recipe} " in report(form, done)
 
 
 def test_cell_gives_the_same_figures_again() -> None:

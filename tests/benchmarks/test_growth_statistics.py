@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.growth.gate_quality import decide
 from benchmarks.growth.statistics import Judged, bootstrap, paired, score, share_interval
-from benchmarks.growth.tables import half_bad, reached
+from benchmarks.growth.tables import half_bad, reached, worth_table
 
 
 def test_interval_of_equal_values_is_that_value() -> None:
@@ -79,10 +79,10 @@ def _look(g2: bool, gain: float, improved: float, truth: float) -> dict[str, obj
     return {"g2": g2, "gain": gain, "t": 0.0, "improved": improved, "truth": truth, "why": "", "tested": g2}
 
 
-def test_each_rule_decides_at_the_first_look_it_likes_after_three() -> None:
+def test_ours_decides_at_the_first_look_it_likes_and_the_others_at_the_first_after_three() -> None:
     looks = [
-        _look(True, 0.5, 9.0, 0.1),
-        _look(True, 0.5, 9.0, 0.2),
+        _look(False, 0.5, 9.0, 0.1),
+        _look(False, 0.5, 9.0, 0.2),
         _look(False, 0.0, 0.4, 0.3),
         _look(False, 0.03, 0.4, 0.4),
         _look(True, 0.0, 0.6, 0.5),
@@ -95,6 +95,8 @@ def test_each_rule_decides_at_the_first_look_it_likes_after_three() -> None:
         True,
         0.9,
     )
+    early = record | {"looks": [_look(True, 0.0, 0.6, 0.7), *looks]}
+    assert (decide("ours, G2 alone", early).look, decide("tested G2", early).look) == (1, 6)
     refused = record | {"kept": False}
     assert not decide("ours, to the end", refused).accepted
     assert decide("ours, G2 alone", refused).accepted
@@ -105,6 +107,27 @@ def test_seed_that_no_rule_likes_is_judged_by_its_last_look() -> None:
         "gain > .02", {"looks": [_look(False, 0.0, 0.0, g) for g in (0.1, 0.2, 0.3)], "kept": False}
     )
     assert (found.accepted, found.gain) == (False, 0.3)
+
+
+def test_kept_seeds_are_told_by_what_they_were_worth() -> None:
+    found = [
+        {"kind": kind, "truth": truth, "kept": kept}
+        for kind, truth, kept in [
+            ("useful", 0.3, True),
+            ("useful", 0.06, False),
+            ("useful", 0.02, True),
+            ("useful", -0.1, False),
+            ("useful", None, False),  # refused before it blended in
+            ("null", 0.3, True),
+        ]
+    ]
+    rows = [line.split() for line in worth_table(found).splitlines()[1:]]
+    assert [row[:-3] for row in rows] == [
+        ["0", "or", "less", "0/1"],
+        ["0", "to", "0.02", "1/1"],
+        ["0.02"],  # to 0.05: none
+        ["above", "0.05", "1/2"],
+    ]
 
 
 def test_half_of_the_pool_is_bad_in_equal_parts() -> None:
