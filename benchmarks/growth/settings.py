@@ -13,10 +13,9 @@ import torch
 from kasmina_cnn import CNNHost
 from kasmina_transformer import TransformerHost
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kasmina_core import HookedHost, InjectionPoint, Topology
-from kasmina_core.cli.tasks import Split, Task, load_task
+from kasmina_core.cli.tasks import Split, Task, load_task, moved
 from kasmina_core.randomness import derived_seed, private_rng
 
 
@@ -177,18 +176,8 @@ def load(name: str, seed: int, judged: int) -> Task:
 
 
 def endless(task: Task, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
-    """Yield whole training batches for ever, each pass in a new order; images are moved by up to a pixel each way.
-
-    Without that a grown host learns the few images by heart: data is short then, not capacity.
-    """
+    """Yield whole training batches for ever, each pass in a new order; images are moved by up to a pixel each way."""
     while True:
         for inputs, targets in task.batches("train", batch_size, generator):
             if len(inputs) == batch_size:
-                yield Split(_moved(inputs, generator) if inputs.dim() == 4 else inputs, targets)
-
-
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move the images of a batch together, by -1, 0 or 1 pixel down and across; edges are repeated."""
-    down, across = torch.randint(0, 3, (2,), generator=generator).tolist()
-    h, w = images.shape[-2:]
-    return functional.pad(images, (1, 1, 1, 1), mode="replicate")[..., down : down + h, across : across + w]
+                yield Split(moved(inputs, generator) if inputs.dim() == 4 else inputs, targets)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kasmina_core.cli.grow import make_folder, pick_device
+from kasmina_core.cli import options
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Measure the noise floor of a task's gates.")
-@click.option("--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10.")
-@click.option("--host", help="Host, such as cnn:cnn. Default: the bundled one of the task's topology.")
-@click.option(
-    "--slots", multiple=True, metavar="NAME", help="Injection point or glob. Default: all of the host's."
-)
+@options.task
+@options.host("Host")
+@options.slots
 @click.option(
     "--blueprint",
     "blueprints",
@@ -40,32 +38,18 @@ if TYPE_CHECKING:
 @click.option(
     "--epochs", type=click.IntRange(min=1), help="Epochs the host is trained first. Default: half the task's."
 )
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's.")
+@options.lr
 @click.option(
     "--effect",
     type=click.FloatRange(min=0, min_open=True),
     help="Gain per sample, in nats, that shall be found: says how many samples that takes.",
 )
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Decides every random number."
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="CPU threads.")
-@click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder for the files. Default: runs/calibrate-TASK-DATE-TIME.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else.")
+@options.seed
+@options.device
+@options.threads
+@options.data
+@options.out("calibrate-TASK")
+@options.as_json("the figures")
 def calibrate(
     task: str,
     host: str | None,
@@ -108,7 +92,7 @@ def calibrate(
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")
     torch.set_num_threads(threads)
-    place = pick_device(device)
+    place = options.pick_device(device)
     require_plots()
     data = load_task(task, seed, place, data_dir=data_dir)
     preset = PRESETS[task]
@@ -139,7 +123,7 @@ def calibrate(
     )
     fitting = candidates(plugins, model, blueprints)
     chosen = list(dict.fromkeys(name for slot in model.observe().slots for name in fitting(slot)))
-    folder = make_folder(out, f"calibrate-{task}")
+    folder = options.make_folder(out, f"calibrate-{task}")
     order = torch.Generator().manual_seed(derived_seed(seed, "order"))
 
     def placebo_loss(twin: MorphogeneticModel, generator: torch.Generator) -> torch.Tensor:
@@ -158,7 +142,7 @@ def calibrate(
             optimizer = torch.optim.Adam(model.parameters(), settings.lr)
             model.train()
             for _ in range(epochs):
-                for inputs, targets in data.batches("train", settings.batch_size, order):
+                for inputs, targets in data.training_batches(settings.batch_size, order):
                     optimizer.zero_grad()
                     data.loss(model(inputs), targets).mean().backward()  # type: ignore[no-untyped-call]  # torch
                     optimizer.step()
@@ -203,4 +187,4 @@ def calibrate(
 
 def _endless(data: Task, batch_size: int, order: torch.Generator) -> Iterator[Any]:
     while True:
-        yield from data.batches("train", batch_size, order)
+        yield from data.training_batches(batch_size, order)

@@ -7,7 +7,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,24 +15,16 @@ from typing import Any
 
 import click
 
-from kasmina_core.errors import KasminaError
-
-
-class RunFolderError(KasminaError):
-    """The folder for a run is already used or cannot be written."""
+from kasmina_core.cli import options
 
 
 @click.command(short_help="Train a host and grow it with seeds.")
-@click.option("--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10.")
-@click.option(
-    "--host", help="Host to grow, such as cnn:cnn. Default: the bundled one of the task's topology."
-)
+@options.task
+@options.host("Host to grow")
 @click.option(
     "--host-option", "host_options", multiple=True, metavar="NAME=VALUE", help="Option of the host."
 )
-@click.option(
-    "--slots", multiple=True, metavar="NAME", help="Injection point or glob. Default: all of the host's."
-)
+@options.slots
 @click.option(
     "--blueprint",
     "blueprints",
@@ -61,35 +52,22 @@ class RunFolderError(KasminaError):
     show_default=True,
     help="How seeds learn before they contribute.",
 )
+@click.option(
+    "--proof",
+    type=click.Choice(["probation", "training"]),
+    default="probation",
+    show_default=True,
+    help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples a batch. Default: the task's.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's.")
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Decides every random number."
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
-@click.option(
-    "--threads",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="CPU threads; models this small are fastest with one.",
-)
-@click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/TASK-DATE-TIME."
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the record of the run as JSON, and nothing else."
-)
+@options.lr
+@options.seed
+@options.device
+@options.threads
+@options.data
+@options.out("TASK")
+@options.as_json("the record of the run")
 def grow(
     task: str,
     host: str | None,
@@ -99,6 +77,7 @@ def grow(
     policy: str,
     policy_options: tuple[str, ...],
     incubation: str,
+    proof: str,
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
@@ -129,7 +108,7 @@ def grow(
     if lr is not None and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
     torch.set_num_threads(threads)
-    place = pick_device(device)
+    place = options.pick_device(device)
     require_plots()
     data = load_task(task, seed, place, data_dir=data_dir)
     preset = PRESETS[task]
@@ -140,6 +119,7 @@ def grow(
         blueprints=blueprints,
         policy=policy,
         incubation=incubation,
+        proof=proof,
         epochs=epochs or preset.epochs,
         batch_size=batch_size or preset.batch_size,
         lr=lr or preset.lr,
@@ -152,7 +132,7 @@ def grow(
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
-        folder = make_folder(out, task)  # made once nothing the user said can be refused any more
+        folder = options.make_folder(out, task)  # made once nothing the user said can be refused any more
         with Telemetry([JsonLinesSink(folder / "events.jsonl")]) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
                 telemetry.emit(event)
@@ -176,17 +156,6 @@ def grow(
         sys.exit(130)
 
 
-def pick_device(wanted: str) -> str:
-    """Return the device to compute on; CUDA that is not there is a usage error."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device cuda: torch sees no CUDA device here. Use --device auto or cpu.")
-    return wanted
-
-
 def _option(flag: str, text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not (name and sign):
@@ -195,20 +164,6 @@ def _option(flag: str, text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def make_folder(out: Path | None, name: str) -> Path:
-    """Make a folder for files, by default ``runs/NAME-DATE-TIME``; one that holds something already is refused."""
-    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(
-            f"--out {folder}: there is something already. Name a folder that is new or empty."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out {folder}: {error.strerror}.") from error
-    return folder
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Preset:
 
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {
-        "digits": Preset({"base_channels": 3, "width_factor": 1}, epochs=100),
+        "digits": Preset({"base_channels": 3, "width_factor": 1}, epochs=100, lr=1e-2),
         "chars": Preset({"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1}, epochs=50, lr=1e-2),
         "mnist": Preset({"base_channels": 4, "width_factor": 1}, epochs=20, batch_size=128),
         "cifar10": Preset({"base_channels": 8}, epochs=40, batch_size=128),
@@ -96,6 +96,8 @@ class RunSettings:
         incubation: Value of `Incubation`.
         seed: For the split, the weights, the order of the samples and the seeds.
         device: Torch device.
+        proof: ``probation``: the gates are `GateThresholds.proof_in_probation`; ``training``: those of `GateThresholds`,
+            which ask for proof before a seed blends in, too.
     """
 
     task: str
@@ -112,6 +114,7 @@ class RunSettings:
     ramp_epochs: float
     host_options: Mapping[str, Any]
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    proof: str = "probation"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -327,6 +330,10 @@ def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: Ru
     )
 
 
+def _thresholds(proof: str) -> GateThresholds:
+    return GateThresholds() if proof == "training" else GateThresholds.proof_in_probation()
+
+
 @final
 class GrowthRun:
     """Trains both arms and fills the record. ``interrupt`` ends it cleanly after the present batch."""
@@ -351,9 +358,7 @@ class GrowthRun:
             ramp_unit=RampUnit.STEP,
             ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
             keep_snapshot=True,
-            gates=QualityGates(
-                thresholds=GateThresholds.proof_in_probation(), extra_checks=plugins.gate_checks()
-            ),
+            gates=QualityGates(thresholds=_thresholds(settings.proof), extra_checks=plugins.gate_checks()),
             seed=derived_seed(settings.seed, "seeds"),
         )
         example = None
@@ -531,7 +536,7 @@ class GrowthRun:
         """Train one epoch and return its mean loss; ``None`` if the run was interrupted before a batch was done."""
         module.train()
         total, samples = 0.0, 0
-        for inputs, targets in self.task.batches("train", self.settings.batch_size, order):
+        for inputs, targets in self.task.training_batches(self.settings.batch_size, order):
             if self._interrupted or ledger.total >= budget:
                 break
 

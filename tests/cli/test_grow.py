@@ -98,6 +98,21 @@ def test_each_bundled_policy_germinates_what_it_likes(tmp_path: Path, policy: st
     assert record["config"]["policy_options"]["max_training_epochs"] == 4
 
 
+@pytest.mark.parametrize("proof", ["probation", "training"])
+def test_the_proof_is_asked_for_where_the_user_wants_it(tmp_path: Path, proof: str) -> None:
+    options = ("--policy-option", "patience=1", "--policy-option", "min_delta=1e9", "--proof", proof)
+    result = _grow("--out", str(tmp_path / "run"), "--epochs", "6", "--batch-size", "256", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["config"]["proof"] == proof
+    events = JsonLinesSink.read(tmp_path / "run" / "events.jsonl")
+    asked = [
+        event["checks"] for event in events if event["type"] == "gate_evaluated" and event["gate"] == "G2"
+    ]
+    names = {check["name"] for checks in asked for check in checks}
+    assert "harm at alpha 1 over its error" in names
+    assert ("gain over its error" in names) == (proof == "training")
+
+
 def test_both_arms_spend_the_same_training_flops(run: tuple[Path, dict[str, Any]]) -> None:
     grown, alone = run[1]["arms"]
     one_batch = alone["flops"] / (alone["epochs"] * 16)

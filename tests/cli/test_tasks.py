@@ -107,6 +107,29 @@ def test_digits_are_standardised_by_the_train_images():
     assert torch.allclose(levels, torch.arange(17.0), atol=1e-4)
 
 
+def test_images_to_learn_from_are_moved_by_a_pixel_at_most_and_others_never():
+    task = load_task("digits")
+    offsets = set()
+    for seed in range(30):
+        (batch, labels), *_ = task.training_batches(64, torch.Generator().manual_seed(seed))
+        (still, same), *_ = task.batches("train", 64, torch.Generator().manual_seed(seed))
+        assert torch.equal(labels, same)
+        padded = torch.nn.functional.pad(still, (1, 1, 1, 1), mode="replicate")
+        fits = [
+            (i, j)
+            for i in range(3)
+            for j in range(3)
+            if torch.equal(padded[..., i : i + 8, j : j + 8], batch)
+        ]
+        assert len(fits) == 1
+        offsets.update(fits)
+    assert len(offsets) == 9
+    text = load_task("chars")
+    (moved, _), *_ = text.training_batches(8, torch.Generator().manual_seed(0))
+    (still, _), *_ = text.batches("train", 8, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, still)
+
+
 def tiny(kind):
     vocab = 4 if kind == "language-model" else None
     return Task("t", kind, {}, (3,), 4 if vocab is None else None, vocab, "m", True, "d")
