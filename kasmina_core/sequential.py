@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from torch import Tensor
 
@@ -235,12 +235,7 @@ class PairedGain:
         Raises:
             CheckpointError: If a field is missing, unknown or no number.
         """
-        try:
-            found = cls(**data)
-        except TypeError as error:  # no mapping, or other fields
-            raise CheckpointError(f"A saved gain cannot be read: {error}") from error
-        require_numbers(found, [f.name for f in fields(cls)])
-        return found
+        return _read(cls, data, "gain")
 
 
 @final
@@ -292,12 +287,7 @@ class Finding:
         Raises:
             CheckpointError: If a field is missing, unknown or no number.
         """
-        try:
-            found = cls(**data)
-        except TypeError as error:  # no mapping, or other fields
-            raise CheckpointError(f"A saved finding cannot be read: {error}") from error
-        require_numbers(found, [f.name for f in fields(cls)])
-        return found
+        return _read(cls, data, "finding")
 
 
 def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending) -> Finding:
@@ -328,6 +318,18 @@ def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending
         spent=look.share * spending.spent(look.number),
         error_rate=1.0 if is_open else look.share * spending.level,
     )
+
+
+_Saved = TypeVar("_Saved", PairedGain, Finding)
+
+
+def _read(cls: type[_Saved], data: Mapping[str, Any], what: str) -> _Saved:
+    try:
+        found = cls(**data)
+    except TypeError as error:  # no mapping, or other fields
+        raise CheckpointError(f"A saved {what} cannot be read: {error}") from error
+    require_numbers(found, [f.name for f in fields(cls)])
+    return found
 
 
 def require_numbers(record: Any, names: Sequence[str]) -> None:
