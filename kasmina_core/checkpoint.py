@@ -36,7 +36,7 @@ from kasmina_core.optimizer_names import load_named_optimizer_state, named_optim
 from kasmina_core.plain_data import meaning, to_json
 from kasmina_core.random_states import random_states, restore_random_states
 from kasmina_core.scheduler_states import load_scheduler_states, scheduler_states
-from kasmina_core.snapshot import KeptSeed
+from kasmina_core.snapshot import HostSnapshot, KeptSeed, contributing_tensors
 from kasmina_core.state_keys import WRAPPER, plain_name
 from kasmina_core.unchanged import AttributesBefore, OptimizerBefore
 
@@ -128,6 +128,7 @@ def save_checkpoint(
         "torch": str(torch.__version__),
         "topology": topology_of(inner),
         "kept_seeds": {slot: kept.to_dict() for slot, kept in inner._kept_seeds.items()},
+        "snapshots": _saved_snapshots(inner, _several(optimizer)),
         "host": {"class": type(inner.host).__name__, "other_state": other},
         "optimizers": [named_optimizer_state(inner, one) for one in _several(optimizer)],
         "schedulers": scheduler_states(_several(schedulers)),
@@ -223,8 +224,9 @@ def load_checkpoint(
         _load_generators(generators or {}, data.get("generators"))
         if rng:
             restore_random_states(_mapping("rng", data.get("rng")))
+        snapshots = _snapshots(inner, data.get("snapshots", {}), optimizers)
         unchanged.demand()  # within the block: what was loaded of a damaged file is undone
-    inner._kept_seeds = kept_seeds  # last: a load forgets those that were here
+    inner._kept_seeds, inner._snapshots = kept_seeds, snapshots  # last: a load forgets those that were here
     return LoadedCheckpoint(
         place,
         data.get("data_position"),
@@ -385,6 +387,30 @@ def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
             f"The checkpoint has a seed put aside in slot '{unknown[0]!s:.80}', and this model has no such slot."
         )
     return {str(name): KeptSeed.from_dict(data, str(name)) for name, data in found.items()}
+
+
+def _saved_snapshots(model: MorphogeneticModel, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    found = {}
+    for name, snapshot in model._snapshots.items():
+        tensors = contributing_tensors(model.host, model.slots.values(), model.slots[name])
+        if (saved := snapshot.to_dict(tensors, optimizers)) is not None:
+            found[name] = saved
+    return found
+
+
+def _snapshots(
+    model: MorphogeneticModel, saved: Any, optimizers: Sequence[Optimizer]
+) -> dict[str, HostSnapshot]:
+    found = {}
+    for name, data in _mapping("snapshots", saved).items():
+        slot = model.slots.get(name)
+        if slot is None or not SeedStage.BLENDING <= slot.stage < SeedStage.FOSSILIZED:
+            raise CheckpointError(
+                f"The checkpoint has a host kept for slot '{name!s:.80}', where no seed blends in."
+            )
+        tensors = contributing_tensors(model.host, model.slots.values(), slot)
+        found[name] = HostSnapshot.from_dict(data, tensors, optimizers, name)
+    return found
 
 
 def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> None:

@@ -341,7 +341,7 @@ class MorphogeneticModel(nn.Module):
 
         Raises:
             TransitionError: If there is no seed, it is fossilised, or, with ``revert``, there is no snapshot
-                (``GrowthConfig(keep_snapshot=True)`` keeps one, in memory alone: not in checkpoints or copies), or
+                (``GrowthConfig(keep_snapshot=True)`` keeps one; `save_checkpoint` saves it, copies have none), or
                 other seeds have begun or ceased to contribute since. Nothing is changed then.
         """
         chosen = self.slots[slot]
@@ -378,7 +378,7 @@ class MorphogeneticModel(nn.Module):
     def _before_move(self, slot: SeedSlot, target: SeedStage) -> None:
         if target is SeedStage.BLENDING and self.growth_config.keep_snapshot:
             keepers = [listener for listener in self._listeners if isinstance(listener, HostStateKeeper)]
-            self._snapshots[slot.name] = HostSnapshot(
+            self._snapshots[slot.name] = HostSnapshot.take(
                 self.host, self.slots.values(), slot, keepers, self.epoch
             )
         elif target in (SeedStage.FOSSILIZED, SeedStage.CULLED):

@@ -15,7 +15,7 @@ from kasmina_core.errors import GerminationError
 from kasmina_core.misuse import require_model
 from kasmina_core.model import MorphogeneticModel
 from kasmina_core.schedulers import FollowingSchedulers, group_settings
-from kasmina_core.snapshot import kept_optimizer_state
+from kasmina_core.snapshot import KeptOptimizerState
 
 PerSeed = float | Callable[[str, str], float]
 """A number for all seeds, or a function of a seed's slot and blueprint id."""
@@ -77,7 +77,7 @@ class _TiedOptimizer:
             self.optimizer.state.pop(parameter, None)
 
     def keep(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-        return kept_optimizer_state(self.optimizer, parameters)
+        return KeptOptimizerState.of(self.optimizer, parameters)
 
     def _without_host(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         host = {id(p) for p in self._model.host_parameters()}

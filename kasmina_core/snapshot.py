@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, final, runtime_checkable
 
@@ -32,28 +32,121 @@ class HostSnapshot:
     """Copies of the host and of the seeds that contribute besides one, and what listeners know of their parameters.
 
     Args:
-        host: The host.
-        slots: Every slot of the model.
-        slot: The one whose seed is about to contribute.
-        keepers: Who else is to remember something.
-        epoch: Epochs the model has stepped.
+        epoch: Epochs the model had stepped.
+        contributors: Ids of the other seeds that contributed.
+        copies: The tensors by name, as `contributing_tensors` names them.
+        kept: What puts back what the listeners knew.
     """
 
     def __init__(
         self,
+        epoch: int,
+        contributors: Iterable[str],
+        copies: Mapping[str, Tensor],
+        kept: Sequence[Callable[[], None]],
+    ) -> None:
+        self.epoch = epoch
+        self.contributors = frozenset(contributors)
+        self._copies = dict(copies)
+        self._kept = list(kept)
+
+    @classmethod
+    def take(
+        cls,
         host: nn.Module,
         slots: Iterable[SeedSlot],
         slot: SeedSlot,
         keepers: Iterable[HostStateKeeper],
         epoch: int,
-    ) -> None:
+    ) -> HostSnapshot:
+        """Copy what is to be put back should a slot's seed, which is about to contribute, be culled later."""
         others = list(slots)
         tensors = contributing_tensors(host, others, slot)
-        self.epoch = epoch
-        self.contributors = frozenset(_contributors(others, slot))
-        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
-        self._put_back = [keeper.keep(parameters) for keeper in keepers]
+        return cls(
+            epoch,
+            _contributors(others, slot),
+            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            [keeper.keep(parameters) for keeper in keepers],
+        )
+
+    def to_dict(
+        self, tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+    ) -> dict[str, Any] | None:
+        """Return plain data and tensors.
+
+        Returns:
+            ``None`` if a listener other than a tied optimiser knows something, or nothing can be put back any more,
+            because a seed that contributed then is gone.
+
+        Args:
+            tensors: Those of `contributing_tensors` now.
+            optimizers: Those whose state is saved too.
+        """
+        known = {id(kept.optimizer): kept for kept in self._kept if isinstance(kept, KeptOptimizerState)}
+        if len(known) < len(self._kept) or not self._copies.keys() <= tensors.keys():
+            return None
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        return {
+            "epoch": self.epoch,
+            "contributors": sorted(self.contributors),
+            "tensors": dict(self._copies),
+            "optimizers": [
+                {names[id(p)]: state for p, state in known[id(one)].states.items() if id(p) in names}
+                if id(one) in known
+                else None
+                for one in optimizers
+            ],
+        }
+
+    @classmethod
+    def from_dict(
+        cls, data: Any, tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer], slot: str
+    ) -> HostSnapshot:
+        """Rebuild from `to_dict`, in the dtypes and on the devices of ``tensors``.
+
+        Args:
+            data: What `to_dict` returned.
+            tensors: Those of `contributing_tensors` now.
+            optimizers: In the order in which they were saved; none leaves their state alone in a revert.
+            slot: Name of the slot, for messages.
+
+        Raises:
+            CheckpointError: If it is damaged, or does not fit the tensors.
+        """
+        kinds = {"epoch": int, "contributors": list, "tensors": dict, "optimizers": list}
+        known = data.get("tensors") if isinstance(data, Mapping) else None
+        parameters = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if isinstance(known, dict) and name in known and isinstance(tensor, nn.Parameter)
+        }
+        if not (
+            isinstance(data, Mapping)
+            and all(isinstance(data.get(name), kind) for name, kind in kinds.items())
+            and all(isinstance(each, str) for each in data["contributors"])
+            and all(isinstance(each, Tensor) for each in data["tensors"].values())
+            and all(each is None or _is_optimizer_state(each, parameters) for each in data["optimizers"])
+        ):
+            raise CheckpointError(
+                f"The host kept for slot '{slot:.80}' is damaged: it cannot be {data!r:.80}."
+            )
+        for name, tensor in data["tensors"].items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                here = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise CheckpointError(
+                    f"The host kept for slot '{slot:.80}' does not fit this one at '{name!s:.80}'.\n"
+                    f"  kept: {tuple(tensor.shape)}\n  here: {here}"
+                )
+        copies = {name: tensor.to(tensors[name]) for name, tensor in data["tensors"].items()}
+        kept = [
+            KeptOptimizerState(
+                one, parameters.values(), {parameters[name]: state for name, state in states.items()}
+            )
+            for one, states in zip(optimizers, data["optimizers"], strict=False)
+            if states is not None
+        ]
+        return cls(data["epoch"], data["contributors"], copies, kept)
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str:
         """Return, a line a tensor, where the copies do not fit these tensors; empty if they do."""
@@ -73,7 +166,7 @@ class HostSnapshot:
             for name, tensor in tensors.items():
                 tensor.copy_(self._copies[name])
                 tensor.grad = None
-        for put_back in self._put_back:
+        for put_back in self._kept:
             put_back()
 
 
@@ -146,8 +239,8 @@ def obstacle_to_revert(
     """Return why the host cannot be put back to a slot's snapshot; empty if it can."""
     if snapshot is None:
         return (
-            "no snapshot of the host was kept. GrowthConfig(keep_snapshot=True) keeps one from BLENDING on, in memory: "
-            "a model that was loaded or copied has none."
+            "no snapshot of the host was kept. GrowthConfig(keep_snapshot=True) keeps one from BLENDING on; "
+            "save_checkpoint saves it, and a copy or a model that was loaded otherwise has none."
         )
     others = list(slots)
     if changed := sorted(snapshot.contributors ^ set(_contributors(others, slot))):
@@ -168,22 +261,49 @@ def _contributors(slots: Iterable[SeedSlot], apart_from: SeedSlot) -> dict[str, 
     }
 
 
-def kept_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Copy an optimiser's state of some parameters; the returned function puts it back.
+@final
+class KeptOptimizerState:
+    """An optimiser's state of some parameters; calling it puts it back.
 
     Learning rates and other settings of groups are not part of it: they belong to the schedule, which goes on.
+
+    Args:
+        optimizer: The optimiser.
+        parameters: All that are to be put back; those without a state then have none.
+        states: States by parameter.
     """
-    wanted = list(parameters)
-    kept = {p: copy.deepcopy(optimizer.state[p]) for p in wanted if p in optimizer.state}
 
-    def put_back() -> None:
-        for parameter in wanted:
-            if parameter not in kept:
-                optimizer.state.pop(parameter, None)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Iterable[nn.Parameter],
+        states: Mapping[nn.Parameter, dict[str, Any]],
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = list(parameters)
+        self.states = dict(states)
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> KeptOptimizerState:
+        """Copy an optimiser's state of some parameters now."""
+        wanted = list(parameters)
+        states = {p: copy.deepcopy(optimizer.state[p]) for p in wanted if p in optimizer.state}
+        return cls(optimizer, wanted, states)
+
+    def __call__(self) -> None:
+        for p in self.parameters:
+            if p not in self.states:
+                self.optimizer.state.pop(p, None)
             else:
-                optimizer.state[parameter] = _copied_into(optimizer.state.get(parameter, {}), kept[parameter])
+                self.optimizer.state[p] = _copied_into(self.optimizer.state.get(p, {}), self.states[p])
 
-    return put_back
+
+def _is_optimizer_state(data: Any, names: Container[str]) -> bool:
+    """Return whether data are states of an optimiser by names that are among these."""
+    return isinstance(data, dict) and all(
+        name in names and isinstance(state, dict) and all(isinstance(key, str) for key in state)
+        for name, state in data.items()
+    )
 
 
 def _copied_into(present: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -18,7 +19,16 @@ from numeric_helpers import (
     walk_to,
 )
 
-from kasmina_core import Cull, NoGrowthPolicy, SeedStage, TransitionError, tie_optimizer
+from kasmina_core import (
+    CheckpointError,
+    Cull,
+    NoGrowthPolicy,
+    SeedStage,
+    TransitionError,
+    load_checkpoint,
+    save_checkpoint,
+    tie_optimizer,
+)
 from kasmina_core.integrations.growing import GrowthClock
 
 S = SeedStage
@@ -197,7 +207,122 @@ def test_copies_and_loads_have_no_snapshot_and_say_so():
     twin = copy.deepcopy(run.model)
     assert not twin.can_revert("norm")
     run.model.load_state_dict(run.model.state_dict())
-    refused(run, "a model that was loaded or copied has none")
+    refused(run, "a copy or a model that was loaded otherwise has none")
+
+
+def resumed(run, folder, **more):
+    """The same run in a fresh model, from a checkpoint."""
+    save_checkpoint(folder, run.model, optimizer=run.optimizer)
+    twin = Training(**more)
+    load_checkpoint(folder, twin.model, optimizer=twin.optimizer)
+    return twin
+
+
+@pytest.mark.parametrize("stage", [S.BLENDING, S.SHADOWING, S.PROBATIONARY])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.Adam(p, 1e-2), lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9)]
+)
+def test_a_run_that_goes_on_from_a_checkpoint_reverts_as_the_other_does(stage, make, tmp_path):
+    run, before = grown(stage, make=make)
+    twin = resumed(run, tmp_path / "a", make=make)
+    for each in (run, twin):
+        each.learn()
+        each.model.cull("norm", revert=True)
+        assert same_tensors(before, each.host())
+        each.learn()
+    assert same_tensors(run.host(), twin.host())
+    assert run.model.lost_epochs == twin.model.lost_epochs
+
+
+def test_what_can_be_put_back_is_the_same_after_a_second_resume(tmp_path):
+    run, before = grown(S.BLENDING)
+    twin = resumed(resumed(run, tmp_path / "a"), tmp_path / "b")
+    twin.learn()
+    twin.model.cull("norm", revert=True)
+    assert same_tensors(before, twin.host())
+
+
+def test_after_a_resume_seeds_that_joined_later_are_still_reverted_first(tmp_path):
+    run, before = grown(S.SHADOWING)
+    grow_to(run.model, "norm2", S.SHADOWING, "conv")
+    run.learn()
+    twin = resumed(run, tmp_path / "a")
+    refused(twin, "other seeds have begun or ceased to contribute since: norm2-1.\n?.*Revert those")
+    twin.model.cull("norm2", revert=True)
+    twin.model.cull("norm", revert=True)
+    assert same_tensors(before, twin.host())
+
+
+def test_what_can_never_be_put_back_is_not_saved(tmp_path):
+    run = Training()
+    grow_to(run.model, "norm2", S.SHADOWING, "norm")
+    grow_to(run.model, "norm", S.SHADOWING, "conv")
+    run.model.cull("norm2")
+    assert not run.model.can_revert("norm")
+    assert not resumed(run, tmp_path / "a").model._snapshots
+
+
+def test_without_its_optimiser_a_checkpoint_puts_back_the_host_alone(tmp_path):
+    run, before = grown(S.SHADOWING)
+    save_checkpoint(tmp_path / "a", run.model)
+    twin = Training()
+    load_checkpoint(tmp_path / "a", twin.model)
+    twin.model.cull("norm", revert=True)
+    assert same_tensors(before[0], snapshot(twin.model.host))
+
+
+class Watcher:
+    """A listener with a memory of its own, which no checkpoint holds."""
+
+    def seed_added(self, slot, parameters): ...
+
+    def seed_removed(self, slot, parameters): ...
+
+    def keep(self, parameters):
+        return lambda: None
+
+
+def test_where_another_listener_must_go_back_too_nothing_is_saved(tmp_path):
+    run = Training()
+    run.model.listen(Watcher())
+    grow_to(run.model, "norm", S.SHADOWING, "conv")
+    assert run.model.can_revert("norm")
+    assert not resumed(run, tmp_path / "a").model.can_revert("norm")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ((), 3, "kept for slot 'norm' is damaged"),
+        (("epoch",), "first", "kept for slot 'norm' is damaged"),
+        (("contributors",), [3], "kept for slot 'norm' is damaged"),
+        (("tensors",), {"host.x": 1}, "kept for slot 'norm' is damaged"),
+        (("optimizers",), [{"host.x": {}}], "kept for slot 'norm' is damaged"),
+        (("optimizers", 0, "host.stem.weight"), 3, "kept for slot 'norm' is damaged"),
+        (None, "norm2", "kept for slot 'norm2', where no seed blends in"),
+        (None, "nowhere", "kept for slot 'nowhere', where no seed blends in"),
+    ],
+)
+def test_a_damaged_copy_of_the_host_is_refused_and_nothing_is_changed(path, value, says, tmp_path):
+    run, _ = grown(S.SHADOWING)
+    save_checkpoint(tmp_path / "a", run.model, optimizer=run.optimizer)
+    file = tmp_path / "a" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    kept = manifest["snapshots"]
+    if path is None:
+        kept[value] = kept.pop("norm")
+    else:
+        *inside, last = ("norm", *path)
+        for step in inside:
+            kept = kept[step]
+        assert last in kept or last == "host.stem.weight"
+        kept[last] = value
+    file.write_text(json.dumps(manifest))
+    twin = Training()
+    before = twin.host(), snapshot(twin.model)
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(tmp_path / "a", twin.model, optimizer=twin.optimizer)
+    assert same_tensors(before, (twin.host(), snapshot(twin.model)))
 
 
 def test_the_snapshot_is_let_go_with_the_seed():
