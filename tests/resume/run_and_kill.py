@@ -82,7 +82,7 @@ class Script:
                 slot.slot == "a" and slot.stage is SeedStage.BLENDING and self.culls == 0 and slot.alpha > 0.3
             ):
                 self.culls += 1
-                commands.append(Cull(slot.slot, f"at alpha {slot.alpha}"))
+                commands.append(Cull(slot.slot, f"at alpha {slot.alpha}", revert=slot.can_revert))
             elif slot.slot == "b" and slot.stage is SeedStage.TRAINING and slot.is_paused:
                 commands.append(Resume(slot.slot))
             elif slot.slot == "b" and slot.stage is SeedStage.TRAINING and not self.paused:
@@ -105,7 +105,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ramp_unit": "step",
         "ramp_steps": 9,
     },
-    "counterfactual, ramp by epoch": {"incubation": "counterfactual", "ramp_unit": "epoch", "ramp_steps": 4},
+    "counterfactual, ramp by epoch, put back": {
+        "incubation": "counterfactual",
+        "ramp_unit": "epoch",
+        "ramp_steps": 4,
+        "keep_snapshot": True,
+    },
 }
 
 

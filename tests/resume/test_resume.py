@@ -57,3 +57,5 @@ def test_a_run_that_is_killed_at_any_moment_equals_the_one_that_is_not(variant: 
     assert seen == {stage.name for stage in SeedStage} - {"UNKNOWN"}
     assert sum("seed_germinated" in value for values in whole.values() for value in values) == 3
     assert sum("seed_fossilized" in value for values in whole.values() for value in values) == 2
+    reverted = any('"reverted": true' in value for values in whole.values() for value in values)
+    assert reverted == ("put back" in variant)
