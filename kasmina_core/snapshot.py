@@ -141,7 +141,9 @@ class HostSnapshot:
         copies = {name: tensor.to(tensors[name]) for name, tensor in data["tensors"].items()}
         kept = [
             KeptOptimizerState(
-                one, parameters.values(), {parameters[name]: state for name, state in states.items()}
+                one,
+                parameters.values(),
+                {parameters[name]: _beside(parameters[name], state) for name, state in states.items()},
             )
             for one, states in zip(optimizers, data["optimizers"], strict=False)
             if states is not None
@@ -304,6 +306,14 @@ def _is_optimizer_state(data: Any, names: Container[str]) -> bool:
         name in names and isinstance(state, dict) and all(isinstance(key, str) for key in state)
         for name, state in data.items()
     )
+
+
+def _beside(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with its tensors where the parameter is; a count of steps stays where it was."""
+    return {
+        key: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in state.items()
+    }
 
 
 def _copied_into(present: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -53,10 +53,10 @@ class _InTurnPolicy(GrowingPolicy):
 class PlateauPolicy(_InTurnPolicy):
     """Germinates when the metric stops improving, fossilises what passes G5, culls what takes too long.
 
-    One seed lives at a time, or up to ``max_growing`` in slots of their own. The metric is on a plateau when its best has not improved by ``min_delta`` (relative to
-    the best's size) for ``patience`` epochs. Candidates are tried in order, slot by slot, and a blueprint that was
-    culled in a slot is not tried there again before all others were. One that gate G0 refuses is not tried there again
-    at all.
+    One seed lives at a time, or up to ``max_growing`` in slots of their own. The metric is on a plateau when its best has
+    not improved by ``min_delta`` (relative to the best's size) for ``patience`` epochs. Candidates are tried in order,
+    slot by slot, and a blueprint that was culled in a slot is not tried there again before all others were. One that gate
+    G0 refuses is not tried there again at all.
 
     Args:
         blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
