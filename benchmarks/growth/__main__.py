@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fast", action="store_const", const="fast", dest="form", help="a few minutes (default)"
     )
     form.add_argument(
-        "--long", action="store_const", const="long", dest="form", help="about 100 core-minutes"
+        "--long", action="store_const", const="long", dest="form", help="about 220 core-minutes"
     )
     form.add_argument(
         "--tiny", action="store_const", const="tiny", dest="form", help="seconds; its figures mean nothing"

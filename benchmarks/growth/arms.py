@@ -105,4 +105,5 @@ ARMS_OF: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 def rates_like(arm: str) -> str:
     """Return the arm whose learning rate an arm takes: one that differs in its pool alone is not tuned again."""
     same = {"report": "straight-through", "ours, bandit": OURS, "ours, tournament": OURS}
-    return same.get(arm.removesuffix(BAD), arm.removesuffix(BAD)) if arm.endswith(BAD) else arm
+    plain = arm.removesuffix(BAD)
+    return same.get(plain, plain)
