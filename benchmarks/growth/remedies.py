@@ -39,7 +39,9 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
         "one interval apart, two slots together": replace(_SOON, together=2),
         "one interval apart, together, rate at .3": replace(_SOON, together=2, seed_rate=0.3),
         "one interval apart, together, rate at .1": replace(_SOON, together=2, seed_rate=0.1),
-        "two intervals apart, together, rate at .3": replace(_SOON, min_training=2, together=2, seed_rate=0.3),
+        "two intervals apart, together, rate at .3": replace(
+            _SOON, min_training=2, together=2, seed_rate=0.3
+        ),
         "three intervals apart, together, rate at .3": replace(_FIRST, together=2, seed_rate=0.3),
     }
 )
