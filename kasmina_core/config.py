@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final, final
 
 from kasmina_core.blending import AlphaSchedule
+from kasmina_core.errors import chosen
 from kasmina_core.gates import QualityGates
 from kasmina_core.topology import Topology
 
@@ -99,8 +100,8 @@ class GrowthConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "incubation", Incubation(self.incubation))
-        object.__setattr__(self, "ramp_unit", RampUnit(self.ramp_unit))
+        object.__setattr__(self, "incubation", chosen("incubation", Incubation, self.incubation))
+        object.__setattr__(self, "ramp_unit", chosen("ramp_unit", RampUnit, self.ramp_unit))
         for name in ("max_deviation", "max_incubation_deviation"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")

@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, final
 
-from kasmina_core.errors import BlueprintError, CheckpointError
+from kasmina_core.errors import BlueprintError, CheckpointError, chosen
 from kasmina_core.evidence import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.sequential import Finding, LevelSpending, Look, PairedGain, judge
@@ -412,8 +412,10 @@ class GateThresholds:
     min_total_improvement: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "error_budget", ErrorBudget(self.error_budget))
-        object.__setattr__(self, "against_start", StartComparison(self.against_start))
+        object.__setattr__(self, "error_budget", chosen("error_budget", ErrorBudget, self.error_budget))
+        object.__setattr__(
+            self, "against_start", chosen("against_start", StartComparison, self.against_start)
+        )
         object.__setattr__(self, "smaller_alphas", tuple(map(float, self.smaller_alphas)))
         if wrong := [a for a in self.smaller_alphas if not 0.0 < a < 1.0]:
             raise ValueError(f"smaller_alphas must be between 0 and 1, not {wrong[0]!r}.")

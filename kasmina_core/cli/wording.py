@@ -19,7 +19,8 @@ NEVER_MEASURED: Final = "never measured"
 
 CONTRIBUTION: Final = (
     "Contribution: the held-out loss without the seed minus that with it, and its 95 % interval; "
-    "above zero the model needs it. The rest has adapted to a kept seed, so contributions do not add up. "
+    "above zero the model needs it; of a seed that has not blended in yet, what putting it in whole would do. "
+    "The rest has adapted to a kept seed, so contributions do not add up. "
     "The intervals that gates found hold over all the looks they took."
 )
 

@@ -27,8 +27,8 @@ class TournamentPolicy(GrowingPolicy):
     A plateau opens a tournament. In every free slot the candidates are incubated in turn, each for
     ``incubation_epochs`` in TRAINING, and culled from there, or from BLENDING before alpha moves, so that none leaves a
     trace in the host; slots work side by side. The best of each slot is put aside with its weights. When all were seen,
-    the one with the largest gain above 0 goes on with the weights it had, or anew where they were lost (a checkpoint
-    does not hold them). The gates then decide on it as on any seed. A slot is free again after its embargo, so with
+    the one with the largest gain above 0 goes on with the weights it had, or anew where they were lost (`save_checkpoint`
+    saves them, a copy of the model has none). The gates then decide on it as on any seed. A slot is free again after its embargo, so with
     ``n`` candidates a slot a tournament takes about ``n * (incubation_epochs + embargo_epochs + 3)`` epochs.
 
     Args:

@@ -922,7 +922,11 @@ def test_a_pickled_model_goes_on_like_the_original(stage):
         ({"isolation_every": -1}, "isolation_every must not be negative, but is -1"),
         ({"temperature": 0.0}, "temperature=0.0 makes the ramp of 5 steps a jump"),
         ({"gradient_policies": {}}, "gradient_policies lacks: cnn, transformer"),
-        ({"incubation": "overnight"}, "'overnight' is not a valid Incubation"),
+        (
+            {"incubation": "straight_through"},
+            "incubation must be one of .*'counterfactual'.* not 'straight_through'. Did you mean 'straight-through'",
+        ),
+        ({"ramp_unit": 3}, "ramp_unit must be one of 'epoch', 'step', not 3."),
     ],
 )
 def test_a_configuration_out_of_range_is_refused(changes, says):

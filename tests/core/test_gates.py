@@ -321,6 +321,13 @@ def test_a_start_that_was_never_measured_is_said_and_not_required():
     assert relaxed.check(G.G5, at_look(1, measured=measured)).passed
 
 
+def test_what_is_asked_of_the_start_is_one_of_three_things():
+    with pytest.raises(
+        ValueError, match="against_start must be one of 'proved', 'no harm', 'not asked', not 'harm'"
+    ):
+        GateThresholds(against_start="harm")
+
+
 @pytest.mark.parametrize(("gain", "passes"), [(0.0, True), (-0.015, True), (-0.03, False)])
 def test_the_start_can_be_asked_for_no_more_than_no_harm(gain, passes):
     lenient = QualityGates(thresholds=GateThresholds(against_start="no harm"))
