@@ -41,9 +41,8 @@ def race(
     training = start(setting, ARMS[arm], host, seed, lr, schedule, budget_of(setting, host), recipe)
     curve: list[tuple[float, float, float]] = []
     last: deque[tuple[float, float, float]] = deque(maxlen=LAST)
-    nearly_done = (
-        1.0 - 2.4 * LAST / setting.intervals
-    )  # a grown model has about half as many looks as the host
+    # A grown model has about half as many looks as the host.
+    nearly_done = 1.0 - 2.4 * LAST / setting.intervals
     with private_rng(derived_seed(seed, "training")):
         while training.ledger.total < training.budget:
             loss = training.train(setting.interval)

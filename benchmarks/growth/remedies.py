@@ -50,8 +50,8 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
 
 def case(setting: Setting, recipe: str, host: str, schedule: str, seed: int) -> dict[str, Any]:
     """Run a recipe, or an arm that it is compared with, and return its losses."""
-    arm, name = (recipe, RECIPE) if recipe in NAIVE else (OURS, RECIPES[recipe])
-    found = race(setting, arm, host, schedule, RATE, seed, name)
+    arm, settings = (recipe, RECIPE) if recipe in NAIVE else (OURS, RECIPES[recipe])
+    found = race(setting, arm, host, schedule, RATE, seed, settings)
     return {key: found[key] for key in ("val", "test", "intervals", "log")}
 
 

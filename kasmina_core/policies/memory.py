@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kasmina_core.errors import CheckpointError
@@ -46,10 +46,7 @@ def values(state: Any, name: str, kind: type) -> list[Any]:
     Raises:
         CheckpointError: If it is another.
     """
-    found = remembered(state, name)
-    if not isinstance(found, (list, tuple)):
-        raise _wrong(name, "a list", found)
-    return [_of_kind(kind, one, name) for one in found]
+    return [_of_kind(kind, one, name) for one in _list(state, name)]
 
 
 def rows(state: Any, name: str, *kinds: type) -> list[tuple[Any, ...]]:
@@ -63,10 +60,14 @@ def rows(state: Any, name: str, *kinds: type) -> list[tuple[Any, ...]]:
     Raises:
         CheckpointError: If it is another.
     """
+    return [row(kinds, one, name) for one in _list(state, name)]
+
+
+def _list(state: Any, name: str) -> Sequence[Any]:
     found = remembered(state, name)
     if not isinstance(found, (list, tuple)):
         raise _wrong(name, "a list", found)
-    return [row(kinds, one, name) for one in found]
+    return found
 
 
 def row(kinds: tuple[type, ...], found: Any, name: str) -> tuple[Any, ...]:
