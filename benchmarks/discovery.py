@@ -72,14 +72,14 @@ def _scan_and_import_alone() -> int:
 
 
 def _list() -> int:
-    from kasmina_core.packs import list_packs
-    from kasmina_core.switches import Switches
+    from kasmina_core.packs.scanning import list_packs
+    from kasmina_core.packs.switches import Switches
 
     return len(list_packs(Switches()))
 
 
 def _load() -> int:
-    from kasmina_core.discovery import PluginRegistry
+    from kasmina_core.packs.discovery import PluginRegistry
 
     return len(PluginRegistry(checks=False).load_installed())
 
@@ -93,9 +93,9 @@ STEPS: dict[str, Callable[[], int]] = {
 
 
 def _step(name: str, folder: str) -> dict[str, Any]:
-    import kasmina_core.discovery  # what the packs import, so that only what they cost is measured
+    import kasmina_core.packs.discovery  # what the packs import, so that only what they cost is measured
 
-    assert kasmina_core.discovery
+    assert kasmina_core.packs.discovery
     sys.path.insert(0, folder)
     begun = time.process_time()
     found = STEPS[name]()
@@ -108,7 +108,7 @@ def _register(rounds: int, limit: int) -> dict[str, list[float]]:
     import torch
 
     from kasmina_core import BlueprintRegistry, check_blueprint_spec, default_registry
-    from kasmina_core.check_cache import PassCache
+    from kasmina_core.checks.cache import PassCache
 
     torch.set_num_threads(1)
     entries = default_registry().blueprints.list_all()[:limit]

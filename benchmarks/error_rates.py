@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kasmina_core.sequential import LevelSpending, PairedGain, student_t_quantile
+from kasmina_core.gates.sequential import LevelSpending, PairedGain, student_t_quantile
 
 Draw = Callable[[tuple[int, int], torch.Generator], Tensor]
 SIZES = (30, 100, 300)

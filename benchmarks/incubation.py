@@ -35,10 +35,10 @@ from kasmina_core import (
     replay,
     tie_optimizer,
 )
-from kasmina_core.cli.flops import FlopLedger
-from kasmina_core.cli.tasks import Task, load_task
-from kasmina_core.replay import ReplayTape
-from kasmina_core.slots import ForwardMode
+from kasmina_core.evidence.replay import ReplayTape
+from kasmina_core.experiments.flops import FlopLedger
+from kasmina_core.experiments.tasks import Task, load_task
+from kasmina_core.slots.slot import ForwardMode
 
 SLOT, BATCH = "block2", 32
 OPEN = QualityGates(
@@ -258,7 +258,7 @@ class Run:
         slot, whole = model.slots[SLOT], len(inputs)
         share = max(2, round(whole * way.share)) if way else whole
         tape = ReplayTape(model.host, slot) if way and way.replay and slot.is_incubating else None
-        copies = patch("kasmina_core.replay._copied", without_gradient)
+        copies = patch("kasmina_core.evidence.replay._copied", without_gradient)
 
         def loss(n: int = whole) -> Tensor:
             return self.task.loss(model(inputs[:n]), targets[:n]).mean()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from kasmina_core.blueprints import NAME_PATTERN
+from kasmina_core.blueprints.declarations import NAME_PATTERN
 from kasmina_core.errors import HostError
 from kasmina_core.topology import Topology
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from kasmina_core.blending import like_host
 from kasmina_core.errors import SeedShapeError
-from kasmina_core.randomness import private_rng
+from kasmina_core.quiet import private_rng
 
 if TYPE_CHECKING:
-    from kasmina_core.slots import SeedSlot
+    from kasmina_core.slots.slot import SeedSlot
 
 DEVIATION_EPS: Final = 1e-12
 """Added to mean squares under the root: without it a seed equal to the host has a NaN gradient."""

@@ -24,10 +24,10 @@ from kasmina_core import (
     GateThresholds,
     SeedStage,
 )
-from kasmina_core.cli.tasks import Split
-from kasmina_core.evidence import SeedEvidence
-from kasmina_core.randomness import derived_seed, private_rng
-from kasmina_core.sequential import LevelSpending, Look, judge
+from kasmina_core.experiments.tasks import Split
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.gates.sequential import LevelSpending, Look, judge
+from kasmina_core.quiet import derived_seed, private_rng
 
 RATE: Final = 1e-2
 """Learning rate of the host and of its seeds."""

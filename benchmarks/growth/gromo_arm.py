@@ -13,7 +13,7 @@ from benchmarks.growth.growing import Recipe
 from benchmarks.growth.settings import MLP_WIDTH, Setting
 from benchmarks.growth.training import EVALUATED, Training, evaluation
 from kasmina_core import Germinate, Observation, PlateauPolicy, SeedStage, SlotObservation, Topology
-from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.quiet import derived_seed, private_rng
 
 ADDED: Final = 4
 """Neurons that one growth adds at most."""

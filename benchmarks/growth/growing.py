@@ -36,9 +36,9 @@ from kasmina_core import (
     TournamentPolicy,
     tie_optimizer,
 )
-from kasmina_core.cli.flops import flop_counter
 from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged
-from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.experiments.flops import flop_counter
+from kasmina_core.quiet import derived_seed, private_rng
 
 
 @final

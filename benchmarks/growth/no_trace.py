@@ -15,7 +15,7 @@ from benchmarks.growth.growing import RECIPE, LifecycleTraining, start
 from benchmarks.growth.settings import Setting
 from benchmarks.growth.training import Training
 from kasmina_core import SeedStage
-from kasmina_core.randomness import private_rng
+from kasmina_core.quiet import private_rng
 
 INTERVALS: Final = 6
 TWO_LOOKS: Final = 2

@@ -10,7 +10,7 @@ from benchmarks.growth.arms import ARMS
 from benchmarks.growth.growing import RECIPE, Recipe, start
 from benchmarks.growth.settings import Setting, make_host
 from benchmarks.growth.training import Training
-from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.quiet import derived_seed, private_rng
 
 LAST: Final = 5
 """The final figures are means over the models at so many last looks: one look's are mostly noise."""

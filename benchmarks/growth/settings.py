@@ -15,8 +15,8 @@ from kasmina_transformer import TransformerHost
 from torch import Tensor, nn
 
 from kasmina_core import HookedHost, InjectionPoint, Topology
-from kasmina_core.cli.tasks import Split, Task, load_task, moved
-from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.experiments.tasks import Split, Task, load_task, moved
+from kasmina_core.quiet import derived_seed, private_rng
 
 
 @final

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.growth.settings import Setting, endless, load
-from kasmina_core.cli.flops import FlopLedger
-from kasmina_core.randomness import derived_seed
+from kasmina_core.experiments.flops import FlopLedger
+from kasmina_core.quiet import derived_seed
 
 EVALUATED = 256
 """Samples a batch where nothing is learned."""

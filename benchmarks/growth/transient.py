@@ -12,7 +12,7 @@ from benchmarks.growth.growing import RECIPE, InsertionTraining, LifecycleTraini
 from benchmarks.growth.settings import Setting
 from benchmarks.growth.training import Training
 from kasmina_core import SeedStage
-from kasmina_core.randomness import derived_seed, private_rng
+from kasmina_core.quiet import derived_seed, private_rng
 
 ARMS_MEASURED: Final = (ALONE, *NAIVE, "straight-through", OURS)
 RATE: Final = 1e-2

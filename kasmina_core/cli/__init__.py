@@ -7,7 +7,7 @@ from typing import Any, Final, final
 
 import click
 
-from kasmina_core import __version__
+from kasmina_core._version import __version__
 from kasmina_core.errors import KasminaError
 
 _COMMANDS: Final = {

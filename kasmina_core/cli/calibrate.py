@@ -16,8 +16,8 @@ from kasmina_core.cli import options
 if TYPE_CHECKING:
     import torch
 
-    from kasmina_core.cli.tasks import Task
-    from kasmina_core.model import MorphogeneticModel
+    from kasmina_core.experiments.tasks import Task
+    from kasmina_core.growth.model import MorphogeneticModel
 
 
 @click.command(short_help="Measure the noise floor of a task's gates.")
@@ -76,18 +76,18 @@ def calibrate(
     """
     import torch
 
-    from kasmina_core.calibration import calibrate as measure
-    from kasmina_core.calibration import shuffled
-    from kasmina_core.cli.calibration_report import calibration_png, calibration_text, proposal
-    from kasmina_core.cli.display import RunDisplay
-    from kasmina_core.cli.record import plain, write_all, write_atomically
-    from kasmina_core.cli.report import require_plots
-    from kasmina_core.cli.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
-    from kasmina_core.cli.tasks import load_task
-    from kasmina_core.config import GrowthConfig
-    from kasmina_core.discovery import default_registry
-    from kasmina_core.model import MorphogeneticModel
-    from kasmina_core.randomness import derived_seed, private_rng
+    from kasmina_core.evidence.calibration import calibrate as measure
+    from kasmina_core.evidence.calibration import shuffled
+    from kasmina_core.experiments.calibration_report import calibration_png, calibration_text, proposal
+    from kasmina_core.experiments.display import RunDisplay
+    from kasmina_core.experiments.record import plain, write_all, write_atomically
+    from kasmina_core.experiments.report import require_plots
+    from kasmina_core.experiments.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
+    from kasmina_core.experiments.tasks import load_task
+    from kasmina_core.growth.config import GrowthConfig
+    from kasmina_core.growth.model import MorphogeneticModel
+    from kasmina_core.packs.discovery import default_registry
+    from kasmina_core.quiet import derived_seed, private_rng
 
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")

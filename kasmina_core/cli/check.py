@@ -14,8 +14,9 @@ from typing import Final, final
 
 import click
 
+from kasmina_core.checks.reports import CheckStatus, ValidationReport, ValidationVerdict
 from kasmina_core.errors import KasminaError, UnknownNameError, did_you_mean
-from kasmina_core.pack_checks import (
+from kasmina_core.packs.checking import (
     GIB,
     PackOutcome,
     check_pack_apart,
@@ -24,7 +25,6 @@ from kasmina_core.pack_checks import (
     installed_packs,
     worst,
 )
-from kasmina_core.reports import CheckStatus, ValidationReport, ValidationVerdict
 
 EXIT_CODES: Final = {
     ValidationVerdict.PASSED: 0,
@@ -265,7 +265,7 @@ def _plural(number: int, thing: str) -> str:
 
 def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
     """Return what was found as a Markdown page."""
-    from kasmina_core.report_formats import fenced, markdown, table
+    from kasmina_core.checks.formats import fenced, markdown, table
 
     parts = ["# kasmina plugins check", _summary(outcomes, verdict)]
     rows = [
@@ -287,7 +287,7 @@ def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -
 
 def junit_text(outcomes: Sequence[PackOutcome]) -> str:
     """Return what was found as JUnit XML: a suite for each pack itself and each blueprint."""
-    from kasmina_core.report_formats import add_case, junit, junit_suite, new_suite
+    from kasmina_core.checks.formats import add_case, junit, junit_suite, new_suite
 
     suites = []
     for outcome in outcomes:

@@ -9,8 +9,8 @@ import sys
 import click
 
 from kasmina_core.cli.plugins import print_table
-from kasmina_core.diagnosis import SLOW, Diagnosis, Severity, diagnose
-from kasmina_core.switches import ENVIRONMENT
+from kasmina_core.packs.diagnosis import SLOW, Diagnosis, Severity, diagnose
+from kasmina_core.packs.switches import ENVIRONMENT
 
 EXIT_PROBLEMS = 1
 

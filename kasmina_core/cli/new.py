@@ -15,9 +15,9 @@ from typing import Final
 
 import click
 
-from kasmina_core.blueprints import NAME_PATTERN
+from kasmina_core.blueprints.declarations import NAME_PATTERN
 from kasmina_core.errors import KasminaError
-from kasmina_core.packs import list_packs
+from kasmina_core.packs.scanning import list_packs
 from kasmina_core.topology import Topology
 
 TEMPLATES: Final = {

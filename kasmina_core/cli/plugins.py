@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, final
 import click
 
 from kasmina_core.errors import UnknownNameError, did_you_mean
-from kasmina_core.packs import PackRecord, PackState, list_packs
+from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:
-    from kasmina_core.discovery import PluginRegistry
-    from kasmina_core.reports import ValidationReport
+    from kasmina_core.checks.reports import ValidationReport
+    from kasmina_core.packs.discovery import PluginRegistry
 
 SHOWN_WIDTHS: Final = (16, 64, 256)
 """Feature widths at which ``info`` shows the declared number of parameters."""
@@ -122,7 +122,7 @@ def info_command(name: str, as_json: bool) -> None:
       2  wrong usage
     """
     with contextlib.redirect_stdout(sys.stderr):  # what a pack prints while it loads is not our output
-        from kasmina_core.discovery import default_registry
+        from kasmina_core.packs.discovery import default_registry
 
         registry = default_registry()
         facts = _facts(registry, name)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from kasmina_core.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.errors import CheckpointError
-from kasmina_core.model import MorphogeneticModel
-from kasmina_core.policy import Policy
+from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.policies.protocol import Policy
+from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
 
 STATE_VERSION: Final = 1
 

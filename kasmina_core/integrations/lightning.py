@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_core.clipping import drop_nonfinite_seed_gradients
+from kasmina_core.growth.model import Evaluator, MorphogeneticModel
 from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
@@ -21,9 +21,9 @@ from kasmina_core.integrations.growing import (
     readings,
     surroundings_at_rest,
 )
-from kasmina_core.model import Evaluator, MorphogeneticModel
-from kasmina_core.optim import PerSeed, tie_optimizer, untie_optimizer
-from kasmina_core.policy import Policy
+from kasmina_core.policies.protocol import Policy
+from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
+from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -12,8 +12,8 @@ from typing import Any, final
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
 from kasmina_core.policies.memory import row, rows, table, value
+from kasmina_core.policies.protocol import Observation
 from kasmina_core.policies.triggers import Plateau
-from kasmina_core.policy import Observation
 
 
 @final

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, final
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare, living_seeds
 from kasmina_core.policies.memory import remembered, row, table, values
+from kasmina_core.policies.protocol import Command, Observation, SlotObservation
 from kasmina_core.policies.triggers import Plateau
-from kasmina_core.policy import Command, Observation, SlotObservation
 
 if TYPE_CHECKING:
-    from kasmina_core.blueprints import BlueprintRegistry
+    from kasmina_core.blueprints.declarations import BlueprintRegistry
 
 
 @final
@@ -61,8 +61,8 @@ def blueprint_costs(registry: BlueprintRegistry, *, count_operations: bool = Fal
 def _measured(registry: BlueprintRegistry, slot: SlotObservation, blueprint: str, count: bool) -> SeedCost:
     import torch
 
-    from kasmina_core.flops import count_flops
-    from kasmina_core.randomness import private_rng
+    from kasmina_core.checks.flops import count_flops
+    from kasmina_core.quiet import private_rng
 
     declared = registry.get(blueprint, slot.topology).spec.declared_params(slot.dim)
     if declared is not None and not count:

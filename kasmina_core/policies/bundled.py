@@ -14,11 +14,11 @@ from kasmina_core.policies.bandit import BanditPolicy
 from kasmina_core.policies.budget import BudgetPolicy, blueprint_costs
 from kasmina_core.policies.growing import Candidates
 from kasmina_core.policies.plateau import FixedTimesPolicy, PlateauPolicy
+from kasmina_core.policies.protocol import NoGrowthPolicy, Policy
 from kasmina_core.policies.tournament import TournamentPolicy
-from kasmina_core.policy import NoGrowthPolicy, Policy
 
 if TYPE_CHECKING:
-    from kasmina_core.blueprints import BlueprintRegistry
+    from kasmina_core.blueprints.declarations import BlueprintRegistry
 
 BUNDLED: Final[Mapping[str, Callable[..., Policy]]] = MappingProxyType(
     {

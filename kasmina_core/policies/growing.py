@@ -11,8 +11,8 @@ from typing import Any, final
 from kasmina_core.errors import MisuseWarning
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.memory import rows, table, value
+from kasmina_core.policies.protocol import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.policies.triggers import Trigger
-from kasmina_core.policy import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.topology import Topology
 
 Pair = tuple[str, str]

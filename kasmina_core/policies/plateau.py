@@ -7,8 +7,8 @@ from typing import Any, final
 
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
 from kasmina_core.policies.memory import rows
+from kasmina_core.policies.protocol import Germinate, Observation
 from kasmina_core.policies.triggers import FixedTimes, Plateau, Trigger
-from kasmina_core.policy import Germinate, Observation
 
 
 class _InTurnPolicy(GrowingPolicy):

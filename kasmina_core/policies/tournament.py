@@ -9,8 +9,7 @@ from typing import Any, final
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
 from kasmina_core.policies.memory import remembered, row, rows, table, value
-from kasmina_core.policies.triggers import Plateau
-from kasmina_core.policy import (
+from kasmina_core.policies.protocol import (
     Command,
     Cull,
     Germinate,
@@ -18,6 +17,7 @@ from kasmina_core.policy import (
     Regerminate,
     SlotObservation,
 )
+from kasmina_core.policies.triggers import Plateau
 
 
 @final

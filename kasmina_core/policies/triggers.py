@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
 from kasmina_core.policies.memory import remembered, value
-from kasmina_core.policy import Observation
+from kasmina_core.policies.protocol import Observation
 
 
 class Trigger(Protocol):

@@ -7,10 +7,10 @@ from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, final
 
-from kasmina_core.blueprints import BlueprintSpec
-from kasmina_core.checks import CHECK_NAMES, check_blueprint_spec
+from kasmina_core.blueprints.declarations import BlueprintSpec
+from kasmina_core.checks.blueprints import CHECK_NAMES, check_blueprint_spec
+from kasmina_core.checks.reports import CheckStatus, ValidationReport
 from kasmina_core.errors import UnknownNameError, did_you_mean
-from kasmina_core.reports import CheckStatus, ValidationReport
 from kasmina_core.testing.offered import OfferedBlueprint, blueprints_of
 from kasmina_core.topology import Topology
 

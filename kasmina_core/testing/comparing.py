@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.attachment import call_with
-from kasmina_core.randomness import private_rng
+from kasmina_core.probing import call_with
+from kasmina_core.quiet import private_rng
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,22 +10,22 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from kasmina_core.checks import check_blueprint_spec
-from kasmina_core.reports import CheckResult, CheckStatus
+from kasmina_core.checks.blueprints import check_blueprint_spec
+from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.testing.offered import registry_of, registry_with
 from kasmina_core.testing.reports import PackReport
 
 if TYPE_CHECKING:
     import torch
 
-    from kasmina_core.discovery import PluginRegistry
+    from kasmina_core.packs.discovery import PluginRegistry
     from kasmina_core.testing.reports import HostReport
 
 _ALONE: Final = """
 import sys
 import pkgutil
 import pluggy
-from kasmina_core import hookspecs
+from kasmina_core.packs import hookspecs
 
 if "torch" in sys.modules:
     sys.exit("the interpreter itself starts with torch")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
+from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport, ValidationVerdict
 from kasmina_core.errors import HostError, PluginError
-from kasmina_core.reports import CheckResult, CheckStatus, ValidationReport, ValidationVerdict
 
 HOST_CHECKS: Final = (
     "builds",

@@ -107,6 +107,6 @@ def kasmina_fake_distribution(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def _forget_the_default_registry() -> None:
-    discovery = sys.modules.get("kasmina_core.discovery")
+    discovery = sys.modules.get("kasmina_core.packs.discovery")
     if discovery is not None:  # else nobody has loaded it
         discovery.reset_default_registry()

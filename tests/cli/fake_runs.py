@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kasmina_core.cli.record import (
+from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
     ArmResult,

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kasmina_core.cli import INTERRUPTED, main, report
-from kasmina_core.cli import record as recording
-from kasmina_core.cli.record import write_atomically
+from kasmina_core.cli import INTERRUPTED, main
+from kasmina_core.experiments import record as recording
+from kasmina_core.experiments import report
+from kasmina_core.experiments.record import write_atomically
 
 SHORT = ("--seeds", "3", "--looks", "2", "--epochs", "2", "--blueprint", "norm")
 
@@ -106,7 +107,7 @@ def test_ctrl_c_says_that_nothing_was_kept(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kasmina_core.calibration.calibrate", interrupted)
+    monkeypatch.setattr("kasmina_core.evidence.calibration.calibrate", interrupted)
     result = _calibrate("--out", str(tmp_path / "run"), *SHORT)
     assert result.exit_code == INTERRUPTED
     assert "Nothing was kept" in result.stderr

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kasmina_core.cli import wording
-from kasmina_core.cli.display import RunDisplay, final_text, plain_line, print_files, print_final
-from kasmina_core.cli.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, RunRecord, SlotRecord
+from kasmina_core.experiments import wording
+from kasmina_core.experiments.display import RunDisplay, final_text, plain_line, print_files, print_final
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, RunRecord, SlotRecord
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kasmina_core.cli import main, report
-from kasmina_core.cli import record as recording
-from kasmina_core.cli.flops import FlopLedger, flop_counter
-from kasmina_core.cli.record import write_atomically
+from kasmina_core.cli import main
+from kasmina_core.experiments import record as recording
+from kasmina_core.experiments import report
+from kasmina_core.experiments.flops import FlopLedger, flop_counter
+from kasmina_core.experiments.record import write_atomically
 from kasmina_core.telemetry import JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")
@@ -418,7 +419,7 @@ def test_a_closed_pipe_takes_the_words_and_not_the_files(
     def closed(*_: object) -> None:
         raise SystemExit(1)  # what rich makes of a broken pipe
 
-    monkeypatch.setattr("kasmina_core.cli.display.print_final", closed)
+    monkeypatch.setattr("kasmina_core.experiments.display.print_final", closed)
     result = _grow("--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "512")
     assert result.exit_code == 1
     assert {"run.json", "model.pt", "report.html"} <= {path.name for path in (tmp_path / "run").iterdir()}

@@ -17,8 +17,9 @@ from fake_runs import fake_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kasmina_core.cli import report
-from kasmina_core.cli.record import (
+from kasmina_core.errors import CheckpointError
+from kasmina_core.experiments import report
+from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
     ArmResult,
@@ -28,7 +29,7 @@ from kasmina_core.cli.record import (
     SlotRecord,
     write_atomically,
 )
-from kasmina_core.cli.report import (
+from kasmina_core.experiments.report import (
     ReportError,
     metrics_csv,
     render_html,
@@ -36,7 +37,6 @@ from kasmina_core.cli.report import (
     require_plots,
     write_run,
 )
-from kasmina_core.errors import CheckpointError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = '</td><script src="http://evil.example/x.js">alert(1)</script>"\' $\\frac{1}{$ _\x1b[31m\n'

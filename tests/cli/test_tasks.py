@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kasmina_core.cli import tasks
-from kasmina_core.cli.tasks import SPLITS, Task, TaskError, load_task, task_names
 from kasmina_core.errors import UnknownNameError
+from kasmina_core.experiments import tasks
+from kasmina_core.experiments.tasks import SPLITS, Task, TaskError, load_task, task_names
 
 LOCAL = ["chars", "digits"]
 

@@ -21,7 +21,7 @@ from numeric_helpers import (
 from torch import Tensor
 
 from kasmina_core import GateThresholds, MorphogeneticModel, PairedGain, QualityGates, SeedStage
-from kasmina_core.slots import ForwardMode
+from kasmina_core.slots.slot import ForwardMode
 
 X = images(40, seed=41)
 Y = (X.mean((1, 2, 3)) > 0).long()
@@ -125,7 +125,7 @@ def test_what_cannot_be_attributed_is_refused() -> None:
 
 
 def test_too_many_seeds_for_every_subset_are_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kasmina_core.attribution.EXACT_SEEDS", 2)
+    monkeypatch.setattr("kasmina_core.evidence.attribution.EXACT_SEEDS", 2)
     model = grown(SeedStage.TRAINING, SeedStage.SHADOWING, SeedStage.FOSSILIZED)
     with pytest.raises(ValueError, match=r"8 passes.\n  seeds: 3\n  at most: 2\n.*permutations=20"):
         model.attribute(evaluator=lambda: losses(model))

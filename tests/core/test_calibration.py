@@ -20,7 +20,7 @@ from kasmina_core import (
     SeedStage,
     calibrate,
 )
-from kasmina_core.calibration import Placebo, Rate, shuffled
+from kasmina_core.evidence.calibration import Placebo, Rate, shuffled
 
 X = images(160, seed=51)
 Y = (X.mean((1, 2, 3)) > 0).long()

@@ -376,7 +376,7 @@ def test_what_the_disk_refuses_is_a_checkpoint_error_that_names_the_folder(name,
 
 
 def test_a_save_within_a_save_as_by_a_signals_handler_harms_neither(tmp_path, monkeypatch):
-    from kasmina_core import checkpoint
+    from kasmina_core.checkpoints import checkpoint
 
     write, signals = checkpoint.write_manifest, [1]
 
@@ -417,7 +417,8 @@ class Stop(BaseException):
 
 def interrupt_at(number, monkeypatch):
     """Let the save end before its number-th call that touches the disk; returns how many there were."""
-    from kasmina_core import checkpoint, checkpoint_files
+    from kasmina_core.checkpoints import checkpoint
+    from kasmina_core.checkpoints import files as checkpoint_files
 
     counted = [0]
 
@@ -827,7 +828,7 @@ def test_a_full_disk_is_said_by_the_name_that_was_given(file, tmp_path, monkeypa
         if path.name == file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("kasmina_core.checkpoint_files.flush", full)
+    monkeypatch.setattr("kasmina_core.checkpoints.files.flush", full)
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(tmp_path / "point", model, optimizer=optimizer)
     assert (

@@ -30,8 +30,8 @@ from kasmina_core import (
     SeedState,
 )
 from kasmina_core.errors import BlueprintError
-from kasmina_core.gates import GATE_INTO, GateContext
-from kasmina_core.sequential import Finding, Look, PairedGain
+from kasmina_core.gates.gates import GATE_INTO, GateContext
+from kasmina_core.gates.sequential import Finding, Look, PairedGain
 
 G = GateLevel
 GERMINATION = (

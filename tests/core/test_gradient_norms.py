@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from kasmina_core.gradient_norms import GradientNorms
+from kasmina_core.slots.notes import GradientNorms
 
 
 def steps(count: int = 4, *dtypes: torch.dtype) -> list[list[Tensor]]:

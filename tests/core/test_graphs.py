@@ -13,7 +13,7 @@ from numeric_helpers import cnn_model, images
 from torch import Tensor
 
 from kasmina_core import MorphogeneticModel, RecompileLimitWarning, SeedStage
-from kasmina_core.graphs import graphs_made
+from kasmina_core.growth.watching.graphs import graphs_made
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

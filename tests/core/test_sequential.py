@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kasmina_core.sequential import (
+from kasmina_core.gates.sequential import (
     LevelSpending,
     Look,
     PairedGain,

@@ -33,7 +33,7 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
-from kasmina_core.slot_record import RECORD_VERSION, SlotRecord
+from kasmina_core.growth.record import RECORD_VERSION, SlotRecord
 
 S = SeedStage
 

@@ -12,7 +12,7 @@ from pack_cases import PACKS
 LISTING = """
 import sys
 import pluggy
-from kasmina_core import hookspecs
+from kasmina_core.packs import hookspecs
 import {module}
 
 manager = pluggy.PluginManager("kasmina")

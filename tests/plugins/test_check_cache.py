@@ -23,8 +23,8 @@ from kasmina_core import (
     ValidationVerdict,
     check_blueprint_spec,
 )
-from kasmina_core.check_cache import cache_folder
-from kasmina_core.device_checks import device_check_names
+from kasmina_core.checks.cache import cache_folder
+from kasmina_core.checks.devices import device_check_names
 
 SOURCE = (
     SEEDS
@@ -188,11 +188,11 @@ CHANGES: dict[str, Callable[[Bench, pytest.MonkeyPatch], dict[str, Any]]] = {
     "torch": lambda bench, patch: patch.setattr(torch, "__version__", "9.9") or {},
     "CUDA": lambda bench, patch: patch.setattr(torch.version, "cuda", "99") or {},
     "fvcore": lambda bench, patch: (
-        patch.setattr("kasmina_core.check_cache._version", lambda name: f"{name} 9") or {}
+        patch.setattr("kasmina_core.checks.cache._version", lambda name: f"{name} 9") or {}
     ),
     "Python": lambda bench, patch: patch.setattr("platform.python_version", lambda: "3.99") or {},
     "device": lambda bench, patch: (
-        patch.setattr("kasmina_core.check_cache._device_facts", lambda device: ["another"]) or {}
+        patch.setattr("kasmina_core.checks.cache._device_facts", lambda device: ["another"]) or {}
     ),
 }
 
@@ -354,5 +354,5 @@ def test_the_folder_is_named_by_the_environment_or_the_home(
 def test_without_a_home_nothing_is_kept_and_nothing_fails(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kasmina_core.check_cache.cache_folder", lambda: None)
+    monkeypatch.setattr("kasmina_core.checks.cache.cache_folder", lambda: None)
     assert bench.check(cache=bench.cache(folder=None)).verdict is ValidationVerdict.PASSED

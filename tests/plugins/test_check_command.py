@@ -18,7 +18,7 @@ from fake_packs import GOOD, SEEDS, Site, run_python
 from kasmina_core import ValidationReport
 from kasmina_core.cli import main
 from kasmina_core.cli.check import EXIT_CODES
-from kasmina_core.pack_checks import default_memory
+from kasmina_core.packs.checking import default_memory
 
 FAILS = (
     SEEDS

@@ -20,8 +20,8 @@ from kasmina_core import (
     ValidationVerdict,
     check_blueprint_spec,
 )
-from kasmina_core.checks import CHECK_NAMES
-from kasmina_core.device_checks import IDENTITY_TOLERANCE
+from kasmina_core.checks.blueprints import CHECK_NAMES
+from kasmina_core.checks.devices import IDENTITY_TOLERANCE
 
 
 class Scaled(nn.Module):
@@ -380,7 +380,7 @@ def test_operations_that_nobody_can_count_are_not_called_counted(monkeypatch: py
     def refuse(module: nn.Module, x: Tensor) -> None:
         raise RuntimeError("no counter today")
 
-    monkeypatch.setattr("kasmina_core.flops.count_flops", refuse)
+    monkeypatch.setattr("kasmina_core.checks.flops.count_flops", refuse)
     report = check_blueprint_spec(spec(), device="cpu")
     assert [(c.name, c.hint) for c in report.missing] == [
         ("flops", "nothing could count them: RuntimeError: no counter today")

@@ -15,9 +15,9 @@ from fake_packs import Site
 
 from kasmina_core import PackReason, PackState
 from kasmina_core.cli import main
-from kasmina_core.diagnosis import ADVICE, Diagnosis, Severity, diagnose
-from kasmina_core.packs import GROUP, PackRecord
-from kasmina_core.probe import probe
+from kasmina_core.packs.diagnosis import ADVICE, Diagnosis, Severity, diagnose
+from kasmina_core.packs.probe import probe
+from kasmina_core.packs.scanning import GROUP, PackRecord
 
 LIGHT = """
 from kasmina_core import BlueprintSpec, Topology, hookimpl

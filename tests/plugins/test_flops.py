@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.flops import count_flops, flop_counter
+from kasmina_core.checks.flops import count_flops, flop_counter
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-from kasmina_core import hookspecs
+from kasmina_core.packs import hookspecs
 
 HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("kasmina_")}
 

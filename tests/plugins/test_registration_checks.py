@@ -22,8 +22,8 @@ from kasmina_core import (
     ValidationVerdict,
     check_blueprint_spec,
 )
-from kasmina_core.device_checks import device_check_names
-from kasmina_core.global_state import preserved_global_state
+from kasmina_core.checks.devices import device_check_names
+from kasmina_core.checks.global_state import preserved_global_state
 
 
 class Scale(nn.Module):
@@ -509,7 +509,7 @@ def test_a_report_is_plain_data(changes: dict[str, Any]) -> None:
 
 def test_importing_the_checks_imports_neither_torch_nor_fvcore() -> None:
     done = run_python(
-        "import sys, kasmina_core.checks\nprint([m for m in ('torch', 'fvcore') if m in sys.modules])"
+        "import sys, kasmina_core.checks.blueprints\nprint([m for m in ('torch', 'fvcore') if m in sys.modules])"
     )
     assert done.stdout == "[]\n", done.stderr
 

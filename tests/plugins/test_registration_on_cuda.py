@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core import BlueprintSpec, PassCache, Topology, ValidationVerdict, check_blueprint_spec
-from kasmina_core.device_checks import device_check_names
+from kasmina_core.checks.devices import device_check_names
 
 pytestmark = [
     pytest.mark.cuda,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fake_packs import GOOD, Site
 
-from kasmina_core import PackState, PluginRegistry, default_registry, discovery, list_packs
+from kasmina_core import PackState, PluginRegistry, default_registry, list_packs
+from kasmina_core.packs import discovery
 
 METHODS = [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()]
 
@@ -129,7 +130,7 @@ def test_where_cuda_is_in_use_already_the_checks_use_it_too(
         raise SystemExit  # what the checks would find is not the question
 
     site.install("fake-good", "good = fake_good", fake_good=GOOD)
-    monkeypatch.setattr("kasmina_core.checks.check_blueprint_spec", checks)
+    monkeypatch.setattr("kasmina_core.checks.blueprints.check_blueprint_spec", checks)
     for in_use in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
         monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)

@@ -40,13 +40,13 @@ from kasmina_core import (
     Resume,
     SeedStage,
     Topology,
-    checkpoint_files,
     load_checkpoint,
     save_checkpoint,
     tie_optimizer,
     topology_of,
 )
-from kasmina_core import checkpoint as checkpoint_module
+from kasmina_core.checkpoints import checkpoint as checkpoint_module
+from kasmina_core.checkpoints import files as checkpoint_files
 
 EPOCHS, BATCH, SAMPLES, SAVE_EVERY = 20, 8, 30, 3
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core import BlueprintSpec, PluginError, Topology, UnknownNameError, ValidationVerdict, hookimpl
-from kasmina_core.checks import CHECK_NAMES
+from kasmina_core.checks.blueprints import CHECK_NAMES
 from kasmina_core.testing import check_blueprint, parametrize_blueprints
 
 

@@ -14,13 +14,13 @@ from typing import Any, Final, final
 from weakref import WeakKeyDictionary
 
 import torch
-from kasmina_core import HostError, SeedSlot, Topology
+from kasmina_core import ForwardMode, HostError, SeedSlot, Topology
 from torch import Tensor, nn
 
-HOST_FEATURES_MODES: Final = (0, 1)
+HOST_FEATURES_MODES: Final = (ForwardMode.PASS, ForwardMode.STRAIGHT_THROUGH)
 """Values of ``SeedSlot.mode`` in which the slot's output is the host's: the seed is absent or contributes nothing."""
 
-IDLE_MODE: Final = 0
+IDLE_MODE: Final = ForwardMode.PASS
 """The value of ``SeedSlot.mode`` in which the seed does not run."""
 
 PROBE_POSITIONS: Final = 64

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hf_cases import CASES, Case, bring_to, open_config
 from kasmina_core import HostError, MorphogeneticModel, SeedStage, default_registry
-from kasmina_core.slots import ForwardMode
+from kasmina_core.slots.slot import ForwardMode
 from torch import Tensor, nn
 
 from kasmina_hf import GrowingModel, example_inputs, grow, points

@@ -1,0 +1,1 @@
+"""Blueprints: declarations, names, and building a seed."""

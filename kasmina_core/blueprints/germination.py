@@ -1,0 +1,121 @@
+"""Building a seed, and trying it once before anything depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blueprints.declarations import BlueprintRegistry
+from kasmina_core.errors import BlueprintError, KasminaError
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.probing import kept_buffers
+from kasmina_core.quiet import private_rng
+
+
+@final
+@dataclass(slots=True)
+class Trial:
+    """A seed that was built, if it could be, and what was found on the way, for gate G0.
+
+    Attributes:
+        seed: The module in the slot's dtype and on its device; ``None`` if it could not be built or run.
+        findings: Whether each check held, and why, by name. A check that was not reached is not there.
+    """
+
+    seed: nn.Module | None = None
+    findings: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> str:
+        """The checks that did not hold, as text; empty if all held."""
+        return "; ".join(f"{name}: {text}" for name, (holds, text) in self.findings.items() if not holds)
+
+
+def try_seed(
+    registry: BlueprintRegistry,
+    blueprint_id: str,
+    point: InjectionPoint,
+    options: Mapping[str, Any],
+    like: Tensor,
+    random_seed: int,
+    may_draw: bool,
+) -> Trial:
+    """Build a seed for a point and run it on random features in both modes, on random numbers of its own.
+
+    Args:
+        registry: Where the blueprint is.
+        blueprint_id: Its id.
+        point: Where the seed will be.
+        options: Options of the blueprint.
+        like: An empty tensor with the shape of one sample's features, and the slot's dtype and device.
+        random_seed: From which the seed's weights are drawn.
+        may_draw: Whether its forward may draw from the global random numbers. In the host's own pass it may not: the
+            host would then draw others.
+
+    Raises:
+        UnknownNameError: If nobody offers the blueprint.
+    """
+    trial = Trial()
+    findings = trial.findings
+    spec = registry.get(blueprint_id).spec
+    findings["blueprint known"] = (True, "")
+    fits = spec.topology is point.topology
+    findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")
+    try:
+        refusal = spec.refusal(point.dim)
+    except Exception as error:
+        refusal = f"accepts_width raised {error!r}"
+    findings["width"] = (refusal is None, refusal or "")
+    if not fits or refusal is not None:
+        return trial
+    with private_rng(random_seed, like.device):
+        try:
+            seed = registry.create(blueprint_id, point.dim, causal=point.causal, options=options)
+            if not isinstance(seed, nn.Module):
+                raise BlueprintError(f"its factory returned {type(seed).__name__}, not a torch.nn.Module")
+            seed = seed.to(like.device, like.dtype)
+        except Exception as error:
+            text = str(error) if isinstance(error, KasminaError) else f"its factory raised {error!r}"
+            findings["builds"] = (False, text)
+            return trial
+        findings["builds"] = (True, "")
+        features = torch.randn((2, *like.shape[1:])).to(like)  # batch statistics need more than one value
+        given, numbers = features.clone(), _random_states(like.device)
+        try:
+            with torch.no_grad(), kept_buffers(seed):
+                seed.train()(given)
+                drew = not all(map(torch.equal, numbers, _random_states(like.device)))
+                output = seed.eval()(given)
+        except Exception as error:
+            findings["shape"] = (False, f"its forward raised {error!r}")
+            return trial
+    if not isinstance(output, Tensor):
+        findings["shape"] = (False, f"its forward returned {type(output).__name__}, not a tensor")
+        return trial
+    shapes = f"host: {tuple(features.shape)}, seed: {tuple(output.shape)}"
+    findings["shape"] = (output.shape == features.shape, shapes)
+    findings["dtype"] = (output.is_floating_point(), f"host: {features.dtype}, seed: {output.dtype}")
+    is_meta = output.device.type == "meta"
+    findings["finite output"] = (is_meta or bool(output.isfinite().all()), "")
+    findings["input unchanged"] = (
+        given._version == 0,
+        "its forward must not write into the features it is given: the host reads them too",
+    )
+    advice = "use GrowthConfig(incubation='counterfactual'), or a seed that draws none"
+    findings["random numbers"] = (
+        may_draw or not drew,
+        f"its forward draws global random numbers, which changes the host's in straight-through TRAINING; {advice}",
+    )
+    trial.seed = seed
+    return trial
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states

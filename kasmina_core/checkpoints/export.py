@@ -1,0 +1,234 @@
+"""The grown model as a plain module, without slots and without us."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.errors import ExportError, HostError
+from kasmina_core.growth.model import MorphogeneticModel, example_of
+from kasmina_core.growth.watching.misuse import require_model
+from kasmina_core.hosts import HostProtocol
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.probing import SlotHook, call_with, features_in, quiet_evaluation, submodule
+from kasmina_core.slots.slot import SeedSlot
+
+REFUSE, DROP = "refuse", "drop"
+UNFINISHED: Final = (REFUSE, DROP)
+"""What to do with seeds that are no fossils: refuse the export, or leave them out."""
+
+
+@final
+@dataclass(slots=True)
+class _Joint:
+    """What was seen where a fossil joins its host."""
+
+    args: int = 0
+    keywords: tuple[str, ...] = ()
+    output: Any = None
+    features: Tensor | None = None
+    seed: Tensor | None = None
+
+
+def export_model(model: MorphogeneticModel, example: object = None, *, unfinished: str = REFUSE) -> nn.Module:
+    """Return a copy of the host in which the fossils are ordinary submodules.
+
+    Each module behind which a seed was fossilised is replaced by one that calls it and then the seed: an
+    ``nn.Sequential``, or where its output is a tuple or a dataclass, a ``torch.fx.GraphModule``. So a module at path
+    ``p`` is at ``p.0`` (or ``p.body``) then, its seed at ``p.1`` (or ``p.seed``), and the plain attributes of the one
+    that was replaced are those of its replacement. Slots and hooks of ours are gone. ``torch.export.export`` takes the
+    result. Its weights need nothing but torch; to unpickle the module itself, the classes of host and seeds must be
+    importable: for a bundled host or seed that is kasmina, for a host of your own your package.
+
+    The copy is run once beside the model, in eval mode, and must give the same output, bit for bit.
+
+    Args:
+        model: The grown model; it stays as it is.
+        example: Inputs for one forward, as `MorphogeneticModel` takes them. Default: the host's ``example_inputs()``.
+        unfinished: What to do with seeds that are no fossils: ``"refuse"``, or ``"drop"`` them, which gives the model
+            as it is without them.
+
+    Raises:
+        ExportError: If there are unfinished seeds, or the copy computes something else, because the host reads
+            something of a module that was replaced or calls it in more than one way.
+        HostError: If there is no ``example``, and the host offers none.
+        ValueError: If ``unfinished`` is none of the two.
+        TypeError: If it is no `MorphogeneticModel`.
+    """
+    require_model(model, "export_model")
+    if unfinished not in UNFINISHED:
+        raise ValueError(f"unfinished must be one of {', '.join(UNFINISHED)}, not {unfinished!r}.")
+    fossils = [slot for slot in model.slots.values() if slot.stage is SeedStage.FOSSILIZED]
+    living = [slot for slot in model.slots.values() if slot.seed is not None and slot not in fossils]
+    if living and unfinished == REFUSE:
+        raise ExportError(
+            "These seeds are not part of the model yet: "
+            f"{', '.join(f'{slot.name} ({slot.stage.name})' for slot in living)}.\n"
+            'Fossilise or cull them, or leave them out: export_model(model, unfinished="drop").'
+        )
+    if example is None:
+        try:
+            example = example_of(model.host)
+        except HostError as error:
+            raise HostError(
+                f"{type(model.host).__name__} must be run once to prove that its export computes the same, and offers "
+                "no example_inputs().\nA model does not keep the example it was made with. Give one: "
+                "export_model(model, example=...), a tensor, a tuple of arguments or a mapping of keywords."
+            ) from error
+    joints, expected = _watch(model, fossils, living, example)
+    # In one copy, so that what host and seeds share stays shared.
+    host, seeds = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}))
+    host = _without_slots(host, list(model.slots))
+    for slot in sorted(fossils, key=lambda one: -one.point.path.count(".")):
+        host = _inline(host, slot.point.path, seeds[slot.name], joints[slot.name])
+    for parameter in host.parameters():
+        parameter.grad = None
+    try:
+        with quiet_evaluation(host):
+            found = call_with(host, example)
+    except Exception as error:
+        raise ExportError(
+            f"The exported {type(model.host).__name__} does not run: {error!r:.300}\n"
+            f"Its forward uses more of a replaced module than its output: {_paths(fossils)}."
+        ) from error
+    if not _same(expected, found):
+        raise ExportError(
+            f"The exported {type(model.host).__name__} computes something else than the model.\n"
+            f"Something else happens at a module that was replaced: {_paths(fossils)}."
+        )
+    return host
+
+
+def _paths(fossils: list[SeedSlot]) -> str:
+    return ", ".join(f"'{slot.point.path}'" for slot in fossils) or "none was"
+
+
+def _watch(
+    model: MorphogeneticModel, fossils: list[SeedSlot], living: list[SeedSlot], example: object
+) -> tuple[dict[str, _Joint], Any]:
+    """Run the model once, without its living seeds, and note how each fossil joins."""
+    joints = {slot.name: _Joint() for slot in fossils}
+    with ExitStack() as stack:
+        stack.enter_context(model._evaluation())
+        for slot in living:
+            stack.enter_context(model.bypassed(slot.name))
+        for slot in fossils:
+            joint, module = joints[slot.name], submodule(model.host, slot.point.path)
+
+            def before(_: Any, args: Any, kwargs: Any, joint: _Joint = joint) -> None:
+                joint.args, joint.keywords = len(args), tuple(kwargs)
+
+            def after(_: Any, __: Any, output: Any, joint: _Joint = joint) -> None:
+                joint.output = output
+
+            def at_seed(_: Any, args: Any, output: Any, joint: _Joint = joint) -> None:
+                joint.features, joint.seed = args[0], output
+
+            handles = (
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+                slot.seed.register_forward_hook(at_seed) if slot.seed is not None else None,
+            )
+            for handle in handles:
+                if handle is not None:
+                    stack.callback(handle.remove)
+        return joints, call_with(model, example)
+
+
+def _without_slots(host: nn.Module, names: list[str]) -> nn.Module:
+    for module in host.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, SlotHook):
+                del module._forward_hooks[key]
+        module.__dict__.pop("_slot_handles", None)
+    if isinstance(host, HostProtocol):
+        for name in names:
+            host.unregister_slot(name)
+    if left := [path for path, module in host.named_modules() if isinstance(module, SeedSlot)]:
+        raise ExportError(f"{type(host).__name__} keeps its slots after unregister_slot: {', '.join(left)}.")
+    return host
+
+
+def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -> nn.Module:
+    body = submodule(host, path)
+    assert seed is not None and joint.features is not None and joint.seed is not None  # noqa: PT018
+    is_plain = isinstance(joint.output, Tensor) and (joint.args, joint.keywords) == (1, ())
+    like_features = (
+        joint.seed.dtype == joint.features.dtype and joint.seed.stride() == joint.features.stride()
+    )
+    if is_plain and like_features:
+        joined: nn.Module = nn.Sequential(body, seed)
+    else:
+        joined = _graph(body, seed, joint)
+    joined.training = body.training
+    for name, value in vars(body).items():
+        if (
+            not name.startswith("_")
+            and name not in vars(joined)
+            and not isinstance(value, (Tensor, nn.Module))
+        ):
+            setattr(joined, name, value)
+    if body is host:
+        return joined
+    for parent in list(host.modules()):  # everywhere it is held: the host may call it by any of its names
+        if parent is not joined:
+            for name, child in parent._modules.items():
+                if child is body:
+                    parent._modules[name] = joined
+    return host
+
+
+def _graph(body: nn.Module, seed: nn.Module, joint: _Joint) -> nn.Module:
+    graph = torch.fx.Graph()
+    given = tuple(graph.placeholder(f"given_{i}") for i in range(joint.args))
+    keywords: dict[str, Any] = {name: graph.placeholder(name) for name in joint.keywords}
+    output = graph.call_module("body", given, keywords)
+    features, put_back = _features(graph, output, joint.output)
+    grown = graph.call_module("seed", (features,))
+    assert joint.features is not None and joint.seed is not None  # noqa: PT018
+    if joint.seed.dtype != joint.features.dtype:
+        grown = graph.call_method("type_as", (grown, features))
+    if joint.features.is_contiguous():
+        grown = graph.call_method("contiguous", (grown,))
+    elif joint.features.is_contiguous(memory_format=torch.channels_last):
+        grown = graph.call_method("contiguous", (grown,), {"memory_format": torch.channels_last})
+    graph.output(put_back(grown))
+    return torch.fx.GraphModule({"body": body, "seed": seed}, graph)
+
+
+def _features(graph: torch.fx.Graph, node: torch.fx.Node, output: Any) -> tuple[torch.fx.Node, Any]:
+    """Return the features in an output, as `SlotHook` finds them, and how they are put back."""
+    if isinstance(output, Tensor):
+        return node, lambda grown: grown
+    if isinstance(output, tuple):
+        first = graph.call_function(operator.getitem, (node, 0))
+        rest = graph.call_function(operator.getitem, (node, slice(1, None)))
+        return first, lambda grown: graph.call_function(operator.add, ((grown,), rest))
+    names = [field.name for field in dataclasses.fields(output) if field.init]
+    fields: dict[str, Any] = {name: graph.call_function(getattr, (node, name)) for name in names}
+    chosen = next(name for name in names if getattr(output, name) is features_in(output))
+    # The class itself, not dataclasses.replace: a GraphModule is traced again when it is unpickled.
+    return fields[chosen], lambda grown: graph.call_function(type(output), (), fields | {chosen: grown})
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if dataclasses.is_dataclass(a) and not isinstance(a, type):
+        return type(a) is type(b) and _same(_shallow(a), _shallow(b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
+    return True  # what is no tensor, such as a cache, need not be comparable
+
+
+def _shallow(data: Any) -> dict[str, Any]:
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}

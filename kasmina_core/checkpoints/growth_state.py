@@ -1,0 +1,249 @@
+"""What has grown in a model, without its weights: plain data, and back."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from kasmina_core.blueprints.declarations import RegisteredBlueprint
+from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
+from kasmina_core.growth.model import SLOTS_KEY, MorphogeneticModel
+from kasmina_core.growth.record import SlotRecord
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.lifecycle import is_failure_stage
+from kasmina_core.slots.slot import SeedSlot
+from kasmina_core.state_keys import plain_name
+
+TOPOLOGY_VERSION: Final = 1
+
+_SAFE_IN_A_COMMAND: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}")
+
+
+class OtherBlueprintVersion(UserWarning):
+    """A seed was rebuilt from another version of its blueprint's pack than the one it was saved with."""
+
+
+def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
+    """Return what has grown in a model: each slot's point, its seed's life and blueprint, and the model's counters.
+
+    Plain data, which JSON holds as `plain_data.to_json` writes it. `rebuild_topology` makes a fresh model of the same
+    host grow the same seeds, with the weights they had at birth, which are the same in every process.
+    """
+    return {
+        "version": TOPOLOGY_VERSION,
+        "slots": {name: slot_data(slot) for name, slot in model.slots.items()},
+        "epoch": model.epoch,
+        "events": model._sequence,
+        "lost_epochs": model.lost_epochs,
+        "last_metric": model._last_metric,
+    }
+
+
+def slot_data(slot: SeedSlot) -> dict[str, Any]:
+    """Return what `topology_of` says of one slot."""
+    data: dict[str, Any] = {
+        "point": _point_data(slot.point),
+        "record": slot.get_extra_state(),
+        "blueprint": None,
+        "tensors": {name: list(t.shape) for name, t in _tensors(slot.seed)},
+    }
+    if slot.seed is not None and slot.state is not None:
+        with suppress(KasminaError):  # a seed outlives the registration of its blueprint
+            entry = slot._blueprints().get(slot.state.blueprint_id)
+            data["blueprint"] = {"distribution": entry.distribution, "version": entry.version}
+    return data
+
+
+def _tensors(seed: nn.Module | None) -> list[tuple[str, Tensor]]:
+    if seed is None:
+        return []
+    named = seed.state_dict().items()
+    return [(name, t) for name, t in named if isinstance(t, Tensor) and not name.endswith("_extra_state")]
+
+
+def _point_data(point: InjectionPoint) -> dict[str, Any]:
+    return {
+        "path": plain_name(point.path),
+        "dim": point.dim,
+        "topology": point.topology.value,
+        "causal": point.causal,
+    }
+
+
+def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
+    """Make a model's slots and counters what `topology_of` found in another model of the same host.
+
+    Seeds are built anew and have the weights of their birth; the model's optimisers, if they are tied, get their
+    parameters. Slots that the data does not name are emptied. The host's weights stay as they are.
+
+    Raises:
+        CheckpointError: If the data is damaged, a slot or a blueprint is not there or another one, or a seed does not
+            fit. Nothing is changed.
+
+    Warns:
+        OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
+    """
+    with model._undone_on_error(), rebuilding(model, data) as records:
+        model.load_state_dict(records, strict=False)
+
+
+@contextmanager
+def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[OrderedDict[str, Any]]:
+    """Check a topology, and give what `load_state_dict` needs of it; in the block that is called, once.
+
+    A seed that was built but does not fit makes it fail. The counters are set when the block ends well.
+    """
+    slots, counters = _checked(model, data)
+    records: OrderedDict[str, Any] = OrderedDict()
+    for name, saved in slots.items():
+        if name in model.slots:
+            records[f"{SLOTS_KEY}.{name}._extra_state"] = saved["record"]
+    others: list[str] = []
+
+    def fits(loaded: nn.Module, _keys: Any) -> None:
+        for name, slot in model.slots.items():
+            if name in slots:
+                compare_seed(slot, slots[name], others)
+
+    # A hook that raises makes the load undo itself.
+    handle = model.register_load_state_dict_post_hook(fits)  # type: ignore[no-untyped-call]  # torch
+    try:
+        yield records
+    finally:
+        handle.remove()
+    for text in others:
+        warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
+    model.epoch, model._sequence, model.lost_epochs, model._last_metric = (
+        counters  # last: a warning may be an error
+    )
+
+
+def _checked(
+    model: MorphogeneticModel, data: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[int, int, int, float | None]]:
+    version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+    if version != TOPOLOGY_VERSION:
+        raise CheckpointError(
+            "The saved topology has another version.\n"
+            f"  saved:    {version!r:.80}\n"
+            f"  readable: {TOPOLOGY_VERSION}"
+        )
+    counters = []
+    for name in ("epoch", "events", "lost_epochs"):
+        number = data.get(name)
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise CheckpointError(f"The saved topology is damaged: {name} cannot be {number!r:.40}.")
+        counters.append(number)
+    metric = data.get("last_metric")
+    if metric is not None and type(metric) not in (int, float):
+        raise CheckpointError(f"The saved topology is damaged: last_metric cannot be {metric!r:.40}.")
+    slots = data.get("slots")
+    if not isinstance(slots, Mapping):
+        raise CheckpointError(f"The saved topology is damaged: slots cannot be {slots!r:.40}.")
+    for name, saved in slots.items():
+        if not isinstance(saved, Mapping) or not {"point", "record", "blueprint", "tensors"} <= set(saved):
+            raise CheckpointError(f"The saved topology is damaged: slot '{name}' cannot be {saved!r:.80}.")
+        record = SlotRecord.from_dict(saved["record"], name)
+        if record.state is None and not record.germinations and name not in model.slots:
+            continue  # an empty slot that was never used may be left out
+        if name not in model.slots:
+            raise CheckpointError(
+                f"The saved model has a slot '{name}', and this one has none of that name."
+                f"{did_you_mean(name, model.slots)}"
+            )
+        slot = model.slots[name]
+        if record.state is not None:
+            _compare_points(slot, saved["point"])
+        if record.state is not None and not is_failure_stage(record.state.stage):
+            demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
+    return dict(slots), (
+        counters[0],
+        counters[1],
+        counters[2],
+        None if metric is None else float(metric),
+    )
+
+
+def _compare_points(slot: SeedSlot, saved: Any) -> None:
+    here = _point_data(slot.point)
+    if isinstance(saved, Mapping) and dict(saved) == here:
+        return
+    raise CheckpointError(
+        f"Slot '{slot.name}' is at another point than in the saved model.\n"
+        f"  saved: {saved!r:.160}\n"
+        f"  here:  {here!r}\n"
+        "Build the host and the slots as they were when the model was saved."
+    )
+
+
+def origin_of(saved: Any) -> str:
+    """Return what a blueprint came from: ``"distribution==version"`` for pip, ``"distribution"``, or nothing."""
+    parts = [saved.get(key) for key in ("distribution", "version")] if isinstance(saved, Mapping) else []
+    # Nobody shall paste a command into a shell that a file made up.
+    named = [part for part in parts if isinstance(part, str) and _SAFE_IN_A_COMMAND.fullmatch(part)]
+    return "==".join(named) if named and named[0] == parts[0] else ""
+
+
+def demand_blueprint(slot: SeedSlot, blueprint_id: str, origin: str) -> RegisteredBlueprint:
+    """Return the blueprint of a saved seed.
+
+    Raises:
+        CheckpointError: If it cannot be had; the message names what to install.
+    """
+    try:
+        return slot._blueprints().get(blueprint_id)
+    except KasminaError as error:
+        install = (
+            f"It came from {origin}: pip install '{origin}'"
+            if origin
+            else "It came from no installed distribution: register its pack before loading."
+        )
+        raise CheckpointError(
+            f"The seed of slot '{slot.name}' is made from a blueprint that cannot be had here.\n"
+            f"  blueprint: {blueprint_id}\n  {install}\n  cause: {error}"
+        ) from error
+
+
+def compare_seed(slot: SeedSlot, saved: Mapping[str, Any], others: list[str]) -> None:
+    """Compare a seed that was built anew with what `slot_data` said of the saved one.
+
+    Args:
+        slot: Holds the seed.
+        saved: What was said.
+        others: Takes a text if the seed fits but comes from another version of its pack.
+
+    Raises:
+        CheckpointError: If its parameters are others.
+    """
+    if slot.seed is None or slot.state is None:
+        return
+    entry = demand_blueprint(slot, slot.state.blueprint_id, origin_of(saved["blueprint"]))
+    then, now = (
+        origin_of(saved["blueprint"]),
+        origin_of({"distribution": entry.distribution, "version": entry.version}),
+    )
+    versions = f"  saved with: {then or 'no distribution'}\n  here:       {now or 'no distribution'}"
+    tensors = {name: list(t.shape) for name, t in _tensors(slot.seed)}
+    if saved["tensors"] != tensors:
+        wanted = saved["tensors"] if isinstance(saved["tensors"], Mapping) else {}
+        different = sorted(name for name in {*wanted, *tensors} if wanted.get(name) != tensors.get(name))
+        raise CheckpointError(
+            f"Blueprint '{entry.id}' in slot '{slot.name}' makes other parameters than when it was saved.\n"
+            f"{versions}\n"
+            + "".join(
+                f"  {name}: {wanted.get(name)!r:.60} saved, {tensors.get(name)} here\n"
+                for name in different[:5]
+            )
+            + (f"Install what it was saved with: pip install '{then}'" if then and then != now else "")
+        )
+    if then != now:
+        others.append(
+            f"The seed of slot '{slot.name}' is rebuilt from another version of blueprint '{entry.id}'; its parameters "
+            f"fit, but what it computes may differ.\n{versions}"
+        )

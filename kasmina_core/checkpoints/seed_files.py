@@ -1,0 +1,188 @@
+"""Seeds alone in a small file, to graft onto the same host elsewhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from kasmina_core.checkpoints.files import as_checkpoint_error, flush, write_tensors
+from kasmina_core.checkpoints.growth_state import (
+    OtherBlueprintVersion,
+    compare_seed,
+    demand_blueprint,
+    origin_of,
+    slot_data,
+)
+from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.plain_data import from_json, to_json
+from kasmina_core.probing import lookup
+from kasmina_core.slots.slot import SeedSlot
+
+SEEDS_VERSION: Final = 1
+_KEY: Final = "kasmina_seeds"
+
+
+def save_seeds(
+    file: str | os.PathLike[str], model: MorphogeneticModel, slots: Iterable[str] | None = None
+) -> Path:
+    """Write seeds, in any stage, without their host: one safetensors file, put in place at once.
+
+    Args:
+        file: Where to; a file that is there is replaced.
+        model: The model in which they grew.
+        slots: Names of the slots; default all that hold a seed.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: If a slot holds no seed, or none does, or the file cannot be written.
+        UnknownNameError: If there is no such slot.
+    """
+    chosen = [model.slots[name] for name in ([slots] if isinstance(slots, str) else slots or model.slots)]
+    if slots is None:
+        chosen = [slot for slot in chosen if slot.seed is not None]
+    if not chosen or any(slot.seed is None for slot in chosen):
+        empty = ", ".join(slot.name for slot in chosen if slot.seed is None) or "all slots"
+        raise CheckpointError(f"There is no seed to save in: {empty}.")
+    tensors: dict[str, Tensor] = {}
+    for slot in chosen:
+        if slot.seed is not None:
+            tensors |= {
+                f"{slot.name}.{name}": value.clone()
+                for name, value in slot.seed.state_dict().items()
+                if isinstance(value, Tensor)
+            }
+    text = to_json({"version": SEEDS_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
+    target = Path(file)
+    beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    with as_checkpoint_error(f"The file of seeds {target}"):
+        try:
+            beside.touch()  # where a file cannot be at all, the system says why more clearly than safetensors
+            write_tensors(beside, tensors, {_KEY: text}, named=target)
+            flush(beside)
+            os.replace(beside, target)
+            flush(target.parent)
+        finally:
+            with suppress(OSError):
+                beside.unlink()
+    return target
+
+
+def graft_seeds(
+    file: str | os.PathLike[str], model: MorphogeneticModel, onto: Mapping[str, str] | None = None
+) -> list[str]:
+    """Put saved seeds into dormant slots of a model; they go on in the stage they were saved in.
+
+    A fossil is part of the model at once. What gates had measured of a seed that is none is measured anew. Optimisers
+    that are tied get the new parameters; other seeds, and their optimiser state, are not touched.
+
+    Args:
+        file: What `save_seeds` wrote.
+        model: A model with the same points.
+        onto: Slot here by slot in the file; default the same names. With it only those that it names are grafted.
+
+    Returns:
+        The slots that hold a new seed.
+
+    Raises:
+        CheckpointError: If the file is damaged or foreign, a slot is occupied or of another width, topology or
+            causality, or a seed's pack is missing. Nothing is changed.
+        UnknownNameError: If there is no such slot.
+
+    Warns:
+        OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
+    """
+    saved, tensors = _read(Path(file))
+    pairs = onto if onto is not None else {name: name for name in saved}
+    plans = []
+    for source, place in pairs.items():
+        data, slot = lookup(source, saved, "saved seed"), model.slots[place]
+        plans.append((slot, data, _record(slot, source, data)))
+    if len({slot.name for slot, *_ in plans}) < len(plans):
+        raise CheckpointError(f"Two seeds cannot be grafted onto one slot: {dict(pairs)}.")
+    others: list[str] = []
+    grafted: list[SeedSlot] = []
+    with model._undone_on_error():
+        try:
+            for (slot, data, record), source in zip(plans, pairs, strict=True):
+                grafted.append(slot)
+                slot.set_extra_state(record)
+                compare_seed(slot, data, others)
+                if slot.seed is not None:
+                    start = f"{source}."
+                    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+                    slot.seed.load_state_dict(own)
+            for text in others:
+                warnings.warn(text, OtherBlueprintVersion, stacklevel=2)
+        except BaseException as error:
+            for slot in grafted:
+                if slot.seed is not None:
+                    slot._clear()  # takes its parameters out of the optimisers
+            if isinstance(error, (RuntimeError, KasminaError)) and not isinstance(error, CheckpointError):
+                raise CheckpointError(f"The saved seeds cannot be grafted: {error}") from error
+            raise
+    return [slot.name for slot in grafted]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            text = (opened.metadata() or {}).get(_KEY)
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"{file} holds no seeds: save_seeds did not write it.")
+    data = from_json(text, f"What {file} says of its seeds")
+    if not isinstance(data, dict) or data.get("version") != SEEDS_VERSION:
+        version = data.get("version") if isinstance(data, dict) else data
+        raise CheckpointError(
+            f"The seeds in {file} have another version.\n  saved:    {version!r:.40}\n  readable: {SEEDS_VERSION}"
+        )
+    slots = data.get("slots")
+    if not isinstance(slots, dict) or not all(
+        isinstance(one, dict) and {"point", "record", "blueprint", "tensors"} <= one.keys()
+        for one in slots.values()
+    ):
+        raise CheckpointError(f"What {file} says of its seeds is damaged.")
+    return slots, tensors
+
+
+def _record(slot: SeedSlot, source: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that a seed may be put into a slot, and return its record as that slot's."""
+    point, record = data["point"], data["record"]
+    if slot.state is not None:
+        raise CheckpointError(
+            f"Slot '{slot.name}' is not dormant but {slot.stage.name}: it holds '{slot.state.seed_id}'. "
+            "A seed can be grafted onto a dormant slot alone."
+        )
+    here = {"dim": slot.point.dim, "topology": slot.point.topology.value, "causal": slot.point.causal}
+    there = {key: point.get(key) for key in here} if isinstance(point, Mapping) else point
+    if here != there:
+        raise CheckpointError(
+            f"The seed of slot '{source}' does not fit slot '{slot.name}'.\n"
+            f"  saved at: {there!r:.120}\n  here:     {here!r}"
+        )
+    state = record.get("state") if isinstance(record, Mapping) else None
+    if not isinstance(state, Mapping) or state.get("slot") != source:
+        raise CheckpointError(f"The saved record of slot '{source}' is damaged or holds no seed.")
+    demand_blueprint(slot, str(state.get("blueprint_id")), origin_of(data["blueprint"]))
+    count = record.get("germinations")
+    return {
+        **record,
+        "state": {**state, "slot": slot.name},
+        "germinations": max(slot.germinations, count) if isinstance(count, int) else count,
+        "gates": [],
+        "evidence_is_fresh": False,
+        "isolation_is_fresh": False,
+    }

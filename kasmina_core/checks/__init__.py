@@ -1,0 +1,1 @@
+"""What a blueprint must show when it registers."""

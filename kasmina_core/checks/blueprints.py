@@ -1,0 +1,498 @@
+"""What a blueprint must show before it is registered: its size, shapes, gradient and manners, measured on a device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+from kasmina_core.blueprints.declarations import BlueprintSpec
+from kasmina_core.checks.devices import (
+    FULL_DEVICE_CHECKS,
+    QUICK_DEVICE_CHECKS,
+    check_on_device,
+    device_check_names,
+)
+from kasmina_core.checks.findings import Builder, Built, Findings
+from kasmina_core.checks.global_state import preserved_global_state
+from kasmina_core.checks.modules import (
+    GRID_WIDTHS,
+    MODULE_CHECKS,
+    check_grid,
+    check_independence,
+    check_module,
+)
+from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kasmina_core.checks.cache import PassCache
+
+PREFERRED_WIDTHS: Final = (64, 24, 7)
+"""Widths that are tried first; 7 shows a module that needs a divisible width and does not say so."""
+
+CHECK_NAMES: Final = (
+    "declaration",
+    "accepts_width",
+    "factory",
+    "options",
+    "global_state",
+    "param_estimate",
+    "param_count",
+    "independent_builds",
+    *QUICK_DEVICE_CHECKS,
+    "shape_grid",
+    *FULL_DEVICE_CHECKS,
+    *MODULE_CHECKS,
+)
+"""Every check that a report can hold, causes before consequences: the first failure is the one to read."""
+
+FULL_CHECKS: Final = frozenset(("shape_grid", *FULL_DEVICE_CHECKS, *MODULE_CHECKS))
+"""The checks that registration leaves out, because they take longer."""
+
+LEFT_OUT: Final = "left to the full checks, `kasmina plugins check`"
+
+_RESERVED: Final = ("dim", "self", "slot", "blueprint", "blueprint_id", "seed_id")
+_WIDTHS: Final = 3
+_SEED: Final = 0x6B61736D696E61  # unlikely in a factory, so that one which seeds the generators is seen
+_FATAL: Final = ("factory", "accepts_width", "output_shape")
+_LADDER: Final = tuple(chain(PREFERRED_WIDTHS, (32, 16, 48, 96, 128, 8, 256, 12, 20, 512), range(1, 1025)))
+
+
+def check_blueprint_spec(
+    spec: BlueprintSpec,
+    *,
+    device: str | torch.device | None = None,
+    widths: Sequence[int] | None = None,
+    origin: str = "",
+    full: bool = True,
+    cache: PassCache | None = None,
+) -> ValidationReport:
+    """Build a blueprint at several widths, run it, and report whether it keeps what it declares.
+
+    The size is that of fvcore's ``parameter_count``. The global random numbers, default dtype, default device and
+    thread settings are left as they were found. CUDA is not initialised where ``device`` is ``"cpu"``.
+
+    Args:
+        spec: The declaration.
+        device: Where modules run: ``"cpu"``, ``"cuda"`` or one such device. ``None`` runs them on the CPU and, where
+            there is one, on the current CUDA device.
+        widths: Feature widths to use, instead of three that the blueprint accepts.
+        origin: Who offers it, for messages, such as ``"kasmina-cnn 0.1"``.
+        full: Whether the checks of `FULL_CHECKS` run as well: more sizes, precisions, memory formats, both modes, copies
+            and operations. Registration leaves them out.
+        cache: Where passes on a device are kept; what it holds is not run again, and the report says so.
+
+    Source: https://github.com/facebookresearch/fvcore/blob/main/fvcore/nn/parameter_count.py
+    """
+    import torch
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved_global_state())
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)  # the tensors are small, and a pool of threads would not survive a fork
+        if torch.get_default_device().type != "cpu":
+            torch.set_default_device(None)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return _Examination(spec, origin, full, cache).report(device, widths)
+
+
+class _Examination:
+    """The checks of one blueprint while they run."""
+
+    def __init__(self, spec: BlueprintSpec, origin: str, full: bool, cache: PassCache | None) -> None:
+        self.spec = spec
+        self.origin = origin
+        self.full = full
+        self.cache = cache
+
+    def report(self, device: str | torch.device | None, widths: Sequence[int] | None) -> ValidationReport:
+        import torch
+
+        from kasmina_core.quiet import private_rng
+
+        asked, runnable, absent = _devices(device)
+        with private_rng(_SEED, *(torch.device(name) for name in runnable)):
+            self.findings = Findings()
+            self.builder = Builder(self.spec, self.findings)
+            self._check_declaration()
+            chosen = self._choose_widths(widths)
+            built = self._build_all(chosen)
+            self._check_options(built)
+            self._check_size(built)
+            check_independence(self.builder, built, self.findings)
+            used = [name for name in runnable if self._check_on(torch.device(name), built)]
+            for name, why in absent.items():
+                for check in device_check_names(self.spec.topology, self.full):
+                    self.findings.not_run(check, why, device=name, needed=_kind(name) in asked)
+            self._check_whole(built, chosen, widths is None, runnable, absent, asked)
+            self.findings.judge_settings(bool(built))
+        checks = sorted(self.findings.results, key=_order)
+        return ValidationReport(self.spec.name, self.origin, tuple(used), asked, tuple(checks))
+
+    def _check_on(self, device: torch.device, built: Sequence[Built]) -> bool:
+        """Run what has to run on a device; return whether anything did."""
+        if self.cache is None or not built:
+            return check_on_device(self.builder, built, device, self.findings, self.full)
+        key = self.cache.key(self.spec, [made.width for made in built], device, self.full)
+        names = device_check_names(self.spec.topology, self.full)
+        if (kept := self.cache.recall(key, names, str(device))) is not None:
+            self.findings.results += kept
+            return False
+        before = len(self.findings.results)
+        ran = check_on_device(self.builder, built, device, self.findings, self.full)
+        self.cache.keep(key, self.findings.results[before:])
+        return ran
+
+    def _check_whole(
+        self,
+        built: Sequence[Built],
+        chosen: Sequence[int],
+        more_widths: bool,
+        runnable: Sequence[str],
+        absent: Mapping[str, str],
+        asked: Sequence[str],
+    ) -> None:
+        """Run the checks of modules as a whole, on the first device that is used."""
+        import torch
+
+        names = ("shape_grid", *MODULE_CHECKS)
+        if not self.full:
+            for name in (*names, *device_check_names(self.spec.topology, True)[len(QUICK_DEVICE_CHECKS) :]):
+                self.findings.not_run(name, LEFT_OUT, needed=False)
+        elif not runnable:
+            for name in names:
+                why = next((absent[kind] for kind in absent if _kind(kind) in asked), "no device can be used")
+                self.findings.not_run(name, why)
+        elif not built or any(
+            c.status is CheckStatus.FAILED and c.name in _FATAL for c in self.findings.results
+        ):
+            for name in names:
+                self.findings.not_run(name, "modules cannot be built and run at every width that is used")
+        else:
+            home = torch.device(runnable[0])
+            more = [
+                width for width in GRID_WIDTHS if more_widths and width not in chosen and self._takes(width)
+            ]
+            check_grid(self.builder, [*chosen, *more], home, self.findings)
+            check_module(self.builder, built[0].width, home, self.findings)
+
+    def _takes(self, width: int) -> bool:
+        try:
+            return self.spec.refusal(width) is None
+        except (Exception, SystemExit):  # accepts_width was judged at the widths that are used
+            return False
+
+    # -- before any device ------------------------------------------------------------------------------------------
+
+    def _check_declaration(self) -> None:
+        """Look at what the declaration says of itself; nothing foreign runs."""
+        spec = self.spec
+        wrong: list[tuple[str, str, object]] = []
+        for name in ("description", "source"):
+            if not isinstance(getattr(spec, name), str):
+                wrong.append((name, "text", getattr(spec, name)))
+        if spec.estimate_dim is not None and not (_is_whole(spec.estimate_dim) and spec.estimate_dim > 0):
+            wrong.append(("estimate_dim", "a width of at least 1, or None", spec.estimate_dim))
+        estimate = spec.param_estimate
+        if isinstance(estimate, bool) or (isinstance(estimate, int) and estimate < 0):
+            wrong.append(("param_estimate", "a count of 0 or more", estimate))
+        if spec.accepts_width is not None and not callable(spec.accepts_width):
+            wrong.append(("accepts_width", "a function of the width, or None", spec.accepts_width))
+        if not isinstance(spec.takes_causal, bool):
+            wrong.append(("takes_causal", "True or False", spec.takes_causal))
+        if not isinstance(spec.options, Mapping):
+            wrong.append(("options", "a mapping from names to defaults", spec.options))
+        else:
+            for name, default in spec.options.items():
+                if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+                    wrong.append(("options", "names that can be keyword arguments of germinate", name))
+                elif name == "causal" and spec.takes_causal:
+                    wrong.append(("options", "no 'causal': takes_causal=True passes it already", name))
+                elif not _is_plain(default):
+                    wrong.append((f"options[{name!r}]", "plain data, which a checkpoint can hold", default))
+        if not wrong:
+            self.findings.passed("declaration", measured="complete")
+            return
+        where, expected, found = wrong[0]
+        self.findings.failed(
+            "declaration",
+            "is declared with a field that cannot be used",
+            where=where,
+            expected=expected,
+            measured=repr(found),
+            hint="Correct it in the BlueprintSpec."
+            + (f" Also: {', '.join(field for field, _, _ in wrong[1:])}." if wrong[1:] else ""),
+        )
+
+    def _choose_widths(self, widths: Sequence[int] | None) -> list[int]:
+        """Return the widths to use, at most `_WIDTHS` unless they are given, the estimate's own first."""
+        spec = self.spec
+        own = [spec.estimate_dim] if spec.estimate_dim is not None else []
+        wanted = [*own, *(widths if widths is not None else _LADDER)]
+        limit = len(wanted) if widths is not None else _WIDTHS
+        chosen: list[int] = []
+        for width in dict.fromkeys(wanted):
+            if len(chosen) == limit:
+                break
+            try:
+                reason = spec.refusal(width)
+            except (Exception, SystemExit) as error:
+                self.findings.failed(
+                    "accepts_width",
+                    f"cannot say whether it takes width {width}",
+                    where=f"dim={width}",
+                    expected="None, or the reason as text",
+                    measured=f"{type(error).__name__}: {error}",
+                    hint="accepts_width(dim) must not raise.",
+                    error=error,
+                )
+                return chosen
+            if reason is None:
+                chosen.append(width)
+            elif not isinstance(reason, str) or not reason:
+                self.findings.failed(
+                    "accepts_width",
+                    "does not say why it refuses a width",
+                    where=f"dim={width}",
+                    expected="None, or the reason as text",
+                    measured=repr(reason),
+                    hint="accepts_width(dim) returns None for a width it accepts and the reason, as text, for others.",
+                )
+                return chosen
+            elif width in own:
+                self.findings.failed(
+                    "accepts_width",
+                    "refuses the width its size was counted at",
+                    where=f"dim={width}",
+                    expected=f"None at estimate_dim={width}",
+                    measured=reason,
+                    hint="Set estimate_dim to a width that accepts_width accepts.",
+                )
+        if chosen:
+            self.findings.passed("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
+        else:
+            self.findings.not_run(
+                "accepts_width",
+                "no width from 1 to 1024 is accepted" if widths is None else "none given is accepted",
+            )
+        return chosen
+
+    def _build_all(self, widths: Sequence[int]) -> list[Built]:
+        variants = [(width, False) for width in widths]
+        if self.spec.takes_causal and widths:
+            variants.append((widths[0], True))
+        failed = False
+        built = []
+        for width, causal in variants:
+            made, failure = self.builder.build(width, causal)
+            if made is not None:
+                built.append(made)
+            elif not failed and failure is not None:
+                self.findings.results.append(failure)
+                failed = True
+        if built and not failed:
+            self.findings.passed("factory", measured=f"built at {len(built)} widths or variants")
+        elif not built and not failed:
+            self.findings.not_run("factory", "there is no width to build it at")
+        return built
+
+    def _check_options(self, built: Sequence[Built]) -> None:
+        """Build once more with every option at its declared default."""
+        if not self.spec.options or not built:
+            return
+        _, failure = self.builder.build(built[0].width, options=self.spec.options)
+        if failure is None:
+            self.findings.passed("options", measured=f"takes {', '.join(self.spec.options)}")
+            return
+        self.findings.failed(
+            "options",
+            "does not take the options it declares",
+            where=failure.where,
+            expected=failure.expected,
+            measured=failure.measured,
+            hint="Declare in options the keyword arguments of the factory, each with a default that it accepts.",
+            error=failure.error,
+        )
+
+    def _check_size(self, built: Sequence[Built]) -> None:
+        """Compare ``param_estimate`` with fvcore's count at every width that it speaks of."""
+        count = _fvcore_counter()
+        plain = [made for made in built if not made.causal]
+        if isinstance(count, str) or not plain:
+            self.findings.not_run(
+                "param_estimate", count if isinstance(count, str) else "no module was built"
+            )
+            return
+        counts: dict[int, int] = {}
+        for made in plain:
+            try:
+                counts[made.width] = count(made.module)
+            except (Exception, SystemExit) as error:
+                self.findings.not_run(
+                    "param_estimate", f"fvcore could not count: {error!r}", where=made.where
+                )
+        wrong: list[tuple[int, int]] = []
+        for width, counted in counts.items():
+            try:
+                declared = self.spec.declared_params(width)
+            except (Exception, SystemExit) as error:
+                self.findings.failed(
+                    "param_estimate",
+                    "cannot say which size it has",
+                    where=f"dim={width}",
+                    expected=f"{counted} (fvcore)",
+                    measured=f"{type(error).__name__}: {error}",
+                    hint="param_estimate(dim) returns the number of parameters as an int.",
+                    error=error,
+                )
+                continue
+            if declared is None:
+                self.findings.passed("param_count", where=f"dim={width}", measured=counted)
+            elif declared == counted:
+                self.findings.passed(
+                    "param_estimate", where=f"dim={width}", expected=declared, measured=counted
+                )
+            else:
+                wrong.append((width, declared))
+        hint = self._estimate_to_paste(counts, count) if wrong else ""
+        for width, declared in wrong:
+            self.findings.failed(
+                "param_estimate",
+                "does not have the size it declares",
+                where=f"dim={width}",
+                expected=declared,
+                measured=counts[width],
+                hint=hint,
+            )
+        if len(counts) < 2:
+            self.findings.not_run("param_estimate", "only one width could be counted, and two are asked for")
+
+    def _estimate_to_paste(self, counts: Mapping[int, int], count: Callable[[nn.Module], int]) -> str:
+        width = next(iter(counts))
+        if self.spec.estimate_dim is not None and not callable(self.spec.param_estimate):
+            return f"Set param_estimate={counts[width]}, or estimate_dim to the width you measured at."
+        more = dict(counts)
+        for candidate in _LADDER[:20]:
+            if len(more) > 4:
+                break
+            try:
+                if candidate not in more and self.spec.refusal(candidate) is None:
+                    made, _ = self.builder.build(candidate)
+                    more |= {candidate: count(made.module)} if made is not None else {}
+            except (Exception, SystemExit):  # the estimate is wrong already; this only helps to correct it
+                break
+        if formula := _polynomial(more):
+            return f"Set param_estimate=lambda dim: {formula}."
+        return f"Set param_estimate={counts[width]}, estimate_dim={width}, or correct the function."
+
+
+def _devices(
+    device: str | torch.device | None,
+) -> tuple[tuple[str, ...], list[str], dict[str, str]]:
+    """Return the kinds asked for, the devices that work, and why each other one does not.
+
+    CUDA is never initialised where there is none.
+    """
+    import torch
+
+    wanted = torch.device(device) if device is not None else None
+    asked, runnable, absent = [], [], {}
+    if wanted is None or wanted.type == "cpu":
+        asked.append("cpu")
+        runnable.append("cpu")
+    else:
+        absent["cpu"] = "not asked for"
+    if wanted is not None and wanted.type == "cpu":
+        absent["cuda"] = "not asked for"
+    elif wanted is not None and wanted.type != "cuda":
+        asked.append(wanted.type)
+        absent[str(wanted)] = "the registration checks run on cpu and cuda"
+        absent["cuda"] = "not asked for"
+    elif not torch.cuda.is_available():
+        absent["cuda"] = "this machine has no CUDA device"
+        if wanted is not None:
+            asked.append("cuda")
+    else:
+        asked.append("cuda")
+        try:
+            index = (
+                wanted.index
+                if wanted is not None and wanted.index is not None
+                else torch.cuda.current_device()
+            )
+            torch.zeros((), device=f"cuda:{index}")
+            runnable.append(f"cuda:{index}")
+        except (RuntimeError, AssertionError) as error:
+            absent["cuda"] = f"the CUDA device cannot be used: {error}"
+    return tuple(asked), runnable, absent
+
+
+def _fvcore_counter() -> Callable[[nn.Module], int] | str:
+    """Return a function that counts parameters with fvcore, or why there is none."""
+    try:
+        with warnings.catch_warnings():
+            # fvcore scripts functions when it is imported, which torch deprecates.
+            warnings.simplefilter("ignore")
+            from fvcore.nn import parameter_count
+    except ImportError as error:
+        return f"fvcore cannot be imported: {error}"
+    return lambda module: int(parameter_count(module)[""])
+
+
+def _polynomial(counts: Mapping[int, int]) -> str | None:
+    """Return ``a * dim * dim + b * dim + c`` through all of four or more counts, if whole numbers do that.
+
+    >>> _polynomial({1: 3, 2: 8, 3: 15, 4: 24})
+    'dim * dim + 2 * dim'
+    """
+    if len(counts) < 4:
+        return None
+    (x0, y0), (x1, y1), (x2, y2) = list(counts.items())[:3]
+    slope01, slope12 = Fraction(y1 - y0, x1 - x0), Fraction(y2 - y1, x2 - x1)
+    a = (slope12 - slope01) / (x2 - x0)
+    b = slope01 - a * (x0 + x1)
+    c = y0 - a * x0 * x0 - b * x0
+    if any(part.denominator != 1 for part in (a, b, c)):
+        return None
+    if any(a * x * x + b * x + c != y for x, y in counts.items()):
+        return None
+    terms = []
+    for factor, power in ((int(a), "dim * dim"), (int(b), "dim"), (int(c), "")):
+        if factor:
+            size = " * ".join(
+                filter(None, (str(abs(factor)) if abs(factor) != 1 or not power else "", power))
+            )
+            terms.append(("- " if factor < 0 else "+ ") + size)
+    text = " ".join(terms).removeprefix("+ ")
+    return text or "0"
+
+
+def _order(check: CheckResult) -> tuple[int, int]:
+    return (CHECK_NAMES.index(check.name), int(check.status is CheckStatus.NOT_RUN))
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_plain(value: object) -> bool:
+    # Exact types, as in germinate: a subclass is written as its class, which a safe load of a checkpoint refuses.
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

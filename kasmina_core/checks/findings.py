@@ -1,0 +1,229 @@
+"""What the checks of a blueprint share: building its modules, and keeping what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, final
+
+from kasmina_core.checks.global_state import STREAMS, read_settings, restore_settings
+from kasmina_core.checks.reports import CheckResult, CheckStatus
+from kasmina_core.errors import PluginError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from kasmina_core.blueprints.declarations import BlueprintSpec
+
+
+@final
+@dataclass(slots=True)
+class Built:
+    """A module of the blueprint, at one width."""
+
+    width: int
+    causal: bool
+    module: nn.Module
+
+    @property
+    def where(self) -> str:
+        """The width and the form, for reports."""
+        return f"dim={self.width}" + (", causal=True" if self.causal else "")
+
+
+class Findings:
+    """The results so far, and the settings of the program that foreign code changed."""
+
+    def __init__(self) -> None:
+        self.results: list[CheckResult] = []
+        self._settings = read_settings()
+        self._changed: dict[str, Any] = {}
+
+    def passed(self, name: str, **facts: Any) -> None:
+        """Keep that a check passed."""
+        self.results.append(CheckResult(name, CheckStatus.PASSED, **facts))
+
+    def failed(self, name: str, claim: str, **facts: Any) -> None:
+        """Keep that a check failed; ``claim`` is read after the name of the blueprint."""
+        self.results.append(CheckResult(name, CheckStatus.FAILED, claim=claim, **facts))
+
+    def not_run(self, name: str, why: str, **facts: Any) -> None:
+        """Keep that a check did not run."""
+        self.results.append(CheckResult(name, CheckStatus.NOT_RUN, hint=why, **facts))
+
+    def note_settings(self) -> None:
+        """Put back settings that were changed since, and remember them."""
+        for name, value in restore_settings(self._settings).items():
+            self._changed.setdefault(name, value)
+
+    def call(self, module: nn.Module, x: Tensor) -> Any:
+        """Run a module, and put back at once the settings that it changed: what comes next depends on them."""
+        try:
+            return module(x)
+        finally:
+            self.note_settings()
+
+    def judge_settings(self, ran: bool) -> None:
+        """Say whether foreign code left the settings of the program alone."""
+        self.note_settings()
+        if self._changed:
+            told = {
+                name: "as they were" if name in STREAMS else str(self._settings[name])
+                for name in self._changed
+            }
+            found = {
+                name: "moved" if name in STREAMS else str(value) for name, value in self._changed.items()
+            }
+            self.failed(
+                "global_state",
+                "changes settings of the whole program",
+                expected=told,
+                measured=found,
+                hint="Leave them alone in the factory and in forward; they were put back. "
+                "Initial values are drawn with torch's functions.",
+            )
+        elif ran:
+            self.passed("global_state", measured="unchanged")
+        else:
+            self.not_run("global_state", "no module was built")
+
+
+@final
+class Builder:
+    """Builds modules of one blueprint; what its factory does to the program is noted."""
+
+    def __init__(self, spec: BlueprintSpec, findings: Findings) -> None:
+        self.spec = spec
+        self._findings = findings
+
+    def build(
+        self, width: int, causal: bool = False, options: Mapping[str, Any] | None = None
+    ) -> tuple[Built | None, CheckResult | None]:
+        """Return a module on the CPU, or the failed check that says why there is none.
+
+        Args:
+            width: Feature width.
+            causal: Whether to ask for the causal form, if there is one.
+            options: Options of the blueprint.
+        """
+        import torch
+        from torch import nn
+        from torch.nn.parameter import is_lazy
+
+        given = dict(options or {}) | ({"causal": causal} if self.spec.takes_causal else {})
+        where = f"dim={width}" + "".join(f", {name}={value!r}" for name, value in given.items())
+        claim, hint, measured = "", "", ""
+        error: BaseException | None = None
+        try:
+            module: object = self.spec.load_factory()(width, **given)
+        except torch.OutOfMemoryError:
+            raise
+        except PluginError as raised:
+            error, measured = raised, f"{type(raised.__cause__).__name__}: {raised.__cause__}"
+            if raised.__cause__ is None:
+                measured = str(raised)
+            claim = "names a factory that cannot be imported"
+            hint = f"factory={self.spec.factory!r} is read as 'package.module:attribute'."
+        except (Exception, SystemExit) as raised:
+            error, measured = raised, f"{type(raised).__name__}: {raised}"
+            claim = "could not be built at a width it accepts"
+            hint = (
+                "Let accepts_width return a reason for widths that the factory cannot take."
+                if isinstance(raised, (ValueError, AssertionError, RuntimeError))
+                else "The factory is called as factory(dim, **options) and returns an nn.Module."
+            )
+        else:
+            if not isinstance(module, nn.Module):
+                measured, claim = f"{type(module).__name__}", "is not built as a module"
+                hint = "The factory is called as factory(dim, **options) and returns an nn.Module."
+            elif any(is_lazy(tensor) for tensor in chain(module.parameters(), module.buffers())):
+                measured, claim = "uninitialised (lazy) parameters", "is not complete when it is built"
+                hint = "Give every layer its size: the width is known, and optimisers need the parameters."
+            else:
+                self._findings.note_settings()
+                return Built(width, causal, module), None
+        self._findings.note_settings()
+        return None, CheckResult(
+            "factory",
+            CheckStatus.FAILED,
+            where=where,
+            expected="an nn.Module",
+            measured=measured,
+            hint=hint,
+            claim=claim,
+            error=error,
+        )
+
+    def need(self, width: int) -> nn.Module:
+        """Return a module at a width where one was built before.
+
+        Raises:
+            NotRepeatableError: If it cannot be built again.
+        """
+        made, failure = self.build(width)
+        if made is None:
+            raise NotRepeatableError(failure.measured if failure is not None else "")
+        return made.module
+
+
+class NotRepeatableError(Exception):
+    """A module that was built once cannot be built again."""
+
+
+@final
+class Tally:
+    """For each check of a device: how often it ran, the first failure, what to report of a pass or of no run.
+
+    Attributes:
+        runs: How often it ran.
+        failures: The facts of its first failure.
+        measured: What a pass reports, instead of how often it ran.
+        problems: Why it did not run.
+        farthest: The largest distance from the identity, as a part of the RMS of the input.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, int] = {}
+        self.failures: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, str] = {}
+        self.problems: dict[str, str] = {}
+        self.farthest = 0.0
+
+    def ran(self, name: str) -> None:
+        """Count a run that found nothing wrong."""
+        self.runs[name] = self.runs.get(name, 0) + 1
+
+    def judge(self, name: str, ok: bool, where: str, *failure: Any) -> bool:
+        """Count a run; keep the first failure. The rest is that of `fail`."""
+        if ok:
+            self.ran(name)
+        else:
+            self.fail(name, where, *failure)
+        return ok
+
+    def fail(
+        self,
+        name: str,
+        where: str,
+        claim: str,
+        expected: object,
+        measured: object,
+        hint: str,
+        error: BaseException | None = None,
+        tolerance: str = "none",
+    ) -> None:
+        """Count a run that failed, and keep it if it is the first."""
+        self.ran(name)
+        self.failures.setdefault(
+            name,
+            {
+                "claim": claim,
+                "where": where,
+                "expected": list(expected) if isinstance(expected, tuple) else expected,
+                "measured": list(measured) if isinstance(measured, tuple) else measured,
+                "hint": hint,
+                "error": error,
+                "tolerance": tolerance,
+            },
+        )

@@ -1,0 +1,371 @@
+"""The checks of what a module is beside its numbers: its own, in both modes, kept by a copy, at every size."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from kasmina_core.checks.devices import example_shapes, rms
+from kasmina_core.checks.findings import Builder, Built, Findings, NotRepeatableError
+from kasmina_core.topology import Topology
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+MODULE_CHECKS: Final = ("eval_and_train", "state_dict", "pickle", "deepcopy", "flops")
+"""Checks of a module as a whole, on the first device that is used."""
+
+GRID_WIDTHS: Final = (1, 2, 3, 5, 12, 33, 96)
+"""Widths that `check_grid` adds to those at which the other checks run."""
+
+MODE_TOLERANCE: Final = 1e-4
+"""How far outputs may differ between modes and between copies, as a part of their RMS."""
+
+
+def check_independence(builder: Builder, built: Sequence[Built], findings: Findings) -> None:
+    """Build a second module and see whether any two hold one parameter."""
+    if not built:
+        findings.not_run("independent_builds", "no module was built")
+        return
+    second, failure = builder.build(built[0].width, built[0].causal)
+    if second is None:
+        findings.failed(
+            "independent_builds",
+            "cannot be built twice",
+            where=built[0].where,
+            expected="a second module",
+            measured=failure.measured if failure is not None else None,
+            hint="Every germination builds a module of its own with the same factory.",
+            error=failure.error if failure is not None else None,
+        )
+        return
+    owners: dict[tuple[Any, ...], int] = {}
+    shared: set[str] = set()
+    for number, made in enumerate([*built, second]):
+        for name, parameter in made.module.named_parameters():
+            if parameter.numel() and owners.setdefault(_memory(parameter), number) != number:
+                shared.add(name)
+    if shared:
+        findings.failed(
+            "independent_builds",
+            "shares parameters between modules that were built apart",
+            where=built[0].where,
+            expected="0 shared parameters",
+            measured=", ".join(sorted(shared)),
+            hint="Create every parameter inside the factory: a module-level or cached one is trained by every seed.",
+        )
+    else:
+        findings.passed("independent_builds", expected="0 shared parameters", measured=0)
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.device, tensor.untyped_storage().data_ptr())
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------------
+
+
+def check_grid(builder: Builder, widths: Sequence[int], home: torch.device, findings: Findings) -> None:
+    """Compare output and input shapes on a grid of sizes: on the meta device where that works, else at home."""
+    import torch
+
+    if not widths:
+        findings.not_run("shape_grid", "no module was built")
+        return
+    meta = torch.device("meta")
+    try:
+        problem = _first_misfit(builder, widths, meta, findings)
+    except (Exception, SystemExit) as error:
+        problem = ("", error)
+    reason = _told(problem[1]) if problem is not None else ""
+    device = meta
+    if problem is not None:  # many modules cannot run there, so a failure there says nothing
+        device = home
+        try:
+            problem = _first_misfit(builder, widths, home, findings)
+        except torch.OutOfMemoryError as error:
+            findings.not_run("shape_grid", f"{home} has too little memory free: {error}", device=str(home))
+            return
+    sizes = len(grid_shapes(builder.spec.topology, 1))
+    said = f"{len(widths) * sizes} inputs at widths {', '.join(map(str, widths))}, batch 1 and odd sizes among them"
+    if problem is None:
+        because = f"; not on meta: {reason.strip().partition(chr(10))[0][:120]}" if device != meta else ""
+        findings.passed(
+            "shape_grid", device=str(device), expected="the shape of the input", measured=said + because
+        )
+        return
+    where, found = problem
+    findings.failed(
+        "shape_grid",
+        "does not take every size of features",
+        device=str(device),
+        where=where,
+        expected="the shape of the input",
+        measured=_told(found) if isinstance(found, BaseException) else found,
+        hint="A host gives features of any batch, height, width or length. Refuse widths by accepts_width.",
+        error=found if isinstance(found, BaseException) else None,
+    )
+
+
+def _told(found: object) -> str:
+    return f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else str(found)
+
+
+def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
+    """Return shapes of features, each with whether the module is in training mode.
+
+    >>> grid_shapes(Topology.TRANSFORMER, 8)[0]
+    ((1, 1, 8), False)
+    """
+    if topology is Topology.CNN:
+        sizes = [(2, 1, 1), (1, 5, 5), (1, 7, 3), (2, 13, 9), (3, 4, 6)]
+        return [((b, width, h, w), h * w > 1) for b, h, w in sizes]
+    return [((b, t, width), t > 1) for b, t in [(1, 1), (1, 5), (2, 13), (3, 33)]]
+
+
+def _first_misfit(
+    builder: Builder, widths: Sequence[int], device: torch.device, findings: Findings
+) -> tuple[str, Any] | None:
+    """Return where, and the wrong shape or the exception; ``None`` if every shape is kept."""
+    import torch
+
+    for width in widths:
+        # Built on the CPU and moved: a factory that sets the default device would tangle with a context of one.
+        made, failure = builder.build(width)
+        if made is None:
+            return (f"dim={width}", failure.error or failure.measured if failure is not None else "not built")
+        module = made.module.to(device)
+        for shape, training in grid_shapes(builder.spec.topology, width):
+            where = f"dim={width}, input {shape}" + ("" if training else ", eval mode")
+            module.train(training)
+            try:
+                y: object = findings.call(module, torch.zeros(shape, device=device))
+            except torch.OutOfMemoryError:
+                raise
+            except (Exception, SystemExit) as error:
+                return (where, error)
+            if not isinstance(y, torch.Tensor):
+                return (where, type(y).__name__)
+            if tuple(y.shape) != shape:
+                return (where, list(y.shape))
+    return None
+
+
+# -- modes and copies -----------------------------------------------------------------------------------------------------
+
+
+def check_module(builder: Builder, width: int, home: torch.device, findings: Findings) -> None:
+    """Run a module with moved parameters in both modes, copy it in three ways, and count its operations."""
+    import torch
+
+    shape = example_shapes(builder.spec.topology, width)[0][0]
+    jobs: dict[str, Callable[[], None]] = {}
+    try:
+        trained = _moved(builder.need(width).to(home), shape, home, findings)
+        x = torch.randn(shape).to(home)
+        # Copies first: running a module in training mode may move its statistics.
+        copies: dict[str, Callable[[nn.Module], Any]] = {
+            "state_dict": lambda module: _through_state_dict(module, builder.need(width).to(home)),
+            "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+            "deepcopy": copy.deepcopy,
+        }
+        for name, make in copies.items():
+            jobs[name] = partial(_check_copy, name, make, trained, x, width, findings)
+        jobs["eval_and_train"] = lambda: _check_modes(trained, x, width, findings)
+        jobs["flops"] = lambda: _count_flops(builder.need(width).to(home).eval(), x[:1], width, findings)
+    except (Exception, SystemExit) as error:
+        why = f"a module could not be run once: {type(error).__name__}: {error}"
+        for name in MODULE_CHECKS:
+            findings.not_run(name, why, device=str(home))
+        return
+    for name, job in jobs.items():
+        try:
+            job()
+        except torch.OutOfMemoryError as error:
+            findings.not_run(name, f"{home} has too little memory free: {error}", device=str(home))
+        except NotRepeatableError as error:
+            findings.not_run(name, f"a second module could not be built: {error}", device=str(home))
+        except Exception as error:  # what it returned cannot even be looked at
+            findings.not_run(name, f"its output cannot be compared: {error!r}", device=str(home))
+        findings.note_settings()
+
+
+def _moved(module: nn.Module, shape: tuple[int, ...], home: torch.device, findings: Findings) -> nn.Module:
+    """Return a module as it is in the middle of training: after a pass, every parameter away from where it began."""
+    import torch
+
+    module.train()
+    findings.call(module, torch.randn(shape).to(home).requires_grad_().clone())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter))
+    return module
+
+
+def _through_state_dict(module: nn.Module, fresh: nn.Module) -> nn.Module:
+    import torch
+
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+_LOST: Final = {
+    "state_dict": (
+        "is not kept by its state_dict",
+        "Keep what is not drawn anew at build in parameters and buffers, and plain data in get_extra_state.",
+    ),
+    "pickle": (
+        "cannot be pickled",
+        "Define the module's class at the top of its file, and hold no lambda, open file or generator in it.",
+    ),
+    "deepcopy": (
+        "cannot be copied by copy.deepcopy",
+        "Keep no tensor of a forward pass in the module, and let __deepcopy__ copy the parameters.",
+    ),
+}
+
+
+def _check_copy(
+    name: str, make: Callable[[nn.Module], Any], module: nn.Module, x: Tensor, width: int, findings: Findings
+) -> None:
+    """Copy the module and compare what both compute in eval mode."""
+    import torch
+
+    claim, hint = _LOST[name]
+    facts: dict[str, Any] = {
+        "device": str(x.device),
+        "where": f"dim={width}",
+        "expected": "a copy that computes the same",
+    }
+    try:
+        twin = make(module)
+        module.eval()
+        twin.eval()
+        distance = _distance(findings.call(twin, x.clone()), findings.call(module, x.clone()))
+        mine = {_memory(tensor) for tensor in module.parameters() if tensor.numel()}
+        # A state dict is loaded into a module that was built: whether that is its own, `check_independence` says.
+        shared = name != "state_dict" and any(
+            _memory(tensor) in mine for tensor in twin.parameters() if tensor.numel()
+        )
+    except (torch.OutOfMemoryError, NotRepeatableError):
+        raise
+    except (Exception, SystemExit) as error:
+        found = f"{type(error).__name__}: {error}"
+        findings.failed(name, claim, measured=found, hint=hint, error=error, **facts)
+        return
+    if shared:
+        found = "the copy shares parameters with the module"
+    elif not distance <= MODE_TOLERANCE:
+        found = f"outputs differ by {distance:.3g} of their RMS"
+    else:
+        findings.passed(name, measured="the same output", tolerance=_mode_tolerance(), **facts)
+        return
+    findings.failed(name, claim, measured=found, hint=hint, tolerance=_mode_tolerance(), **facts)
+
+
+def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -> None:
+    """Compare the outputs of eval and of training mode."""
+    name = "eval_and_train"
+    facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}"}
+    outputs: list[Any] = []
+    for training in (False, True):
+        mode = "training" if training else "eval"
+        module.train(training)
+        try:
+            y = findings.call(module, x.clone())  # one may write to it
+            outputs.append(y.detach())
+        except (Exception, SystemExit) as error:
+            findings.failed(
+                name,
+                f"does not run in {mode} mode",
+                expected="features in both modes",
+                measured=f"{type(error).__name__}: {error}",
+                hint="A host is trained in one mode and measured in the other.",
+                error=error,
+                **facts,
+            )
+            return
+    kept, trained = outputs
+    varying = _varies_by_mode(module)
+    if kept.shape != trained.shape or kept.shape != x.shape:
+        findings.failed(
+            name,
+            "returns other shapes in eval than in training mode",
+            expected=list(x.shape),
+            measured=f"{tuple(kept.shape)} in eval, {tuple(trained.shape)} in training mode",
+            hint="A host is trained in one mode and measured in the other.",
+            **facts,
+        )
+    elif varying:
+        findings.passed(
+            name,
+            expected="one shape in both modes",
+            measured=f"one shape; outputs may differ by {varying}",
+            **facts,
+        )
+    elif not (distance := _distance(trained, kept)) <= MODE_TOLERANCE:
+        findings.failed(
+            name,
+            "computes something else in eval than in training mode, and holds no dropout and no batch norm",
+            expected="equal outputs",
+            measured=f"{distance:.3g} of the output's RMS apart",
+            hint="Do not read self.training: what is measured would not be what was trained.",
+            tolerance=_mode_tolerance(),
+            **facts,
+        )
+    else:
+        findings.passed(
+            name, expected="equal outputs", measured="equal outputs", tolerance=_mode_tolerance(), **facts
+        )
+
+
+def _varies_by_mode(module: nn.Module) -> str:
+    """Return the class of a layer that rightly differs between the modes, or ``""``."""
+    from torch import nn
+
+    for layer in module.modules():
+        batch = isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
+        dropout = isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        if batch or dropout or isinstance(layer, nn.RReLU):
+            return type(layer).__name__
+    return ""
+
+
+def _distance(y: Tensor, z: Tensor) -> float:
+    """Return the RMS of the difference as a part of that of ``z``; infinite if the shapes differ."""
+    import torch
+
+    if y.shape != z.shape:
+        return float("inf")
+    if torch.allclose(y, z, rtol=0, atol=0, equal_nan=True):
+        return 0.0
+    apart, size = rms(y - z), rms(z)
+    return apart / size if size else apart
+
+
+def _mode_tolerance() -> str:
+    return f"{MODE_TOLERANCE:g} of the output's RMS"
+
+
+def _count_flops(module: nn.Module, x: Tensor, width: int, findings: Findings) -> None:
+    from kasmina_core.checks.flops import count_flops
+
+    facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}, input {tuple(x.shape)}"}
+    try:
+        count = count_flops(module, x)
+    except (Exception, SystemExit) as error:
+        findings.not_run("flops", f"nothing could count them: {type(error).__name__}: {error}", **facts)
+        return
+    measured: dict[str, Any] = {"multiply_adds": count.multiply_adds, "counted_by": count.counted_by}
+    findings.passed(
+        "flops", measured=measured | ({"because": count.because} if count.because else {}), **facts
+    )

@@ -1,0 +1,1 @@
+"""Measurements of what a seed is worth."""

@@ -1,0 +1,226 @@
+"""Measuring a seed on held-out samples: with it at several alphas and without it, in few forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.sharding import sharded_modules
+from kasmina_core.slots.slot import ForwardMode, SeedSlot
+
+if TYPE_CHECKING:
+    from kasmina_core.growth.model import MorphogeneticModel
+
+Evaluator = Callable[[], Tensor]
+"""Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GateSamples:
+    """The held-out samples that the gates decide on.
+
+    Attributes:
+        evaluator: Returns the loss, or the value of a metric, of every sample, ``(n,)``.
+        higher_is_better: Whether it is a metric that grows with quality.
+        is_fixed: Whether the samples are the same in every epoch. With others each time, losses of different epochs
+            cannot be paired.
+    """
+
+    evaluator: Evaluator
+    higher_is_better: bool = False
+    is_fixed: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluator):
+            raise TypeError(
+                "An evaluator is a function that returns the loss of every held-out sample, (n,): reduction='none'.\n"
+                f"  given: {self.evaluator!r:.200}"
+            )
+
+    def losses(self) -> Tensor:
+        """Ask the evaluator.
+
+        Raises:
+            TypeError: If it returns no tensor.
+        """
+        found: object = self.evaluator()
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                "An evaluator must return a tensor (n,), one loss per held-out sample: reduction='none'.\n"
+                f"  returned: {type(found).__name__} {found!r:.80}"
+            )
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Evidence, and the losses without the seed that it was taken from.
+
+    Attributes:
+        evidence: What was found.
+        without: Per-sample losses with the slot empty, ``(n,)`` on the CPU; ``None`` where the samples are others in
+            each epoch.
+        differences: What the seed saves at alpha 1 on each sample, ``(n,)`` on the CPU; positive is good.
+    """
+
+    evidence: SeedEvidence
+    without: Tensor | None
+    differences: Tensor
+
+
+@final
+class SeedMeasurer:
+    """Measures the seeds of one model, and remembers for which slots the part before the slot need not run again.
+
+    At the first measurement of a slot the pass with the seed runs twice, once in full and once from a tape (see
+    `ReplayTape`). If both give the same losses, bit for bit, later passes run the slot and what follows it alone;
+    if not, all of them run in full from then on and `faults` says why. While the seed does not change the losses the
+    comparison says nothing, and is repeated.
+
+    Attributes:
+        faults: By slot, why passes run in full.
+        is_replaying: Whether a pass goes on in which the part before a slot does not run.
+    """
+
+    def __init__(self, model: MorphogeneticModel) -> None:
+        self._model = model
+        self._trusted: set[str] = set()
+        self.faults: dict[str, str] = {}
+        self.is_replaying = False
+
+    def measure(
+        self,
+        slot: SeedSlot,
+        samples: GateSamples,
+        alphas: Sequence[float] = (),
+        before_blending: Tensor | None = None,
+    ) -> Measurement:
+        """Measure one slot's seed.
+
+        Args:
+            slot: A slot with an active seed.
+            samples: What to measure on.
+            alphas: Blend weights below 1 to measure at besides.
+            before_blending: Losses of the host as it was when blending began.
+
+        Raises:
+            ValueError: If the evaluator's losses are not vectors of one length of at least 2.
+            TypeError: If they are no tensor.
+        """
+        with self._model._agreement.attempt(f"measurement of '{slot.name}'"):
+            return self._measure(slot, samples, alphas, before_blending)
+
+    def _measure(
+        self,
+        slot: SeedSlot,
+        samples: GateSamples,
+        alphas: Sequence[float],
+        before_blending: Tensor | None,
+    ) -> Measurement:
+        evaluator = samples.losses
+        slot.deviation.zero_()
+        tape = self._tape(slot)
+        if tape is not None and slot.name in self._trusted:
+            with self._pass(slot, ForwardMode.MEASURE), tape.recording():
+                with_seed = evaluator()
+            without = self._again(slot, evaluator, tape, ForwardMode.PASS)
+        else:
+            with self._pass(slot, ForwardMode.MEASURE):
+                with_seed = evaluator()
+            # Not earlier: only a pass can tell whether it is compiled, and a trace must not hold a tape.
+            can_record = tape is not None and not slot.was_compiled
+            recording = tape.recording() if tape is not None and can_record else nullcontext()
+            with self._pass(slot, ForwardMode.PASS), recording:
+                without = evaluator()
+            if tape is not None and not self._compare(slot, evaluator, tape, with_seed, without):
+                tape = None
+        deviation = self._model._agreement.largest(f"deviation of '{slot.name}'", abs(float(slot.deviation)))
+        smaller = {}
+        for alpha in alphas:
+            with slot.blend_weight(alpha):
+                smaller[alpha] = self._again(slot, evaluator, tape, slot.blending_mode)
+        gather = self._model._gather_samples
+        with_seed, without = gather(with_seed), gather(without)
+        evidence = SeedEvidence.from_losses(
+            with_seed,
+            without,
+            deviation,
+            smaller={alpha: gather(losses) for alpha, losses in smaller.items()},
+            before_blending=before_blending if samples.is_fixed else None,
+            higher_is_better=samples.higher_is_better,
+        )
+        kept = without.detach().float().cpu() if samples.is_fixed else None
+        sign = -1.0 if samples.higher_is_better else 1.0
+        return Measurement(evidence, kept, sign * (without - with_seed).detach().float().cpu())
+
+    @contextmanager
+    def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:
+        # A context a pass: each then starts from the same random numbers.
+        with self._model._evaluation(), slot.forced(mode):
+            yield
+
+    @contextmanager
+    def _replaying(self, tape: ReplayTape) -> Iterator[None]:
+        self.is_replaying = True
+        try:
+            with tape.replaying():
+                yield
+        finally:
+            self.is_replaying = False
+
+    def _again(
+        self, slot: SeedSlot, evaluator: Evaluator, tape: ReplayTape | None, mode: ForwardMode
+    ) -> Tensor:
+        if tape is not None and not tape.fault:
+            try:
+                with self._pass(slot, mode), self._replaying(tape):
+                    losses = evaluator()
+            except ReplayDiverged:
+                self.faults[slot.name] = tape.fault
+            else:
+                return losses
+        with self._pass(slot, mode):
+            return evaluator()
+
+    def _compare(
+        self, slot: SeedSlot, evaluator: Evaluator, tape: ReplayTape, with_seed: Tensor, without: Tensor
+    ) -> bool:
+        """Say whether the tape may be used from now on."""
+        fault = "the forward is compiled" if slot.was_compiled else tape.fault
+        replayed = None
+        if not fault:
+            with suppress(ReplayDiverged), self._pass(slot, ForwardMode.MEASURE), self._replaying(tape):
+                replayed = evaluator()
+        if not self._all_agree(replayed is not None and _equal(replayed, with_seed)):
+            self.faults[slot.name] = fault or tape.fault or "the losses differed from those of a full pass"
+            return False
+        if self._all_agree(not _equal(with_seed, without)):
+            self._trusted.add(slot.name)
+            return True
+        return False
+
+    def _tape(self, slot: SeedSlot) -> ReplayTape | None:
+        model = self._model
+        if slot.name not in self.faults:
+            if any(module._compiled_call_impl is not None for module in model.modules()):
+                self.faults[slot.name] = "a module is compiled"
+            if sharded_modules(model):
+                # What a process keeps depends on its batches; the others would wait for the parts of its modules.
+                self.faults[slot.name] = "the parameters are spread over processes"
+        return ReplayTape(model.host, slot) if self._all_agree(slot.name not in self.faults) else None
+
+    def _all_agree(self, answer: bool) -> bool:
+        """Say whether every process found so; they must go on alike, since an evaluator may wait for the others."""
+        return self._model._agreement.largest("measuring from a tape", float(not answer)) == 0.0
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

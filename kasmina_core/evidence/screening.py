@@ -1,0 +1,125 @@
+"""First-order evidence: what seeds would gain at a small alpha, all of them in one forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.sharding import sharded_modules
+from kasmina_core.slots.slot import ForwardMode, SeedSlot
+
+if TYPE_CHECKING:
+    from kasmina_core.evidence.measuring import GateSamples
+    from kasmina_core.growth.model import MorphogeneticModel
+
+
+def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]) -> dict[str, PairedGain]:
+    """Return the first-order gain of the seeds in some slots.
+
+    Each slot's output becomes ``host + eps * (seed(host) - host)`` with one ``eps = 0`` a sample, so the forward is that
+    of the host; with ``g`` the gradient of a sample's loss at the slot and ``f`` the seed's change there::
+
+        gain = -d loss / d eps = -<g, f>
+
+    That is what the seed gains per unit of alpha as it begins to blend. Where the loss is convex along the way, the
+    gain at any alpha is at most alpha times that: a seed that is harmful to first order cannot help.
+
+    The graph from the first slot to the loss is kept for all samples until the backward. No parameter gets a gradient.
+
+    Args:
+        model: The model.
+        samples: What to measure on; the evaluator must run the model with gradients as it finds them, not under
+            ``no_grad``.
+        slots: Names of slots with active seeds.
+
+    Raises:
+        ValueError: If the losses carry no graph back to the slots, or are not one a sample.
+    """
+    chosen = [model.slots[name] for name in slots]
+    if sharded_modules(model):
+        raise ValueError("First-order gains cannot be measured in a model whose parameters are sharded.")
+    with model._evaluation(), torch.enable_grad(), _frozen(model), ExitStack() as stack:
+        weights = [stack.enter_context(_weighed(slot)) for slot in chosen]
+        losses = samples.losses()
+    if not losses.requires_grad or losses.dim() != 1:
+        raise ValueError(
+            "First-order gains need one loss a sample, with its graph.\n"
+            f"  losses: shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}\n"
+            "The evaluator must not detach them, nor run under torch.no_grad()."
+        )
+    sign = 1.0 if samples.higher_is_better else -1.0
+    inputs = [weight for slot in weights for weight in slot]
+    found = iter(torch.autograd.grad(losses.sum(), inputs, allow_unused=True))
+    gains = {}
+    for slot, own in zip(chosen, weights, strict=True):
+        parts = [g if (g := next(found)) is not None else torch.zeros_like(w) for w in own]
+        gradient = torch.cat(parts) if parts else losses.new_zeros(0)
+        if gradient.shape != losses.shape:
+            raise ValueError(
+                f"First-order gains need one loss for each sample that passes slot '{slot.name}'.\n"
+                f"  samples: {gradient.numel()}\n  losses:  {losses.numel()}"
+            )
+        gains[slot.name] = PairedGain.of(model._gather_samples(sign * gradient.detach().float()))
+    return gains
+
+
+@contextmanager
+def _weighed(slot: SeedSlot) -> Iterator[list[Tensor]]:
+    """Let the slot add its seed's change with a weight of 0 a sample; give the weights, a tensor a forward."""
+    weights: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        features = args[0]
+        weight = features.new_zeros(features.shape[0], requires_grad=True)
+        weights.append(weight)
+        return features + weight.view(-1, *[1] * (features.dim() - 1)) * (output - features).detach()
+
+    with slot.forced(ForwardMode.MEASURE):
+        handle = slot.register_forward_hook(add)
+        try:
+            yield weights
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient, so that no graph is kept for them."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@final
+class ScreenOfEpoch:
+    """The first-order gains of all incubating seeds of a model, measured at most once an epoch."""
+
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._gains: dict[tuple[str, str], PairedGain] = {}
+
+    def of(self, model: MorphogeneticModel, slot: SeedSlot, samples: GateSamples) -> PairedGain | None:
+        """Return the gain of one slot's seed.
+
+        Raises:
+            ValueError: As `screen`.
+        """
+        key = (slot.name, slot.state.seed_id if slot.state is not None else "")
+        if self._epoch != model.epoch or key not in self._gains:
+            waiting = {
+                s.name: s.state.seed_id for s in model.slots.values() if s.is_apart and s.state is not None
+            }
+            found = screen(model, samples, list(waiting))
+            self._gains = {(name, waiting[name]): gain for name, gain in found.items()}
+            self._epoch = model.epoch
+        return self._gains.get(key)

@@ -1,0 +1,1 @@
+"""Whole runs: tasks, arms, the ledger of FLOPs, records and reports."""

@@ -1,0 +1,42 @@
+"""Counting what a run costs, in floating-point operations, without slowing it down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar, final
+
+from kasmina_core.checks.flops import flop_counter as flop_counter
+
+T = TypeVar("T")
+
+
+@final
+class FlopLedger:
+    """Adds up the operations of a run.
+
+    The first call of each kind of work is counted by running it under the counter; later calls of the same kind cost
+    the same and are only added. Matrix products, convolutions and attention count; element-wise work does not.
+
+    Attributes:
+        total: Operations so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._known: dict[Hashable, int] = {}
+
+    def charge(self, kind: Hashable, work: Callable[[], T]) -> T:
+        """Do the work and add what it costs.
+
+        Args:
+            kind: Equal for calls that do the same operations on the same shapes.
+            work: What to do.
+        """
+        if kind in self._known:
+            result = work()
+        else:
+            with flop_counter() as counter:
+                result = work()
+            self._known[kind] = counter.get_total_flops()
+        self.total += self._known[kind]
+        return result

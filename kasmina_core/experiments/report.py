@@ -1,0 +1,508 @@
+"""The files of a run: its data, a picture and a page that explains both."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kasmina_core.errors import KasminaError
+from kasmina_core.experiments import wording
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord, plain, write_atomically
+from kasmina_core.experiments.wording import TextTable, clean, short_blueprint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STAGE_COLOURS: Final = {
+    "DORMANT": "#eeeeee",
+    "GERMINATED": "#f0e442",
+    "TRAINING": "#8fcbee",
+    "BLENDING": "#3d8fc9",
+    "SHADOWING": "#c9a6d8",
+    "PROBATIONARY": "#9a62b5",
+    "FOSSILIZED": "#1b9e77",
+    "CULLED": "#d1495b",
+    "EMBARGOED": "#e8a7a7",
+    "RESETTING": "#f3d3d0",
+}
+"""Colour of each stage in the picture and the page; apart for colour-blind eyes too."""
+
+_GROWN_COLOUR: Final = "#14664f"
+_ALONE_COLOUR: Final = "#c8641b"
+_SLOT_COLOURS: Final = (
+    "#1f6fb4",
+    "#d1495b",
+    "#8a6d1d",
+    "#6b4c9a",
+    "#2a9d8f",
+    "#555555",
+    "#b15a9e",
+    "#7a8b2b",
+)
+
+STAGE_WORDS: Final = {
+    "DORMANT": "The slot is empty; the host computes as if it were not there.",
+    "GERMINATED": "A seed has been made and waits for its first turn; it computes nothing yet.",
+    "TRAINING": "The seed learns apart: it sees what the host sees, but the host's output and learning stay untouched.",
+    "BLENDING": "The seed's output is mixed in, a little more each step, until it has replaced the host's at this place.",
+    "SHADOWING": "The seed is in; the model is measured with it and without it on samples it did not learn from.",
+    "PROBATIONARY": "The seed's contribution must now hold up over some epochs.",
+    "FOSSILIZED": "The seed has become a part of the model for good.",
+    "CULLED": "The seed was removed; the slot is the host's again.",
+    "EMBARGOED": "The slot rests before it may take another seed.",
+    "RESETTING": "The slot is made ready for another seed.",
+}
+"""What each stage means, for somebody who has not heard of it."""
+
+_WORDS: Final = (
+    ("host", "The small model that the run starts with."),
+    ("slot", "A place in the host where something may be added."),
+    ("seed", "A small module added at a slot while the training goes on."),
+    ("blueprint", "The plan a seed is made from: which layers, how wide."),
+    ("stage", "Where a seed is in its life; the stages are explained below."),
+    ("gate", "A check between two stages. A seed goes on only if measurements support it; if not, it waits or is removed."),
+    ("alpha", "How much of the seed is mixed in: 0 is the host alone, 1 is the seed's output in its place."),
+    ("gain, contribution", "The loss without the seed minus the loss with it, on samples the model did not learn from. Above zero the seed helps. The interval holds the true value in about 95 of 100 cases."),
+    ("loss", "How wrong the model is (cross entropy, in nats); lower is better."),
+    ("training FLOPs", "The arithmetic spent on training, trials of seeds included: the fair measure of equal effort."),
+    ("host alone", "The same host trained without growth for the same training FLOPs."),
+)  # fmt: skip
+
+
+class ReportError(KasminaError):
+    """The report cannot be made; the message says what is missing and what to do."""
+
+
+def require_plots() -> None:
+    """Make sure that the picture can be drawn, before a long run.
+
+    Raises:
+        ReportError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401  asks whether it is there
+    except ImportError as error:
+        raise ReportError(
+            "The report draws its picture with matplotlib, which is not installed.\n"
+            "Install it with: pip install 'kasmina[grow]'"
+        ) from error
+
+
+def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write run.json, config.json, metrics.csv, report.png and report.html, each whole or not at all.
+
+    Args:
+        record: The run.
+        folder: Where to; it is made if it is not there. Files of an earlier run are replaced.
+
+    Returns:
+        The paths, in the order above.
+
+    Raises:
+        ReportError: If matplotlib is missing; the first three files are written before.
+        OSError: If a file cannot be written.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+
+    def write(name: str, content: str | bytes) -> None:
+        write_atomically(target / name, content)
+        written.append(target / name)
+
+    write("run.json", record.to_json())
+    write("config.json", json.dumps(plain(record.config), indent=2, allow_nan=False) + "\n")
+    write("metrics.csv", metrics_csv(record))
+    require_plots()
+    picture = render_png(record)
+    write("report.png", picture)
+    write("report.html", render_html(record, picture))
+    return written
+
+
+def metrics_csv(record: RunRecord) -> str:
+    """Return one line an epoch of both arms, as CSV with a header; three columns a slot, empty where it does not apply."""
+    slots = wording.every_slot(record)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["arm", "epoch", "train_loss", "val_loss", f"val_{record.metric_name.replace(' ', '_')}"]
+    per_slot = [f"{slot}.{what}" for slot in slots for what in ("stage", "blueprint", "alpha", "gain")]
+    writer.writerow([*head, "parameters", "flops", "gate", *per_slot])
+    for arm, epochs in ((GROWN, record.epochs), (HOST_ALONE, record.baseline)):
+        for epoch in epochs:
+            held = {slot.name: slot for slot in epoch.slots}
+            row: list[object] = [arm, epoch.epoch, epoch.train_loss, epoch.val_loss, epoch.val_metric]
+            row += [epoch.parameters, epoch.flops, epoch.gate]
+            for name in slots:
+                slot = held.get(name)
+                row += [slot.stage, slot.blueprint, slot.alpha, slot.gain] if slot is not None else [""] * 4
+            writer.writerow(row)
+    return out.getvalue()
+
+
+# The picture
+
+
+def render_png(record: RunRecord) -> bytes:
+    """Draw losses, alphas and stages over the epochs of the grown run.
+
+    The host alone is drawn at the epoch by which the grown run had spent the same training FLOPs, so that points one
+    above the other stand for equal effort.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    slots = wording.every_slot(record)
+    stages_height = 0.42 * max(1, len(slots)) + 0.3
+    figure = blank_figure((11, 5.9 + stages_height))
+    losses, alphas, stages = figure.subplots(3, 1, sharex=True, height_ratios=[3.4, 1.5, stages_height])
+    _draw_losses(losses, record)
+    _draw_alphas(alphas, record, slots)
+    _draw_stages(stages, record, slots)
+    last = max([epoch.epoch for epoch in record.epochs], default=1)
+    stages.set_xlim(0.5, last + 0.5)
+    stages.set_xlabel("epoch of the grown run")
+    stages.xaxis.get_major_locator().set_params(integer=True)
+    _add_flops_axis(losses, record)
+    name = f"{clean(record.task)} · {clean(record.host)}"
+    figure.suptitle(
+        _literal(f"{name}: a host that grows, and the same host alone"), fontsize=13, x=0.01, ha="left"
+    )
+    return figure_png(figure)
+
+
+def blank_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty picture, ``size`` inches wide and high, that needs no display.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return a picture as PNG."""
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name may hold characters the font lacks; it is then drawn with boxes.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing")
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib draws as it is: no formula, no label it would leave out of a legend."""
+    shown = clean(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _epoch_of_equal_flops(record: RunRecord) -> list[float]:
+    """Return, for each epoch of the host alone, the epoch by which the grown run had spent the same FLOPs."""
+    spent = [0.0, *(epoch.flops for epoch in record.epochs)]
+    at = [0.0, *(float(epoch.epoch) for epoch in record.epochs)]
+    places = []
+    for epoch in record.baseline:
+        upper = next((i for i, flops in enumerate(spent) if i and flops >= epoch.flops), len(spent) - 1)
+        span = spent[upper] - spent[upper - 1]
+        if upper == 0 or not span > 0:
+            places.append(float(epoch.epoch))  # the grown run's FLOPs are unknown
+            continue
+        share = (epoch.flops - spent[upper - 1]) / span
+        places.append(at[upper - 1] + share * (at[upper] - at[upper - 1]))
+    return places
+
+
+def _draw_losses(axes: Axes, record: RunRecord) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    at = [epoch.epoch for epoch in record.epochs]
+    arms: tuple[tuple[str, str, Sequence[float], Sequence[EpochRecord]], ...] = (
+        (GROWN, _GROWN_COLOUR, at, record.epochs),
+        (HOST_ALONE, _ALONE_COLOUR, _epoch_of_equal_flops(record), record.baseline),
+    )
+    values: list[float] = []
+    for name, colour, places, epochs in arms:
+        if not epochs:
+            continue
+        val, train = _finite(e.val_loss for e in epochs), _finite(e.train_loss for e in epochs)
+        marker = "o" if len(epochs) == 1 else None
+        axes.plot(places, val, color=colour, linewidth=2, marker=marker, label=f"{name}, validation")
+        axes.plot(
+            places,
+            train,
+            color=colour,
+            linewidth=1,
+            alpha=0.55,
+            linestyle=(0, (4, 2)),
+            label=f"{name}, training",
+        )
+        values += [value for value in (*val, *train) if value > 0]
+    for seed in record.seeds:
+        if seed.outcome == "fossilized" and seed.ended_epoch is not None:
+            axes.axvline(
+                seed.ended_epoch, color=STAGE_COLOURS["FOSSILIZED"], linewidth=1, alpha=0.4, zorder=0
+            )
+    if values and max(values) / min(values) > 8:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("loss (nats)")
+    axes.set_title("Loss: lower is better", loc="left", fontsize=10)
+    _tidy(axes)
+    if record.epochs or record.baseline:
+        _legend(axes)
+
+
+def _draw_alphas(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
+    for i, name in enumerate(slots):
+        # Nothing is drawn where the slot is empty: lines at 0 would hide each other.
+        points = [
+            (e.epoch, slot.alpha if slot.blueprint else math.nan)
+            for e in record.epochs
+            for slot in e.slots
+            if slot.name == name
+        ]
+        axes.plot(
+            [epoch for epoch, _ in points],
+            _finite(alpha for _, alpha in points),
+            color=_SLOT_COLOURS[i % len(_SLOT_COLOURS)],
+            linestyle=("-", "--", ":")[i // len(_SLOT_COLOURS) % 3],
+            linewidth=max(
+                1.2, 4.2 - 0.9 * i
+            ),  # where two lie on each other, the lower one shows at the edges
+            label=_literal(name),
+        )
+    axes.set_ylim(-0.06, 1.06)
+    axes.set_yticks([0, 0.5, 1])
+    axes.set_ylabel("alpha")
+    axes.set_title("Alpha: how much of each slot's seed is mixed in", loc="left", fontsize=10)
+    _tidy(axes)
+    if slots:
+        _legend(axes)
+
+
+def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    seen: set[str] = set()
+    for row, name in enumerate(slots):
+        for start, end, stage in _spans(record, name):
+            seen.add(stage)
+            colour = STAGE_COLOURS.get(stage, "#bbbbbb")
+            axes.broken_barh([(start - 0.5, end - start + 1)], (row - 0.36, 0.72), facecolors=colour)
+    for seed in record.seeds:
+        if seed.slot not in slots:
+            continue
+        row = slots.index(seed.slot)
+        axes.text(
+            seed.germinated_epoch - 0.35,
+            row,
+            _literal(short_blueprint(seed.blueprint)),
+            fontsize=7.5,
+            va="center",
+            ha="left",
+            clip_on=True,
+        )
+        if seed.ended_epoch is not None and seed.outcome != "unfinished":
+            marker, colour = ("*", "#0b3d2e") if seed.outcome == "fossilized" else ("X", "#7d1128")
+            axes.plot(
+                [seed.ended_epoch],
+                [row],
+                marker=marker,
+                markersize=9,
+                color=colour,
+                linestyle="none",
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+            )
+    axes.set_ylim(max(len(slots), 1) - 0.45, -0.55)
+    axes.set_yticks(range(len(slots)), [_literal(name) for name in slots])
+    axes.set_title("Stages: the life of the seed in each slot", loc="left", fontsize=10)
+    _tidy(axes)
+    axes.grid(visible=False)
+    handles: list[Any] = [
+        Patch(facecolor=c, edgecolor="#999999", linewidth=0.4, label=stage.lower())
+        for stage, c in STAGE_COLOURS.items()
+        if stage in seen
+    ]
+    outcomes = {seed.outcome for seed in record.seeds}
+    if "fossilized" in outcomes:
+        handles.append(
+            Line2D([], [], marker="*", markersize=9, color="#0b3d2e", linestyle="none", label="kept for good")
+        )
+    if "culled" in outcomes:
+        handles.append(
+            Line2D([], [], marker="X", markersize=8, color="#7d1128", linestyle="none", label="removed")
+        )
+    if handles:
+        axes.figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+
+
+def _spans(record: RunRecord, slot: str) -> list[tuple[int, int, str]]:
+    """Return ``(first epoch, last epoch, stage)`` of each stretch in which the slot stayed in one stage."""
+    spans: list[tuple[int, int, str]] = []
+    for epoch in record.epochs:
+        for held in epoch.slots:
+            if held.name != slot:
+                continue
+            if spans and spans[-1][2] == held.stage and spans[-1][1] == epoch.epoch - 1:
+                spans[-1] = (spans[-1][0], epoch.epoch, held.stage)
+            else:
+                spans.append((epoch.epoch, epoch.epoch, held.stage))
+    return spans
+
+
+def _add_flops_axis(axes: Axes, record: RunRecord) -> None:
+    """Write the FLOPs spent by some epochs along the top."""
+    if not record.epochs or not any(epoch.flops > 0 for epoch in record.epochs):
+        return
+    step = max(1, round(len(record.epochs) / 6))
+    chosen = record.epochs[step - 1 :: step]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(
+        [epoch.epoch for epoch in chosen], [wording.flops(epoch.flops) for epoch in chosen], fontsize=8
+    )
+    top.set_xlabel("training FLOPs spent", fontsize=8, loc="right")
+    top.tick_params(length=3, color="#999999")
+    top.spines["top"].set_visible(False)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True, color="#e3e3e3", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=8, borderaxespad=0)
+
+
+# The page
+
+
+def render_html(record: RunRecord, picture: bytes) -> str:
+    """Return the report as one page that needs nothing else: no script, no network.
+
+    Args:
+        record: The run; every text in it is escaped.
+        picture: The PNG of `render_png`.
+    """
+    image = base64.b64encode(picture).decode("ascii")
+    title = f"{record.task}: the host {record.host}, grown and alone"
+    notes = "".join(f"<li>{_text(note)}</li>" for note in record.notes)
+    stages = "".join(
+        f'<dt><span class="swatch" style="background:{STAGE_COLOURS[stage]}"></span>{stage.lower()}</dt>'
+        f"<dd>{_text(meaning)}</dd>"
+        for stage, meaning in STAGE_WORDS.items()
+    )
+    words = "".join(f"<dt>{_text(word)}</dt><dd>{_text(meaning)}</dd>" for word, meaning in _WORDS)
+    config = TextTable(
+        "Settings",
+        ("setting", "value"),
+        tuple(
+            (key, value if isinstance(value, str) else json.dumps(plain(value)))
+            for key, value in record.config.items()
+        ),
+        frozenset(),
+    )
+    sections = [
+        f'<p class="summary">{_text(wording.summary(record))}</p>',
+        f"<ul>{notes}</ul>" if notes else "",
+        _html_table(wording.arms_table(record)) if record.arms else "",
+        "<h2>The run</h2>",
+        f'<img alt="Losses, alphas and stages over the epochs" src="data:image/png;base64,{image}">',
+        _PICTURE_WORDS,
+        _seeds_section(record),
+        f"<h2>Words</h2><dl>{words}</dl><h2>Stages</h2><dl>{stages}</dl>",
+        _html_table(config) if record.config else "",
+    ]
+    body = "\n".join(section for section in sections if section)
+    return _PAGE.format(title=_text(title), style=_STYLE, body=body)
+
+
+def _seeds_section(record: RunRecord) -> str:
+    if not record.seeds:
+        return "<h2>Seeds</h2><p>No seed germinated.</p>"
+    return f"{_html_table(wording.seeds_table(record))}<p>{_text(wording.CONTRIBUTION)}</p>"
+
+
+def _text(value: str) -> str:
+    return escape(clean(value), quote=True)
+
+
+def _html_table(table: TextTable) -> str:
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=number' if i in table.numeric else ''}>{_text(cell)}</{tag}>"
+            for i, cell in enumerate(row)
+        )
+
+    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+    return (
+        f'<h2>{_text(table.title)}</h2><div class="wide"><table><thead><tr>{cells("th", table.header)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+_PICTURE_WORDS: Final = """<p>The three parts share the epochs of the grown run.
+<b>Loss</b>: the model that grew, and the same host trained alone. Each point of the host alone stands at the epoch by
+which the grown run had spent as many training FLOPs, so what lies above one another cost the same effort; a thin green
+line marks a seed that was kept for good. <b>Alpha</b>: how much of the seed in each slot is mixed in.
+<b>Stages</b>: what each slot held, epoch by epoch, with the blueprint's name where a seed germinated; a star marks a
+seed kept for good, a cross one that was removed.</p>"""
+
+_STYLE: Final = """
+:root { color-scheme: light; }
+body { margin: 2.5rem auto; max-width: 64rem; padding: 0 1.25rem; color: #222; background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.summary { padding: .9rem 1.1rem; background: #f1f6f4; border-left: 4px solid #1b9e77; font-size: 1.05rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; }
+th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
+td:first-child { white-space: nowrap; } td:nth-child(8) { min-width: 14rem; }
+th { font-weight: 600; border-bottom: 2px solid #bbb; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; height: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.2rem; margin: 0; }
+dt { font-weight: 600; } dd { margin: 0; }
+.swatch { display: inline-block; width: .85em; height: .85em; margin-right: .5em; border: 1px solid #aaa; }
+"""
+
+_PAGE: Final = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

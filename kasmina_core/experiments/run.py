@@ -1,0 +1,660 @@
+"""One run of `kasmina grow`: the same host twice, once grown and once alone, for the same training FLOPs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import fmean
+from types import MappingProxyType
+from typing import Any, Final, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blueprints.declarations import import_factory
+from kasmina_core.errors import BlueprintError, GerminationError, UnknownNameError, did_you_mean
+from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
+from kasmina_core.experiments.flops import FlopLedger
+from kasmina_core.experiments.record import (
+    GROWN,
+    HOST_ALONE,
+    ArmResult,
+    EpochRecord,
+    RunRecord,
+    SeedOutcome,
+    SeedRecord,
+    SlotRecord,
+)
+from kasmina_core.experiments.tasks import SplitName, Task
+from kasmina_core.gates.gates import GateResult, GateThresholds, QualityGates
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.gates.sequential import Finding
+from kasmina_core.growth.config import GrowthConfig, RampUnit
+from kasmina_core.growth.model import EventTarget, MorphogeneticModel
+from kasmina_core.hosts import HostProtocol
+from kasmina_core.packs.discovery import PluginRegistry
+from kasmina_core.policies.bundled import BUNDLED, build_policy
+from kasmina_core.policies.protocol import NoGrowthPolicy, Observation, Policy, SlotObservation
+from kasmina_core.policies.triggers import FixedTimes, Plateau
+from kasmina_core.quiet import derived_seed, private_rng
+from kasmina_core.topology import Topology
+from kasmina_core.training.optim import tie_optimizer
+
+EVALUATION_BATCH: Final = 256
+"""Samples a batch where nothing is learned."""
+
+FINAL_EPOCHS: Final = 5
+"""The final figures are means over the models of at most this many last epochs: one epoch's are mostly noise."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a task is trained with unless the user says otherwise.
+
+    Attributes:
+        host_options: Keywords for the host, where its factory takes them: a host small enough to need growth.
+        epochs: Epochs of the grown arm.
+        batch_size: Samples a training batch.
+        lr: Learning rate of Adam, constant.
+        ramp_epochs: Length of the alpha ramp; it moves with every optimiser step.
+    """
+
+    host_options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 100
+    batch_size: int = 32
+    lr: float = 3e-3
+    ramp_epochs: float = 4.0
+
+
+PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {
+        "digits": Preset({"base_channels": 3, "width_factor": 1}, epochs=100, lr=1e-2),
+        "chars": Preset({"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1}, epochs=50, lr=1e-2),
+        "mnist": Preset({"base_channels": 4, "width_factor": 1}, epochs=20, batch_size=128),
+        "cifar10": Preset({"base_channels": 8}, epochs=40, batch_size=128),
+    }
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Everything that decides a run; two runs with equal settings on one machine are equal bit for bit.
+
+    Attributes:
+        host: Id of the host; ``None`` for the first one of the task's topology.
+        slots: Names, paths or globs of points; empty for all that the host declares.
+        blueprints: Blueprints to grow from; empty lets the policy choose among all of the topology.
+        policy: Name of a bundled policy, or of one from a pack.
+        incubation: Value of `Incubation`.
+        seed: For the split, the weights, the order of the samples and the seeds.
+        device: Torch device.
+        proof: ``probation``: the gates are `GateThresholds.proof_in_probation`; ``training``: those of `GateThresholds`,
+            which ask for proof before a seed blends in, too.
+    """
+
+    task: str
+    host: str | None
+    slots: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    policy: str
+    incubation: str
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: str
+    ramp_epochs: float
+    host_options: Mapping[str, Any]
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    proof: str = "probation"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class Display(Protocol):
+    """Shows how a run goes on; `RunDisplay` is one."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Show an epoch of the grown arm."""
+        ...
+
+    def phase(self, text: str, total: float | None = None) -> None:
+        """Say what comes next."""
+        ...
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Move the phase's progress on."""
+        ...
+
+
+@final
+class SeedLog:
+    """Writes down the life of every seed from the events of a model, and passes the events on."""
+
+    def __init__(self) -> None:
+        self.onward: EventTarget | None = None
+        self._lives: dict[str, dict[str, Any]] = {}
+        self.evidence: dict[str, SeedEvidence] = {}
+        self.verdicts: dict[str, GateResult] = {}
+        self._findings: dict[str, tuple[str, Finding]] = {}
+
+    def note(self, seed_id: str, evidence: SeedEvidence | None, verdict: GateResult | None) -> None:
+        """Write down what was measured of a seed in an epoch, and what its gate said."""
+        if evidence is not None:
+            self.evidence[seed_id] = evidence
+        if verdict is not None:
+            self.verdicts[seed_id] = verdict
+            if verdict.finding is not None and verdict.gate is not None:
+                self._findings[seed_id] = verdict.gate.name, verdict.finding
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event."""
+        life = self._lives.setdefault(event.seed_id, {"stages": [], "outcome": "unfinished", "ended": None})
+        if isinstance(event, SeedGerminated):
+            life |= {"slot": event.slot, "blueprint": event.blueprint_id, "parameters": event.parameters}
+            life["germinated"] = event.epoch
+        elif isinstance(event, StageChanged):
+            life["stages"].append((event.after, event.epoch))
+        elif isinstance(event, SeedFossilized):
+            life |= {"outcome": "fossilized", "ended": event.epoch}
+            life["reason"] = "G5 passed"
+        elif isinstance(event, SeedCulled):
+            reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
+            life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason + reverted}
+        if self.onward is not None:
+            self.onward.emit(event)
+
+    def records(self) -> list[SeedRecord]:
+        """Return the seeds in the order in which they germinated."""
+        records = []
+        for seed_id, life in self._lives.items():
+            evidence = self.evidence.get(seed_id)
+            low, high = evidence.interval if evidence is not None else (None, None)
+            outcome: SeedOutcome = life["outcome"]
+            reason = life.get("reason") or (
+                str(self.verdicts[seed_id].reason) if seed_id in self.verdicts else ""
+            )
+            gate, finding = self._findings.get(seed_id, ("", None))
+            if finding is not None:
+                found = f"{finding}" if reason == f"{gate} passed" else f"{gate} found {finding}"
+                reason = f"{reason}: {found}" if reason else found
+            records.append(
+                SeedRecord(
+                    seed_id=seed_id,
+                    slot=life["slot"],
+                    blueprint=life["blueprint"],
+                    outcome=outcome,
+                    germinated_epoch=life["germinated"],
+                    ended_epoch=life["ended"],
+                    stages=life["stages"],
+                    parameters=life["parameters"],
+                    gain=evidence.gain if evidence is not None else None,
+                    gain_low=low,
+                    gain_high=high,
+                    reason=reason,
+                    samples=evidence.samples if evidence is not None else None,
+                    finding={"gate": gate} | finding.to_dict() if finding is not None else None,
+                )
+            )
+        return records
+
+
+def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
+    """Build the host of a run, with weights that depend on ``settings.seed`` alone.
+
+    The factory is given ``in_channels`` and ``num_classes``, or ``vocab_size`` and ``max_len``, as the task is, and
+    those of the preset's options that it takes.
+
+    Raises:
+        UnknownNameError: If there is no such host, or none for the task.
+        BlueprintError: If an option that the user asked for is not one of the host's.
+    """
+    topology = Topology.CNN if task.kind == "classification" else Topology.TRANSFORMER
+    host_id = plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, topology)
+    spec = plugins.hosts.get(host_id)
+    if spec.topology is not topology:
+        raise BlueprintError(
+            f"Host '{host_id}' does not fit task '{task.name}'.\n"
+            f"  host: {spec.topology.value}\n  task: {topology.value}"
+        )
+    if topology is Topology.CNN:
+        needed: dict[str, Any] = {"in_channels": task.input_shape[0], "num_classes": task.n_classes}
+    else:
+        needed = {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}
+    taken = _accepted_keywords(import_factory(f"Host '{host_id}'", spec.factory))
+    preset = PRESETS[task.name].host_options
+    chosen = {
+        k: v for k, v in preset.items() if k not in settings.host_options and (taken is None or k in taken)
+    }
+    for name in settings.host_options:
+        if taken is not None and name not in taken:
+            raise BlueprintError(f"Host '{host_id}' has no option '{name}'.{did_you_mean(name, taken)}")
+    with private_rng(derived_seed(settings.seed, "host")):
+        host = plugins.hosts.create(host_id, **needed, **chosen, **settings.host_options)
+    return host_id, host.to(settings.device)
+
+
+def _first_host(plugins: PluginRegistry, topology: Topology) -> str:
+    fitting = [name for name in plugins.hosts.ids() if plugins.hosts.get(name).topology is topology]
+    if not fitting:
+        raise UnknownNameError(f"No installed pack offers a host for {topology.value}; name one with --host.")
+    bundled = {record.name for record in plugins.packs if record.distribution == "kasmina"}
+    return min(fitting, key=lambda name: (name.partition(":")[0] not in bundled, name))
+
+
+def _accepted_keywords(factory: Callable[..., Any]) -> set[str] | None:
+    """Return the keywords a factory takes, or ``None`` if it takes any."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
+
+
+def candidates(
+    plugins: PluginRegistry, model: MorphogeneticModel, named: Sequence[str]
+) -> Callable[[SlotObservation], Sequence[str]]:
+    """Return a function that lists the blueprints for a slot: those named, or all that fit, the largest first.
+
+    Raises:
+        UnknownNameError: If nobody offers a named blueprint.
+        BlueprintError: If a named blueprint fits no slot; the message gives the reasons.
+    """
+    registry = plugins.blueprints
+    chosen = []
+    for name in named:
+        points = [slot.point for slot in model.slots.values()]
+        entry = registry.get(name, points[0].topology)
+        reasons = [
+            f"  {point.name}: it is for {entry.spec.topology.value}, the slot for {point.topology.value}"
+            if entry.spec.topology is not point.topology
+            else f"  {point.name}: {refusal}"
+            for point in points
+            if entry.spec.topology is not point.topology
+            or (refusal := entry.spec.refusal(point.dim)) is not None
+        ]
+        if len(reasons) == len(points):
+            raise BlueprintError("\n".join([f"Blueprint '{entry.id}' fits no slot of this host.", *reasons]))
+        chosen.append(entry)
+
+    def fitting(slot: SlotObservation) -> list[str]:
+        offered = chosen or sorted(
+            registry.list_for_topology(slot.topology),
+            key=lambda entry: (-(entry.spec.declared_params(slot.dim) or 0), entry.id),
+        )
+        return [
+            e.id for e in offered if e.spec.topology is slot.topology and e.spec.refusal(slot.dim) is None
+        ]
+
+    return fitting
+
+
+def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: RunSettings) -> Policy:
+    """Build the policy of a run.
+
+    A policy from a pack is called with ``blueprints=``, a function of a slot's observation that lists candidates, and
+    with the options that the user gave.
+
+    Raises:
+        UnknownNameError: If there is no policy of that name, or no such blueprint.
+        BlueprintError: If a blueprint that the user named fits no slot.
+        PolicyOptionError: If the policy does not take one of its options.
+    """
+    fitting = candidates(plugins, model, settings.blueprints)
+    offered = plugins.policies()
+    if settings.policy in BUNDLED:
+        factory = BUNDLED[settings.policy]
+    elif settings.policy in offered or ":" in settings.policy:
+        factory = offered[settings.policy]
+    else:
+        known = [*BUNDLED, *offered]
+        raise UnknownNameError(
+            f"There is no policy '{settings.policy}'.{did_you_mean(settings.policy, known)}"
+        )
+    return build_policy(
+        settings.policy,
+        factory,
+        fitting,
+        settings.policy_options,
+        registry=plugins.blueprints,
+        seed=derived_seed(settings.seed, "policy"),
+    )
+
+
+def _thresholds(proof: str) -> GateThresholds:
+    return GateThresholds() if proof == "training" else GateThresholds.proof_in_probation()
+
+
+@final
+class GrowthRun:
+    """Trains both arms and fills the record. ``interrupt`` ends it cleanly after the present batch."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        task: Task,
+        plugins: PluginRegistry,
+        display: Display,
+    ) -> None:
+        self.settings = settings
+        self.task = task
+        self._display = display
+        self._interrupted = False
+        self._refused = False
+        self._log = SeedLog()
+        host_id, host = make_host(plugins, task, settings)
+        steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
+        config = GrowthConfig(
+            incubation=settings.incubation,  # type: ignore[arg-type]  # the config turns text into its Enum
+            ramp_unit=RampUnit.STEP,
+            ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
+            keep_snapshot=True,
+            gates=QualityGates(thresholds=_thresholds(settings.proof), extra_checks=plugins.gate_checks()),
+            seed=derived_seed(settings.seed, "seeds"),
+        )
+        example = None
+        if not (isinstance(host, HostProtocol) and hasattr(host, "example_inputs")):
+            example = (task.train.inputs[:2],)
+        self.model = MorphogeneticModel(
+            host,
+            settings.slots or None,
+            config=config,
+            example=example,
+            registry=plugins.blueprints,
+            telemetry=self._log,
+        )
+        self._policy = make_policy(plugins, self.model, settings)
+        self._host_alone = make_host(plugins, task, settings)[1]
+        self.record = RunRecord(
+            task=task.name,
+            metric_name=task.metric_name,
+            host=host_id,
+            config=settings.to_dict(),
+            higher_is_better=task.higher_is_better,
+        )
+
+    def interrupt(self) -> None:
+        """Ask the run to end with what there is."""
+        self._interrupted = True
+
+    def run(self, telemetry: EventTarget | None = None) -> RunRecord:
+        """Train, measure and return the record.
+
+        Args:
+            telemetry: Takes the events of the grown model.
+        """
+        self._log.onward = telemetry
+        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
+            self._grow()
+        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
+            self._train_alone()
+        self.record.interrupted = self._interrupted
+        self.record.notes.append(test_figures_note(self.record))
+        if not self.record.seeds:
+            self.record.notes.append(self._why_no_seed())
+        if self._interrupted:
+            self.record.notes.append(
+                "The run was stopped before its end; the figures are those of what was trained."
+            )
+        return self.record
+
+    # -- the two arms ----------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        model, settings, ledger = self.model, self.settings, FlopLedger()
+        started = time.perf_counter()
+        self._display.phase(f"growing the host on {self.task.name}", settings.epochs)
+        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), settings.lr))
+        model.evaluate_with(lambda: self._losses(model, "gate", ledger, self._modes))
+        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
+        for epoch in range(1, settings.epochs + 1):
+            loss = self._train_epoch(model, optimizer, order, ledger, grown=True)
+            if loss is None:
+                break
+            val_loss, val_metric = self._evaluate(model, "val")
+            verdicts = model.step_epoch(val_loss)
+            for slot in model.slots.values():
+                if slot.state is not None:
+                    self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
+            self._follow()
+            gate = "; ".join(
+                f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
+            )
+            record = EpochRecord(
+                epoch=epoch,
+                train_loss=loss,
+                val_loss=val_loss,
+                val_metric=val_metric,
+                parameters=_trainable(model),
+                flops=float(ledger.total),
+                slots=[self._slot_record(name) for name in model.slots],
+                gate=gate,
+            )
+            self.record.epochs.append(record)
+            last.append(self._evaluate(model, "test"))
+            self._display.epoch(record)
+        for name, slot in model.slots.items():
+            if slot.is_active and slot.state is not None:
+                # What a kept seed is worth is told on samples that decided nothing.
+                evidence = model.measure(name, lambda: self._losses(model, "test"))
+                if evidence is not None:
+                    self._log.evidence[slot.state.seed_id] = evidence
+        self.record.seeds = self._log.records()
+        if self.record.seeds:
+            self.record.notes.append(
+                "Contributions of seeds that are still there were measured on the test samples, which decided "
+                "nothing; those of culled seeds are the last that a gate saw, on samples of its own."
+            )
+        if model.lost_epochs:
+            self.record.notes.append(
+                f"{model.lost_epochs} epochs of the host's training were given up to undo what seeds did that were "
+                "culled late; their operations are charged."
+            )
+        self._finish_arm(GROWN, model, ledger, len(self.record.epochs), last, time.perf_counter() - started)
+
+    def _follow(self) -> None:
+        """Carry out what the policy says; a seed that gate G0 refuses is noted, and the run goes on."""
+        for command in self._policy.decide(self.model.observe()):
+            try:
+                self.model.execute(command)
+            except GerminationError as error:
+                self._refused = True
+                self.record.notes.append(str(error))
+
+    def _why_no_seed(self) -> str:
+        """Say in a line why no seed germinated."""
+        epochs, trigger = len(self.record.epochs), getattr(self._policy, "trigger", None)
+        if isinstance(self._policy, NoGrowthPolicy):
+            return "No seed germinated: policy 'none' grows nothing."
+        if self._refused:
+            return "No seed germinated: every one that the policy asked for was refused; the notes say why."
+        if isinstance(trigger, Plateau) and not self._was_on_a_plateau(trigger):
+            return (
+                f"No seed germinated: the validation loss never was on a plateau within {epochs} "
+                f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement by "
+                f"{100 * trigger.min_delta:.3g} %. Use more --epochs, or less --policy-option patience."
+            )
+        if isinstance(trigger, FixedTimes) and trigger.epochs[0] > epochs:
+            return (
+                f"No seed germinated: the first time for one is epoch {trigger.epochs[0]}, and the run had {epochs}. "
+                "Use more --epochs, or earlier --policy-option epochs."
+            )
+        return f"No seed germinated: policy '{self.settings.policy}' asked for none within {epochs} epochs."
+
+    def _was_on_a_plateau(self, trigger: Plateau) -> bool:
+        again = Plateau(trigger.patience, trigger.min_delta)
+        return any(
+            again.is_due(Observation(e.epoch, e.val_loss, False, 0, 0, ()), False) for e in self.record.epochs
+        )
+
+    def _train_alone(self) -> None:
+        grown = self.record.arm(GROWN)
+        if grown is None or self._interrupted:
+            return
+        host, settings, ledger = self._host_alone, self.settings, FlopLedger()
+        started = time.perf_counter()
+        self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
+        optimizer = torch.optim.Adam(host.parameters(), settings.lr)
+        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
+        epoch = 0
+        while ledger.total < grown.flops:
+            before = ledger.total
+            loss = self._train_epoch(host, optimizer, order, ledger, budget=grown.flops)
+            if loss is None:
+                break
+            epoch += 1
+            val_loss, val_metric = self._evaluate(host, "val")
+            self.record.baseline.append(
+                EpochRecord(epoch, loss, val_loss, val_metric, _trainable(host), float(ledger.total))
+            )
+            last.append(self._evaluate(host, "test"))
+            self._display.advance(ledger.total - before)
+        if not self._interrupted:  # a host that was not trained as long is nothing to compare with
+            self._finish_arm(HOST_ALONE, host, ledger, epoch, last, time.perf_counter() - started)
+
+    def _train_epoch(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        ledger: FlopLedger,
+        *,
+        grown: bool = False,
+        budget: float = math.inf,
+    ) -> float | None:
+        """Train one epoch and return its mean loss; ``None`` if the run was interrupted before a batch was done."""
+        module.train()
+        total, samples = 0.0, 0
+        for inputs, targets in self.task.training_batches(self.settings.batch_size, order):
+            if self._interrupted or ledger.total >= budget:
+                break
+
+            def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                return self.task.loss(module(inputs), targets).mean()
+
+            def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
+                value = loss()
+                value.backward()  # type: ignore[no-untyped-call]  # torch
+                return value.detach()
+
+            optimizer.zero_grad(set_to_none=True)
+            kind = (self._modes if grown else (), tuple(inputs.shape))
+            value = ledger.charge(("learn", kind), learn)
+            if grown:
+                ledger.charge(("incubate", kind, self._incubating), partial(self.model.incubate, loss))
+                self.model.step()
+            optimizer.step()
+            total += float(value) * len(inputs)
+            samples += len(inputs)
+        return total / samples if samples and not self._interrupted else None
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    @property
+    def _modes(self) -> Hashable:
+        """What decides the cost of a forward: each slot's forward mode and blueprint, and what a tape spares."""
+        modes = (
+            (s.mode, s.state.blueprint_id if s.state is not None else "") for s in self.model.slots.values()
+        )
+        forced = next((s.name for s in self.model.slots.values() if s.is_forced), "")
+        return self.model.is_replaying, forced, tuple(modes)
+
+    @property
+    def _incubating(self) -> Hashable:
+        return tuple(slot.is_incubating for slot in self.model.slots.values())
+
+    def _losses(
+        self,
+        module: nn.Module,
+        split: SplitName,
+        ledger: FlopLedger | None = None,
+        modes: Hashable = (),
+    ) -> Tensor:
+        losses = []
+        for inputs, targets in self.task.batches(split, EVALUATION_BATCH):
+
+            def forward(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                return self.task.loss(module(inputs), targets)
+
+            kind = ("evaluate", modes, tuple(inputs.shape))
+            losses.append(ledger.charge(kind, forward) if ledger is not None else forward())
+        return torch.cat(losses)
+
+    def _evaluate(self, module: nn.Module, split: SplitName) -> tuple[float, float]:
+        """Return mean loss and mean metric of a split."""
+        with _eval_mode(module), torch.no_grad():
+            logits = torch.cat([module(inputs) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)])
+            targets = self.task.splits[split].targets
+            return float(self.task.loss(logits, targets).mean()), float(
+                self.task.metric(logits, targets).mean()
+            )
+
+    def _slot_record(self, name: str) -> SlotRecord:
+        slot = self.model.slots[name]
+        evidence = slot.last_evidence
+        blueprint = slot.state.blueprint_id if slot.state is not None and slot.seed is not None else ""
+        gain = evidence.gain if evidence is not None else None
+        return SlotRecord(name, slot.stage.name, blueprint, slot.alpha, gain)
+
+    def _finish_arm(
+        self,
+        name: str,
+        module: nn.Module,
+        ledger: FlopLedger,
+        epochs: int,
+        last: Sequence[tuple[float, float]],
+        seconds: float,
+    ) -> None:
+        val_loss, _ = self._evaluate(module, "val")
+        test_loss, test_metric = map(fmean, zip(*(last or [self._evaluate(module, "test")]), strict=True))
+        self.record.arms.append(
+            ArmResult(
+                name,
+                _trainable(module),
+                float(ledger.total),
+                epochs,
+                val_loss,
+                test_loss,
+                test_metric,
+                seconds,
+            )
+        )
+
+
+def test_figures_note(record: RunRecord) -> str:
+    """Say over how many epochs' models the final figures of each arm are means."""
+    counts = {arm.name: min(arm.epochs, FINAL_EPOCHS) for arm in record.arms}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{name}: {epochs}" for name, epochs in counts.items())
+        return f"Test figures are means over the models of the last epochs ({each})."
+    epochs = next(iter(counts.values()), 0)
+    if epochs == 0:
+        return "Test figures are those of the model as it was when the run was stopped."
+    if epochs == 1:
+        return "Test figures are those of the model after the last epoch."
+    return f"Test figures are means over the models of the last {epochs} epochs."
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

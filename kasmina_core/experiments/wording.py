@@ -1,0 +1,252 @@
+"""The figures of a run in words: what the terminal and the report both say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, RunRecord, SeedRecord
+
+EQUAL_FLOPS: Final = 0.05
+"""Two arms whose training FLOPs differ by less than this share were given equal ones."""
+
+EQUAL_LOSS: Final = 0.01
+"""Two losses that differ by less than this share are called the same."""
+
+NEVER_MEASURED: Final = "never measured"
+
+CONTRIBUTION: Final = (
+    "Contribution: the held-out loss without the seed minus that with it, and its 95 % interval; "
+    "above zero the model needs it; of a seed that has not blended in yet, what putting it in whole would do. "
+    "The rest has adapted to a kept seed, so contributions do not add up. "
+    "The intervals that gates found hold over all the looks they took."
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A table of text.
+
+    Attributes:
+        title: What it shows.
+        header: Names of the columns.
+        rows: Cells, as many a row as the header has.
+        numeric: Indices of the columns that hold numbers, to be aligned right.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[int]
+
+
+def clean(text: str) -> str:
+    """Return one line without control characters, which a terminal or a figure would act upon."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def count(value: int) -> str:
+    """Return a whole number with separators.
+
+    >>> count(12345)
+    '12,345'
+    """
+    return f"{value:,}"
+
+
+def flops(value: float) -> str:
+    """Return floating-point operations with a decimal prefix.
+
+    >>> flops(2.5e9)
+    '2.50 G'
+    """
+    if not math.isfinite(value):
+        return "unknown"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 0.9995 * 10**power:
+            return (
+                f"{value / 10**power:.3g} {prefix}"
+                if abs(value) >= 10 ** (power + 1)
+                else f"{value / 10**power:.2f} {prefix}"
+            )
+    return f"{value:.0f}"
+
+
+def loss(value: float) -> str:
+    """Return a loss in nats."""
+    return f"{value:.4f}" if math.isfinite(value) else "not a number" if math.isnan(value) else "infinite"
+
+
+def metric(value: float, name: str) -> str:
+    """Return a metric; accuracies in per cent.
+
+    >>> metric(0.9312, "accuracy")
+    '93.1 %'
+    >>> metric(2.5, "bits per character")
+    '2.500'
+    """
+    if not math.isfinite(value):
+        return loss(value)
+    return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.3f}"
+
+
+def gain(seed: SeedRecord) -> str:
+    """Return a seed's contribution with its 95 % interval and the samples, and say so if the interval holds zero."""
+    if seed.gain is None:
+        return NEVER_MEASURED
+    if seed.gain_low is None or seed.gain_high is None:
+        return f"{seed.gain:+.4f}"
+    doubt = " may be 0" if seed.gain_low <= 0 <= seed.gain_high else ""
+    samples = f", n = {seed.samples}" if seed.samples is not None else ""
+    return f"{seed.gain:+.4f} [{seed.gain_low:.4f}, {seed.gain_high:.4f}]{samples}{doubt}"
+
+
+def arms_table(record: RunRecord) -> TextTable:
+    """Return the comparison of the arms on the test samples."""
+    header = ("", "parameters", "training FLOPs", "epochs", "test loss", record.metric_name, "seconds")
+    rows = tuple(
+        (
+            arm.name,
+            count(arm.parameters),
+            flops(arm.flops),
+            count(arm.epochs),
+            loss(arm.test_loss),
+            metric(arm.test_metric, record.metric_name),
+            f"{arm.seconds:.1f}",
+        )
+        for arm in record.arms
+    )
+    return TextTable("Comparison on the test samples", header, rows, frozenset(range(1, 7)))
+
+
+def seeds_table(record: RunRecord) -> TextTable:
+    """Return what became of each seed."""
+    header = (
+        "seed",
+        "slot",
+        "blueprint",
+        "outcome",
+        "epochs",
+        "parameters",
+        "contribution",
+        "why",
+    )
+    rows = tuple(
+        (
+            seed.seed_id,
+            seed.slot,
+            seed.blueprint,
+            seed.outcome,
+            f"{seed.germinated_epoch}–{'' if seed.ended_epoch is None else seed.ended_epoch}",  # noqa: RUF001  a range
+            count(seed.parameters),
+            gain(seed),
+            seed.reason,
+        )
+        for seed in record.seeds
+    )
+    return TextTable("Seeds", header, rows, frozenset({4, 5}))
+
+
+def summary(record: RunRecord) -> str:
+    """Say in two sentences what the figures show, and what they do not."""
+    grown, alone = record.arm(GROWN), record.arm(HOST_ALONE)
+    if grown is None:
+        return "The run was stopped before the grown model was measured. Nothing can be said of it."
+    first = _comparison(record, grown, alone)
+    if record.interrupted:
+        first = f"The run was stopped before its end: {first}"
+    else:
+        first = first[0].upper() + first[1:]
+    return f"{first} {_caveat(record, grown, alone)}"
+
+
+def _comparison(record: RunRecord, grown: ArmResult, alone: ArmResult | None) -> str:
+    name = record.metric_name
+    if alone is None:
+        return (
+            f"the grown model ends with a test loss of {loss(grown.test_loss)} "
+            f"({name} {metric(grown.test_metric, name)}); the host alone was not trained, "
+            "so there is nothing to compare it with."
+        )
+    if not (math.isfinite(grown.test_loss) and math.isfinite(alone.test_loss)):
+        return f"the test losses cannot be compared: grown {loss(grown.test_loss)}, host alone {loss(alone.test_loss)}."
+    figures = (
+        f"({loss(grown.test_loss)} against {loss(alone.test_loss)}; {name} "
+        f"{metric(grown.test_metric, name)} against {metric(alone.test_metric, name)})"
+    )
+    difference = grown.test_loss - alone.test_loss
+    direction = "lower" if difference < 0 else "higher"
+    if abs(difference) <= EQUAL_LOSS * abs(alone.test_loss):
+        verdict = f"the grown model and the host alone have the same test loss within {EQUAL_LOSS:.0%}"
+    elif _metric_disagrees(record, grown, alone):
+        verdict = (
+            f"the figures disagree: the grown model's test loss is {abs(difference):.3g} {direction} "
+            f"than that of the host alone, its {name} is {'worse' if difference < 0 else 'better'}"
+        )
+    else:
+        verdict = (
+            f"the grown model is {'better' if difference < 0 else 'worse'} than the host alone: "
+            f"its test loss is {abs(difference):.3g} {direction}"
+        )
+    return f"{_budget(grown, alone)}, {verdict} {figures}."
+
+
+def _metric_disagrees(record: RunRecord, grown: ArmResult, alone: ArmResult) -> bool:
+    """Say whether the metric, as it is shown, points the other way than the loss."""
+    if metric(grown.test_metric, record.metric_name) == metric(alone.test_metric, record.metric_name):
+        return False
+    metric_is_better = (grown.test_metric > alone.test_metric) == record.higher_is_better
+    return metric_is_better != (grown.test_loss < alone.test_loss)
+
+
+def _budget(grown: ArmResult, alone: ArmResult) -> str:
+    if alone.flops > 0 and abs(grown.flops / alone.flops - 1) <= EQUAL_FLOPS:
+        return "at equal training FLOPs"
+    spent = f"grown {flops(grown.flops)}, host alone {flops(alone.flops)}"
+    return f"at unequal training FLOPs ({spent}), which makes the comparison unfair"
+
+
+def _caveat(record: RunRecord, grown: ArmResult, alone: ArmResult | None) -> str:
+    if not record.seeds:
+        return "No seed germinated, so nothing of this comes from growth."
+    kept = sum(seed.outcome == "fossilized" for seed in record.seeds)
+    unfinished = sum(seed.outcome == "unfinished" for seed in record.seeds)
+    seeds = (
+        f"{kept} of {len(record.seeds)} seed{'s' if len(record.seeds) > 1 else ''} "
+        f"{'was' if kept == 1 or len(record.seeds) == 1 else 'were'} kept"
+    )
+    if unfinished:
+        seeds += f" ({unfinished} had not finished)"
+    if alone is None or alone.parameters == 0:
+        return f"{seeds}, at {count(grown.parameters)} parameters in all."
+    if grown.parameters == alone.parameters:
+        return f"{seeds}, so the grown model has the size of the host, and what the trials cost came out of its training."
+    size = (
+        f"the grown model has {grown.parameters / alone.parameters:.3g} times the host's parameters "
+        f"({count(grown.parameters)} against {count(alone.parameters)})"
+    )
+    if not (math.isfinite(grown.test_loss) and math.isfinite(alone.test_loss)):
+        return f"{seeds}, and {size}."
+    if len(record.arms) > 2:
+        return f"{seeds}, and {size}; one run does not tell how much of the difference is chance."
+    return (
+        f"{seeds}, and {size}; one run tells neither how much of the difference is chance "
+        "nor how a model of that size would do if trained from the start."
+    )
+
+
+def short_blueprint(blueprint: str) -> str:
+    """Return a blueprint's name without its pack.
+
+    >>> short_blueprint("kasmina-cnn:norm")
+    'norm'
+    """
+    return blueprint.rpartition(":")[2]
+
+
+def every_slot(record: RunRecord) -> Sequence[str]:
+    """Return the names of all slots of a run, in the order in which they first appear."""
+    return list(dict.fromkeys(slot.name for epoch in record.epochs for slot in epoch.slots))

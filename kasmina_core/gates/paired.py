@@ -1,0 +1,162 @@
+"""What one can know of a seed: the same samples, with it and without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, final
+
+from torch import Tensor
+
+from kasmina_core.errors import CheckpointError
+from kasmina_core.gates.sequential import PairedGain, require_numbers
+
+_NOTHING: Mapping[float, Tensor] = MappingProxyType({})
+_NUMBERS = ("samples", "gain", "standard_error", "loss_with", "loss_without", "deviation", "skewness")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SeedEvidence:
+    """Paired losses, or values of a metric, of the same held-out samples with and without a seed.
+
+    With ``d_i = loss_i without - loss_i with`` over ``n`` samples (``with - without`` for a metric that grows with
+    quality), ``gain`` is the mean of ``d``, ``standard_error`` its standard deviation over ``sqrt(n)`` and
+    ``t = gain / standard_error``. Pairing removes the spread between samples, so that a small gain shows in few of
+    them. Any loss or metric will do that gives a number a sample; samples must not depend on each other, so of text a
+    sequence is a sample, not a token.
+
+    Attributes:
+        samples: ``n``.
+        gain: What the seed saves per sample at alpha 1, in units of the loss or metric; positive is good.
+        standard_error: Of the gain, same units.
+        loss_with: Mean loss or metric with the seed at alpha 1.
+        loss_without: Mean loss or metric with the slot empty.
+        deviation: ``rms(seed - host) / rms(host)`` at the slot, the largest of the batches.
+        skewness: Of ``d``.
+        smaller: Gains at smaller alphas, ``(alpha, gain)``, measured on the same samples.
+        since_blending: Gain of the model with the seed over the host as it was when blending began, on the same
+            samples; ``None`` before, or where the samples are others.
+    """
+
+    samples: int
+    gain: float
+    standard_error: float
+    loss_with: float
+    loss_without: float
+    deviation: float
+    skewness: float = 0.0
+    smaller: tuple[tuple[float, PairedGain], ...] = ()
+    since_blending: PairedGain | None = None
+
+    @property
+    def paired(self) -> PairedGain:
+        """The gain at alpha 1."""
+        return PairedGain(self.samples, self.gain, self.standard_error, self.skewness)
+
+    @property
+    def gains(self) -> dict[float, PairedGain]:
+        """The gains by alpha, alpha 1 first."""
+        return {1.0: self.paired, **dict(self.smaller)}
+
+    @property
+    def t(self) -> float:
+        """``gain / standard_error``; 0 where both are 0 (the seed changes nothing), NaN if either is not finite."""
+        return self.paired.t
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the gain for a single look; that of a gate holds over all of its looks."""
+        return self.paired.interval(0.05)
+
+    @classmethod
+    def from_losses(
+        cls,
+        with_seed: Tensor,
+        without_seed: Tensor,
+        deviation: float = math.nan,
+        *,
+        smaller: Mapping[float, Tensor] = _NOTHING,
+        before_blending: Tensor | None = None,
+        higher_is_better: bool = False,
+    ) -> SeedEvidence:
+        """Compare vectors of per-sample losses of the same samples in the same order.
+
+        Args:
+            with_seed: With the seed at alpha 1, ``(n,)``.
+            without_seed: With the slot empty, ``(n,)``.
+            deviation: See the attribute.
+            smaller: With the seed at other alphas, by alpha.
+            before_blending: Of the host as it was when blending began; ignored if there are not ``n`` of them.
+            higher_is_better: Whether the vectors hold a metric that grows with quality.
+
+        Raises:
+            ValueError: If they are not vectors of one length of at least 2.
+
+        >>> import torch
+        >>> SeedEvidence.from_losses(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 5.0])).gain
+        1.3333333333333333
+        """
+        vectors = [with_seed, *smaller.values()]
+        odd = next((v for v in vectors if v.shape != without_seed.shape), with_seed)
+        if odd.dim() != 1 or odd.shape != without_seed.shape or odd.numel() < 2:
+            raise ValueError(
+                "Evidence needs two vectors of per-sample losses of the same samples, at least two of them.\n"
+                f"  with the seed:    {tuple(odd.shape)}\n"
+                f"  without the seed: {tuple(without_seed.shape)}\n"
+                "The evaluator must return one loss per held-out sample: reduction='none'."
+            )
+        sign = -1.0 if higher_is_better else 1.0
+        a, b = _wide(with_seed), _wide(without_seed)
+        found = PairedGain.of(sign * (b - a))
+        since = None
+        if before_blending is not None and before_blending.shape == b.shape:
+            since = PairedGain.of(sign * (_wide(before_blending) - a))
+        return cls(
+            samples=found.samples,
+            gain=found.gain,
+            standard_error=found.standard_error,
+            loss_with=a.mean().item(),
+            loss_without=b.mean().item(),
+            deviation=float(deviation),
+            skewness=found.skewness,
+            smaller=tuple(
+                (float(alpha), PairedGain.of(sign * (b - _wide(losses)))) for alpha, losses in smaller.items()
+            ),
+            since_blending=since,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        plain["smaller"] = [[alpha, gain.to_dict()] for alpha, gain in self.smaller]
+        plain["since_blending"] = self.since_blending.to_dict() if self.since_blending is not None else None
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SeedEvidence:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or no number.
+        """
+        try:
+            evidence = cls(**data)
+            smaller = tuple((alpha, PairedGain.from_dict(gain)) for alpha, gain in data["smaller"])
+            since = data["since_blending"]
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"The saved evidence cannot be read: {error}") from error
+        require_numbers(evidence, _NUMBERS)
+        for alpha, _ in smaller:
+            if not isinstance(alpha, float) or not 0.0 < alpha < 1.0:
+                raise CheckpointError(f"The saved evidence holds a gain at alpha {alpha!r}, not in (0, 1).")
+        read = {name: getattr(evidence, name) for name in _NUMBERS}
+        return cls(
+            **read, smaller=smaller, since_blending=PairedGain.from_dict(since) if since is not None else None
+        )
+
+
+def _wide(losses: Tensor) -> Tensor:
+    return losses.detach().double().cpu()

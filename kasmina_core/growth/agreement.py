@@ -1,0 +1,134 @@
+"""How the processes of a job decide together: what a model asks of them, and the answers of one that is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Protocol, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.isolation import IsolationReading
+
+if TYPE_CHECKING:
+    from kasmina_core.policies.protocol import Command
+    from kasmina_core.slots.slot import SeedSlot
+
+
+class Agreement(Protocol):
+    """What a model asks before and while it decides; every process of a job is asked the same, in the same order."""
+
+    def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
+        """Carry out a command of a slot, or of the model, here as everywhere or not at all."""
+        ...
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        """Do something that leaves no trace if it fails; if it fails in one process it fails in all."""
+        ...
+
+    def metric(self, value: float | None) -> float | None:
+        """Return the metric of all processes."""
+        ...
+
+    def largest(self, what: str, value: float) -> float:
+        """Return the largest value of all processes; NaN if any is NaN."""
+        ...
+
+    def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
+        """Return the reading with the largest leak."""
+        ...
+
+    def commands(self, chosen: Sequence[Command]) -> Sequence[Command]:
+        """Return the commands to carry out everywhere."""
+        ...
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
+        ...
+
+    def seed_accepted(self, slot: SeedSlot) -> None:
+        """Hear that nothing here prevents the new seed; may raise to prevent it."""
+        ...
+
+    def gradients(self, *, is_step: bool) -> None:
+        """Make the gradients of seeds the same everywhere: for an optimiser step, or before one looks at them."""
+        ...
+
+
+@final
+class Alone:
+    """The answers of a process that decides by itself."""
+
+    def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def metric(self, value: float | None) -> float | None:
+        return value
+
+    def largest(self, what: str, value: float) -> float:
+        return value
+
+    def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
+        return reading
+
+    def commands(self, chosen: Sequence[Command]) -> Sequence[Command]:
+        return chosen
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        _warn_of_other_processes()
+
+    def seed_accepted(self, slot: SeedSlot) -> None:
+        pass
+
+    def gradients(self, *, is_step: bool) -> None:
+        pass
+
+
+ALONE: Final = Alone()
+
+
+def own_samples(losses: Tensor) -> Tensor:
+    """Return the per-sample losses of this process alone."""
+    return losses
+
+
+_Slot = TypeVar("_Slot", bound="SeedSlot")
+_Result = TypeVar("_Result")
+
+
+def shared_command(
+    method: Callable[Concatenate[_Slot, ...], _Result],
+) -> Callable[Concatenate[_Slot, ...], _Result]:
+    """Make a slot's method a command on which the processes of a job agree."""
+
+    @wraps(method)
+    def agreed(self: _Slot, *args: Any, **kwargs: Any) -> _Result:
+        if self._owner is None:
+            return method(self, *args, **kwargs)
+        name = method.__name__
+        # An epoch's metric is each process's own; it is reduced by the model.
+        given = [] if name == "step_epoch" else [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
+        with self._owner.command(self, f"{name}({', '.join([repr(self.name), *given])})"):
+            return method(self, *args, **kwargs)
+
+    return agreed
+
+
+def _warn_of_other_processes() -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
+        return
+    import warnings
+
+    warnings.warn(
+        f"A seed germinates in one of {distributed.get_world_size()} processes, and they do not decide together: "
+        "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
+        "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps the "
+        "model, distribute(model, wrap='outside'). See docs/distributed.md.",
+        stacklevel=2,
+    )

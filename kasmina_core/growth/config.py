@@ -1,0 +1,119 @@
+"""How the slots of a model treat their seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Final, final
+
+from kasmina_core.blending import AlphaSchedule
+from kasmina_core.errors import chosen
+from kasmina_core.gates.gates import QualityGates
+from kasmina_core.topology import Topology
+
+
+@final
+class Incubation(Enum):
+    """How a seed learns in TRAINING.
+
+    - ``STRAIGHT_THROUGH``: in the host's own pass; its deviation is bounded. Costs the seed alone.
+    - ``COUNTERFACTUAL``: in a pass of its own where its output replaces the host's, run by
+      `MorphogeneticModel.incubate`. Costs one more pass; the seed sees the effect of its output and stays bounded.
+    """
+
+    STRAIGHT_THROUGH = "straight-through"
+    COUNTERFACTUAL = "counterfactual"
+
+
+@final
+class RampUnit(Enum):
+    """What moves alpha: ``step_epoch`` or, per optimiser step, ``step``."""
+
+    EPOCH = "epoch"
+    STEP = "step"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GradientPolicy:
+    """Whether the seed's input is detached while it blends in.
+
+    Detached, the host upstream learns from its own path alone; attached, host and seed co-adapt. From SHADOWING on
+    the input is always attached: a detached one would freeze everything upstream.
+    """
+
+    detach_input_in_blending: bool
+
+
+GRADIENT_POLICIES: Final[Mapping[Topology, GradientPolicy]] = MappingProxyType(
+    {Topology.CNN: GradientPolicy(True), Topology.TRANSFORMER: GradientPolicy(False)}
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GrowthConfig:
+    """How the slots of a model treat their seeds.
+
+    Attributes:
+        incubation: How seeds learn in TRAINING.
+        max_deviation: Largest deviation of a seed from the host in straight-through TRAINING, as a share of the
+            host's RMS per sample; ``inf`` for none.
+        max_incubation_deviation: Deviation from the host, ``rms(seed - host) / rms(host)`` over a batch, beyond which
+            a seed in TRAINING is stopped; not a number stops it too. What is measured is what would be blended in,
+            before ``max_deviation`` bounds it. ``inf`` for no limit.
+        incubate_every: Calls of `MorphogeneticModel.incubate` of which one runs the counterfactual pass; in between
+            the seed does not learn.
+        keep_snapshot: Whether the host is copied in memory when a seed begins to blend in, so that
+            `MorphogeneticModel.cull` can put it back. It costs the host's size and its optimiser's state once more.
+        ramp_steps: Steps of the alpha ramp.
+        ramp_unit: What a step of the ramp is.
+        temperature: Steepness of the ramp in steps; ``None`` for ``ramp_steps / 12``.
+        embargo_epochs: Epochs in EMBARGOED before the slot is reset.
+        isolation_every: Optimiser steps between two measurements of isolation in TRAINING; 0 for once an epoch only.
+        higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
+        gradient_policies: Gradient policy of each topology.
+        gates: The quality gates.
+        seed: Number from which the weights of each new seed are derived, so that they draw on no global generator.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    incubation: Incubation = Incubation.STRAIGHT_THROUGH
+    max_deviation: float = 0.1
+    max_incubation_deviation: float = 10.0
+    incubate_every: int = 1
+    keep_snapshot: bool = False
+    ramp_steps: int = 5
+    ramp_unit: RampUnit = RampUnit.EPOCH
+    temperature: float | None = None
+    embargo_epochs: int = 3
+    isolation_every: int = 100
+    higher_is_better: bool = False
+    gradient_policies: Mapping[Topology, GradientPolicy] = field(
+        default_factory=lambda: dict(GRADIENT_POLICIES)
+    )
+    gates: QualityGates = field(default_factory=QualityGates)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "incubation", chosen("incubation", Incubation, self.incubation))
+        object.__setattr__(self, "ramp_unit", chosen("ramp_unit", RampUnit, self.ramp_unit))
+        for name in ("max_deviation", "max_incubation_deviation"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+        if self.incubate_every < 1:
+            raise ValueError(f"incubate_every must be at least 1, not {self.incubate_every!r}.")
+        for name in ("embargo_epochs", "isolation_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")
+        if missing := [t.value for t in Topology if t not in self.gradient_policies]:
+            raise ValueError(f"gradient_policies lacks: {', '.join(missing)}.")
+        self.make_schedule()
+
+    def make_schedule(self) -> AlphaSchedule:
+        """Return a new ramp."""
+        return AlphaSchedule(self.ramp_steps, temperature=self.temperature)

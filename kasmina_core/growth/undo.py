@@ -1,0 +1,137 @@
+"""What a model and what trains it were before a load, so that one that fails changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from kasmina_core.slots.slot import SeedSlot
+
+
+class SeedListener(Protocol):
+    """Hears of seeds' parameters; see `SeedParameterListener`."""
+
+    def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None: ...
+
+    def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None: ...
+
+
+@final
+class ModelBefore:
+    """A host's tensors and its slots as they are now.
+
+    Args:
+        host: The host; its tensors are copied.
+        slots: The slots; a load gives them other seeds, so theirs are only noted.
+    """
+
+    def __init__(self, host: nn.Module, slots: Iterable[SeedSlot]) -> None:
+        self._slots = [
+            (slot, dict(slot.__dict__), dict(slot._modules), slot.alpha, slot.training_deviation.clone())
+            for slot in slots
+        ]
+        self._tensors = [(t, t.detach().clone()) for t in [*host.parameters(), *host.buffers()]]
+        parts = [*host.modules(), *(slot for slot, *_ in self._slots)]
+        self._places = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
+        self._told: list[Callable[[], None]] = []
+
+    def tell(self, listeners: Sequence[SeedListener]) -> None:
+        """Tell of the seeds that went and came since; `put_back` takes it back."""
+        for slot, _, modules, *_ in self._slots:
+            if slot.seed is modules.get("seed"):
+                continue
+            gone, come = _parameters(modules.get("seed")), slot.seed_parameters()
+            for listener in listeners:
+                if gone:
+                    self._tell(listener.seed_removed, listener.seed_added, slot.name, gone)
+                if slot.seed is not None:
+                    self._tell(listener.seed_added, listener.seed_removed, slot.name, come)
+
+    def _tell(
+        self,
+        news: Callable[[str, list[nn.Parameter]], None],
+        takes_back: Callable[[str, list[nn.Parameter]], None],
+        slot: str,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        news(slot, parameters)
+        self._told.append(lambda: takes_back(slot, parameters))
+
+    def put_back(self) -> None:
+        """Make host and slots what they were."""
+        with torch.no_grad():
+            for tensor, before in self._tensors:
+                tensor.copy_(before)
+        for module, parameters, buffers in self._places:  # assign=True puts other tensors in their places
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for slot, attributes, modules, alpha, deviation in self._slots:
+            slot.__dict__.update(attributes)
+            slot.__dict__["_modules"] = modules
+            slot.alpha_buffer.fill_(alpha)
+            slot.training_deviation.copy_(deviation)
+        while self._told:
+            with suppress(Exception):  # what made the load fail is what the caller shall see
+                self._told.pop()()
+
+
+@final
+class OptimizerBefore:
+    """An optimiser's groups and state as they are now; its tensors are noted, not copied: a load replaces them."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state, self._items = (
+            optimizer.state,
+            [(key, dict(value)) for key, value in optimizer.state.items()],
+        )
+        self._groups = optimizer.param_groups
+        self._copies = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def put_back(self) -> None:
+        """Make the optimiser what it was."""
+        self._state.clear()
+        self._state.update(self._items)
+        for group, copy in self._copies:
+            group.clear()
+            group.update(copy)
+        self._groups[:] = [group for group, _ in self._copies]
+        self._optimizer.state, self._optimizer.param_groups = self._state, self._groups
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return list(module.parameters()) if module is not None else []
+
+
+@final
+class AttributesBefore:
+    """The attributes of objects, such as schedulers, and of those inside of them, as they are now.
+
+    Args:
+        objects: The objects.
+        inside: Returns the objects inside of one that change with it.
+    """
+
+    def __init__(self, objects: Iterable[Any], inside: Callable[[Any], Iterable[Any]]) -> None:
+        self._kept: dict[int, tuple[Any, dict[str, Any]]] = {}
+        waiting = list(objects)
+        while waiting:
+            one = waiting.pop()
+            if id(one) not in self._kept and hasattr(one, "__dict__"):
+                self._kept[id(one)] = one, {key: _copied(value) for key, value in vars(one).items()}
+                waiting += inside(one)
+
+    def put_back(self) -> None:
+        """Make the objects what they were."""
+        for one, attributes in self._kept.values():
+            vars(one).clear()
+            vars(one).update(attributes)
+
+
+def _copied(value: Any) -> Any:
+    return type(value)(value) if type(value) in (list, dict, set) else value

@@ -1,0 +1,1 @@
+"""Warnings about misuse: calls that were forgotten, seeds nobody trains, graphs that torch.compile may refuse."""

@@ -1,0 +1,244 @@
+"""Calls that were forgotten, and evaluators that cannot work, said once a model; arguments that are something else."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kasmina_core.errors import DistributedError, MisuseWarning
+from kasmina_core.gates.gates import GateProfile, GateResult
+from kasmina_core.growth.config import Incubation
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.protocol import Command, Observation, Policy
+from kasmina_core.sharding import local_part
+from kasmina_core.slots.slot import SeedSlot
+
+if TYPE_CHECKING:
+    from kasmina_core.evidence.measuring import Measurement
+    from kasmina_core.growth.model import MorphogeneticModel
+
+LEVEL_OF_CALLER: Final = 4
+"""Of `Misuse._warn`, from where a warning is raised: the caller of the model's method."""
+
+
+@final
+class Misuse:
+    """Watches one model from epoch to epoch, and warns of each kind of misuse once.
+
+    What was forgotten is told from an epoch in which a tied optimiser stepped while a seed was there from its start to
+    its end. Whether it stepped is told by the versions of its parameters, so that a step costs nothing more.
+
+    Attributes:
+        awaits_step: Whether `MorphogeneticModel.step` was not called yet in this epoch.
+    """
+
+    def __init__(self) -> None:
+        self.awaits_step = True
+        self._said: set[str] = set()
+        self._had_gradients = False
+        self._versions: list[tuple[weakref.ref[nn.Parameter], int]] = []
+        self._living: dict[str, tuple[str, int]] = {}
+        self._pending: dict[str, str] = {}
+        self._trained = False
+        self._fault = ""
+
+    def restart(self) -> None:
+        """Say nothing of this epoch: parameters change for another reason than an optimiser's step."""
+        self._living, self._versions = {}, []
+
+    def note_step(self, model: MorphogeneticModel) -> None:
+        """Take the first step of an epoch."""
+        self.awaits_step = False
+        self._had_gradients = any(p.grad is not None for p in model.parameters())
+
+    def note_failure(self, slot: SeedSlot, error: Exception) -> None:
+        """Take an error that a measurement for a gate raised."""
+        if not isinstance(error, DistributedError):  # another process says why
+            self._fault = f"  slot '{slot.name}': {type(error).__name__}: {error}\n"
+
+    def note_measurement(self, model: MorphogeneticModel, slot: SeedSlot, measured: Measurement) -> None:
+        """Take what was measured for a gate. A host that has diverged is not the evaluator's fault."""
+        if (
+            math.isnan(measured.evidence.loss_without)
+            and bool(measured.differences.isnan().all())
+            and all(bool(local_part(p).isfinite().all()) for p in model.host.parameters())
+        ):
+            self._fault = (
+                f"  slot '{slot.name}': every number that it returned is NaN, also without the seed\n"
+            )
+
+    def epoch_ends(self, model: MorphogeneticModel) -> None:
+        """Look at the epoch that is over, before the slots forget it."""
+        self._fault = ""
+        self._trained = any(
+            (p := of()) is not None and p._version != version for of, version in self._versions
+        )
+        self._pending = {}
+        if not self._trained:
+            return
+        stayed = [
+            slot
+            for name, slot in model.slots.items()
+            if name in self._living and self._living[name][0] == _seed_of(slot) and _can_learn(slot)
+        ]
+        counterfactual = model.growth_config.incubation is Incubation.COUNTERFACTUAL
+        lonely = [
+            slot.name
+            for slot in stayed
+            if counterfactual and slot.is_incubating and slot._incubations == self._living[slot.name][1]
+        ]
+        if lonely:
+            self._pending["incubate"] = (
+                "An optimiser stepped for a whole epoch, and incubate() was never called: with "
+                "Incubation.COUNTERFACTUAL a seed in TRAINING learns in that pass alone.\n"
+                f"{_listed((name, '') for name in lonely)}"
+                "Call model.incubate(closure) after backward and before optimizer.step(); closure() returns the loss of "
+                "this model on the batch. Or use GrowthConfig(incubation='straight-through')."
+            )
+        if self.awaits_step and stayed:
+            self._pending["step"] = (
+                "An optimiser stepped for a whole epoch, and model.step() was never called: gradients of seeds are not "
+                "noted, and a ramp that goes by steps stands still.\n"
+                f"{_listed((slot.name, '') for slot in stayed)}"
+                "Call model.step() after backward and before optimizer.zero_grad(), once an optimiser step."
+            )
+        elif not self._had_gradients:
+            blind = [s.name for s in stayed if not s._norms.count and not (counterfactual and s.is_apart)]
+            if blind:
+                self._pending["step"] = (
+                    "model.step() saw no gradients for a whole epoch in which an optimiser stepped.\n"
+                    f"{_listed((name, '') for name in blind)}"
+                    "Call model.step() after backward and before optimizer.zero_grad()."
+                )
+
+    def epoch_ended(
+        self, model: MorphogeneticModel, results: Mapping[str, GateResult], tied: Collection[Optimizer]
+    ) -> None:
+        """Warn of what the epoch has shown, and begin the next one."""
+        pending, trained = self._pending, self._trained
+        self._pending, self.awaits_step, self._had_gradients = {}, True, False
+        self._living = {
+            name: (seed, slot._incubations) for name, slot in model.slots.items() if (seed := _seed_of(slot))
+        }
+        self._versions = (
+            [
+                (weakref.ref(p), p._version)
+                for p in {
+                    id(p): p
+                    for optimizer in tied
+                    for group in getattr(optimizer, "param_groups", ())
+                    for p in group["params"]
+                    if p.requires_grad and not p.is_inference()
+                }.values()
+            ]
+            if self._living
+            else []
+        )
+        if self._fault:
+            pending["evaluator"] = (
+                "The evaluator failed, and no gate that needs evidence can pass until it works.\n"
+                f"{self._fault}"
+                "evaluate_with takes a function that returns the loss of every held-out sample, a vector (n,): "
+                "reduction='none'."
+            )
+        if trained and model._gate_samples is None and "no evaluator" not in self._said:
+            waiting = [name for name, result in results.items() if _waits(model.slots[name], result)]
+            if waiting:
+                pending["no evaluator"] = (
+                    "A gate needs evidence, and the model has no evaluator: no seed will get past it.\n"
+                    f"{_listed((name, str(results[name].reason)) for name in waiting)}"
+                    "Call model.evaluate_with(evaluator) with a function that returns the loss of every held-out sample, or "
+                    "use QualityGates(GateProfile.REPORT), which decides on the metric of step_epoch."
+                )
+        for kind, message in pending.items():
+            self._warn(kind, message)
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, MisuseWarning, stacklevel=LEVEL_OF_CALLER)
+
+
+def require_model(model: object, what: str) -> MorphogeneticModel:
+    """Return the model, which may be wrapped.
+
+    Raises:
+        TypeError: If it is none; ``what`` asked for it.
+    """
+    if isinstance(model, type) or not hasattr(model, "seed_parameters"):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"{what} takes a MorphogeneticModel, not {'the class' if isinstance(model, type) else 'a'} {given}: "
+            "MorphogeneticModel(host, slots=[...], example=inputs) makes one of any host."
+        )
+    return cast("MorphogeneticModel", model)
+
+
+def decided(policy: object, observation: Observation) -> Sequence[Command]:
+    """Return what a policy decides.
+
+    Raises:
+        TypeError: If it is no policy, or that is no list of commands.
+    """
+    if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
+        hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
+        raise TypeError(f"follow takes a policy, with decide(observation), not {policy!r:.200}.{hint}")
+    chosen: object = cast("Policy", policy).decide(observation)
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        raise TypeError(
+            f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."
+        )
+    return list(chosen)
+
+
+def one_number(metric: object) -> float:
+    """Return a metric as a number.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is a tensor of several.
+    """
+    if isinstance(metric, Tensor) and metric.numel() != 1:
+        raise ValueError(
+            "step_epoch takes one number, the metric of the whole model.\n"
+            f"  given: a tensor of shape {tuple(metric.shape)}\n"
+            "Give its mean: metric.mean()."
+        )
+    try:
+        return float(cast("Any", metric.detach() if isinstance(metric, Tensor) else metric))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"step_epoch takes one number, the metric of the whole model, not {metric!r:.200}."
+        ) from error
+
+
+def _seed_of(slot: SeedSlot) -> str:
+    """Return the id of a seed that should be learning now; empty if there is none."""
+    state = slot.state
+    if slot.seed is None or state is None or state.is_paused:
+        return ""
+    return state.seed_id if SeedStage.TRAINING <= slot.stage <= SeedStage.PROBATIONARY else ""
+
+
+def _can_learn(slot: SeedSlot) -> bool:
+    return any(p.requires_grad for p in slot.seed_parameters())
+
+
+def _waits(slot: SeedSlot, result: GateResult) -> bool:
+    """Whether a gate failed for want of evidence alone."""
+    gates = slot.config.gates
+    if gates.profile is not GateProfile.EVIDENCE or not result.failed_checks:
+        return False
+    on_evidence = {s.name for s in gates.checks if s.needs_evidence and result.gate in s.gates}
+    return all(check.name in on_evidence and check.value is None for check in result.failed_checks)
+
+
+def _listed(slots: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"  slot '{name}'{why and ': ' + why}\n" for name, why in slots)

@@ -1,0 +1,1 @@
+"""Packs: their hooks, and finding, loading and diagnosing them."""

@@ -1,0 +1,422 @@
+"""Checking what installed packs offer, in this process or each pack in a child process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+from kasmina_core.blueprints.declarations import import_factory
+from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport, ValidationVerdict
+from kasmina_core.errors import KasminaError, PluginError, UnknownNameError
+from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
+from kasmina_core.packs.switches import ENVIRONMENT, Switches
+
+Tell = Callable[[str], None]
+"""Is told the id of what is checked next."""
+
+GIB: Final = 1 << 30
+
+_CHILD: Final = (
+    "import json, sys; order = json.loads(sys.stdin.readline()); sys.path[:] = order['path']; "
+    "from kasmina_core.packs.checking import answer; answer(order)"
+)
+_LAST_WORDS: Final = 12
+
+
+@final
+@dataclass(frozen=True)
+class PackOutcome:
+    """What became of one pack, or of one claim to its name.
+
+    Attributes:
+        name: Name of the pack.
+        origin: The distribution and version that installed it.
+        state: See `PackState`.
+        named: Whether the user asked for it by name.
+        checks: Checks of the pack itself: that it loads, that its hosts can be imported, that its process lives.
+        reports: The report of each blueprint, by full id.
+    """
+
+    name: str
+    origin: str
+    state: PackState
+    named: bool
+    checks: tuple[CheckResult, ...]
+    reports: Mapping[str, ValidationReport] = field(default_factory=dict)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a switch keeps it out and nobody asked for it."""
+        return self.state is PackState.BLOCKED and not self.named
+
+    @property
+    def failures(self) -> tuple[CheckResult, ...]:
+        """The checks of the pack itself that failed."""
+        return tuple(check for check in self.checks if check.status is CheckStatus.FAILED)
+
+    @property
+    def verdict(self) -> ValidationVerdict:
+        """The worst among its own checks and its blueprints."""
+        verdicts = {report.verdict for report in self.reports.values()}
+        if self.failures:
+            verdicts.add(ValidationVerdict.FAILED)
+        if not self.checks or any(check.status is CheckStatus.NOT_RUN for check in self.checks):
+            verdicts.add(ValidationVerdict.INCOMPLETE)
+        return worst(verdicts)
+
+    @property
+    def subject(self) -> str:
+        """The pack as the start of a sentence."""
+        return f"Pack '{self.name}' ({self.origin})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "pack": self.name,
+            "origin": self.origin,
+            "state": self.state.value,
+            "named": self.named,
+            "verdict": self.verdict.value,
+            "checks": [check.to_dict() for check in self.checks],
+            "blueprints": {full: report.to_dict() for full, report in self.reports.items()},
+        }
+
+
+def worst(verdicts: set[ValidationVerdict]) -> ValidationVerdict:
+    """Return the worst verdict; ``passed`` if there is none."""
+    order = (ValidationVerdict.FAILED, ValidationVerdict.INCOMPLETE)
+    return next((verdict for verdict in order if verdict in verdicts), ValidationVerdict.PASSED)
+
+
+def installed_packs() -> list[PackRecord]:
+    """Return the installed packs as metadata tells them; also those that are not loaded by themselves."""
+    return list_packs(replace(Switches.from_environment(), autoload=True))
+
+
+# -- in this process --------------------------------------------------------------------------------------------------
+
+
+def check_pack_here(
+    name: str,
+    ids: Sequence[str],
+    *,
+    named: bool,
+    device: str | None,
+    use_cache: bool,
+    tell: Tell,
+    keep: Callable[[str, ValidationReport], None] | None = None,
+) -> list[PackOutcome]:
+    """Load one installed pack and run all checks of its blueprints.
+
+    Args:
+        name: Name of the pack.
+        ids: Full ids of the blueprints to check; all if empty.
+        named: Whether the user asked for it.
+        device: See `check_blueprint_spec`.
+        use_cache: Whether passes on a device are kept and used.
+        tell: Is told each id before its checks run.
+        keep: Is given each report as soon as it is made.
+
+    Raises:
+        UnknownNameError: If the pack does not offer an id.
+    """
+    tell(name)
+    claims = [record for record in installed_packs() if record.name == name]
+    if claims and all(record.state is not PackState.DISCOVERED for record in claims):
+        return [_unusable(record, named) for record in claims]
+
+    import torch  # noqa: F401  # so that the registry keeps its settings while the pack is imported
+
+    from kasmina_core.checks.blueprints import check_blueprint_spec
+    from kasmina_core.checks.cache import PassCache
+    from kasmina_core.packs.discovery import PluginRegistry
+
+    switches = replace(Switches.from_environment(), strict=False)
+    registry = PluginRegistry(checks=False, **{key: getattr(switches, key) for key in ENVIRONMENT})
+    with contextlib.suppress(PluginError):  # the record keeps the cause
+        registry.load_pack(name)
+    outcomes = []
+    for record in [r for r in registry.packs if r.name == name]:
+        if record.state is not PackState.ACTIVE:
+            outcomes.append(_unusable(record, named))
+            continue
+        checks = [CheckResult("loads", CheckStatus.PASSED, measured="active")]
+        if not ids:
+            for full in record.hosts:
+                tell(full)
+                checks.append(_check_host_factory(full, registry.hosts.get(full).factory))
+        cache = PassCache(record.module, record.distribution, record.version) if use_cache else None
+        reports = {}
+        for full in ids or record.blueprints:
+            try:
+                spec = registry.blueprints.get(full).spec
+            except PluginError as error:
+                checks.append(CheckResult("blueprint", CheckStatus.NOT_RUN, where=full, hint=str(error)))
+                continue
+            tell(full)
+            reports[full] = check_blueprint_spec(spec, device=device, origin=record.origin, cache=cache)
+            if keep is not None:
+                keep(full, reports[full])
+        outcomes.append(PackOutcome(name, record.origin, record.state, named, tuple(checks), reports))
+    return outcomes
+
+
+def _unusable(record: PackRecord, named: bool) -> PackOutcome:
+    blocked = record.state is PackState.BLOCKED
+    check = CheckResult(
+        "loads",
+        CheckStatus.NOT_RUN if blocked else CheckStatus.FAILED,
+        expected="a pack that can be used",
+        measured=record.reason.value if record.reason is not None else record.state.value,
+        hint=record.cause,
+        claim=f"is not available ({record.state.value})",
+        needed=named,
+        error=record.error,
+    )
+    return PackOutcome(record.name, record.origin, record.state, named, (check,))
+
+
+def _check_host_factory(full: str, factory: Any) -> CheckResult:
+    try:
+        import_factory(f"Host '{full}'", factory)
+    except KasminaError as error:
+        return CheckResult(
+            "host_factory",
+            CheckStatus.FAILED,
+            where=full,
+            expected="a factory that can be imported",
+            measured=str(error),
+            hint="factory reads 'package.module:attribute'; what it imports is a requirement of the pack.",
+            claim="offers a host that cannot be built",
+            error=error,
+        )
+    return CheckResult("host_factory", CheckStatus.PASSED, where=full, measured="imported")
+
+
+# -- in a child process -----------------------------------------------------------------------------------------------
+
+
+def check_pack_apart(
+    name: str,
+    ids: Sequence[str],
+    *,
+    named: bool,
+    device: str | None,
+    use_cache: bool,
+    tell: Tell,
+    timeout: float,
+    memory: int,
+) -> list[PackOutcome]:
+    """Check one installed pack as `check_pack_here` does, in a process whose end is not the end of this one.
+
+    Args:
+        name: Name of the pack.
+        ids: Full ids of the blueprints to check; all if empty.
+        named: Whether the user asked for it.
+        device: See `check_blueprint_spec`.
+        use_cache: Whether passes on a device are kept and used.
+        tell: Is told each id before its checks run.
+        timeout: Seconds after which the process is ended.
+        memory: Bytes of memory that it may use, where the system can limit that.
+
+    Raises:
+        UnknownNameError: If the pack does not offer an id.
+    """
+    with tempfile.TemporaryDirectory(prefix="kasmina-check-") as folder:
+        answers, output = Path(folder, "answers"), Path(folder, "output")
+        answers.touch()
+        order = {
+            "path": sys.path,
+            "answers": str(answers),
+            "name": name,
+            "ids": list(ids),
+            "named": named,
+            "device": device,
+            "use_cache": use_cache,
+            "memory": memory,
+        }
+        listener = _Listener(answers, tell)
+        with open(output, "wb") as file:
+            ended = _run_child(order, file, listener, timeout)
+        listener.read()
+        said = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if listener.unknown:
+        raise UnknownNameError(listener.unknown)
+    life = CheckResult("own_process", CheckStatus.PASSED, measured="ended by itself")
+    if listener.is_complete:
+        return [replace(outcome, checks=(*outcome.checks, life)) for outcome in listener.outcomes]
+    at = f" while checking {listener.last}" if listener.last else ""
+    words = "\n".join(_last_words(said))
+    life = CheckResult(
+        "own_process",
+        CheckStatus.FAILED,
+        where=listener.last,
+        expected="a process that ends by itself",
+        measured=f"{ended}{at}",
+        hint="Its last words:\n" + words if words else "It said nothing.",
+        claim="ended the process that checked it",
+    )
+    records = [record for record in installed_packs() if record.name == name]
+    origin = records[0].origin if records else name
+    return [PackOutcome(name, origin, PackState.FAILED, named, (life,), listener.reports)]
+
+
+def _last_words(said: Sequence[str]) -> Sequence[str]:
+    """Return what Python said of its crash, else the last lines."""
+    for number, line in enumerate(said):
+        if line.startswith(("Fatal Python error", "Traceback (most recent")):
+            return said[number : number + _LAST_WORDS]
+    return said[-_LAST_WORDS:]
+
+
+def _run_child(order: Mapping[str, Any], output: Any, listener: _Listener, timeout: float) -> str:
+    """Run the child to its end, and say how it ended."""
+    deadline = time.monotonic() + timeout
+    child = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-c", _CHILD],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+    try:
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(json.dumps(order).encode() + b"\n")
+            child.stdin.close()
+        while child.poll() is None:
+            if time.monotonic() > deadline:
+                return f"ended by us after {timeout:g} seconds"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.05)
+            listener.read()
+    finally:
+        _end(child)
+    if child.returncode < 0:
+        try:
+            return f"killed by {signal.Signals(-child.returncode).name}"
+        except ValueError:
+            return f"killed by signal {-child.returncode}"
+    return f"exit status {child.returncode}"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and what it has started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    else:
+        child.kill()
+    child.wait()
+
+
+class _Listener:
+    """Reads what the child has written so far: a line of JSON at a time."""
+
+    def __init__(self, path: Path, tell: Tell) -> None:
+        self._path = path
+        self._tell = tell
+        self._read = 0
+        self.last = ""
+        self.unknown = ""
+        self.is_complete = False
+        self.reports: dict[str, ValidationReport] = {}
+        self.outcomes: list[PackOutcome] = []
+
+    def read(self) -> None:
+        with open(self._path, "rb") as file:
+            file.seek(self._read)
+            lines = file.read().split(b"\n")
+        for line in lines[:-1]:  # the last one is not complete yet
+            self._read += len(line) + 1
+            self._take(json.loads(line))
+
+    def _take(self, told: dict[str, Any]) -> None:
+        match told:
+            case {"begin": str(full)}:
+                self.last = full
+                self._tell(full)
+            case {"id": str(full), "report": dict(data)}:
+                self.reports[full] = ValidationReport.from_dict(data)
+            case {"outcome": dict(data), "ids": list(ids)}:
+                self.outcomes.append(
+                    PackOutcome(
+                        data["pack"],
+                        data["origin"],
+                        PackState(data["state"]),
+                        data["named"],
+                        tuple(CheckResult.from_dict(check) for check in data["checks"]),
+                        {full: self.reports[full] for full in ids},
+                    )
+                )
+            case {"unknown": str(message)}:
+                self.unknown = message
+            case {"end": True}:
+                self.is_complete = True
+
+
+def answer(order: Mapping[str, Any]) -> None:
+    """In the child: check the pack, and write what is found as it is found."""
+    _limit_memory(order["memory"])
+    with open(order["answers"], "a", encoding="utf-8", buffering=1) as file:
+
+        def write(**told: Any) -> None:
+            file.write(json.dumps(told) + "\n")
+            file.flush()
+
+        def tell(full: str) -> None:
+            write(begin=full)
+
+        def keep(full: str, report: ValidationReport) -> None:
+            write(id=full, report=report.to_dict())
+
+        try:
+            outcomes = check_pack_here(
+                order["name"],
+                order["ids"],
+                named=order["named"],
+                device=order["device"],
+                use_cache=order["use_cache"],
+                tell=tell,
+                keep=keep,
+            )
+        except UnknownNameError as error:
+            write(unknown=str(error))
+            return
+        for outcome in outcomes:
+            write(outcome=outcome.to_dict() | {"blueprints": {}}, ids=list(outcome.reports))
+        write(end=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # threads that a pack started do not keep the process
+
+
+def _limit_memory(size: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    # Not RLIMIT_AS: CUDA reserves far more addresses than it uses memory.
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
+
+
+def default_memory() -> int:
+    """Return three quarters of the memory of this machine or container, or 8 GiB where that cannot be told."""
+    sizes = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes) * 3 // 4 if sizes else 8 * GIB

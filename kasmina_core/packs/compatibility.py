@@ -1,0 +1,163 @@
+"""Whether a pack fits this version and this environment, told from its metadata before its code is imported.
+
+A pack declares the version of the plugin API it is written for beside its entry point, under the same name:
+
+```toml
+[project.entry-points."kasmina.plugins"]
+mine = "my_pack"
+[project.entry-points."kasmina.api"]
+mine = "v1"
+```
+
+One that declares none is taken to be written for ``v1``. What it needs is what every package says: ``dependencies`` and
+``requires-python``.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, final
+
+import importlib_metadata
+
+from kasmina_core._version import __version__
+from kasmina_core.packs.switches import normalized
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+API_GROUP: Final = "kasmina.api"
+"""The entry-point group in which a pack declares the version of the plugin API it is written for."""
+
+API_VERSION: Final = 1
+"""Version of the plugin API: of the hooks and of what they return. It grows when an older pack could break."""
+
+SUPPORTED_API_VERSIONS: Final = (1,)
+
+
+class UnreadableRequirementError(Exception):
+    """A requirement in the metadata that does not parse."""
+
+
+def api_problem(origin: str, declared: Sequence[str]) -> str | None:
+    """Return why a pack of that declared API version is not taken, or ``None``.
+
+    Args:
+        origin: Distribution and version, for the message.
+        declared: What its metadata says; empty is as good as ``["v1"]``.
+    """
+    supported = [f"v{version}" for version in SUPPORTED_API_VERSIONS]
+    if not declared or (len(set(declared)) == 1 and declared[0] in supported):
+        return None
+    said = ", ".join(sorted(set(declared)))
+    ours = f"{', '.join(supported)} (kasmina {__version__})"
+    if not re.fullmatch(r"v[1-9][0-9]*", said):
+        what, todo = (
+            "declares a plugin API version that cannot be read",
+            f"Declare one, such as {supported[-1]!r}.",
+        )
+    elif int(said[1:]) > API_VERSION:
+        what, todo = (
+            "is written for a newer plugin API",
+            "Upgrade kasmina, or install an older release of the pack.",
+        )
+    else:
+        what, todo = "is written for a plugin API that is gone", "Install a newer release of the pack."
+    return f"{origin} {what}.\n  declared:  {said}\n  supported: {ours}\n{todo}"
+
+
+@final
+class Environment:
+    """The distributions that are installed, each looked up once, when a requirement names it."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, str | None] = {
+            "kasmina": __version__
+        }  # also in a checkout, or if that is stale
+
+    def requirement_problem(
+        self, origin: str, requirements: Iterable[str], requires_python: str | None = None
+    ) -> str | None:
+        """Return which requirements of a distribution are not met, or ``None``.
+
+        Its own requirements are compared, not those of what it requires.
+
+        Args:
+            origin: Distribution and version, for the message.
+            requirements: Its ``Requires-Dist``.
+            requires_python: Its ``Requires-Python``.
+
+        Raises:
+            UnreadableRequirementError: If one does not parse; the message quotes it.
+
+        Source: https://packaging.python.org/en/latest/specifications/dependency-specifiers/
+        """
+        unmet: list[tuple[str, str, str]] = []
+        if requires_python:
+            running = platform.python_version().rstrip("+")
+            if not _contains(_python(requires_python), running):
+                unmet.append((f"Python {requires_python}", running, ""))
+        for text in requirements:
+            requirement = _parsed(text)
+            if requirement is None:
+                continue
+            installed = self._version(requirement.name)
+            if installed == "":  # it is there, and does not tell its version: the import will say more
+                continue
+            if installed is None or not _contains(requirement, installed):
+                wanted = f"{requirement.name}{requirement.specifier}"
+                unmet.append((wanted, installed or "nothing", f"'{wanted}'"))
+        if not unmet:
+            return None
+        rows = "".join(f"\n  required:  {wanted}\n  installed: {found}" for wanted, found, _ in unmet)
+        missing = " ".join(argument for *_, argument in unmet if argument)
+        todo = f"pip install {missing}" if missing else "Install a release of the pack for this Python"
+        return f"{origin} requires what is not installed.{rows}\n{todo}, or uninstall the pack."
+
+    def _version(self, name: str) -> str | None:
+        """Return the version installed, ``""`` if that cannot be read, ``None`` if it is not installed."""
+        key = normalized(name)
+        if key not in self._versions:
+            try:
+                self._versions[key] = importlib_metadata.version(name) or ""
+            except importlib_metadata.PackageNotFoundError:
+                self._versions[key] = None
+            except Exception:  # damaged metadata of somebody else's
+                self._versions[key] = ""
+        return self._versions[key]
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Requirement | None:
+    """Return a requirement, or ``None`` if its marker leaves it out here."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    except (InvalidRequirement, ValueError) as error:  # ValueError: a marker that cannot be evaluated
+        raise UnreadableRequirementError(f"the requirement {text!r} cannot be read") from error
+    return requirement if applies else None
+
+
+@lru_cache(maxsize=64)
+def _python(specifier: str) -> Requirement:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        return Requirement(f"python{specifier}")
+    except InvalidRequirement as error:
+        raise UnreadableRequirementError(f"Requires-Python {specifier!r} cannot be read") from error
+
+
+@lru_cache(maxsize=1024)
+def _contains(requirement: Requirement, version: str) -> bool:
+    from packaging.version import InvalidVersion
+
+    try:
+        return requirement.specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        return not requirement.specifier

@@ -1,0 +1,504 @@
+"""Loading plugin packs one by one, and the registry of what they offer.
+
+Each pack is taken whole or not at all: one that cannot be used leaves nothing behind but a `PackRecord` with its cause,
+and asking for something it offered raises that cause.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kasmina_core.blueprints.catalogue import Catalogue, HostRegistry
+from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintRegistry, RegisteredBlueprint
+from kasmina_core.checks.global_state import preserved_global_state
+from kasmina_core.errors import KasminaError, NameConflictError, PluginError, UnknownNameError, did_you_mean
+from kasmina_core.events import BlueprintRegistered
+from kasmina_core.packs.offers import (
+    Offer,
+    RefusalError,
+    collect_offer,
+    import_plugin,
+    mapping_of_callables,
+    new_manager,
+)
+from kasmina_core.packs.scanning import PackReason, PackRecord, PackState, scan_packs, unwanted
+from kasmina_core.packs.switches import ENVIRONMENT, Switches
+
+if TYPE_CHECKING:
+    import importlib_metadata
+
+    from kasmina_core.checks.reports import ValidationReport
+    from kasmina_core.gates.gates import GateCheckSpec
+    from kasmina_core.policies.protocol import Policy
+
+
+class PluginRegistry:
+    """The packs that were loaded, and what they offer.
+
+    Args:
+        checks: Whether `check_blueprint_spec` runs for every blueprint, without those checks that take long.
+        device: Where they run. ``None`` for the CPU and, where this process uses it already, CUDA: loading packs never
+            initialises CUDA, because a process that did can no longer fork workers that use it.
+        allow: What may be loaded; see `Switches` for this and the following. Here the environment is not read: only
+            `default_registry` does that.
+        block: Like ``allow``, it holds for packs that are registered by hand as well.
+        autoload: Whether `load_installed` loads packs other than the bundled ones.
+        prefer: Distributions that win a conflict.
+        strict: Whether `load_installed` raises if any pack cannot be used.
+
+    Attributes:
+        blueprints: The blueprints of active packs.
+        hosts: Their hosts.
+        events: A `BlueprintRegistered` for each blueprint, in order.
+        switches: The switches in force.
+
+    Raises:
+        SwitchError: If a switch cannot be used.
+
+    >>> from kasmina_core import HostSpec, Topology, hookimpl
+    >>> class Pack:
+    ...     @hookimpl
+    ...     def kasmina_hosts(self):
+    ...         return [HostSpec("tiny", "my_pack.hosts:TinyHost", Topology.CNN)]
+    >>> registry = PluginRegistry()
+    >>> registry.register_pack("mine", Pack()).hosts
+    ('mine:tiny',)
+    """
+
+    def __init__(
+        self,
+        *,
+        checks: bool = True,
+        device: str | None = None,
+        allow: Collection[str] | None = None,
+        block: Collection[str] = (),
+        autoload: bool = True,
+        prefer: Collection[str] = (),
+        strict: bool = False,
+    ) -> None:
+        self._checks = checks
+        self._device = device
+        self.switches = Switches(allow, block, autoload, prefer, strict)
+        self._lock = threading.RLock()
+        self._manager = new_manager()
+        self._records: dict[tuple[str, str, str], PackRecord] = {}
+        self._reports: dict[str, ValidationReport] = {}
+        self._unavailable: dict[str, PluginError] = {}
+        self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
+        self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
+        self.blueprints = BlueprintRegistry()
+        self.hosts = HostRegistry(self._unavailable)
+        self.events: list[BlueprintRegistered] = []
+
+    @property
+    def packs(self) -> list[PackRecord]:
+        """Every pack that was seen, sorted by name."""
+        with self._lock:
+            return [self._records[key] for key in sorted(self._records)]
+
+    def pack(self, name: str) -> PackRecord:
+        """Return the record of a pack; of several claims to one name the active one, else the first.
+
+        Raises:
+            UnknownNameError: If no pack of that name was seen.
+        """
+        named = [record for record in self.packs if record.name == name]
+        if not named:
+            raise UnknownNameError(f"No pack '{name}'.{did_you_mean(name, [r.name for r in self.packs])}")
+        return next((r for r in named if r.state is PackState.ACTIVE), named[0])
+
+    def report(self, blueprint_id: str) -> ValidationReport | None:
+        """Return the registration report of a full id, also of one that was refused; ``None`` if none was made."""
+        return self._reports.get(blueprint_id)
+
+    def load_installed(self) -> list[PackRecord]:
+        """Load every installed pack that was not seen yet, one by one in the order of their names.
+
+        A pack that cannot be used stops nothing: its record says why.
+
+        Raises:
+            PluginError: Under ``strict``, if any pack cannot be used; the message names each. What can be used is loaded.
+        """
+        with self._lock:
+            for record, entry in scan_packs(self.switches):
+                if (record.name, record.distribution, record.module) not in self._records:
+                    self._take(record, entry)
+            if self.switches.strict and (bad := [record for record in self.packs if record.is_bad]):
+                rows = "".join(f"\n{r.name} ({_place(r)}), {r.state.value}: {r.cause}" for r in bad)
+                error = PluginError(
+                    f"{len(bad)} of {len(self._records)} packs cannot be used (strict is on):{rows}"
+                )
+                raise error from bad[0].error
+            return self.packs
+
+    def load_pack(self, name: str) -> PackRecord:
+        """Load one installed pack, also where packs are not loaded by themselves; one that is active stays as it is.
+
+        Raises:
+            PluginError: If it cannot be used; the cause is chained and kept in its record.
+            UnknownNameError: If no pack of that name is installed.
+        """
+        with self._lock:
+            claims = [c for c in scan_packs(replace(self.switches, autoload=True)) if c[0].name == name]
+            active = [r for r in self.packs if r.name == name and r.state is PackState.ACTIVE]
+            if not claims and not active:
+                known = {r.name for r in self.packs}
+                raise UnknownNameError(f"No pack '{name}' is installed.{did_you_mean(name, known)}")
+            if not active:
+                self._forget(name)
+                active = [r for r in [self._take(*claim) for claim in claims] if r.state is PackState.ACTIVE]
+            if not active:
+                raise self._unavailable[name].with_traceback(None)
+            return active[0]
+
+    def register_pack(
+        self, name: str, plugin: object, distribution: str = "", version: str = ""
+    ) -> PackRecord:
+        """Register a pack object or module that comes from no installed distribution.
+
+        Args:
+            name: Name of the pack: the part before the colon in its ids.
+            plugin: Module or object with hook implementations.
+            distribution: Distribution to report, if any.
+            version: Version to report, if any.
+
+        Raises:
+            PluginError: If it cannot be used; the cause is chained and kept in its record. Nothing of it is registered.
+                Also if an active pack has the name: then that one stays.
+        """
+        module = (
+            plugin.__name__
+            if inspect.ismodule(plugin)
+            else f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+        )
+        record = PackRecord(name, module, distribution, version)
+        with self._lock:
+            taken = [r for r in self.packs if r.name == name and r.state is PackState.ACTIVE]
+            if taken:
+                cause = (
+                    f"2 claims to the pack name '{name}':\n  {taken[0].origin} ({taken[0].module})\n"
+                    f"  {record.origin} ({record.module})\nThe first stays. Rename the second, or unregister the first."
+                )
+                raise PluginError(cause) from NameConflictError(cause)
+            self._forget(name)
+            if not NAME_PATTERN.fullmatch(name):
+                record = replace(
+                    record,
+                    state=PackState.INVALID,
+                    reason=PackReason.BAD_NAME,
+                    cause=f"{name!r} is not a pack name: use lower case letters, digits, '_' and '-', a letter first.",
+                )
+                self._refuse(record, Offer())
+            elif refused := unwanted(record, self.switches):
+                record = self._refuse(refused, Offer())
+            else:
+                record = self._load(record, lambda: plugin)
+            if record.state is not PackState.ACTIVE:
+                raise self._unavailable[name].with_traceback(None)
+            return record
+
+    def unregister_pack(self, name: str) -> PackRecord:
+        """Remove an active pack and everything it offers; seeds and hosts made of it live on.
+
+        Raises:
+            UnknownNameError: If no pack of that name is active.
+        """
+        with self._lock:
+            active = {r.name: r for r in self.packs if r.state is PackState.ACTIVE}
+            if name not in active:
+                raise UnknownNameError(f"No pack '{name}' is active.{did_you_mean(name, active)}")
+            record = active[name]
+            self._withdraw(record)
+            self._clear_unavailable(name)
+            del self._records[record.name, record.distribution, record.module]
+            return record
+
+    def gate_checks(self) -> list[GateCheckSpec]:
+        """Return the gate checks of every pack, sorted; each is named by its full id, ``pack:name``."""
+        return list(self._gate_checks.values())
+
+    def policies(self) -> Mapping[str, Callable[..., Policy]]:
+        """Return policy factories by full id; looking up a short name works where it is unique."""
+        return self._policies
+
+    def sinks(self, config: Mapping[str, Any] | None = None) -> Mapping[str, Callable[..., Any]]:
+        """Return sink factories by full id; looking up a short name works where it is unique.
+
+        A pack whose hook raises or returns something else offers none; asking for one of its sinks raises the cause.
+
+        Args:
+            config: What the packs may want to know; handed to each as it is.
+        """
+        unavailable = dict(self._unavailable)
+        found: Catalogue[Callable[..., Any]] = Catalogue("sink", unavailable)
+        with self._lock:
+            for record in self.packs:
+                if record.state is not PackState.ACTIVE:
+                    continue
+                own = self._manager.get_plugin(_plugin_name(record))
+                others = [plugin for plugin in self._manager.get_plugins() if plugin is not own]
+                hook = self._manager.subset_hook_caller("kasmina_sinks", others)
+                try:
+                    offered = mapping_of_callables(hook, "kasmina_sinks", config=dict(config or {}))
+                except RefusalError as refusal:
+                    error = PluginError(
+                        f"Pack '{record.name}' ({record.origin}) offers no sinks: {refusal.cause}"
+                    )
+                    error.__cause__ = refusal.error
+                    unavailable[record.name] = error
+                else:
+                    for name, factory in offered.items():
+                        if not self.switches.withholds(f"{record.name}:{name}", record.distribution):
+                            found.add(f"{record.name}:{name}", factory)
+        return found
+
+    # -- one pack -----------------------------------------------------------------------------------------------------
+
+    def _take(self, record: PackRecord, entry: importlib_metadata.EntryPoint | None) -> PackRecord:
+        """Load what the scan found, or keep the record of why not."""
+        return self._refuse(record, Offer()) if entry is None else self._load(record, entry.load)
+
+    def _load(self, record: PackRecord, load_plugin: Callable[[], object]) -> PackRecord:
+        """Take a pack whole or not at all, and keep the record of that."""
+        offer = Offer()
+        withheld: tuple[str, ...] = ()
+        try:
+            with self._guard():
+                plugin = import_plugin(load_plugin)
+                collect_offer(plugin, offer)
+                withheld = self._withhold(record, offer)
+                if self._checks:
+                    self._examine(record, offer)
+            self._commit(record, plugin, offer)
+        except RefusalError as refusal:
+            record = replace(
+                record,
+                state=refusal.state,
+                reason=refusal.reason,
+                cause=refusal.cause,
+                error=refusal.error,
+            )
+            return self._refuse(record, offer)
+        record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
+        self._records[record.name, record.distribution, record.module] = record
+        self._clear_unavailable(record.name)
+        for full in withheld:
+            self._mark_unavailable(
+                full,
+                PluginError(f"'{full}' ({record.origin}) is left out: see the switches block and allow."),
+            )
+        return record
+
+    def _withhold(self, record: PackRecord, offer: Offer) -> tuple[str, ...]:
+        """Take out of an offer what a switch leaves out, and return the ids of that."""
+
+        left_out: set[str] = set()
+
+        def kept(name: str) -> bool:
+            full = f"{record.name}:{name}"
+            if self.switches.withholds(full, record.distribution):
+                left_out.add(full)
+            return full not in left_out
+
+        offer.blueprints = [spec for spec in offer.blueprints if kept(spec.name)]
+        offer.hosts = [spec for spec in offer.hosts if kept(spec.name)]
+        offer.gate_checks = [check for check in offer.gate_checks if kept(check.name)]
+        offer.policies = {name: factory for name, factory in offer.policies.items() if kept(name)}
+        return tuple(sorted(left_out))
+
+    def _guard(self) -> AbstractContextManager[None]:
+        """Return a context that keeps foreign code from changing random numbers and torch's settings."""
+        if self._checks:
+            import torch  # noqa: F401  # so that the state before the pack's own import is known
+        return preserved_global_state()
+
+    def _examine(self, record: PackRecord, offer: Offer) -> None:
+        from kasmina_core.checks.blueprints import check_blueprint_spec
+        from kasmina_core.checks.cache import PassCache
+
+        cache = PassCache(record.module, record.distribution, record.version)
+        device = self._device
+        if device is None and not sys.modules["torch"].cuda.is_initialized():
+            device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
+        for spec in offer.blueprints:
+            report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False, cache=cache)
+            offer.reports[spec.name] = report
+            try:
+                report.raise_if_failed()
+            except KasminaError as error:
+                raise RefusalError(PackState.INVALID, PackReason.CHECK_FAILED, str(error), error) from error
+
+    def _commit(self, record: PackRecord, plugin: object, offer: Offer) -> None:
+        """Register everything; whatever goes wrong, nothing of the pack is left behind."""
+
+        def forget_plugin() -> None:
+            if self._manager.has_plugin(name):  # also half registered, as some versions of pluggy leave it
+                self._manager.unregister(name=name)
+
+        name = _plugin_name(record)
+        try:
+            with ExitStack() as undo:
+                undo.callback(forget_plugin)
+                self._manager.register(plugin, name=name)
+                undo.callback(self.events.__delitem__, slice(len(self.events), None))
+                for spec in offer.blueprints:
+                    entry = self.blueprints.register(
+                        spec, pack=record.name, distribution=record.distribution, version=record.version
+                    )
+                    undo.callback(self.blueprints.unregister, entry.id)
+                    self._announce(entry, offer.reports.get(spec.name))
+                undo.pop_all()
+        except NameConflictError as error:
+            raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, str(error), error) from error
+        except ValueError as error:  # pluggy: the object is registered already
+            cause = (
+                f"'{record.module}' is loaded already under another name. Name it in one entry point only."
+            )
+            raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_PACK, cause, error) from error
+        for host in offer.hosts:
+            self.hosts.add(f"{record.name}:{host.name}", host)
+        for check in offer.gate_checks:
+            full = f"{record.name}:{check.name}"
+            self._gate_checks.add(full, replace(check, name=full))
+        for policy, factory in offer.policies.items():
+            self._policies.add(f"{record.name}:{policy}", factory)
+        self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
+
+    def _announce(self, entry: RegisteredBlueprint, report: ValidationReport | None) -> None:
+        self.events.append(
+            BlueprintRegistered(
+                blueprint_id=entry.id,
+                distribution=entry.distribution,
+                verdict=report.verdict.value if report is not None else "not run",
+                sequence=len(self.events),
+            )
+        )
+
+    def _withdraw(self, record: PackRecord) -> None:
+        """Remove what an active pack registered."""
+        self._manager.unregister(name=_plugin_name(record))
+        for full in record.blueprints:
+            if full in self.blueprints:
+                self.blueprints.unregister(full)
+            self._reports.pop(full, None)
+        for full in record.hosts:
+            self.hosts.discard(full)
+        for full in record.gate_checks:
+            self._gate_checks.discard(full)
+        for full in record.policies:
+            self._policies.discard(full)
+
+    def _refuse(self, record: PackRecord, offer: Offer) -> PackRecord:
+        """Keep the record of a pack that is not taken, and let questions for what it offered raise the cause."""
+        record = _with_ids(record, offer)
+        self._records[record.name, record.distribution, record.module] = record
+        self._reports |= {f"{record.name}:{name}": report for name, report in offer.reports.items()}
+        if any(r.name == record.name and r.state is PackState.ACTIVE for r in self._records.values()):
+            return record
+        error = PluginError(
+            f"Pack '{record.name}' ({_place(record)}) is not available ({record.state.value}).\n{record.cause}"
+        )
+        error.__cause__ = record.error
+        claims = (record.name, *record.blueprints, *record.hosts, *record.gate_checks, *record.policies)
+        for claim in claims:
+            self._mark_unavailable(claim, error)
+        return record
+
+    def _mark_unavailable(self, claim: str, error: PluginError) -> None:
+        """Let questions for a pack or for one id raise the cause."""
+        self._unavailable[claim] = error
+        self.blueprints.mark_unavailable(claim, error)
+
+    def _forget(self, name: str) -> None:
+        """Forget earlier refusals of a pack, so that it can be tried again."""
+        for key in [key for key in self._records if key[0] == name]:
+            for full in self._records.pop(key).blueprints:
+                self._reports.pop(full, None)
+        self._clear_unavailable(name)
+
+    def _clear_unavailable(self, name: str) -> None:
+        for claim in [claim for claim in self._unavailable if claim.partition(":")[0] == name]:
+            del self._unavailable[claim]
+        self.blueprints.mark_available(name)
+
+
+def _plugin_name(record: PackRecord) -> str:
+    return f"{record.distribution}:{record.name}"
+
+
+def _place(record: PackRecord) -> str:
+    installed = f"{record.distribution} {record.version}".strip()
+    return ", ".join(filter(None, (installed, f"module {record.module}" if record.module else "")))
+
+
+def _with_ids(record: PackRecord, offer: Offer) -> PackRecord:
+    def ids(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(f"{record.name}:{name}" for name in set(names)))
+
+    return replace(
+        record,
+        blueprints=ids(spec.name for spec in offer.blueprints),
+        hosts=ids(spec.name for spec in offer.hosts),
+        gate_checks=ids(spec.name for spec in offer.gate_checks),
+        policies=ids(offer.policies),
+    )
+
+
+# -- the registry of the process ------------------------------------------------------------------------------------
+
+_default_lock = threading.RLock()
+_default: PluginRegistry | None = None
+_default_is_loading = False
+
+
+def default_registry() -> PluginRegistry:
+    """Return the registry of this process; the first call loads the installed packs that the environment lets it.
+
+    Raises:
+        PluginError: If a pack calls this while it is being loaded, or under ``KASMINA_PLUGINS_STRICT`` if any pack
+            cannot be used.
+        SwitchError: If a switch in the environment cannot be read (see `Switches`).
+    """
+    global _default, _default_is_loading
+    if _default is not None:
+        return _default
+    with _default_lock:
+        if _default is not None:
+            return _default
+        if _default_is_loading:
+            raise PluginError(
+                "The installed packs are being loaded: a pack may not ask for the registry in its import."
+            )
+        _default_is_loading = True
+        try:
+            switches = Switches.from_environment()
+            registry = PluginRegistry(**{name: getattr(switches, name) for name in ENVIRONMENT})
+            registry.load_installed()
+            _default = registry
+        finally:
+            _default_is_loading = False
+        return registry
+
+
+def reset_default_registry() -> None:
+    """Let the next `default_registry` load the installed packs afresh; for tests, and after installing a pack."""
+    global _default
+    with _default_lock:
+        _default = None
+
+
+def _let_a_forked_child_load() -> None:
+    """Forget a load that another thread of the parent had begun: in the child nobody ends it, or frees the lock."""
+    global _default_lock, _default_is_loading
+    _default_lock, _default_is_loading = threading.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_a_forked_child_load)

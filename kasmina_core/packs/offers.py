@@ -1,0 +1,190 @@
+"""What one pack declares, asked of it alone; a pack that cannot be used is refused with state, reason and cause."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import pluggy
+
+from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec
+from kasmina_core.errors import NameConflictError
+from kasmina_core.hosts import HostSpec
+from kasmina_core.packs import hookspecs
+from kasmina_core.packs.scanning import PackReason, PackState
+
+if TYPE_CHECKING:
+    from kasmina_core.checks.reports import ValidationReport
+    from kasmina_core.gates.gates import GateCheckSpec
+    from kasmina_core.policies.protocol import Policy
+
+HOOKS: Final = tuple(name for name in vars(hookspecs) if name.startswith("kasmina_"))
+
+
+def new_manager() -> pluggy.PluginManager:
+    """Return a plugin manager that knows the hooks and no plugin."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+class RefusalError(Exception):
+    """A pack is not taken: state, reason and a cause for people."""
+
+    def __init__(self, state: PackState, reason: PackReason, cause: str, error: BaseException | None) -> None:
+        super().__init__(cause)
+        self.state, self.reason, self.cause, self.error = state, reason, cause, error
+
+
+@dataclass(slots=True)
+class Offer:
+    """What one pack declares, by short name."""
+
+    blueprints: list[BlueprintSpec] = field(default_factory=list)
+    hosts: list[HostSpec] = field(default_factory=list)
+    gate_checks: list[GateCheckSpec] = field(default_factory=list)
+    policies: dict[str, Callable[..., Policy]] = field(default_factory=dict)
+    reports: dict[str, ValidationReport] = field(default_factory=dict)
+
+
+def import_plugin(load_plugin: Callable[[], object]) -> object:
+    """Return the module or object that an entry point names; raises `RefusalError`."""
+    try:
+        plugin = load_plugin()
+    except (Exception, SystemExit) as error:
+        raise RefusalError(
+            PackState.FAILED,
+            PackReason.IMPORT_FAILED,
+            f"Its import raised {type(error).__name__}: {error}",
+            error,
+        ) from error
+    if plugin is None or inspect.isclass(plugin):
+        raise RefusalError(
+            PackState.INVALID,
+            PackReason.WRONG_TYPE,
+            f"The entry point names {plugin!r}. Name a module, or an instance of the class.",
+            None,
+        )
+    return plugin
+
+
+def collect_offer(plugin: object, offer: Offer) -> None:
+    """Ask a pack alone, in a manager of its own, what it declares: nothing that is kept can be half changed."""
+    trial = new_manager()
+    try:
+        trial.register(plugin, name="trial")
+        trial.check_pending()
+        implemented = {name for name in HOOKS if getattr(trial.hook, name).get_hookimpls()}
+        unmarked = [
+            name for name in HOOKS if name not in implemented and callable(getattr(plugin, name, None))
+        ]
+    except pluggy.PluginValidationError as error:
+        raise RefusalError(
+            PackState.INCOMPATIBLE,
+            PackReason.UNKNOWN_HOOK,
+            f"It does not fit the hooks of this version: {error}\n  hooks: {', '.join(HOOKS)}",
+            error,
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise RefusalError(
+            PackState.FAILED,
+            PackReason.HOOK_FAILED,
+            f"Reading its hooks raised {type(error).__name__}: {error}",
+            error,
+        ) from error
+    if unmarked or not implemented:
+        what = f"{', '.join(unmarked)} lacks the mark @hookimpl" if unmarked else "It implements no hook"
+        raise RefusalError(PackState.INVALID, PackReason.NO_HOOK, f"{what}. Hooks: {', '.join(HOOKS)}.", None)
+    for name in sorted(implemented):
+        for impl in getattr(trial.hook, name).get_hookimpls():
+            if impl.hookwrapper or getattr(impl, "wrapper", False):
+                raise RefusalError(
+                    PackState.INVALID,
+                    PackReason.WRONG_TYPE,
+                    f"{name} is a hook wrapper. A pack returns declarations of its own and wraps nobody's.",
+                    None,
+                )
+    _gather(trial, "kasmina_blueprints", BlueprintSpec, offer.blueprints)
+    _gather(trial, "kasmina_hosts", HostSpec, offer.hosts)
+    if "kasmina_gate_checks" in implemented:
+        from kasmina_core.gates.gates import GateCheckSpec
+
+        _gather(trial, "kasmina_gate_checks", GateCheckSpec, offer.gate_checks)
+    offer.policies |= mapping_of_callables(trial.hook.kasmina_policies, "kasmina_policies")
+
+
+def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: list[Any]) -> None:
+    """Put what a hook returns into ``kept``, sorted by name; what came before a failure is put there as well."""
+    try:
+        for value in _ask(getattr(trial.hook, hook), hook):
+            if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+                raise _wrong_type(hook, f"an iterable of {kind.__name__}", value)
+            for thing in value:
+                if not isinstance(thing, kind):
+                    raise _wrong_type(hook, f"only {kind.__name__}", thing)
+                kept.append(thing)
+    except RefusalError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _hook_failed(hook, error) from error
+    finally:
+        kept.sort(key=lambda thing: str(thing.name))
+    names = [thing.name for thing in kept]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        both = "\n".join(f"  {thing!r}" for thing in kept if thing.name == twice[0])
+        cause = f"{hook} declares the name '{twice[0]}' more than once:\n{both}\nRename all but one."
+        raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
+
+
+def mapping_of_callables(
+    hook: pluggy.HookCaller, name: str, **arguments: Any
+) -> dict[str, Callable[..., Any]]:
+    """Return what a hook that gives a mapping from names to callables returns, sorted by name."""
+    kept: dict[str, Callable[..., Any]] = {}
+    for value in _ask(hook, name, **arguments):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(name, "a mapping from names to callables", value)
+        try:
+            items = list(value.items())
+        except (Exception, SystemExit) as error:
+            raise _hook_failed(name, error) from error
+        for key, factory in items:
+            if not isinstance(key, str) or not NAME_PATTERN.fullmatch(key):
+                raise _wrong_type(name, "names of lower case letters, digits, '_' and '-'", key)
+            if not callable(factory):
+                raise _wrong_type(name, f"a callable for '{key}'", factory)
+            if key in kept:
+                cause = f"{name} declares the name '{key}' more than once:\n  {kept[key]!r}\n  {factory!r}"
+                raise RefusalError(
+                    PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause)
+                )
+            kept[key] = factory
+    return dict(sorted(kept.items()))
+
+
+def _ask(hook: pluggy.HookCaller, name: str, **arguments: Any) -> list[Any]:
+    """Call a hook and return one value of each implementation; they must not return ``None``."""
+    try:
+        values: list[Any] = hook(**arguments)
+    except (Exception, SystemExit) as error:
+        raise _hook_failed(name, error) from error
+    if len(values) < len(hook.get_hookimpls()):
+        raise _wrong_type(name, "its declarations", None)
+    return values
+
+
+def _wrong_type(hook: str, wanted: str, found: object) -> RefusalError:
+    return RefusalError(
+        PackState.INVALID,
+        PackReason.WRONG_TYPE,
+        f"{hook} must return {wanted}.\n  found: {found!r}, of type {type(found).__name__}",
+        TypeError(f"{hook} must return {wanted}, not {found!r}"),
+    )
+
+
+def _hook_failed(hook: str, error: BaseException) -> RefusalError:
+    return RefusalError(
+        PackState.FAILED, PackReason.HOOK_FAILED, f"{hook} raised {type(error).__name__}: {error}", error
+    )

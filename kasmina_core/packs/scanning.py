@@ -1,0 +1,369 @@
+"""Which packs are installed, read from the metadata of distributions alone: no pack is imported, and torch is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Final, final
+
+import importlib_metadata
+
+from kasmina_core.blueprints.declarations import NAME_PATTERN
+from kasmina_core.errors import NameConflictError
+from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
+from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
+
+GROUP: Final = "kasmina.plugins"
+"""The entry-point group in which a distribution names its pack."""
+
+_OWN_DISTRIBUTION: Final = "kasmina"  # names that it claims cannot be taken over
+
+
+@final
+class PackState(StrEnum):
+    """What is known of a pack.
+
+    - ``discovered``: its metadata names it; none of its code was imported.
+    - ``active``: it is loaded and what it declares is registered.
+    - ``blocked``: the user asked for it not to be loaded (see `Switches`); none of its code was imported.
+    - ``incompatible``: it is written for another plugin API, or requires what is not installed: told from its metadata,
+      and none of its code was imported. Or it implements hooks that this version does not have.
+    - ``conflict``: something else claims its name, or two things in it have one name.
+    - ``failed``: its import or one of its hooks raised.
+    - ``invalid``: its metadata is damaged, it declares something unusable, or a blueprint fails its checks.
+    """
+
+    DISCOVERED = "discovered"
+    ACTIVE = "active"
+    BLOCKED = "blocked"
+    INCOMPATIBLE = "incompatible"
+    CONFLICT = "conflict"
+    FAILED = "failed"
+    INVALID = "invalid"
+
+
+@final
+class PackReason(StrEnum):
+    """Why a pack is not active.
+
+    - ``blocked``, ``not_allowed``, ``autoload_off``: the switch of that name keeps it from being loaded.
+    - ``damaged_metadata``, ``bad_name``: its metadata cannot be read, or gives it a name that cannot be used.
+    - ``api_version``: it declares a version of the plugin API that is not supported (see `kasmina_core.packs.hookspecs`).
+    - ``unmet_requirement``: something that its metadata requires is not installed, or in another version.
+    - ``duplicate_pack``: another distribution claims its name, or its module is loaded under another name.
+    - ``bundled_name``: it claims the name of a bundled pack.
+    - ``import_failed``: importing its module raised.
+    - ``no_hook``: it implements no hook, or a hook lacks its mark.
+    - ``unknown_hook``: it implements a hook that does not exist, or with an argument that does not.
+    - ``hook_failed``: one of its hooks raised.
+    - ``wrong_type``: a hook returned something else than declarations.
+    - ``duplicate_id``: two things in it have one name.
+    - ``check_failed``: a blueprint failed the registration checks.
+    """
+
+    BLOCKED = "blocked"
+    NOT_ALLOWED = "not_allowed"
+    AUTOLOAD_OFF = "autoload_off"
+    DAMAGED_METADATA = "damaged_metadata"
+    BAD_NAME = "bad_name"
+    API_VERSION = "api_version"
+    UNMET_REQUIREMENT = "unmet_requirement"
+    DUPLICATE_PACK = "duplicate_pack"
+    BUNDLED_NAME = "bundled_name"
+    IMPORT_FAILED = "import_failed"
+    NO_HOOK = "no_hook"
+    UNKNOWN_HOOK = "unknown_hook"
+    HOOK_FAILED = "hook_failed"
+    WRONG_TYPE = "wrong_type"
+    DUPLICATE_ID = "duplicate_id"
+    CHECK_FAILED = "check_failed"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PackRecord:
+    """What is known of one pack.
+
+    Attributes:
+        name: Its entry-point name: the part before the colon in its ids.
+        module: What the entry point names.
+        distribution: The distribution that installed it; empty for one registered by hand.
+        version: Version of that distribution.
+        state: See `PackState`.
+        reason: Why it is not active, as a code; ``None`` if it is, or was not loaded yet.
+        cause: Why it is not active, for people.
+        blueprints: Ids of the blueprints it declared; they are available only if it is active.
+        hosts: Ids of the hosts it declared; likewise.
+        gate_checks: Ids of its gate checks; likewise.
+        policies: Ids of its policies; likewise.
+        withheld: Ids that a switch leaves out of what it offers.
+        error: The exception behind ``cause``.
+    """
+
+    name: str
+    module: str
+    distribution: str = ""
+    version: str = ""
+    state: PackState = PackState.DISCOVERED
+    reason: PackReason | None = None
+    cause: str = ""
+    blueprints: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    gate_checks: tuple[str, ...] = ()
+    policies: tuple[str, ...] = ()
+    withheld: tuple[str, ...] = ()
+    error: BaseException | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def origin(self) -> str:
+        """The distribution and version for messages, or the name if it came from none."""
+        return f"{self.distribution} {self.version}".strip() or self.name
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it cannot be used through no wish of the user's."""
+        return self.state not in (PackState.DISCOVERED, PackState.ACTIVE, PackState.BLOCKED)
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it comes with the library itself."""
+        return normalized(self.distribution) == _OWN_DISTRIBUTION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data for JSON, without the exception."""
+        return {
+            "name": self.name,
+            "module": self.module,
+            "distribution": self.distribution,
+            "version": self.version,
+            "state": self.state.value,
+            "reason": self.reason.value if self.reason is not None else None,
+            "cause": self.cause,
+            "blueprints": list(self.blueprints),
+            "hosts": list(self.hosts),
+            "gate_checks": list(self.gate_checks),
+            "policies": list(self.policies),
+            "withheld": list(self.withheld),
+        }
+
+
+def list_packs(switches: Switches | None = None) -> list[PackRecord]:
+    """Return the installed packs, sorted by name; nothing of them is imported, and torch is not either.
+
+    State is ``discovered``, or ``blocked``, ``conflict``, ``incompatible`` and ``invalid`` where switches and metadata
+    alone tell. A distribution that is found more than once (an editable install, a directory twice on ``sys.path``)
+    counts once, as the first found: the one that ``import`` takes. Damaged metadata of one distribution does not hide
+    the others.
+
+    Args:
+        switches: Which packs may be loaded; ``None`` for what the environment says.
+
+    Raises:
+        SwitchError: If a switch in the environment cannot be read.
+
+    Source: https://packaging.python.org/en/latest/specifications/entry-points/
+    """
+    return [record for record, _ in scan_packs(Switches.from_environment() if switches is None else switches)]
+
+
+# -- scanning -------------------------------------------------------------------------------------------------------
+
+Found = tuple[PackRecord, "importlib_metadata.EntryPoint | None"]
+_Distribution = Any  # the class or the protocol, by version of importlib_metadata
+
+
+def scan_packs(switches: Switches) -> list[Found]:
+    """Return a record of each claim to be a pack, in an order that is the same on every machine.
+
+    With it comes the entry point, unless the pack is not to be loaded.
+    """
+    found: dict[PackRecord, Found] = {}
+    environment = Environment()
+    for distribution in _distributions_with_packs():
+        for record, entry in _claims(distribution, switches, environment):
+            found.setdefault(record, (record, entry))
+    by_name: dict[str, list[Found]] = {}
+    for key in sorted(found, key=lambda r: (r.name, r.distribution, r.version, r.module)):
+        by_name.setdefault(key.name, []).append(found[key])
+    settled = [claim for claims in by_name.values() for claim in _settle(claims, switches)]
+    return settled if switches.autoload else [_kept_waiting(record, entry) for record, entry in settled]
+
+
+def _distributions_with_packs() -> Iterator[_Distribution]:
+    """Yield each distribution that may hold a pack: of several of one name, again the first on ``sys.path``."""
+    every = iter(importlib_metadata.distributions())
+    while True:
+        try:
+            distribution = next(every)
+        except StopIteration:
+            return
+        except Exception:  # a foreign finder; what it had left cannot be listed
+            return
+        try:
+            mentions = GROUP in (distribution.read_text("entry_points.txt") or "")
+        except UnicodeDecodeError as error:
+            mentions = GROUP.encode() in error.object
+        except Exception:
+            mentions = False
+        if not mentions:
+            continue
+        try:
+            yield importlib_metadata.distribution(distribution_name(distribution))
+        except Exception:
+            yield distribution
+
+
+def _claims(distribution: _Distribution, switches: Switches, environment: Environment) -> Iterator[Found]:
+    name = version = problem = ""
+    metadata: Any = {}
+    try:
+        metadata = distribution.metadata
+        name, version = metadata.get("Name") or "", metadata.get("Version") or ""
+        if not (name and version):
+            problem = "METADATA lacks a name or a version"
+    except Exception as error:
+        problem = f"METADATA cannot be read, {type(error).__name__}: {error}"
+    name = name or distribution_name(distribution)
+    declared: dict[str, list[str]] = {}  # of each pack, its versions of the plugin API
+    try:
+        every = distribution.entry_points
+        entries = list(every.select(group=GROUP))
+        for entry in every.select(group=API_GROUP):
+            declared.setdefault(entry.name, []).append(entry.value)
+    except Exception as error:
+        problem = f"entry_points.txt cannot be read, {type(error).__name__}: {error}"
+        record = PackRecord(name, "", name, version)
+        yield (unwanted(record, switches) or _damaged(record, problem), None)
+        return
+    unmet: str | None = None
+    if not problem and entries:
+        try:
+            unmet = _requirement_problem(distribution, metadata, f"{name} {version}", environment)
+        except UnreadableRequirementError as error:
+            problem = str(error)
+    for entry in entries:
+        cause: str | None
+        record = PackRecord(str(entry.name), str(entry.value), name, version)
+        if refused := unwanted(record, switches):
+            yield (refused, None)
+        elif problem:
+            yield (_damaged(record, problem), None)
+        elif not NAME_PATTERN.fullmatch(record.name):
+            cause = f"{record.name!r} is not a pack name: use lower case letters, digits, '_' and '-', a letter first."
+            yield (replace(record, state=PackState.INVALID, reason=PackReason.BAD_NAME, cause=cause), None)
+        elif cause := api_problem(
+            f"Pack '{record.name}' from '{record.origin}'", declared.get(record.name, [])
+        ):
+            yield (_incompatible(record, PackReason.API_VERSION, cause), None)
+        elif unmet is not None:
+            yield (_incompatible(record, PackReason.UNMET_REQUIREMENT, unmet), None)
+        else:
+            yield (record, entry)
+
+
+def _requirement_problem(
+    distribution: _Distribution, metadata: Any, origin: str, environment: Environment
+) -> str | None:
+    requirements = metadata.get_all("Requires-Dist")
+    if requirements is None:  # none, or in a file of their own, as setuptools leaves them in a checkout
+        requirements = distribution.requires or []
+    return environment.requirement_problem(f"'{origin}'", requirements, metadata.get("Requires-Python"))
+
+
+def unwanted(record: PackRecord, switches: Switches) -> PackRecord | None:
+    """Return the record of a pack that is blocked or not allowed, ``None`` for another."""
+    if switches.blocks(record.name, record.distribution):
+        reason, cause = (
+            PackReason.BLOCKED,
+            f"Pack '{record.name}' is blocked. Take it out of {_switch('block')}.",
+        )
+    elif not switches.allows(record.name, record.distribution):
+        reason = PackReason.NOT_ALLOWED
+        cause = f"Pack '{record.name}' is not among those allowed. Add it to {_switch('allow')}."
+    else:
+        return None
+    return replace(record, state=PackState.BLOCKED, reason=reason, cause=cause)
+
+
+def _switch(name: str) -> str:
+    return f"{name} ({ENVIRONMENT[name]})"
+
+
+def _damaged(record: PackRecord, problem: str) -> PackRecord:
+    return replace(
+        record,
+        state=PackState.INVALID,
+        reason=PackReason.DAMAGED_METADATA,
+        cause=f"The metadata of distribution '{record.distribution}' is damaged: {problem}. Install it again.",
+    )
+
+
+def _incompatible(record: PackRecord, reason: PackReason, cause: str) -> PackRecord:
+    return replace(record, state=PackState.INCOMPATIBLE, reason=reason, cause=cause)
+
+
+def _kept_waiting(record: PackRecord, entry: importlib_metadata.EntryPoint | None) -> Found:
+    """Packs of others are not loaded by themselves; whatever else is known of them stays."""
+    if entry is None or record.is_bundled:
+        return (record, entry)
+    cause = (
+        f"Packs are not loaded by themselves: {_switch('autoload')} is off. "
+        f"Load it with PluginRegistry.load_pack('{record.name}')."
+    )
+    return (replace(record, reason=PackReason.AUTOLOAD_OFF, cause=cause), None)
+
+
+def distribution_name(distribution: _Distribution) -> str:
+    """Return a name to look it up by: that of the folder, which is quick and is there where METADATA is damaged."""
+    for attribute in ("_normalized_name", "name"):
+        try:
+            if name := getattr(distribution, attribute):
+                return str(name)
+        except Exception:
+            continue
+    return "?"
+
+
+def _settle(claims: list[Found], switches: Switches) -> list[Found]:
+    """Of several claims to one pack name let the core's own win, or the preferred; else none. Each record names them all.
+
+    A bundled name is held also where the bundled pack itself is blocked or damaged.
+    """
+    bundled = [record for record, _ in claims if record.is_bundled]
+    live = [record for record, _ in claims if record.state is PackState.DISCOVERED]
+    intruders = [record for record in live if bundled and record not in bundled]
+    losers: dict[PackRecord, dict[str, Any]] = {}
+    if intruders:
+        ending = "A bundled name cannot be taken over: rename the other pack."
+        losers = dict.fromkeys(intruders, _lost(PackReason.BUNDLED_NAME, [*bundled, *intruders], ending))
+    rest = [record for record in live if record not in losers]
+    if len(rest) > 1:
+        preferred = [record for record in rest if switches.prefers(record.distribution)]
+        if len(preferred) == 1:
+            ending = f"'{preferred[0].distribution}' is preferred."
+        elif preferred:
+            ending = f"More than one of them is in {_switch('prefer')}, so none is loaded: prefer one."
+        else:
+            ending = (
+                "None is loaded: rename one, uninstall its distribution, or name the distribution that shall win in "
+                f"{_switch('prefer')}."
+            )
+        lost = _lost(PackReason.DUPLICATE_PACK, rest, ending)
+        losers |= {record: lost for record in rest if len(preferred) != 1 or record is not preferred[0]}
+    return [
+        (replace(record, **losers[record]), None) if record in losers else (record, entry)
+        for record, entry in claims
+    ]
+
+
+def _lost(reason: PackReason, claims: list[PackRecord], ending: str) -> dict[str, Any]:
+    """Return what is told of those that lose a conflict."""
+    rows = "".join(f"\n  {record.origin} ({record.module})" for record in claims)
+    cause = f"{len(claims)} claims to the pack name '{claims[0].name}':{rows}\n{ending}"
+    return {
+        "state": PackState.CONFLICT,
+        "reason": reason,
+        "cause": cause,
+        "error": NameConflictError(cause),
+    }

@@ -1,0 +1,1 @@
+"""The slot: one seed at an injection point."""

@@ -1,0 +1,1097 @@
+"""The slot: a module at an injection point that holds at most one seed and moves it through its life."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
+from kasmina_core.blueprints.declarations import BlueprintRegistry
+from kasmina_core.blueprints.germination import Trial, try_seed
+from kasmina_core.errors import (
+    CheckpointError,
+    GerminationError,
+    SeedShapeError,
+    TransitionError,
+)
+from kasmina_core.events import (
+    EXPLODING_GRADIENT,
+    VANISHING_GRADIENT,
+    AlphaChanged,
+    GateEvaluated,
+    IncubationStopped,
+    IsolationViolation,
+    SeedCulled,
+    SeedFossilized,
+    SeedGerminated,
+    SeedTelemetry,
+    StageChanged,
+    TelemetryEvent,
+)
+from kasmina_core.gates.gates import (
+    GATE_INTO,
+    CheckVerdict,
+    GateCheck,
+    GateContext,
+    GateLevel,
+    GateResult,
+)
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.gates.sequential import Look, PairedGain
+from kasmina_core.growth.agreement import shared_command
+from kasmina_core.growth.config import GrowthConfig, Incubation, RampUnit
+from kasmina_core.growth.record import SlotRecord
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.isolation import (
+    IsolationReading,
+    bounded_straight_through,
+    note_largest,
+    relative_deviation,
+)
+from kasmina_core.lifecycle import (
+    VALID_TRANSITIONS,
+    SeedStage,
+    SeedState,
+    is_active_stage,
+    is_failure_stage,
+)
+from kasmina_core.plain_data import from_bytes, to_bytes
+from kasmina_core.probing import kept_buffers, kept_modes
+from kasmina_core.quiet import derived_seed
+from kasmina_core.sharding import local_part
+from kasmina_core.slots.notes import GradientNorms
+from kasmina_core.topology import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@final
+class ForwardMode(IntEnum):
+    """What a slot's forward does; a plain int of these is assigned at each transition."""
+
+    PASS = 0
+    STRAIGHT_THROUGH = 1
+    BLEND_DETACHED = 2
+    BLEND = 3
+    SEED = 4
+    REPLACE = 5
+    MEASURE = 6
+
+
+_PASS: Final = int(ForwardMode.PASS)
+_STRAIGHT_THROUGH: Final = int(ForwardMode.STRAIGHT_THROUGH)
+_BLEND_DETACHED: Final = int(ForwardMode.BLEND_DETACHED)
+_BLEND: Final = int(ForwardMode.BLEND)
+_SEED: Final = int(ForwardMode.SEED)
+_REPLACE: Final = int(ForwardMode.REPLACE)
+
+_NOTHING_MEASURED: Final = -1.0
+
+
+class SlotOwner(Protocol):
+    """What a slot asks of the model around it."""
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event."""
+        ...
+
+    def measure(
+        self, slot: SeedSlot, host_losses: Tensor | None
+    ) -> tuple[SeedEvidence, Tensor | None] | None:
+        """Measure the slot's seed on held-out samples; return the losses without it too, where they can be kept.
+
+        ``host_losses`` are those of the host as blending began.
+        """
+        ...
+
+    def screen(self, slot: SeedSlot) -> PairedGain | None:
+        """Measure the first-order gain of the slot's seed."""
+        ...
+
+    def error_share(self, slot: SeedSlot) -> float:
+        """Return the part of the gates' error rate that the slot's seed may spend."""
+        ...
+
+    def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
+        """Measure what the slot's seed leaks into the host."""
+        ...
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        """Carry out a command of the slot as the processes of a job agree."""
+        ...
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        """Return whether something holds in every process of a job."""
+        ...
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
+        ...
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        """Return the largest of a number in every process of a job; NaN if one is."""
+        ...
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        """Hear of a stage change before it happens; may raise to prevent it."""
+        ...
+
+    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Hear of new parameters; the seed is in its slot meanwhile. May raise to prevent it."""
+        ...
+
+    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Hear of parameters that are gone."""
+        ...
+
+
+class SeedSlot(nn.Module):
+    """Holds at most one seed at an injection point.
+
+    ``forward`` reads one integer, ``mode``, and one 0-d buffer, ``alpha_buffer``; both change only at transitions and
+    ramp steps. The buffer has the host's dtype and device, so ``model.to(...)`` moves slot and seed like any module.
+
+    Args:
+        point: Where the slot is.
+        shape: Shape of the features seen there; its batch size is ignored.
+        config: How seeds are treated.
+        registry: Where blueprints come from; ``None`` for the installed packs.
+        dtype: Floating dtype of the host at this point.
+        device: Device of the host at this point.
+
+    Attributes:
+        seed: The seed's module, or ``None``.
+        state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
+        mode: The present `ForwardMode`, as an int.
+    """
+
+    alpha_buffer: Tensor
+    deviation: Tensor
+    training_deviation: Tensor
+
+    def __init__(
+        self,
+        point: InjectionPoint,
+        shape: tuple[int, ...],
+        config: GrowthConfig | None = None,
+        registry: BlueprintRegistry | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if len(shape) != point.topology.ndim or shape[point.topology.feature_dim] != point.dim:
+            raise SeedShapeError(
+                (1, point.dim, 1, 1) if point.topology is Topology.CNN else (1, 1, point.dim), shape
+            )
+        self.point = point
+        self.shape = tuple(shape)
+        self.config = config or GrowthConfig()
+        self.seed: nn.Module | None = None
+        self.state: SeedState | None = None
+        self.schedule: AlphaSchedule | None = None
+        self.options: dict[str, Any] = {}
+        self.germinations = 0
+        self.mode: int = _PASS
+        self.register_buffer("alpha_buffer", torch.zeros((), dtype=dtype, device=device), persistent=False)
+        for name in ("deviation", "training_deviation"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
+        self._owner: SlotOwner | None = None
+        self._registry = registry
+        self._override: int | None = None
+        self._gates: dict[GateLevel, GateResult] = {}
+        self._evidence: SeedEvidence | None = None
+        self._evidence_is_fresh = False
+        self._gains: list[float] = []
+        self._looks = 0
+        self._look_is_counted = False
+        self._error_share = 1.0
+        self._host_losses: Tensor | None = None
+        self._frozen_by_pause: list[str] = []
+        self._norms = GradientNorms()
+        self._incubations = 0
+        self._steps_since_isolation = 0
+        self._isolation_is_fresh = False
+        self.training_deviation.fill_(_NOTHING_MEASURED)
+
+    # -- what one may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Name of the slot: its injection point's."""
+        return self.point.name
+
+    @property
+    def stage(self) -> SeedStage:
+        """The seed's stage; DORMANT where there is none."""
+        return self.state.stage if self.state is not None else SeedStage.DORMANT
+
+    @property
+    def alpha(self) -> float:
+        """Blend weight in [0, 1]: 0 up to TRAINING, 1 from SHADOWING on."""
+        return self.state.metrics.alpha if self.state is not None else 0.0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a seed is there and computes (TRAINING to FOSSILIZED)."""
+        return self.seed is not None and is_active_stage(self.stage)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the slot."""
+        return self.alpha_buffer.device
+
+    @property
+    def active_seed_params(self) -> int:
+        """Number of parameters of the seed, if it is active; else 0."""
+        return sum(p.numel() for p in self.seed_parameters()) if self.is_active else 0
+
+    @property
+    def last_evidence(self) -> SeedEvidence | None:
+        """The seed's evidence as last measured, or ``None``."""
+        return self._evidence
+
+    @property
+    def last_gate(self) -> GateResult | None:
+        """The gate result of this epoch, the latest if there are several."""
+        return next(reversed(self._gates.values()), None)
+
+    def seed_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the seed, each once; empty if there is no seed."""
+        return list(self.seed.parameters()) if self.seed is not None else []
+
+    def random_features(self) -> Tensor:
+        """Return one sample of random features for this slot, from the current generator: standard normal."""
+        return torch.randn((1, *self.shape[1:])).to(self.device, self.alpha_buffer.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the point and the stage."""
+        return f"{self.name}, {self.point.topology.value}, width {self.point.dim}, {self.stage.name}"
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features with what the seed does to them in its present stage.
+
+        Args:
+            features: The host's, ``(b, c, h, w)`` or ``(b, t, d)``.
+
+        Raises:
+            SeedShapeError: If the seed returns another shape.
+        """
+        mode = self.mode
+        if mode == _PASS:
+            return features
+        seed = cast("nn.Module", self.seed)
+        if mode == _SEED:
+            return like_host(seed(features), features)
+        if mode == _STRAIGHT_THROUGH:
+            output = seed(features.detach())
+            learned = bounded_straight_through(features, output, self.config.max_deviation)
+            note_largest(self.training_deviation, relative_deviation(features, output))
+            return learned
+        if mode == _BLEND_DETACHED:
+            return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
+        if mode == _BLEND:
+            return blend_with_isolation(features, seed(features), self.alpha_buffer)
+        apart = features.detach()
+        replaced = like_host(seed(apart), apart)
+        found = relative_deviation(apart, replaced)
+        if mode == _REPLACE:
+            note_largest(self.training_deviation, found)
+        elif torch.compiler.is_compiling():
+            # Nothing but what a graph writes tells afterwards that this ran in one: the sign does.
+            self.deviation.copy_(-torch.maximum(self.deviation.abs(), found))
+        else:
+            note_largest(self.deviation, found)
+        return replaced
+
+    def isolated_forward(self, features: Tensor) -> Tensor:
+        """Compute what TRAINING's straight-through forward computes, whatever the present mode; buffers are kept.
+
+        Raises:
+            TransitionError: If there is no seed.
+        """
+        if self.seed is None:
+            raise TransitionError(f"Slot '{self.name}' holds no seed.")
+        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
+            self.seed.eval()
+            return self.forward(features)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether somebody runs the slot in another forward mode than its stage's."""
+        return self._override is not None
+
+    @property
+    def was_compiled(self) -> bool:
+        """Whether the last measurement ran in a compiled graph."""
+        return bool(torch.signbit(self.deviation))
+
+    @property
+    def blending_mode(self) -> ForwardMode:
+        """The forward mode of BLENDING, by the gradient policy of the slot's topology."""
+        is_detached = self.config.gradient_policies[self.point.topology].detach_input_in_blending
+        return ForwardMode.BLEND_DETACHED if is_detached else ForwardMode.BLEND
+
+    @contextmanager
+    def blend_weight(self, alpha: float) -> Iterator[None]:
+        """Run the block with another blend weight for the forward modes that blend."""
+        before = self.alpha_buffer.clone()
+        self.alpha_buffer.fill_(alpha)
+        try:
+            yield
+        finally:
+            self.alpha_buffer.copy_(before)
+
+    @contextmanager
+    def forced(self, mode: ForwardMode) -> Iterator[None]:
+        """Run the block in another forward mode; without a seed nothing changes."""
+        before = self._override
+        self._override = int(mode)
+        self._refresh_mode()
+        try:
+            yield
+        finally:
+            self._override = before
+            self._refresh_mode()
+
+    def train(self, mode: bool = True) -> SeedSlot:
+        """Set training mode. In eval mode a seed in TRAINING does not run: its output would be the host's anyway."""
+        super().train(mode)
+        self._refresh_mode()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
+        was_meta = self.alpha_buffer.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        # No file holds these buffers: `to_empty` leaves noise in them, and a way through bf16 a rounded alpha.
+        self.alpha_buffer.fill_(self.alpha)
+        if was_meta and not self.alpha_buffer.is_meta:
+            self.deviation.zero_()
+            self.training_deviation.fill_(_NOTHING_MEASURED)
+        return self
+
+    def _refresh_mode(self) -> None:
+        self.mode = self._natural_mode() if self._override is None or self.seed is None else self._override
+
+    def _natural_mode(self) -> int:
+        stage, config = self.stage, self.config
+        if self.seed is None or not is_active_stage(stage):
+            return _PASS
+        if self.is_apart:
+            # lerp at alpha 0 is NaN where the seed is infinite, so alpha 0 goes on as TRAINING does.
+            learns = self.training and self.is_incubating
+            return _STRAIGHT_THROUGH if learns and config.incubation is Incubation.STRAIGHT_THROUGH else _PASS
+        if stage is SeedStage.BLENDING:
+            return int(self.blending_mode)
+        return _SEED
+
+    @property
+    def is_incubating(self) -> bool:
+        """Whether the seed learns without contributing: `is_apart`, and not while paused."""
+        return self.is_apart and self.state is not None and not self.state.is_paused
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the seed computes without contributing: TRAINING, or BLENDING while alpha is 0."""
+        if self.seed is None:
+            return False
+        return self.stage is SeedStage.TRAINING or (self.stage is SeedStage.BLENDING and self.alpha == 0.0)
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    @shared_command
+    def germinate(self, blueprint_id: str, seed_id: str | None = None, **options: Any) -> SeedState:
+        """Make a seed from a blueprint; it starts to learn at the next tick.
+
+        Its weights are drawn from a generator derived from ``config.seed``, the slot's name and the number of
+        germinations, so that nothing else's random numbers change and every process draws the same.
+
+        Args:
+            blueprint_id: ``pack:name``, or a short name that is unique for this topology.
+            seed_id: Name of the seed; default ``<slot>-<number>``.
+            options: Options of the blueprint: plain data.
+
+        Returns:
+            The state of the new seed.
+
+        Raises:
+            GerminationError: If the slot is not dormant or gate G0 fails; ``.result`` holds the gate's checks. Nothing
+                is changed then.
+            UnknownNameError: If nobody offers the blueprint.
+            TypeError: If the blueprint is not named by text.
+        """
+        if not isinstance(blueprint_id, str):
+            raise TypeError(
+                f"A blueprint is named by text, 'pack:name' or 'name', not {blueprint_id!r:.200} "
+                f"(slot '{self.name}')."
+            )
+        if self.state is not None:
+            raise GerminationError(
+                f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "
+                f"'{self.state.seed_id}'. {self._way_to_dormant()}"
+            )
+        if not _is_plain(options):
+            raise GerminationError(
+                f"Options of a seed must be plain data (numbers, text, booleans, lists, mappings), not {options!r}: "
+                "they are written to checkpoints."
+            )
+        entry = self._blueprints().get(blueprint_id, self.point.topology)
+        number = self.germinations + 1
+        state = SeedState(seed_id or f"{self.name}-{number}", entry.id, self.name)
+        state.metrics.higher_is_better = self.config.higher_is_better
+        trial = self._try_seed(entry.id, options, number, SeedStage.GERMINATED)
+        result = self.config.gates.check(GateLevel.G0, GateContext(state, germination=trial.findings))
+        if not result.passed or trial.seed is None:
+            raise GerminationError(
+                f"'{entry.id}' cannot germinate in slot '{self.name}' "
+                f"({self.point.topology.value}, width {self.point.dim}).\n  {result}",
+                result,
+            )
+        seed = trial.seed
+        seed.train(self.training)
+        self._announce(state, seed)
+        self.germinations = number
+        self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
+        self._forget_measurements()
+        self._emit(
+            SeedGerminated, blueprint_id=entry.id, parameters=sum(p.numel() for p in self.seed_parameters())
+        )
+        self._emit_gate(result)
+        self._transition(SeedStage.GERMINATED)
+        return state
+
+    @shared_command
+    def advance_stage(self, target: SeedStage | None = None) -> GateResult:
+        """Ask the gate for the next stage and move there if it passes.
+
+        Args:
+            target: The stage to move to; default the next one forward. ``CULLED`` culls.
+
+        Returns:
+            What the gate said; the same within an epoch, measured once.
+
+        Raises:
+            TransitionError: If there is no seed, or `VALID_TRANSITIONS` does not lead from here to ``target``.
+        """
+        state = self._require_seed("advance")
+        onward = VALID_TRANSITIONS[state.stage]
+        goal = next(iter(onward), None)
+        if target is not None:  # an int that equals a stage becomes that stage
+            goal = next((stage for stage in SeedStage if stage == target), target)
+        if goal is None or not state.can_move_to(goal):
+            allowed = ", ".join(stage.name for stage in onward) or "none"
+            wanted = "anywhere" if goal is None else goal.name if isinstance(goal, SeedStage) else repr(goal)
+            raise TransitionError(
+                f"Seed '{state.seed_id}' in slot '{self.name}' cannot go from {state.stage.name} to {wanted}.\n"
+                f"  allowed from {state.stage.name}: {allowed}"
+            )
+        if goal is SeedStage.CULLED:
+            self.cull("asked to")
+            return _plain_result("culled", True, state)
+        if state.is_paused:
+            return _plain_result("not paused", False, state, "the seed is paused; resume it first")
+        if is_failure_stage(state.stage):
+            waited, needed = state.metrics.epochs_in_current_stage, self._cooldown(state.stage)
+            result = _plain_result("epochs of cooldown", waited >= needed, state, f"{waited} of {needed}")
+        else:
+            result = self.check_gate(GATE_INTO[goal])
+        if result.passed:
+            self._transition(goal)
+        return result
+
+    def check_gate(self, gate: GateLevel | int) -> GateResult:
+        """Ask a gate without moving. Within an epoch the answer is cached: nothing is evaluated twice.
+
+        Raises:
+            TransitionError: If there is no seed.
+        """
+        state = self._require_seed("check a gate")
+        known = self._gates.get(cast("GateLevel", gate))
+        if known is not None:
+            return known
+        if gate in (GateLevel.G2, GateLevel.G5):
+            self.check_isolation()
+            self.check_deviation()
+        result = self.config.gates.check(
+            gate,
+            GateContext(
+                state,
+                self.measure,
+                self._gains,
+                parameters_finite=self._parameters_are_finite,
+                look=self._take_look,
+                screen=lambda: self._owner.screen(self) if self._owner is not None else None,
+            ),
+        )
+        if result.gate is not None:
+            self._gates[result.gate] = result
+        self._emit_gate(result)
+        return result
+
+    @shared_command
+    def step_epoch(self, metric: float | None = None) -> GateResult | None:
+        """Let one epoch pass: record the metric, move alpha, and advance as far as one gate allows.
+
+        It never fossilises or culls; in PROBATIONARY it asks G5 so that a policy can decide on the answer. A paused
+        seed only records the metric.
+
+        Args:
+            metric: Validation metric of the whole model, if one was measured.
+
+        Returns:
+            What the gate of this epoch said, or ``None`` if none was asked.
+        """
+        state = self.state
+        if state is None:
+            return None
+        metrics = state.metrics
+        if metric is not None:
+            metrics.record(metric)
+        self._collect_gradient_norms()
+        self._gates.clear()
+        self._evidence_is_fresh = self._look_is_counted = self._isolation_is_fresh = False
+        if state.is_paused:
+            return None
+        metrics.epochs_total += 1
+        metrics.epochs_in_current_stage += 1
+        if state.stage is SeedStage.FOSSILIZED:
+            return None
+        if state.stage is SeedStage.PROBATIONARY:
+            with suppress(Exception):  # the gate asks again and says what an evaluator raised
+                self.measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
+            return self.check_gate(GateLevel.G5)
+        if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.EPOCH:
+            self._step_ramp()
+        return self.advance_stage()
+
+    def step(self) -> None:
+        """Let one optimiser step pass: note the seed's gradient, move alpha if the ramp goes by steps.
+
+        Call it after ``backward`` and before the optimiser clears the gradients.
+        """
+        state = self.state
+        if state is None or self.seed is None or state.is_paused or not is_active_stage(state.stage):
+            return
+        gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
+        if gradients:
+            self._norms.note(gradients)
+        if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
+            self._step_ramp()
+        if state.stage is SeedStage.TRAINING and self.config.isolation_every:
+            self._steps_since_isolation += 1
+            if self._steps_since_isolation >= self.config.isolation_every:
+                self._isolation_is_fresh = False
+                self.check_isolation()
+                self.check_deviation()
+
+    def check_isolation(self) -> IsolationReading | None:
+        """Measure what a seed in TRAINING leaks into the host; a violation is counted and emitted.
+
+        Within an epoch it is measured once, and again every ``isolation_every`` steps.
+
+        Returns:
+            The reading, or ``None`` if there is nothing to measure now (no host known, other stage, fresh already).
+        """
+        state = self.state
+        if (
+            state is None
+            or state.stage is not SeedStage.TRAINING
+            or self._owner is None
+            or self._isolation_is_fresh
+        ):
+            return None
+        self._isolation_is_fresh = True
+        self._steps_since_isolation = 0
+        reading = self._owner.measure_isolation(self)
+        if reading.is_violation:
+            state.metrics.isolation_violations += 1
+            self._emit(
+                IsolationViolation, leak=reading.leak, threshold=reading.threshold, tensors=reading.tensors
+            )
+        return reading
+
+    def check_deviation(self) -> float | None:
+        """Read how far a seed in TRAINING went from the host, and stop it if that is too far.
+
+        It is measured in every pass in which the seed learns, and read once an epoch and every ``isolation_every``
+        steps. A stopped seed is paused, fails G2 and says so in an event; `resume` gives it another chance.
+
+        Returns:
+            The largest ``rms(seed - host) / rms(host)`` since the last reading, or ``None`` if there was none.
+        """
+        state = self.state
+        if state is None or state.stage is not SeedStage.TRAINING or state.is_paused:
+            return None
+        deviation = float(self.training_deviation)
+        if self._owner is not None:
+            deviation = self._owner.largest(self, "deviation", deviation)
+        if deviation == _NOTHING_MEASURED:
+            return None
+        self.training_deviation.fill_(_NOTHING_MEASURED)
+        state.metrics.deviation = deviation
+        limit = self.config.max_incubation_deviation
+        if not (math.isfinite(deviation) and deviation <= limit):
+            self.pause()
+            state.is_stopped = True
+            self._emit(IncubationStopped, deviation=deviation, limit=limit)
+        return deviation
+
+    def begin_incubation(self) -> bool:
+        """Count a call of `MorphogeneticModel.incubate`; say whether the seed learns in this one."""
+        self._incubations += 1
+        return (self._incubations - 1) % self.config.incubate_every == 0
+
+    @shared_command
+    def cull(self, reason: str, *, lost_epochs: int | None = None) -> None:
+        """Remove the seed, free its memory, and let the slot cool down.
+
+        Args:
+            reason: Why, for people.
+            lost_epochs: Epochs of the host that are given up with the seed; `MorphogeneticModel.cull` reverts the host
+                and says so here.
+
+        Raises:
+            TransitionError: If there is no seed, or it is fossilised: fossils are part of the model.
+        """
+        state = self._require_seed("cull")
+        if not state.can_move_to(SeedStage.CULLED):
+            raise TransitionError(
+                f"Seed '{state.seed_id}' in slot '{self.name}' cannot be culled: it is {state.stage.name}."
+            )
+        before = state.stage
+        parameters = self.seed_parameters()
+        gain = self._evidence.gain if self._evidence is not None else None
+        state.cull_reason = reason
+        state.is_paused = state.is_stopped = False
+        self._transition(SeedStage.CULLED)
+        self._emit(
+            SeedCulled,
+            blueprint_id=state.blueprint_id,
+            reason=reason,
+            stage=before.name,
+            gain=gain,
+            total_improvement=state.metrics.total_improvement,
+            reverted=lost_epochs is not None,
+            lost_epochs=lost_epochs or 0,
+        )
+        if self._owner is not None:
+            self._owner.seed_removed(self, parameters)
+
+    @shared_command
+    def set_alpha(self, alpha: float) -> None:
+        """Set the blend weight by hand; the ramp goes on from there.
+
+        Args:
+            alpha: In [0, 1].
+
+        Raises:
+            TransitionError: If the seed is not in BLENDING: everywhere else the stage fixes alpha.
+            ValueError: If ``alpha`` is not in [0, 1].
+        """
+        state = self._require_seed("set alpha")
+        if state.stage is not SeedStage.BLENDING or self.schedule is None:
+            raise TransitionError(
+                f"Alpha of slot '{self.name}' cannot be set in {state.stage.name}, only in BLENDING; "
+                f"it is {self.alpha:g} here."
+            )
+        if not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
+            raise ValueError(f"alpha must be in [0, 1], not {alpha!r}.")
+        step = self.schedule.first_step_reaching(float(alpha))
+        # The last step that lies no higher, so that the next one rises, also from just below 1.
+        self._set_alpha(float(alpha), step - (self.schedule(step) > alpha))
+        self._gates.clear()
+
+    @shared_command
+    def pause(self) -> None:
+        """Let the seed stand still: its clock, its ramp and its weights stay as they are until `resume`.
+
+        Raises:
+            TransitionError: If there is no living seed to pause, or it is paused already.
+        """
+        state = self._require_seed("pause")
+        if self.seed is None or state.is_paused or state.stage is SeedStage.FOSSILIZED:
+            why = "already paused" if state.is_paused else state.stage.name
+            raise TransitionError(
+                f"Seed '{state.seed_id}' in slot '{self.name}' cannot be paused: it is {why}."
+            )
+        self._freeze([name for name, p in self.seed.named_parameters() if p.requires_grad])
+        state.is_paused = True
+        self._gates.clear()
+        self._refresh_mode()
+
+    @shared_command
+    def resume(self) -> None:
+        """Let a paused seed go on.
+
+        Raises:
+            TransitionError: If there is no seed, or it is not paused.
+        """
+        state = self._require_seed("resume")
+        if not state.is_paused:
+            raise TransitionError(f"Seed '{state.seed_id}' in slot '{self.name}' is not paused.")
+        if self.seed is not None:
+            named = dict(self.seed.named_parameters())
+            for name in self._frozen_by_pause:
+                named[name].requires_grad_(True)
+        self._frozen_by_pause = []
+        state.is_paused = state.is_stopped = False
+        self._gates.clear()
+        self._refresh_mode()
+
+    # -- the one way a stage changes -------------------------------------------------------------------------------
+
+    def _transition(self, target: SeedStage) -> None:
+        """Move to ``target``; every stage change comes through here. What can refuse comes before `move_to`."""
+        state = self._require_seed("move")
+        before = state.stage
+        if self._owner is not None:
+            self._owner.before_move(self, target)
+        state.move_to(target)
+        self._gates.clear()
+        self._gains.clear()
+        self._looks, self._look_is_counted = 0, False
+        if target in (SeedStage.GERMINATED, SeedStage.TRAINING) and self._owner is not None:
+            self._error_share = self._owner.error_share(self)
+        if target is SeedStage.BLENDING:
+            self.schedule = self.config.make_schedule()
+            state.metrics.blending_steps_done = 0
+            state.metrics.blending_steps_total = self.schedule.total_steps
+        if target is SeedStage.SHADOWING:
+            self._assign_alpha(1.0)
+        if target is SeedStage.CULLED:
+            self.seed = None
+            self.schedule = None
+            self.options = {}
+            self._assign_alpha(0.0)
+            self._forget_measurements()
+        self._refresh_mode()
+        self._emit(StageChanged, before=before.name, after=target.name)
+        if target is SeedStage.FOSSILIZED:
+            self._emit(
+                SeedFossilized,
+                blueprint_id=state.blueprint_id,
+                parameters=self.active_seed_params,
+                gain=self._evidence.gain if self._evidence is not None else None,
+                total_improvement=state.metrics.total_improvement,
+            )
+        if target is SeedStage.DORMANT:
+            self.state = None
+
+    def _step_ramp(self) -> None:
+        metrics = cast("SeedState", self.state).metrics
+        schedule = cast("AlphaSchedule", self.schedule)
+        if metrics.blending_steps_done < schedule.total_steps:
+            done = metrics.blending_steps_done + 1
+            self._set_alpha(schedule(done), done)
+
+    def _set_alpha(self, alpha: float, step: int) -> None:
+        cast("SeedState", self.state).metrics.blending_steps_done = step
+        self._assign_alpha(alpha)
+        self._refresh_mode()
+        self._emit(AlphaChanged, alpha=alpha, progress=cast("SeedState", self.state).metrics.ramp_progress)
+
+    def _assign_alpha(self, alpha: float) -> None:
+        cast("SeedState", self.state).metrics.alpha = alpha
+        self.alpha_buffer.fill_(alpha)
+
+    def _way_to_dormant(self) -> str:
+        if self.stage is SeedStage.FOSSILIZED:
+            return "A fossil is part of the model and stays; use another slot."
+        if is_failure_stage(self.stage):
+            return "Its cooldown goes on with every step_epoch; germinate when it is over."
+        return "Cull it and let the cooldown pass, or use another slot."
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _announce(self, state: SeedState, seed: nn.Module) -> None:
+        """Tell of a seed that is to come; it is in place while listeners look, and they may raise to prevent it."""
+        before = self.state, self.seed
+        self.state, self.seed = state, seed
+        try:
+            if self._owner is not None:
+                self._owner.seed_made(self, seed, state.blueprint_id)
+                self._owner.seed_added(self, list(seed.parameters()))
+        finally:
+            self.state, self.seed = before
+
+    def _require_seed(self, command: str) -> SeedState:
+        if self.state is None:
+            raise TransitionError(
+                f"Slot '{self.name}' is dormant: there is no seed to {command}. Germinate one first."
+            )
+        return self.state
+
+    def _cooldown(self, stage: SeedStage) -> int:
+        return self.config.embargo_epochs if stage is SeedStage.EMBARGOED else 1
+
+    def _blueprints(self) -> BlueprintRegistry:
+        if self._registry is not None:
+            return self._registry
+        from kasmina_core.packs.discovery import (
+            default_registry,
+        )  # packs are loaded when a blueprint is first asked for
+
+        return default_registry().blueprints
+
+    def _try_seed(
+        self, blueprint_id: str, options: Mapping[str, Any], number: int, stage: SeedStage
+    ) -> Trial:
+        apart = self.config.incubation is Incubation.COUNTERFACTUAL or stage > SeedStage.TRAINING
+        like = self.alpha_buffer.new_empty((1, *self.shape[1:]))
+        random_seed = derived_seed(self.config.seed, self.name, number)
+        return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed, apart)
+
+    def measure(self) -> SeedEvidence | None:
+        """Return the seed's evidence of this epoch, measuring it if nobody has yet.
+
+        Returns:
+            The evidence, or ``None`` if the seed is not active or the model has no evaluator.
+        """
+        if self._evidence_is_fresh:
+            return self._evidence
+        if self._owner is None or not self.is_active:
+            return None
+        is_blending = self.stage is not SeedStage.TRAINING
+        measured = self._owner.measure(self, self._host_losses if is_blending else None)
+        if measured is None:
+            return None
+        self._evidence, host_losses = measured
+        self._evidence_is_fresh = True
+        self._gains.append(self._evidence.gain)
+        if not is_blending:
+            self._host_losses = host_losses
+        return self._evidence
+
+    def _take_look(self) -> Look:
+        """Count a look of the gates' test, once an epoch; within it the same evidence is looked at again."""
+        if not self._look_is_counted:
+            self._looks += 1
+            self._look_is_counted = True
+        return Look(self._looks, self._error_share)
+
+    def forget_host_losses(self) -> None:
+        """Forget what the host's losses were as blending began: they are those of other samples."""
+        self._host_losses = None
+
+    def _parameters_are_finite(self) -> bool:
+        finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
+        if self._owner is None:
+            return finite
+        return self._owner.everywhere(self, "finite parameters", finite)
+
+    def _collect_gradient_norms(self) -> None:
+        if self._norms.count and self.state is not None:
+            self.state.metrics.gradient_norm = self._norms.mean
+            self.state.metrics.gradient_norm_max = self._norms.largest
+        self._norms = GradientNorms()
+
+    def _forget_measurements(self) -> None:
+        # New objects, not cleared ones: a load that fails puts the old ones back.
+        self._gates = {}
+        self._gains = []
+        self._evidence = None
+        self._evidence_is_fresh = self._isolation_is_fresh = False
+        self._looks, self._look_is_counted = 0, False
+        self._error_share = 1.0
+        self._host_losses = None
+        self._frozen_by_pause = []
+        self._norms = GradientNorms()
+        self._steps_since_isolation = self._incubations = 0
+        self.training_deviation.fill_(_NOTHING_MEASURED)
+
+    def _freeze(self, names: list[str]) -> None:
+        named = dict(cast("nn.Module", self.seed).named_parameters())
+        for name in names:
+            named[name].requires_grad_(False)
+            named[name].grad = None  # an optimiser steps a frozen parameter that still has a gradient
+        self._frozen_by_pause = names
+
+    def _emit(self, kind: Callable[..., TelemetryEvent], **details: Any) -> None:
+        if self._owner is not None and self.state is not None:
+            self._owner.emit(kind(slot=self.name, seed_id=self.state.seed_id, **details))
+
+    def _emit_gate(self, result: GateResult) -> None:
+        self._emit(
+            GateEvaluated,
+            gate=result.gate.name if result.gate is not None else "unknown",
+            passed=result.passed,
+            reason=result.reason,
+            checks=tuple(check.to_dict() for check in result.checks),
+        )
+
+    def telemetry(self, epoch: int = 0) -> SeedTelemetry | None:
+        """Return the seed's record as plain data, or ``None`` in a dormant slot."""
+        state = self.state
+        if state is None:
+            return None
+        norm = state.metrics.gradient_norm
+        exploding = norm is not None and not norm <= EXPLODING_GRADIENT
+        vanishing = norm is not None and norm < VANISHING_GRADIENT
+        return SeedTelemetry(
+            seed_id=state.seed_id,
+            slot=self.name,
+            blueprint_id=state.blueprint_id,
+            stage=state.stage.name,
+            epoch=epoch,
+            epochs_in_current_stage=state.metrics.epochs_in_current_stage,
+            alpha=self.alpha,
+            metric=state.metrics.current_metric,
+            delta=state.metrics.improvement_since_stage_start,
+            gain=self._evidence.gain if self._evidence is not None else None,
+            deviation=state.metrics.deviation,
+            gradient_norm=norm,
+            gradient_health=0.0 if norm is None or exploding or vanishing else 1.0,
+            is_vanishing=vanishing,
+            is_exploding=exploding,
+        )
+
+    # -- persistence -----------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""
+        return SlotRecord(
+            state=self.state,
+            options=copy.deepcopy(self.options),
+            schedule=self.schedule,
+            germinations=self.germinations,
+            gates=list(self._gates.values()),
+            gains=list(self._gains),
+            evidence=self._evidence,
+            evidence_is_fresh=self._evidence_is_fresh,
+            isolation_is_fresh=self._isolation_is_fresh,
+            frozen_by_pause=list(self._frozen_by_pause),
+            steps_since_isolation=self._steps_since_isolation,
+            gradient_norms=self._norms.record(),
+            incubations=self._incubations,
+            deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
+            looks=self._looks,
+            look_is_counted=self._look_is_counted,
+            error_share=self._error_share,
+            host_losses=self._host_losses.tolist() if self._host_losses is not None else None,
+        ).to_dict()
+
+    def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
+        """Rebuild the seed and its place in life from `get_extra_state`; its weights are loaded after that.
+
+        Args:
+            state: What `get_extra_state` returned, or the tensor that the ``state_dict`` holds of it.
+
+        Raises:
+            CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
+            UnknownNameError: If nobody offers the blueprint.
+        """
+        data = (
+            from_bytes(state, f"The saved state of slot '{self.name}'")
+            if isinstance(state, Tensor)
+            else state
+        )
+        record = SlotRecord.from_dict(data, self.name)
+        saved, seed = record.state, None
+        if saved is not None and not is_failure_stage(saved.stage):
+            trial = self._try_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
+            if trial.seed is None or trial.faults:
+                raise CheckpointError(
+                    f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
+                )
+            seed = trial.seed.train(self.training)
+            known = dict(seed.named_parameters())
+            if unknown := [name for name in record.frozen_by_pause if name not in known]:
+                raise CheckpointError(
+                    f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
+                    f"{', '.join(unknown)}."
+                )
+            self._announce(saved, seed)
+        self._clear()
+        self.germinations = record.germinations
+        if saved is None:
+            return
+        self.state, self.seed, self.schedule = saved, seed, record.schedule
+        self.options = record.options
+        self._gates = {result.gate: result for result in record.gates if result.gate is not None}
+        self._gains = record.gains
+        self._evidence, self._evidence_is_fresh = record.evidence, record.evidence_is_fresh
+        self._isolation_is_fresh = record.isolation_is_fresh
+        self._steps_since_isolation = record.steps_since_isolation
+        self._looks, self._look_is_counted = record.looks, record.look_is_counted
+        self._error_share = record.error_share
+        self._host_losses = torch.tensor(record.host_losses) if record.host_losses is not None else None
+        self._norms = GradientNorms(*record.gradient_norms)
+        self._incubations = record.incubations
+        self.training_deviation.fill_(record.deviation)
+        self.alpha_buffer.fill_(saved.metrics.alpha)
+        if seed is not None and saved.is_paused:
+            self._freeze(record.frozen_by_pause)
+        self._refresh_mode()
+
+    def _clear(self) -> None:
+        if self.seed is not None and self._owner is not None:
+            self._owner.seed_removed(self, self.seed_parameters())
+        self.seed, self.state, self.schedule, self.options = None, None, None, {}
+        self._forget_measurements()
+        self.alpha_buffer.zero_()
+        self._refresh_mode()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = prefix + "_extra_state"
+        record = destination.pop(key)
+        if self.state is not None:  # safetensors and distributed checkpoints take tensors alone
+            destination[key] = to_bytes(record, f"The state of slot '{self.name}'")
+        else:  # an empty slot leaves no key: the model then saves like its bare host
+            # Its next seed shall be another one than the last, also after a load.
+            metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
+            if metadata is not None:
+                metadata["germinations"] = self.germinations
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "_extra_state"
+        if key not in state_dict:
+            empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
+            state_dict = {**state_dict, key: self.get_extra_state() | empty}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_owner": None, "_registry": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeedSlot:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]  # torch
+        twin._registry = self._registry
+        return twin
+
+
+def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -> GateResult:
+    verdict = CheckVerdict.PASSED if passed else CheckVerdict.FAILED
+    check = GateCheck(name, float(passed), verdict, minimum=1.0, detail=detail)
+    return GateResult(None, (check,), state.metrics.epochs_total)
+
+
+def _is_plain(value: object) -> bool:
+    # Exact types: a subclass (an Enum, a numpy scalar) is written as its class, which a safe load refuses.
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, cast("Sequence[object]", value)))
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,1 @@
+"""Optimisers, schedulers, clipping and averages that follow growth."""
