@@ -5,6 +5,7 @@ from .blending import blend_with_isolation as blend_with_isolation
 from .blueprints.catalogue import HostRegistry as HostRegistry
 from .blueprints.declarations import BlueprintRegistry as BlueprintRegistry
 from .blueprints.declarations import BlueprintSpec as BlueprintSpec
+from .blueprints.declarations import HostSpec as HostSpec
 from .blueprints.declarations import RegisteredBlueprint as RegisteredBlueprint
 from .checkpoints.checkpoint import InterruptedSave as InterruptedSave
 from .checkpoints.checkpoint import LoadedCheckpoint as LoadedCheckpoint
@@ -81,8 +82,8 @@ from .growth.model import SlotSummary as SlotSummary
 from .growth.reverting import HostStateKeeper as HostStateKeeper
 from .growth.watching.graphs import RecompileLimitWarning as RecompileLimitWarning
 from .growth.watching.untracked import UntrackedSeedWarning as UntrackedSeedWarning
+from .hosts import HookedHost as HookedHost
 from .hosts import HostProtocol as HostProtocol
-from .hosts import HostSpec as HostSpec
 from .hosts import InjectionPoint as InjectionPoint
 from .isolation import GradientIsolationMonitor as GradientIsolationMonitor
 from .isolation import IsolationReading as IsolationReading
@@ -136,7 +137,6 @@ from .policies.tournament import TournamentPolicy as TournamentPolicy
 from .policies.triggers import FixedTimes as FixedTimes
 from .policies.triggers import Plateau as Plateau
 from .policies.triggers import Trigger as Trigger
-from .probing import HookedHost as HookedHost
 from .slots.slot import ForwardMode as ForwardMode
 from .slots.slot import SeedSlot as SeedSlot
 from .telemetry import CallableSink as CallableSink

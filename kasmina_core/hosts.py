@@ -1,17 +1,17 @@
-"""What a host is: named injection points, and a way to put a slot at each."""
+"""Injection points of a host, and the forward hook that puts a slot at one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
-from kasmina_core.blueprints.declarations import NAME_PATTERN
-from kasmina_core.errors import HostError
+from kasmina_core.errors import HostError, did_you_mean
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +70,103 @@ class HostProtocol(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class HostSpec:
-    """The declaration of a host that a pack offers.
+class HookedHost:
+    """Gives ``register_slot`` and ``unregister_slot`` to a module that declares ``injection_points``.
 
-    Attributes:
-        name: Short name, unique in its pack.
-        factory: ``factory(**options) -> nn.Module`` with `HostProtocol`, or ``"package.module:attribute"`` for one.
-        topology: Layout of the features at its points.
-        description: One line for people.
+    >>> from torch import nn
+    >>> class Host(HookedHost, nn.Sequential):
+    ...     def injection_points(self):
+    ...         return [InjectionPoint("first", "0", dim=4, topology=Topology.TRANSFORMER)]
+    >>> isinstance(Host(nn.Linear(4, 4)), HostProtocol)
+    True
     """
 
-    name: str
-    factory: Callable[..., nn.Module] | str
-    topology: Topology
-    description: str = ""
+    def injection_points(self) -> Sequence[InjectionPoint]:
+        """Return the places where a slot can be. To be written by the host."""
+        raise NotImplementedError(f"{type(self).__name__} must return its injection points.")
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
-            raise HostError(f"{self.name!r} is not a host name: use lower case letters, digits, '_' and '-'.")
-        if not isinstance(self.topology, Topology):
-            raise HostError(f"Host '{self.name}': topology must be a Topology, not {self.topology!r}.")
+    def register_slot(self, name: str, slot: nn.Module) -> None:
+        """Pass the output of the submodule at point ``name`` through ``slot``.
+
+        Raises:
+            HostError: If the host is no module, has no such point, or already has a slot there.
+        """
+        points = {point.name: point for point in self.injection_points()}
+        if name not in points:
+            raise HostError(
+                f"{type(self).__name__} has no injection point '{name}'.{did_you_mean(name, points)}"
+            )
+        handles: dict[str, RemovableHandle] = self.__dict__.setdefault("_slot_handles", {})
+        if name in handles:
+            raise HostError(
+                f"Injection point '{name}' already has a slot: a host can be in one model at a time."
+            )
+        from torch import nn  # the declarations above need none
+
+        if not isinstance(self, nn.Module):
+            raise HostError(f"{type(self).__name__} is not a torch.nn.Module.")
+        handles[name] = submodule(self, points[name].path).register_forward_hook(SlotHook(slot))
+
+    def unregister_slot(self, name: str) -> None:
+        """Undo `register_slot`; nothing happens if there is no slot."""
+        handle = self.__dict__.get("_slot_handles", {}).pop(name, None)
+        if handle is not None:
+            handle.remove()
+
+
+@final
+class SlotHook:
+    """A forward hook that passes a module's output through a slot.
+
+    The output is the features, or holds them first (see `features_in`); the rest of it is kept. A slot whose ``mode`` is
+    0 gives back what it is given, so it is only called if somebody else listens to it.
+    """
+
+    def __init__(self, slot: nn.Module) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        slot = self.slot
+        if getattr(slot, "mode", None) == 0 and not (slot._forward_hooks or slot._forward_pre_hooks):
+            return None  # torch then keeps the output; a call would be half of what an empty slot costs
+        if isinstance(output, tuple):
+            return (self.slot(output[0]), *output[1:])
+        if (name := _first_field(output)) is not None:
+            return replace(output, **{name: self.slot(getattr(output, name))})
+        return self.slot(output)
+
+
+def features_in(output: Any) -> Any:
+    """Return what a slot takes of a module's output: all of it, a tuple's first element, or a dataclass's first field.
+
+    A field that is ``None`` does not count.
+    """
+    if isinstance(output, tuple) and output:
+        return output[0]
+    name = _first_field(output)
+    return output if name is None else getattr(output, name)
+
+
+def _first_field(output: Any) -> str | None:
+    if isinstance(output, type) or not is_dataclass(output):
+        return None
+    return next((field.name for field in fields(output) if getattr(output, field.name) is not None), None)
+
+
+def submodule(host: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path.
+
+    Raises:
+        HostError: If there is none; the message suggests a near path.
+    """
+    named: dict[str, nn.Module] = dict(host.named_modules(remove_duplicate=False))
+    if path in named:
+        return named[path]
+    raise HostError(
+        f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, short_list(named))}"
+    )
+
+
+def short_list(named: Mapping[str, object], limit: int = 40) -> list[str]:
+    """Return the first ``limit`` names for an error message, the empty one left out."""
+    return [name for name in named if name][:limit]

@@ -1,120 +1,19 @@
-"""How a slot gets into a host: by name, through a forward hook, proved by a probe forward."""
+"""Proof by one forward, when slots are attached: each point fires once, with the features that it declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostProtocol, InjectionPoint
-from kasmina_core.quiet import private_rng
-from kasmina_core.sharding import reshard
+from kasmina_core.hosts import HostProtocol, InjectionPoint, features_in, short_list, submodule
+from kasmina_core.quiet import kept_buffers, quiet_evaluation
 from kasmina_core.topology import Topology
-
-
-@final
-class SlotHook:
-    """A forward hook that passes a module's output through a slot.
-
-    The output is the features, or holds them first (see `features_in`); the rest of it is kept. A slot whose ``mode`` is
-    0 gives back what it is given, so it is only called if somebody else listens to it.
-    """
-
-    def __init__(self, slot: nn.Module) -> None:
-        self.slot = slot
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        slot = self.slot
-        if getattr(slot, "mode", None) == 0 and not (slot._forward_hooks or slot._forward_pre_hooks):
-            return None  # torch then keeps the output; a call would be half of what an empty slot costs
-        if isinstance(output, Tensor):
-            return self.slot(output)
-        if isinstance(output, tuple):
-            return (self.slot(output[0]), *output[1:])
-        if (name := _first_field(output)) is not None:
-            return replace(output, **{name: self.slot(getattr(output, name))})
-        return self.slot(output)
-
-
-def features_in(output: Any) -> Any:
-    """Return what a slot takes of a module's output: all of it, a tuple's first element, or a dataclass's first field.
-
-    A field that is ``None`` does not count.
-    """
-    if isinstance(output, tuple) and output:
-        return output[0]
-    name = _first_field(output)
-    return output if name is None else getattr(output, name)
-
-
-def _first_field(output: Any) -> str | None:
-    if isinstance(output, type) or not is_dataclass(output):
-        return None
-    return next((field.name for field in fields(output) if getattr(output, field.name) is not None), None)
-
-
-class HookedHost:
-    """Gives ``register_slot`` and ``unregister_slot`` to a module that declares ``injection_points``.
-
-    >>> class Host(HookedHost, nn.Sequential):
-    ...     def injection_points(self):
-    ...         return [InjectionPoint("first", "0", dim=4, topology=Topology.TRANSFORMER)]
-    >>> isinstance(Host(nn.Linear(4, 4)), HostProtocol)
-    True
-    """
-
-    def injection_points(self) -> Sequence[InjectionPoint]:
-        """Return the places where a slot can be. To be written by the host."""
-        raise NotImplementedError(f"{type(self).__name__} must return its injection points.")
-
-    def register_slot(self, name: str, slot: nn.Module) -> None:
-        """Pass the output of the submodule at point ``name`` through ``slot``.
-
-        Raises:
-            HostError: If the host is no module, has no such point, or already has a slot there.
-        """
-        points = {point.name: point for point in self.injection_points()}
-        if name not in points:
-            raise HostError(
-                f"{type(self).__name__} has no injection point '{name}'.{did_you_mean(name, points)}"
-            )
-        handles: dict[str, RemovableHandle] = self.__dict__.setdefault("_slot_handles", {})
-        if name in handles:
-            raise HostError(
-                f"Injection point '{name}' already has a slot: a host can be in one model at a time."
-            )
-        if not isinstance(self, nn.Module):
-            raise HostError(f"{type(self).__name__} is not a torch.nn.Module.")
-        handles[name] = submodule(self, points[name].path).register_forward_hook(SlotHook(slot))
-
-    def unregister_slot(self, name: str) -> None:
-        """Undo `register_slot`; nothing happens if there is no slot."""
-        handle = self.__dict__.get("_slot_handles", {}).pop(name, None)
-        if handle is not None:
-            handle.remove()
-
-
-def submodule(host: nn.Module, path: str) -> nn.Module:
-    """Return the submodule at a dotted path.
-
-    Raises:
-        HostError: If there is none; the message suggests a near path.
-    """
-    named: dict[str, nn.Module] = dict(host.named_modules(remove_duplicate=False))
-    if path in named:
-        return named[path]
-    raise HostError(f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, _short(named))}")
-
-
-def _short(named: Mapping[str, object], limit: int = 40) -> list[str]:
-    return [name for name in named if name][:limit]
 
 
 def matching_paths(host: nn.Module, pattern: str) -> list[str]:
@@ -136,7 +35,7 @@ def matching_paths(host: nn.Module, pattern: str) -> list[str]:
         if path and len(parts := path.split(".")) == len(wanted) and all(map(fnmatchcase, parts, wanted))
     ]
     if not found:
-        names = ", ".join(_short(dict(host.named_modules()), 12))
+        names = ", ".join(short_list(dict(host.named_modules()), 12))
         raise HostError(f"No submodule of {type(host).__name__} matches '{pattern}'. There are: {names}.")
     return found
 
@@ -152,6 +51,21 @@ class ProbedPoint:
     device: torch.device
 
 
+def example_of(host: nn.Module) -> object:
+    """Return the inputs that a host offers for one forward.
+
+    Raises:
+        HostError: If it offers none.
+    """
+    offered = getattr(host, "example_inputs", None)
+    if callable(offered):
+        return offered()
+    raise HostError(
+        f"{type(host).__name__} must be run once to prove that its slots work, and offers no example_inputs(): "
+        "pass example=tensor, a tuple of arguments or a mapping of keywords."
+    )
+
+
 def call_with(host: nn.Module, example: object) -> Any:
     """Call a host with one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
     if isinstance(example, Mapping):
@@ -159,51 +73,6 @@ def call_with(host: nn.Module, example: object) -> Any:
     if isinstance(example, tuple):
         return host(*example)
     return host(example)
-
-
-def devices_of(module: nn.Module) -> list[torch.device]:
-    """Return the devices on which a module has parameters or buffers, sorted by name."""
-    return sorted({tensor.device for tensor in [*module.parameters(), *module.buffers()]}, key=str)
-
-
-@contextmanager
-def quiet_evaluation(host: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
-    with private_rng(None, *devices_of(host)), torch.no_grad(), kept_modes(host):
-        host.eval()
-        try:
-            yield
-        finally:
-            reshard(host)
-
-
-@contextmanager
-def kept_modes(host: nn.Module) -> Iterator[None]:
-    """Put the training mode of every module back to what it was before the block."""
-    modes = {module: module.training for module in host.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def kept_buffers(host: nn.Module) -> Iterator[None]:
-    """Put every buffer back to its value before the block, for hosts that write to them in eval mode too."""
-    before = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in host.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in before:
-                buffer.copy_(value)
-                module._buffers[name] = buffer  # a forward may have put another tensor in its place
 
 
 def requested_points(

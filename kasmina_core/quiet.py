@@ -1,4 +1,4 @@
-"""Random numbers that nobody else's depend on."""
+"""Blocks of code that leave random numbers, training modes and buffers as they were."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
+
+from kasmina_core.sharding import reshard
 
 
 def derived_seed(*parts: object) -> int:
@@ -38,3 +41,48 @@ def private_rng(seed: int | None, *devices: torch.device) -> Iterator[None]:
                 with module.device(device) if hasattr(module, "device") else nullcontext():
                     module.manual_seed(seed)
         yield
+
+
+def devices_of(module: nn.Module) -> list[torch.device]:
+    """Return the devices on which a module has parameters or buffers, sorted by name."""
+    return sorted({tensor.device for tensor in [*module.parameters(), *module.buffers()]}, key=str)
+
+
+@contextmanager
+def quiet_evaluation(host: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
+    with private_rng(None, *devices_of(host)), torch.no_grad(), kept_modes(host):
+        host.eval()
+        try:
+            yield
+        finally:
+            reshard(host)
+
+
+@contextmanager
+def kept_modes(host: nn.Module) -> Iterator[None]:
+    """Put the training mode of every module back to what it was before the block."""
+    modes = {module: module.training for module in host.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def kept_buffers(host: nn.Module) -> Iterator[None]:
+    """Put every buffer back to its value before the block, for hosts that write to them in eval mode too."""
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in host.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                buffer.copy_(value)
+                module._buffers[name] = buffer  # a forward may have put another tensor in its place

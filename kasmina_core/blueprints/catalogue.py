@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from kasmina_core.blueprints.declarations import import_factory
+from kasmina_core.blueprints.declarations import HostSpec, import_factory
 from kasmina_core.errors import AmbiguousNameError, HostError, PluginError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kasmina_core.errors import (
     AmbiguousNameError,
     BlueprintError,
+    HostError,
     NameConflictError,
     PluginError,
     UnknownNameError,
@@ -129,6 +130,29 @@ def import_factory(owner: str, factory: Callable[..., Any] | str) -> Callable[..
     if not callable(loaded):
         raise PluginError(f"{owner}: {factory!r} is not callable but {loaded!r}.")
     return loaded  # type: ignore[no-any-return]  # a module attribute is untyped
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """The declaration of a host that a pack offers.
+
+    Attributes:
+        name: Short name, unique in its pack.
+        factory: ``factory(**options) -> nn.Module`` with `HostProtocol`, or ``"package.module:attribute"`` for one.
+        topology: Layout of the features at its points.
+        description: One line for people.
+    """
+
+    name: str
+    factory: Callable[..., nn.Module] | str
+    topology: Topology
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
+            raise HostError(f"{self.name!r} is not a host name: use lower case letters, digits, '_' and '-'.")
+        if not isinstance(self.topology, Topology):
+            raise HostError(f"Host '{self.name}': topology must be a Topology, not {self.topology!r}.")
 
 
 @dataclass(frozen=True, slots=True)

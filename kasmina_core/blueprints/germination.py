@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from kasmina_core.blueprints.declarations import BlueprintRegistry
 from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.probing import kept_buffers
-from kasmina_core.quiet import private_rng
+from kasmina_core.quiet import kept_buffers, private_rng
 
 
 @final

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import ExportError, HostError
-from kasmina_core.growth.model import MorphogeneticModel, example_of
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.watching.misuse import require_model
-from kasmina_core.hosts import HostProtocol
+from kasmina_core.hosts import HostProtocol, SlotHook, features_in, submodule
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.probing import SlotHook, call_with, features_in, quiet_evaluation, submodule
+from kasmina_core.probing import call_with, example_of
+from kasmina_core.quiet import quiet_evaluation
 from kasmina_core.slots.slot import SeedSlot
 
 REFUSE, DROP = "refuse", "drop"

@@ -36,7 +36,7 @@ from kasmina_core.growth.undo import ModelBefore
 from kasmina_core.growth.watching.graphs import GraphForesight
 from kasmina_core.growth.watching.misuse import Misuse, decided, one_number
 from kasmina_core.growth.watching.untracked import UntrackedSeeds
-from kasmina_core.hosts import HostProtocol, InjectionPoint
+from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
 from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import (
@@ -53,16 +53,8 @@ from kasmina_core.policies.protocol import (
     SetAlpha,
     SlotObservation,
 )
-from kasmina_core.probing import (
-    SlotHook,
-    devices_of,
-    lookup,
-    probe,
-    quiet_evaluation,
-    requested_points,
-    submodule,
-)
-from kasmina_core.quiet import private_rng
+from kasmina_core.probing import example_of, lookup, probe, requested_points
+from kasmina_core.quiet import devices_of, private_rng, quiet_evaluation
 from kasmina_core.sharding import kept_whole, reshard
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
@@ -958,21 +950,6 @@ def _event_target(telemetry: EventTarget | None) -> EventTarget | None:
     if telemetry is not None and not callable(getattr(telemetry, "emit", None)):
         raise TypeError(f"{telemetry!r} takes no events. Give a Telemetry, such as Telemetry([sink]).")
     return telemetry
-
-
-def example_of(host: nn.Module) -> object:
-    """Return the inputs that a host offers for one forward.
-
-    Raises:
-        HostError: If it offers none.
-    """
-    offered = getattr(host, "example_inputs", None)
-    if callable(offered):
-        return offered()
-    raise HostError(
-        f"{type(host).__name__} must be run once to prove that its slots work, and offers no example_inputs(): "
-        "pass example=tensor, a tuple of arguments or a mapping of keywords."
-    )
 
 
 def _parameter_dtype(host: nn.Module, path: str, features: torch.dtype) -> torch.dtype:

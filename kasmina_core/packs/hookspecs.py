@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from kasmina_core.blueprints.declarations import BlueprintSpec
-from kasmina_core.hosts import HostSpec
+from kasmina_core.blueprints.declarations import BlueprintSpec, HostSpec
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:

@@ -63,8 +63,7 @@ from kasmina_core.lifecycle import (
     is_failure_stage,
 )
 from kasmina_core.plain_data import from_bytes, to_bytes
-from kasmina_core.probing import kept_buffers, kept_modes
-from kasmina_core.quiet import derived_seed
+from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.notes import GradientNorms
 from kasmina_core.topology import Topology

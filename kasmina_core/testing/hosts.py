@@ -10,16 +10,16 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.blueprints.declarations import BlueprintRegistry, BlueprintSpec, import_factory
+from kasmina_core.blueprints.declarations import BlueprintRegistry, BlueprintSpec, HostSpec, import_factory
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import KasminaError
 from kasmina_core.gates.gates import GateThresholds, QualityGates
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.hosts import HostSpec, InjectionPoint
+from kasmina_core.hosts import InjectionPoint, features_in, submodule
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.probing import call_with, features_in, requested_points, submodule
+from kasmina_core.probing import call_with, requested_points
 from kasmina_core.quiet import private_rng
 from kasmina_core.slots.slot import ForwardMode
 from kasmina_core.testing.comparing import Run, difference, random_state, run, tensors_in, unlike_names

@@ -8,9 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import final
 
-from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec
+from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec, HostSpec
 from kasmina_core.errors import PluginError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostSpec
 from kasmina_core.packs.discovery import PluginRegistry
 
 

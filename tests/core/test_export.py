@@ -36,7 +36,7 @@ from kasmina_core import (
     export_model,
     tie_optimizer,
 )
-from kasmina_core.probing import SlotHook
+from kasmina_core.hosts import SlotHook
 from kasmina_core.slots.slot import SeedSlot
 
 EXAMPLE = torch.zeros(2, 1, 5, 5)
