@@ -21,7 +21,6 @@ from .checkpoints.random_states import InexactResume as InexactResume
 from .checkpoints.seed_files import graft_seeds as graft_seeds
 from .checkpoints.seed_files import save_seeds as save_seeds
 from .checks.blueprints import check_blueprint_spec as check_blueprint_spec
-from .checks.cache import PassCache as PassCache
 from .checks.reports import CheckResult as CheckResult
 from .checks.reports import CheckStatus as CheckStatus
 from .checks.reports import ValidationReport as ValidationReport

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kasmina_core.checks.cache import PassCache
-
 PREFERRED_WIDTHS: Final = (64, 24, 7)
 """Widths that are tried first; 7 shows a module that needs a divisible width and does not say so."""
 
@@ -71,7 +69,6 @@ def check_blueprint_spec(
     widths: Sequence[int] | None = None,
     origin: str = "",
     full: bool = True,
-    cache: PassCache | None = None,
 ) -> ValidationReport:
     """Build a blueprint at several widths, run it, and report whether it keeps what it declares.
 
@@ -86,7 +83,6 @@ def check_blueprint_spec(
         origin: Who offers it, for messages, such as ``"kasmina-cnn 0.1"``.
         full: Whether the checks of `FULL_CHECKS` run as well: more sizes, precisions, memory formats, both modes, copies
             and operations. Registration leaves them out.
-        cache: Where passes on a device are kept; what it holds is not run again, and the report says so.
 
     Source: https://github.com/facebookresearch/fvcore/blob/main/fvcore/nn/parameter_count.py
     """
@@ -103,17 +99,16 @@ def check_blueprint_spec(
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        return _Examination(spec, origin, full, cache).report(device, widths)
+        return _Examination(spec, origin, full).report(device, widths)
 
 
 class _Examination:
     """The checks of one blueprint while they run."""
 
-    def __init__(self, spec: BlueprintSpec, origin: str, full: bool, cache: PassCache | None) -> None:
+    def __init__(self, spec: BlueprintSpec, origin: str, full: bool) -> None:
         self.spec = spec
         self.origin = origin
         self.full = full
-        self.cache = cache
 
     def report(self, device: str | torch.device | None, widths: Sequence[int] | None) -> ValidationReport:
         import torch
@@ -130,7 +125,11 @@ class _Examination:
             self._check_options(built)
             self._check_size(built)
             check_independence(self.builder, built, self.findings)
-            used = [name for name in runnable if self._check_on(torch.device(name), built)]
+            used = [
+                name
+                for name in runnable
+                if check_on_device(self.builder, built, torch.device(name), self.findings, self.full)
+            ]
             for name, why in absent.items():
                 for check in device_check_names(self.spec.topology, self.full):
                     self.findings.not_run(check, why, device=name, needed=_kind(name) in asked)
@@ -138,20 +137,6 @@ class _Examination:
             self.findings.judge_settings(bool(built))
         checks = sorted(self.findings.results, key=_order)
         return ValidationReport(self.spec.name, self.origin, tuple(used), asked, tuple(checks))
-
-    def _check_on(self, device: torch.device, built: Sequence[Built]) -> bool:
-        """Run what has to run on a device; return whether anything did."""
-        if self.cache is None or not built:
-            return check_on_device(self.builder, built, device, self.findings, self.full)
-        key = self.cache.key(self.spec, [made.width for made in built], device, self.full)
-        names = device_check_names(self.spec.topology, self.full)
-        if (kept := self.cache.recall(key, names, str(device))) is not None:
-            self.findings.results += kept
-            return False
-        before = len(self.findings.results)
-        ran = check_on_device(self.builder, built, device, self.findings, self.full)
-        self.cache.keep(key, self.findings.results[before:])
-        return ran
 
     def _check_whole(
         self,

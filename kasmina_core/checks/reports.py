@@ -1,7 +1,7 @@
 """What the checks of a blueprint found, as data and as text.
 
 Nothing is called passed that did not run: a report names the devices that were really used and every check that did
-not run, with the reason; one that passed earlier and was not run again is called that, with the time.
+not run, with the reason.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from kasmina_core.errors import BlueprintError
 
 @final
 class CheckStatus(StrEnum):
-    """What became of one check.
-
-    ``passed (cached)`` did not run now: it passed earlier, with the same code on the same device and versions.
-    """
+    """What became of one check."""
 
     PASSED = "passed"
-    CACHED = "passed (cached)"
     FAILED = "failed"
     NOT_RUN = "not run"
 
@@ -46,7 +42,7 @@ class CheckResult:
 
     Attributes:
         name: What was checked, such as ``param_estimate``.
-        status: Passed, passed earlier, failed, or not run.
+        status: Passed, failed, or not run.
         device: Where, ``"cpu"`` or ``"cuda:0"``; empty for checks that are about no device.
         where: Width and input at which it was measured; for a failure, the first that failed.
         expected: What was asked, as plain data.
@@ -55,7 +51,6 @@ class CheckResult:
         hint: What to do about a failure, or why the check did not run.
         claim: What is wrong, to be read after the name of the blueprint.
         needed: Whether a verdict has to wait for this check; false for a device or a check that was not asked for.
-        measured_at: When a cached check passed, in UTC; empty for others.
         error: The exception behind a failure.
     """
 
@@ -69,7 +64,6 @@ class CheckResult:
     hint: str = ""
     claim: str = ""
     needed: bool = True
-    measured_at: str = ""
     error: BaseException | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -86,8 +80,7 @@ class CheckResult:
             return self.hint
         if self.status is CheckStatus.FAILED:
             return f"expected {plain_text(self.expected)}, measured {plain_text(self.measured)}"
-        when = f"measured at {self.measured_at}" if self.status is CheckStatus.CACHED else ""
-        return ", ".join(filter(None, (plain_text(self.measured), when)))
+        return plain_text(self.measured)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data for JSON."""
@@ -102,7 +95,6 @@ class CheckResult:
             "hint": self.hint,
             "claim": self.claim,
             "needed": self.needed,
-            "measured_at": self.measured_at,
         }
 
     @classmethod
@@ -114,10 +106,7 @@ class CheckResult:
         """
         status = CheckStatus(data["status"])
         needed = data["needed"]
-        texts = {
-            name: data[name]
-            for name in ("name", "device", "where", "tolerance", "hint", "claim", "measured_at")
-        }
+        texts = {name: data[name] for name in ("name", "device", "where", "tolerance", "hint", "claim")}
         if not isinstance(needed, bool) or not all(isinstance(text, str) for text in texts.values()):
             raise TypeError("not a check")
         return cls(
@@ -195,11 +184,6 @@ class ValidationReport:
         return tuple(c for c in self.not_run if c.needed)
 
     @property
-    def cached(self) -> tuple[CheckResult, ...]:
-        """The checks that passed earlier and were not run again."""
-        return tuple(c for c in self.checks if c.status is CheckStatus.CACHED)
-
-    @property
     def subject(self) -> str:
         """The blueprint as the start of a sentence, with who offers it."""
         return f"Blueprint '{self.blueprint}'" + (f" from pack '{self.origin}'" if self.origin else "")
@@ -207,9 +191,7 @@ class ValidationReport:
     @property
     def headline(self) -> str:
         """The verdict, and where it comes from, in one line."""
-        earlier = dict.fromkeys(c.device for c in self.cached)
-        where = ", ".join([*self.devices, *(f"{device} (cached)" for device in earlier)])
-        return f"{self.blueprint}: {self.verdict.value} on {where or 'no device'}"
+        return f"{self.blueprint}: {self.verdict.value} on {', '.join(self.devices) or 'no device'}"
 
     @property
     def failure_message(self) -> str:
@@ -271,12 +253,6 @@ class ValidationReport:
         from kasmina_core.checks.formats import markdown
 
         return markdown(self)
-
-    def to_junit(self) -> str:
-        """Return the report as a JUnit XML document with one test case a check, for build servers."""
-        from kasmina_core.checks.formats import junit, junit_suite
-
-        return junit([junit_suite(self)])
 
     def __str__(self) -> str:
         ran = [check for check in self.checks if check.status is not CheckStatus.NOT_RUN]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, final
 
 import click
 
 from kasmina_core.checks.reports import CheckStatus, ValidationReport, ValidationVerdict
-from kasmina_core.errors import KasminaError, UnknownNameError, did_you_mean
+from kasmina_core.errors import UnknownNameError, did_you_mean
 from kasmina_core.packs.checking import (
     GIB,
     PackOutcome,
@@ -47,14 +44,7 @@ _PATIENCE: Final = 2.0  # seconds after which progress is shown
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of text.")
-@click.option(
-    "--junit",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write JUnit XML to FILE as well.",
-)
 @click.option("--isolate", is_flag=True, help="Check each pack in a process of its own.")
-@click.option("--no-cache", is_flag=True, help="Run what passed before as well, and keep nothing.")
 @click.option(
     "--timeout",
     default=600.0,
@@ -74,9 +64,7 @@ def check(
     device: str,
     as_json: bool,
     as_markdown: bool,
-    junit: Path | None,
     isolate: bool,
-    no_cache: bool,
     timeout: float,
     memory_limit: float | None,
 ) -> None:
@@ -84,9 +72,7 @@ def check(
 
     PACK_OR_ID is the name of a pack or the full id of a blueprint, such as cnn:norm; without any, every installed pack
     is checked. More is checked than when a pack is loaded: more sizes, precisions, memory formats, both modes, copies,
-    and the number of operations. What passed before on a CUDA device, with the same code and versions, is not run
-    again and called "passed (cached)"; what runs on the CPU always runs. The passes are kept in $KASMINA_CACHE_DIR,
-    or else $XDG_CACHE_HOME/kasmina or ~/.cache/kasmina.
+    and the number of operations.
 
     With --isolate a pack that crashes, never ends or wants too much memory is a failure in the report. Without it such
     a pack ends this process.
@@ -100,8 +86,6 @@ def check(
     """
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown: give one of them.")
-    if junit is not None and not junit.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder '{junit.absolute().parent}'.", param_hint="--junit")
     memory = round(memory_limit * GIB) if memory_limit is not None else default_memory()
     progress = _Progress()
     outcomes: list[PackOutcome] = []
@@ -111,7 +95,6 @@ def check(
                 asked = {
                     "named": bool(names),
                     "device": None if device == "auto" else device,
-                    "use_cache": not no_cache,
                     "tell": progress.tell,
                 }
                 if isolate:
@@ -123,8 +106,6 @@ def check(
     finally:
         progress.clear()
     verdict = worst({outcome.verdict for outcome in outcomes if not outcome.is_skipped})
-    if junit is not None:
-        _write(junit, junit_text(outcomes))
     if as_json:
         data = {"verdict": verdict.value, "packs": [outcome.to_dict() for outcome in outcomes]}
         _print(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -222,12 +203,7 @@ def _indented(text: str, by: int) -> list[str]:
 def _counts(report: ValidationReport) -> str:
     ran = [c for c in report.checks if c.status in (CheckStatus.PASSED, CheckStatus.FAILED)]
     bad = f"{len(report.failures)} of " if report.failures else ""
-    text = f"{bad}{len(ran)} checks on {', '.join(report.devices) or 'no device'}"
-    if report.cached:
-        devices = ", ".join(dict.fromkeys(c.device for c in report.cached))
-        times = sorted({c.measured_at for c in report.cached})
-        text += f"; {len(report.cached)} passed (cached) on {devices}, measured at {times[0]}"
-    return text
+    return f"{bad}{len(ran)} checks on {', '.join(report.devices) or 'no device'}"
 
 
 def _absences(outcomes: Sequence[PackOutcome]) -> list[str]:
@@ -283,32 +259,3 @@ def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -
                 parts.append(fenced(f"{outcome.subject} was not checked.\n{check_.hint}"))
     sections = [markdown(report, full) for outcome in outcomes for full, report in outcome.reports.items()]
     return "\n\n".join([*parts, *(section.rstrip() for section in sections)]) + "\n"
-
-
-def junit_text(outcomes: Sequence[PackOutcome]) -> str:
-    """Return what was found as JUnit XML: a suite for each pack itself and each blueprint."""
-    from kasmina_core.checks.formats import add_case, junit, junit_suite, new_suite
-
-    suites = []
-    for outcome in outcomes:
-        own = new_suite(outcome.name)
-        for check_ in outcome.checks:
-            add_case(own, outcome.name, check_, outcome.subject)
-        suites.append(own)
-        suites += [junit_suite(report, full) for full, report in outcome.reports.items()]
-    return junit(suites)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name, suffix=".part")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise KasminaError(f"'{path}' cannot be written: {error}") from error

@@ -112,7 +112,6 @@ def check_pack_here(
     *,
     named: bool,
     device: str | None,
-    use_cache: bool,
     tell: Tell,
     keep: Callable[[str, ValidationReport], None] | None = None,
 ) -> list[PackOutcome]:
@@ -123,7 +122,6 @@ def check_pack_here(
         ids: Full ids of the blueprints to check; all if empty.
         named: Whether the user asked for it.
         device: See `check_blueprint_spec`.
-        use_cache: Whether passes on a device are kept and used.
         tell: Is told each id before its checks run.
         keep: Is given each report as soon as it is made.
 
@@ -138,7 +136,6 @@ def check_pack_here(
     import torch  # noqa: F401  # so that the registry keeps its settings while the pack is imported
 
     from kasmina_core.checks.blueprints import check_blueprint_spec
-    from kasmina_core.checks.cache import PassCache
     from kasmina_core.packs.discovery import PluginRegistry
 
     switches = replace(Switches.from_environment(), strict=False)
@@ -155,7 +152,6 @@ def check_pack_here(
             for full in record.hosts:
                 tell(full)
                 checks.append(_check_host_factory(full, registry.hosts.get(full).factory))
-        cache = PassCache(record.module, record.distribution, record.version) if use_cache else None
         reports = {}
         for full in ids or record.blueprints:
             try:
@@ -164,7 +160,7 @@ def check_pack_here(
                 checks.append(CheckResult("blueprint", CheckStatus.NOT_RUN, where=full, hint=str(error)))
                 continue
             tell(full)
-            reports[full] = check_blueprint_spec(spec, device=device, origin=record.origin, cache=cache)
+            reports[full] = check_blueprint_spec(spec, device=device, origin=record.origin)
             if keep is not None:
                 keep(full, reports[full])
         outcomes.append(PackOutcome(name, record.origin, record.state, named, tuple(checks), reports))
@@ -212,7 +208,6 @@ def check_pack_apart(
     *,
     named: bool,
     device: str | None,
-    use_cache: bool,
     tell: Tell,
     timeout: float,
     memory: int,
@@ -224,7 +219,6 @@ def check_pack_apart(
         ids: Full ids of the blueprints to check; all if empty.
         named: Whether the user asked for it.
         device: See `check_blueprint_spec`.
-        use_cache: Whether passes on a device are kept and used.
         tell: Is told each id before its checks run.
         timeout: Seconds after which the process is ended.
         memory: Bytes of memory that it may use, where the system can limit that.
@@ -242,7 +236,6 @@ def check_pack_apart(
             "ids": list(ids),
             "named": named,
             "device": device,
-            "use_cache": use_cache,
             "memory": memory,
         }
         listener = _Listener(answers, tell)
@@ -386,7 +379,6 @@ def answer(order: Mapping[str, Any]) -> None:
                 order["ids"],
                 named=order["named"],
                 device=order["device"],
-                use_cache=order["use_cache"],
                 tell=tell,
                 keep=keep,
             )

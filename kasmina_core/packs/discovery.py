@@ -321,14 +321,12 @@ class PluginRegistry:
 
     def _examine(self, record: PackRecord, offer: Offer) -> None:
         from kasmina_core.checks.blueprints import check_blueprint_spec
-        from kasmina_core.checks.cache import PassCache
 
-        cache = PassCache(record.module, record.distribution, record.version)
         device = self._device
         if device is None and not sys.modules["torch"].cuda.is_initialized():
             device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
         for spec in offer.blueprints:
-            report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False, cache=cache)
+            report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False)
             offer.reports[spec.name] = report
             try:
                 report.raise_if_failed()

@@ -65,7 +65,6 @@ def run_where_they_are_installed(made: Path, *arguments: str) -> subprocess.Comp
             "PYTHONPATH": path,
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "KASMINA_CACHE_DIR": str(made / "cache"),
         },
         capture_output=True,
         text=True,

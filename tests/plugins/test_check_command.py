@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -50,13 +49,6 @@ def kasmina_hosts():
     return [HostSpec("good", "fake_hosts:Scale", Topology.CNN), HostSpec("bad", "fake_hosts:Nobody", Topology.CNN)]
 """
 )
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("KASMINA_CACHE_DIR", str(folder))
-    return folder
 
 
 def check(*arguments: str) -> Result:
@@ -153,7 +145,6 @@ def test_cuda_where_there_is_none_is_incomplete_and_auto_is_not(site: Site) -> N
         (("scale",), "A blueprint is named by its full id, pack:name."),
         (("good", "--device", "tpu"), "'tpu' is not one of"),
         (("good", "--json", "--markdown"), "give one of them"),
-        (("good", "--junit", "no/such/folder/file.xml"), "there is no folder"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(site: Site, arguments: tuple[str, ...], told: str) -> None:
@@ -251,21 +242,6 @@ def test_markdown_has_a_row_and_a_section_for_each_blueprint(site: Site) -> None
     assert text.startswith("# kasmina plugins check\n\nfailed: 3 blueprints of 1 pack, 1 passed, 2 failed\n")
     assert "| bad | fake-bad 1.0 | bad:far | failed | 1 of 25 checks on cpu |" in text
     assert "\n## bad:far: failed on cpu\n" in text
-
-
-def test_junit_is_written_beside_the_text_with_a_suite_for_each(site: Site, tmp_path: Path) -> None:
-    site.install("fake-bad", "bad = fake_bad", fake_bad=FAILS)
-    site.install("fake-odd", "odd = fake_odd", fake_odd="raise RuntimeError('boom \\x00')")
-    file = tmp_path / "report.xml"
-    file.write_text("an older one")
-    done = check("bad", "odd", "--device", "cpu", "--junit", str(file))
-    assert done.exit_code == 1
-    assert "bad:far" in done.stdout
-    root = ElementTree.fromstring(file.read_bytes())
-    suites = {suite.get("name"): (suite.get("failures"), suite.get("tests")) for suite in root}
-    assert set(suites) == {"bad", "bad:far", "bad:good", "bad:wrong", "odd"}
-    assert (suites["bad"], suites["odd"], suites["bad:far"][0]) == (("0", "1"), ("1", "1"), "1")
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
 
 
 # -- a process of its own ---------------------------------------------------------------------------------------------

@@ -503,7 +503,6 @@ def test_a_report_is_plain_data(changes: dict[str, Any]) -> None:
         "hint",
         "claim",
         "needed",
-        "measured_at",
     }
 
 

@@ -1,11 +1,10 @@
-"""A report as text, JSON, Markdown and JUnit XML, whatever is in it."""
+"""A report as text, JSON and Markdown, whatever is in it."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -33,7 +32,6 @@ results = st.builds(
     hint=any_text,
     claim=any_text,
     needed=st.booleans(),
-    measured_at=any_text,
 )
 reports = st.builds(
     ValidationReport,
@@ -55,9 +53,6 @@ def report(*checks: CheckResult, **facts: Any) -> ValidationReport:
 
 
 PASSED = check(device="cpu", measured="9 inputs")
-CACHED = check(
-    status=CheckStatus.CACHED, device="cuda:0", measured="9 inputs", measured_at="2031-01-02T03:04:05Z"
-)
 FAILED = check(
     "identity_at_birth",
     CheckStatus.FAILED,
@@ -77,7 +72,6 @@ LEFT_OUT = check("flops", CheckStatus.NOT_RUN, device="cuda", hint="no such devi
     ("checks", "verdict"),
     [
         ([PASSED], "passed"),
-        ([PASSED, CACHED], "passed"),
         ([PASSED, LEFT_OUT], "passed"),
         ([PASSED, MISSING], "incomplete"),
         ([PASSED, MISSING, FAILED], "failed"),
@@ -99,16 +93,6 @@ def test_incomplete_comes_with_the_checks_that_did_not_run_and_why() -> None:
     assert "not run  flops on cpu: no memory" in str(found)
 
 
-def test_what_was_not_run_again_is_called_cached_with_the_time_and_its_device_is_not_called_used() -> None:
-    found = report(PASSED, CACHED)
-    assert found.headline == "norm: passed on cpu, cuda:0 (cached)"
-    assert "passed (cached)  output_shape on cuda:0  9 inputs, measured at 2031-01-02T03:04:05Z" in str(found)
-    assert found.to_dict()["devices"] == ["cpu"]
-    assert found.to_dict()["checks"][1]["status"] == "passed (cached)"
-    assert "2031-01-02T03:04:05Z" in found.to_markdown()
-    assert "passed (cached): 9 inputs, measured at 2031" in found.to_junit()
-
-
 def test_a_failure_is_told_with_both_values_the_tolerance_and_what_to_do() -> None:
     message = (
         "Blueprint 'norm' from pack 'my-pack 1.0' is far from the identity.\n"
@@ -125,43 +109,15 @@ def test_a_failure_is_told_with_both_values_the_tolerance_and_what_to_do() -> No
 
 
 def test_markdown_has_a_table_of_what_ran_and_a_list_of_what_did_not() -> None:
-    assert report(PASSED, CACHED, LEFT_OUT).to_markdown() == (
-        "## norm: passed on cpu, cuda:0 (cached)\n\n"
+    assert report(PASSED, LEFT_OUT).to_markdown() == (
+        "## norm: passed on cpu\n\n"
         "From my-pack 1.0.\n\n"
-        "| check | status | measured | tolerance | measured at |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| output_shape on cpu | passed | 9 inputs | none |  |\n"
-        "| output_shape on cuda:0 | passed (cached) | 9 inputs | none | 2031-01-02T03:04:05Z |\n\n"
+        "| check | status | measured | tolerance |\n"
+        "| --- | --- | --- | --- |\n"
+        "| output_shape on cpu | passed | 9 inputs | none |\n\n"
         "Not run:\n\n"
         "- flops on cuda: no such device (not asked for)\n"
     )
-
-
-def test_junit_counts_failures_and_skips() -> None:
-    root = ElementTree.fromstring(report(PASSED, CACHED, FAILED, MISSING, LEFT_OUT).to_junit())
-    (suite,) = root
-    counts = {key: suite.get(key) for key in ("name", "tests", "failures", "errors", "skipped")}
-    assert counts == {"name": "norm", "tests": "5", "failures": "1", "errors": "0", "skipped": "2"}
-    assert {key: root.get(key) for key in ("tests", "failures", "skipped")} == {
-        "tests": "5",
-        "failures": "1",
-        "skipped": "2",
-    }
-    (failure,) = suite.iter("failure")
-    assert failure.get("type") == "identity_at_birth"
-    assert failure.text == FAILED.explain("Blueprint 'norm' from pack 'my-pack 1.0'")
-    assert [case.get("name") for case in suite.iter("testcase")][:2] == [
-        "output_shape on cpu",
-        "output_shape on cuda:0",
-    ]
-
-
-@given(reports)
-def test_junit_is_well_formed_and_whole_for_any_text(found: ValidationReport) -> None:
-    text = found.to_junit()
-    (suite,) = ElementTree.fromstring(text.encode("utf-8"))
-    assert len(list(suite.iter("testcase"))) == len(found.checks)
-    assert len(list(suite.iter("failure"))) == len(found.failures)
 
 
 @given(st.lists(results, min_size=1, max_size=4))

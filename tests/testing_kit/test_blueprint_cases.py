@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import kasmina_cnn
 import kasmina_transformer
@@ -216,7 +217,9 @@ def test_an_expected_failure_needs_a_check_and_a_reason(expected: Any, error: ty
         cases(SCALE, expected_failures=expected)
 
 
-def test_pytest_shows_cases_by_name_and_an_expected_failure_that_passes_as_an_error(tmp_path: Path) -> None:
+def test_pytest_shows_and_reports_cases_by_name_and_an_expected_failure_that_passes_as_an_error(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "test_them.py").write_text(
         dedent(
             """
@@ -246,7 +249,7 @@ def test_pytest_shows_cases_by_name_and_an_expected_failure_that_passes_as_an_er
             """
         )
     )
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "param_estimate or output_shape or factory", "test_them.py"]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "param_estimate or output_shape or factory", "--junitxml=report.xml", "test_them.py"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     shown = {
         line.split()[0].partition("::")[2]: line for line in done.stdout.splitlines() if "::test_" in line
@@ -256,6 +259,11 @@ def test_pytest_shows_cases_by_name_and_an_expected_failure_that_passes_as_an_er
     assert "PASSED" in shown["test_blueprint[scale-factory]"]
     assert "[XPASS(strict)] it may crop one day" in done.stdout
     assert done.returncode == 1
+    written = {case.get("name"): case for case in ElementTree.parse(tmp_path / "report.xml").iter("testcase")}
+    failed = written["test_blueprint[scale-output_shape]"].find("failure")
+    assert failed is not None
+    assert "it may crop one day" in (failed.get("message") or "")
+    assert not list(written["test_blueprint[scale-factory]"])
 
 
 def test_the_decorated_test_takes_the_declaration_and_the_check() -> None:
