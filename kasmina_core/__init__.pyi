@@ -58,20 +58,16 @@ from .evidence.attribution import SeedShare as SeedShare
 from .evidence.calibration import Calibration as Calibration
 from .evidence.calibration import CalibrationError as CalibrationError
 from .evidence.calibration import calibrate as calibrate
-from .gates.gates import CheckVerdict as CheckVerdict
-from .gates.gates import ErrorBudget as ErrorBudget
-from .gates.gates import GateCheck as GateCheck
-from .gates.gates import GateCheckSpec as GateCheckSpec
-from .gates.gates import GateLevel as GateLevel
-from .gates.gates import GateProfile as GateProfile
-from .gates.gates import GateResult as GateResult
-from .gates.gates import GateThresholds as GateThresholds
+from .evidence.isolation import GradientIsolationMonitor as GradientIsolationMonitor
+from .gates.checks import GateCheckSpec as GateCheckSpec
 from .gates.gates import QualityGates as QualityGates
-from .gates.gates import StartComparison as StartComparison
 from .gates.paired import SeedEvidence as SeedEvidence
-from .gates.sequential import Finding as Finding
 from .gates.sequential import LevelSpending as LevelSpending
 from .gates.sequential import PairedGain as PairedGain
+from .gates.thresholds import ErrorBudget as ErrorBudget
+from .gates.thresholds import GateProfile as GateProfile
+from .gates.thresholds import GateThresholds as GateThresholds
+from .gates.thresholds import StartComparison as StartComparison
 from .growth.config import GradientPolicy as GradientPolicy
 from .growth.config import GrowthConfig as GrowthConfig
 from .growth.config import Incubation as Incubation
@@ -84,7 +80,6 @@ from .growth.watching.untracked import UntrackedSeedWarning as UntrackedSeedWarn
 from .hosts import HookedHost as HookedHost
 from .hosts import HostProtocol as HostProtocol
 from .hosts import InjectionPoint as InjectionPoint
-from .isolation import GradientIsolationMonitor as GradientIsolationMonitor
 from .isolation import IsolationReading as IsolationReading
 from .isolation import bound_deviation as bound_deviation
 from .isolation import straight_through as straight_through
@@ -153,6 +148,11 @@ from .training.optim import untie_optimizer as untie_optimizer
 from .training.seed_schedules import ConstantRate as ConstantRate
 from .training.seed_schedules import WarmupCosine as WarmupCosine
 from .training.seed_schedules import schedule_seeds as schedule_seeds
+from .verdicts import CheckVerdict as CheckVerdict
+from .verdicts import Finding as Finding
+from .verdicts import GateCheck as GateCheck
+from .verdicts import GateLevel as GateLevel
+from .verdicts import GateResult as GateResult
 
 __version__: str
 __all__: list[str]

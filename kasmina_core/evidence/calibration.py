@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from kasmina_core.errors import KasminaError
 from kasmina_core.evidence.measuring import GateSamples
-from kasmina_core.gates.gates import GateThresholds
-from kasmina_core.gates.sequential import Finding, LevelSpending, Look, PairedGain, judge, student_t_quantile
+from kasmina_core.gates.sequential import LevelSpending, Look, PairedGain, judge, student_t_quantile
+from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.quiet import derived_seed
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.verdicts import Finding
 
 if TYPE_CHECKING:
     from kasmina_core.growth.model import MorphogeneticModel

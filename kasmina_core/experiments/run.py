@@ -32,9 +32,9 @@ from kasmina_core.experiments.record import (
     SlotRecord,
 )
 from kasmina_core.experiments.tasks import SplitName, Task
-from kasmina_core.gates.gates import GateResult, GateThresholds, QualityGates
+from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.paired import SeedEvidence
-from kasmina_core.gates.sequential import Finding
+from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig, RampUnit
 from kasmina_core.growth.model import EventTarget, MorphogeneticModel
 from kasmina_core.hosts import HostProtocol
@@ -45,6 +45,7 @@ from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, private_rng
 from kasmina_core.topology import Topology
 from kasmina_core.training.optim import tie_optimizer
+from kasmina_core.verdicts import Finding, GateResult
 
 EVALUATION_BATCH: Final = 256
 """Samples a batch where nothing is learned."""

@@ -11,7 +11,8 @@ from typing import Any, final
 from torch import Tensor
 
 from kasmina_core.errors import CheckpointError
-from kasmina_core.gates.sequential import PairedGain, require_numbers
+from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.verdicts import require_numbers
 
 _NOTHING: Mapping[float, Tensor] = MappingProxyType({})
 _NUMBERS = ("samples", "gain", "standard_error", "loss_with", "loss_without", "deviation", "skewness")

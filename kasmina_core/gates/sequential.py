@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
-from kasmina_core.errors import CheckpointError
+from kasmina_core.verdicts import Finding, read_numbers
 
 PLANNED_SHARE: Final = 0.8
 """Part of the level that the planned looks spend; the rest is for those that come later, without end."""
@@ -235,59 +235,7 @@ class PairedGain:
         Raises:
             CheckpointError: If a field is missing, unknown or no number.
         """
-        return _read(cls, data, "gain")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a gate found of a seed at one look.
-
-    Attributes:
-        alpha: Blend weight at which the effect was measured.
-        effect: Mean gain per held-out sample; positive is good.
-        bound: What the true gain is not below, one-sided; above 0 exactly where the finding is significant.
-        low: Lower end of the interval of ``effect``.
-        high: Upper end. All the intervals of a test, one a look, hold the true effects at once with probability
-            ``1 - error_rate``.
-        samples: Held-out samples.
-        p_value: Probability of a finding this good, at this look alone, for a seed that does nothing.
-        look: Which look this was, from 1.
-        level: What ``p_value`` was compared with: the part of ``error_rate`` that this look may spend.
-        spent: What this and the earlier looks have spent together.
-        error_rate: What all looks at this seed may spend.
-    """
-
-    alpha: float
-    effect: float
-    bound: float
-    low: float
-    high: float
-    samples: int
-    p_value: float
-    look: int
-    level: float
-    spent: float
-    error_rate: float
-
-    def __str__(self) -> str:
-        return (
-            f"gain {self.effect:+.4g} ({100 * (1 - self.error_rate):.4g} % interval {self.low:+.4g} to "
-            f"{self.high:+.4g}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or no number.
-        """
-        return _read(cls, data, "finding")
+        return read_numbers(cls, data, "gain")
 
 
 def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending) -> Finding:
@@ -318,28 +266,3 @@ def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending
         spent=look.share * spending.spent(look.number),
         error_rate=1.0 if is_open else look.share * spending.level,
     )
-
-
-_Saved = TypeVar("_Saved", PairedGain, Finding)
-
-
-def _read(cls: type[_Saved], data: Mapping[str, Any], what: str) -> _Saved:
-    try:
-        found = cls(**data)
-    except TypeError as error:  # no mapping, or other fields
-        raise CheckpointError(f"A saved {what} cannot be read: {error}") from error
-    require_numbers(found, [f.name for f in fields(cls)])
-    return found
-
-
-def require_numbers(record: Any, names: Sequence[str]) -> None:
-    """Check that fields of a record read from a file are numbers, and its ``samples`` a whole one.
-
-    Raises:
-        CheckpointError: If one is not.
-    """
-    for name in names:
-        value = getattr(record, name)
-        wanted = int if name in ("samples", "look") else (int, float)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise CheckpointError(f"{type(record).__name__}.{name} cannot be {value!r}.")

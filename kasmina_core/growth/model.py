@@ -16,12 +16,13 @@ from kasmina_core.blueprints.declarations import BlueprintRegistry
 from kasmina_core.errors import GerminationError, HostError, TransitionError
 from kasmina_core.events import AlphaChanged, GateEvaluated, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence.attribution import Attribution, attribute
+from kasmina_core.evidence.isolation import GradientIsolationMonitor
 from kasmina_core.evidence.measuring import Evaluator as Evaluator
 from kasmina_core.evidence.measuring import GateSamples, SeedMeasurer
 from kasmina_core.evidence.screening import ScreenOfEpoch, screen
-from kasmina_core.gates.gates import ErrorBudget, GateResult
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.gates.thresholds import ErrorBudget
 from kasmina_core.growth.agreement import ALONE, Agreement, own_samples
 from kasmina_core.growth.config import GrowthConfig, Incubation
 from kasmina_core.growth.incubation import give_gradient
@@ -37,7 +38,7 @@ from kasmina_core.growth.watching.graphs import GraphForesight
 from kasmina_core.growth.watching.misuse import Misuse, decided, one_number
 from kasmina_core.growth.watching.untracked import UntrackedSeeds
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
-from kasmina_core.isolation import GradientIsolationMonitor, IsolationReading
+from kasmina_core.isolation import IsolationReading
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import (
     Advance,
@@ -58,6 +59,7 @@ from kasmina_core.quiet import devices_of, private_rng, quiet_evaluation
 from kasmina_core.sharding import kept_whole, reshard
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
+from kasmina_core.verdicts import GateResult
 
 SLOTS_KEY = "kasmina_slots"
 

@@ -9,9 +9,9 @@ from typing import Any, Final, final
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
-from kasmina_core.gates.gates import GateResult
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.verdicts import GateResult
 
 RECORD_VERSION: Final = 3
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import importlib_metadata
 
     from kasmina_core.checks.reports import ValidationReport
-    from kasmina_core.gates.gates import GateCheckSpec
+    from kasmina_core.gates.checks import GateCheckSpec
     from kasmina_core.policies.protocol import Policy
 
 

@@ -32,7 +32,7 @@ from kasmina_core.blueprints.declarations import BlueprintSpec, HostSpec
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
-    from kasmina_core.gates.gates import GateCheckSpec
+    from kasmina_core.gates.checks import GateCheckSpec
     from kasmina_core.policies.protocol import Policy
 
 __all__ = ["BlueprintSpec", "HostSpec", "Topology", "hookimpl", "hookspec"]

@@ -16,7 +16,7 @@ from kasmina_core.packs.scanning import PackReason, PackState
 
 if TYPE_CHECKING:
     from kasmina_core.checks.reports import ValidationReport
-    from kasmina_core.gates.gates import GateCheckSpec
+    from kasmina_core.gates.checks import GateCheckSpec
     from kasmina_core.policies.protocol import Policy
 
 HOOKS: Final = tuple(name for name in vars(hookspecs) if name.startswith("kasmina_"))
@@ -108,7 +108,7 @@ def collect_offer(plugin: object, offer: Offer) -> None:
     _gather(trial, "kasmina_blueprints", BlueprintSpec, offer.blueprints)
     _gather(trial, "kasmina_hosts", HostSpec, offer.hosts)
     if "kasmina_gate_checks" in implemented:
-        from kasmina_core.gates.gates import GateCheckSpec
+        from kasmina_core.gates.checks import GateCheckSpec
 
         _gather(trial, "kasmina_gate_checks", GateCheckSpec, offer.gate_checks)
     offer.policies |= mapping_of_callables(trial.hook.kasmina_policies, "kasmina_policies")

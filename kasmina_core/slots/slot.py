@@ -35,14 +35,7 @@ from kasmina_core.events import (
     StageChanged,
     TelemetryEvent,
 )
-from kasmina_core.gates.gates import (
-    GATE_INTO,
-    CheckVerdict,
-    GateCheck,
-    GateContext,
-    GateLevel,
-    GateResult,
-)
+from kasmina_core.gates.checks import GateContext
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import Look, PairedGain
 from kasmina_core.growth.agreement import shared_command
@@ -67,6 +60,7 @@ from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.notes import GradientNorms
 from kasmina_core.topology import Topology
+from kasmina_core.verdicts import GATE_INTO, CheckVerdict, GateCheck, GateLevel, GateResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,8 @@ from kasmina_core.blueprints.declarations import BlueprintRegistry, BlueprintSpe
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import KasminaError
-from kasmina_core.gates.gates import GateThresholds, QualityGates
+from kasmina_core.gates.gates import QualityGates
+from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.hosts import InjectionPoint, features_in, submodule

@@ -30,8 +30,9 @@ from kasmina_core import (
     SeedState,
 )
 from kasmina_core.errors import BlueprintError
-from kasmina_core.gates.gates import GATE_INTO, GateContext
-from kasmina_core.gates.sequential import Finding, Look, PairedGain
+from kasmina_core.gates.checks import GateContext
+from kasmina_core.gates.sequential import Look, PairedGain
+from kasmina_core.verdicts import GATE_INTO, Finding
 
 G = GateLevel
 GERMINATION = (

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import DistributedError, MisuseWarning
-from kasmina_core.gates.gates import GateProfile, GateResult
+from kasmina_core.gates.thresholds import GateProfile
 from kasmina_core.growth.config import Incubation
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.protocol import Command, Observation, Policy
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.slot import SeedSlot
+from kasmina_core.verdicts import GateResult
 
 if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import Measurement

@@ -1,0 +1,272 @@
+"""Verdicts on seeds: the gates, their checks, results and findings. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum, IntEnum
+from types import MappingProxyType
+from typing import Any, Final, TypeVar, cast, final
+
+from kasmina_core.errors import CheckpointError
+from kasmina_core.lifecycle import SeedStage
+
+
+@final
+class GateLevel(IntEnum):
+    """The gates, each named for the transition it guards."""
+
+    G0 = 0
+    G1 = 1
+    G2 = 2
+    G3 = 3
+    G4 = 4
+    G5 = 5
+
+
+GATE_INTO: Final[Mapping[SeedStage, GateLevel]] = MappingProxyType(
+    {
+        SeedStage.GERMINATED: GateLevel.G0,
+        SeedStage.TRAINING: GateLevel.G1,
+        SeedStage.BLENDING: GateLevel.G2,
+        SeedStage.SHADOWING: GateLevel.G3,
+        SeedStage.PROBATIONARY: GateLevel.G4,
+        SeedStage.FOSSILIZED: GateLevel.G5,
+    }
+)
+"""The gate that guards the way into a stage; stages of the cooldown have none."""
+
+
+@final
+class CheckVerdict(Enum):
+    """Verdict of one check. A gate passes if one is PASSED and every other is PASSED or NOT_REQUIRED."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NEVER_MEASURED = "never measured"
+    NOT_REQUIRED = "not required"
+
+    @property
+    def stops(self) -> bool:
+        """Whether it keeps a gate from passing."""
+        return self in (CheckVerdict.FAILED, CheckVerdict.NEVER_MEASURED)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GateCheck:
+    """One named check of a gate.
+
+    Attributes:
+        name: What was checked.
+        value: What was measured; ``None``, NaN or infinite where nothing usable was.
+        minimum: Smallest value that passes, if there is one.
+        maximum: Largest value that passes, if there is one.
+        verdict: Passed, failed or never measured.
+        detail: More for people, such as the reason a width was refused.
+    """
+
+    name: str
+    value: float | None
+    verdict: CheckVerdict
+    minimum: float | None = None
+    maximum: float | None = None
+    detail: str = ""
+
+    @property
+    def threshold(self) -> str:
+        """The bounds as text, such as ``>= 3``."""
+        low = f">= {self.minimum:.6g}" if self.minimum is not None else ""
+        high = f"<= {self.maximum:.6g}" if self.maximum is not None else ""
+        return f"{low}, {high}".strip(", ")
+
+    def __str__(self) -> str:
+        value = "nothing" if self.value is None else f"{self.value:.4g}"
+        text = f"{self.name} {self.verdict.value}: {value} (needs {self.threshold})"
+        return f"{text}: {self.detail}" if self.detail else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "verdict": self.verdict.value,
+            "detail": self.detail,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateCheck:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            ValueError: If it is no check.
+        """
+        numbers = [data.get(name) for name in ("value", "minimum", "maximum")]
+        texts = [data.get(name) for name in ("name", "detail")]
+        if not (
+            all(number is None or type(number) in (int, float) for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError(f"expected a check of a gate, found {data!r:.80}")
+        value, minimum, maximum = numbers
+        return cls(str(texts[0]), value, CheckVerdict(data.get("verdict")), minimum, maximum, str(texts[1]))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a gate found of a seed at one look.
+
+    Attributes:
+        alpha: Blend weight at which the effect was measured.
+        effect: Mean gain per held-out sample; positive is good.
+        bound: What the true gain is not below, one-sided; above 0 exactly where the finding is significant.
+        low: Lower end of the interval of ``effect``.
+        high: Upper end. All the intervals of a test, one a look, hold the true effects at once with probability
+            ``1 - error_rate``.
+        samples: Held-out samples.
+        p_value: Probability of a finding this good, at this look alone, for a seed that does nothing.
+        look: Which look this was, from 1.
+        level: What ``p_value`` was compared with: the part of ``error_rate`` that this look may spend.
+        spent: What this and the earlier looks have spent together.
+        error_rate: What all looks at this seed may spend.
+    """
+
+    alpha: float
+    effect: float
+    bound: float
+    low: float
+    high: float
+    samples: int
+    p_value: float
+    look: int
+    level: float
+    spent: float
+    error_rate: float
+
+    def __str__(self) -> str:
+        return (
+            f"gain {self.effect:+.4g} ({100 * (1 - self.error_rate):.4g} % interval {self.low:+.4g} to "
+            f"{self.high:+.4g}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown or no number.
+        """
+        return read_numbers(cls, data, "finding")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What a gate said. True in a condition exactly if it passed.
+
+    Attributes:
+        gate: Which gate; ``None`` for one that does not exist or a transition without a gate.
+        checks: Every check, in order.
+        epoch: ``epochs_total`` of the seed when it was evaluated.
+        finding: Effect, interval, sample size and what the test spent, where the gate decided on evidence.
+    """
+
+    gate: GateLevel | None
+    checks: tuple[GateCheck, ...]
+    epoch: int = 0
+    finding: Finding | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed; a gate without checks does not pass."""
+        verdicts = [check.verdict for check in self.checks]
+        return CheckVerdict.PASSED in verdicts and not any(verdict.stops for verdict in verdicts)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    @property
+    def failed_checks(self) -> tuple[GateCheck, ...]:
+        """The checks that keep the gate from passing."""
+        return tuple(check for check in self.checks if check.verdict.stops)
+
+    @property
+    def reason(self) -> str:
+        """Why, in one line: the first check that failed (or was never measured, if none failed)."""
+        if self.passed:
+            return f"all {len(self.checks)} checks passed"
+        if not self.failed_checks:
+            return "nothing was checked"
+        measured = [check for check in self.failed_checks if check.verdict is CheckVerdict.FAILED]
+        return str((measured or self.failed_checks)[0])
+
+    def __str__(self) -> str:
+        if self.gate is None:
+            return self.reason
+        text = f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
+        return text if self.finding is None else f"{text}; {self.finding}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "gate": self.gate.name if self.gate is not None else None,
+            "passed": self.passed,
+            "reason": self.reason,
+            "epoch": self.epoch,
+            "checks": [check.to_dict() for check in self.checks],
+            "finding": self.finding.to_dict() if self.finding is not None else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateResult:
+        """Rebuild from `to_dict`; whether it passed follows from its checks.
+
+        Raises:
+            ValueError: If it is no result of a gate.
+        """
+        try:
+            gate = GateLevel[data["gate"]] if data["gate"] is not None else None
+            checks = tuple(GateCheck.from_dict(check) for check in data["checks"])
+            if type(epoch := data["epoch"]) is not int:
+                raise ValueError("its epoch is no whole number")
+            finding = Finding.from_dict(data["finding"]) if data["finding"] is not None else None
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
+            raise ValueError(f"expected what a gate said, found {data!r:.80}: {error}") from error
+        return cls(gate, checks, epoch, finding)
+
+
+_Saved = TypeVar("_Saved")
+
+
+def read_numbers(cls: type[_Saved], data: Mapping[str, Any], what: str) -> _Saved:
+    """Make a record of numbers from plain data.
+
+    Raises:
+        CheckpointError: If a field is missing, unknown or no number.
+    """
+    try:
+        found = cls(**data)
+    except TypeError as error:  # no mapping, or other fields
+        raise CheckpointError(f"A saved {what} cannot be read: {error}") from error
+    require_numbers(found, [f.name for f in fields(cast("Any", cls))])
+    return found
+
+
+def require_numbers(record: Any, names: Sequence[str]) -> None:
+    """Check that fields of a record read from a file are numbers, and its ``samples`` a whole one.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
+    for name in names:
+        value = getattr(record, name)
+        wanted = int if name in ("samples", "look") else (int, float)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise CheckpointError(f"{type(record).__name__}.{name} cannot be {value!r}.")
