@@ -43,6 +43,7 @@ from .errors import TransitionError as TransitionError
 from .errors import UnknownNameError as UnknownNameError
 from .events import AlphaChanged as AlphaChanged
 from .events import BlueprintRegistered as BlueprintRegistered
+from .events import GateChecksJoined as GateChecksJoined
 from .events import GateEvaluated as GateEvaluated
 from .events import IncubationStopped as IncubationStopped
 from .events import IsolationViolation as IsolationViolation

@@ -19,6 +19,7 @@ class TelemetryEventType(Enum):
     ALPHA_CHANGED = "alpha_changed"
     ISOLATION_VIOLATION = "isolation_violation"
     INCUBATION_STOPPED = "incubation_stopped"
+    GATE_CHECKS_JOINED = "gate_checks_joined"
     SEED_FOSSILIZED = "seed_fossilized"
     SEED_CULLED = "seed_culled"
 
@@ -72,6 +73,15 @@ class SeedGerminated(TelemetryEvent):
     type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_GERMINATED
     blueprint_id: str
     parameters: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateChecksJoined(TelemetryEvent):
+    """Gate checks of installed packs judge the new seed as well; ``checks`` holds their ids, ``pack:name``."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.GATE_CHECKS_JOINED
+    checks: tuple[str, ...]
 
 
 @final

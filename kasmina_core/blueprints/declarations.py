@@ -178,6 +178,10 @@ class RegisteredBlueprint:
 class BlueprintRegistry:
     """Blueprints by id. Ids are ``pack:name``; a short name resolves when it is unique (within a topology if given).
 
+    Attributes:
+        gate_checks: The gate checks (`GateCheckSpec`) of the same packs by id. They join the gates of every model that
+            has this registry, unless ``GrowthConfig(pack_gate_checks=False)`` leaves them out.
+
     >>> registry = BlueprintRegistry()
     >>> spec = BlueprintSpec("scale", Topology.CNN, "my_pack.seeds:Scale", lambda dim: dim)
     >>> registry.register(spec, pack="mine").id
@@ -189,6 +193,7 @@ class BlueprintRegistry:
     def __init__(self) -> None:
         self._blueprints: dict[str, RegisteredBlueprint] = {}
         self._unavailable: dict[str, PluginError] = {}
+        self.gate_checks: Mapping[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self._blueprints)

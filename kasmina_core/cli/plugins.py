@@ -268,6 +268,11 @@ def _print_pack(facts: Mapping[str, Any]) -> None:
         if facts[key]
     ]
     _print_pairs("pack", rows)
+    if facts["gate_checks"] and facts["state"] == PackState.ACTIVE.value:
+        click.echo(
+            "\nIts gate checks join the gates of every model that grows from this registry. To leave them out, set "
+            f"GrowthConfig(pack_gate_checks=False) or KASMINA_PLUGINS_BLOCK={','.join(facts['gate_checks'])}."
+        )
     if facts["cause"]:
         click.echo(f"\n{facts['cause']}")
     for other in facts["other_claims"]:

@@ -359,7 +359,7 @@ class GrowthRun:
             ramp_unit=RampUnit.STEP,
             ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
             keep_snapshot=True,
-            gates=QualityGates(thresholds=_thresholds(settings.proof), extra_checks=plugins.gate_checks()),
+            gates=QualityGates(thresholds=_thresholds(settings.proof)),
             seed=derived_seed(settings.seed, "seeds"),
         )
         example = None

@@ -52,11 +52,18 @@ class QualityGates:
     def __reduce__(self) -> tuple[Any, ...]:
         return QualityGates, (self.profile, self.thresholds, self.extra_checks)
 
-    def check(self, gate: GateLevel | int, context: GateContext) -> GateResult:
+    def check(
+        self, gate: GateLevel | int, context: GateContext, pack_checks: Iterable[GateCheckSpec] = ()
+    ) -> GateResult:
         """Run every check of a gate.
 
         Checks that need evidence run only when the others passed; otherwise they are never measured. An unknown gate
         fails.
+
+        Args:
+            gate: Which gate.
+            context: What it may look at.
+            pack_checks: Checks that packs declare, each of which may veto.
         """
         epoch = context.state.metrics.epochs_total
         try:
@@ -67,7 +74,7 @@ class QualityGates:
                 "gate exists", 0.0, CheckVerdict.FAILED, minimum=1.0, detail=f"{gate!r} is none of {known}"
             )
             return GateResult(None, (unknown,), epoch)
-        asked = [spec for spec in self.checks if level in spec.gates]
+        asked = [spec for spec in (*self.checks, *pack_checks) if level in spec.gates]
         done: dict[int, GateCheck] = {}
         may_go_on = True
         for cost in (0, 1, 2):

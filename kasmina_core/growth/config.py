@@ -76,6 +76,8 @@ class GrowthConfig:
         higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
         gradient_policies: Gradient policy of each topology.
         gates: The quality gates.
+        pack_gate_checks: Whether the gate checks of packs (``kasmina_gate_checks``) join the gates: those of the packs that
+            the model's registry holds. They may refuse a transition, never allow one.
         seed: Number from which the weights of each new seed are derived, so that they draw on no global generator.
 
     Raises:
@@ -97,6 +99,7 @@ class GrowthConfig:
         default_factory=lambda: dict(GRADIENT_POLICIES)
     )
     gates: QualityGates = field(default_factory=QualityGates)
+    pack_gate_checks: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

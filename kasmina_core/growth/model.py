@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast, final
+from typing import TYPE_CHECKING, Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ from kasmina_core.sharding import kept_whole, reshard
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 from kasmina_core.verdicts import GateResult
+
+if TYPE_CHECKING:
+    from kasmina_core.packs.discovery import PluginRegistry
 
 SLOTS_KEY = "kasmina_slots"
 
@@ -151,7 +154,8 @@ class MorphogeneticModel(nn.Module):
         config: How seeds are treated.
         example: Inputs for one forward: a tensor, a tuple of arguments or a mapping of keywords. It proves that each
             point fires, once, with the declared features. Default: the host's ``example_inputs()``.
-        registry: Where blueprints come from; ``None`` for the installed packs.
+        registry: Where blueprints and the gate checks of packs come from; ``None`` for the installed packs, which are
+            loaded when a blueprint or a gate is first asked for.
         telemetry: Takes the events.
         evaluator: See `evaluate_with`.
         causal: Whether points given by path lie in a causal host.
@@ -169,7 +173,7 @@ class MorphogeneticModel(nn.Module):
         *,
         config: GrowthConfig | None = None,
         example: object = None,
-        registry: BlueprintRegistry | None = None,
+        registry: BlueprintRegistry | PluginRegistry | None = None,
         telemetry: EventTarget | None = None,
         evaluator: Evaluator | None = None,
         causal: bool = False,
@@ -186,6 +190,7 @@ class MorphogeneticModel(nn.Module):
         self.growth_config = config or GrowthConfig()
         if not isinstance(self.growth_config, GrowthConfig):
             raise TypeError(f"config must be a GrowthConfig, not {config!r}.")
+        blueprints = registry if isinstance(registry, BlueprintRegistry | None) else registry.blueprints
         self.epoch = 0
         self.lost_epochs = 0
         self._sequence = 0
@@ -212,7 +217,7 @@ class MorphogeneticModel(nn.Module):
                         found.point,
                         found.shape,
                         self.growth_config,
-                        registry,
+                        blueprints,
                         dtype=_parameter_dtype(host, found.point.path, found.dtype),
                         device=found.device,
                     ).train(host.training)

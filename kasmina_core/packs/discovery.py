@@ -54,7 +54,7 @@ class PluginRegistry:
         strict: Whether `load_installed` raises if any pack cannot be used.
 
     Attributes:
-        blueprints: The blueprints of active packs.
+        blueprints: The blueprints of active packs, and their gate checks: what `MorphogeneticModel` takes from a registry.
         hosts: Their hosts.
         events: A `BlueprintRegistered` for each blueprint, in order.
         switches: The switches in force.
@@ -94,6 +94,7 @@ class PluginRegistry:
         self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
         self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
         self.blueprints = BlueprintRegistry()
+        self.blueprints.gate_checks = self._gate_checks
         self.hosts = HostRegistry(self._unavailable)
         self.events: list[BlueprintRegistered] = []
 

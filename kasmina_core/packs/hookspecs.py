@@ -67,6 +67,9 @@ def kasmina_hosts() -> Iterable[HostSpec]:  # type: ignore[empty-body]  # a hook
 def kasmina_gate_checks() -> Iterable[GateCheckSpec]:  # type: ignore[empty-body]  # a hook declaration
     """Return further checks for gates. They may veto a transition, never force one.
 
+    They judge every seed of a model whose registry holds the pack, unless ``GrowthConfig(pack_gate_checks=False)``
+    leaves them out.
+
     >>> @hookimpl
     ... def kasmina_gate_checks():
     ...     from kasmina_core import GateCheckSpec, GateLevel

@@ -25,6 +25,7 @@ from kasmina_core.events import (
     EXPLODING_GRADIENT,
     VANISHING_GRADIENT,
     AlphaChanged,
+    GateChecksJoined,
     GateEvaluated,
     IncubationStopped,
     IsolationViolation,
@@ -64,6 +65,8 @@ from kasmina_core.verdicts import GATE_INTO, CheckVerdict, GateCheck, GateLevel,
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kasmina_core.gates.checks import GateCheckSpec
 
 
 @final
@@ -443,7 +446,8 @@ class SeedSlot(nn.Module):
         state = SeedState(seed_id or f"{self.name}-{number}", entry.id, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
         trial = self._try_seed(entry.id, options, number, SeedStage.GERMINATED)
-        result = self.config.gates.check(GateLevel.G0, GateContext(state, germination=trial.findings))
+        context = GateContext(state, germination=trial.findings)
+        result = self.config.gates.check(GateLevel.G0, context, self.pack_checks)
         if not result.passed or trial.seed is None:
             raise GerminationError(
                 f"'{entry.id}' cannot germinate in slot '{self.name}' "
@@ -459,6 +463,8 @@ class SeedSlot(nn.Module):
         self._emit(
             SeedGerminated, blueprint_id=entry.id, parameters=sum(p.numel() for p in self.seed_parameters())
         )
+        if self.pack_checks:
+            self._emit(GateChecksJoined, checks=tuple(check.name for check in self.pack_checks))
         self._emit_gate(result)
         self._transition(SeedStage.GERMINATED)
         return state
@@ -525,6 +531,7 @@ class SeedSlot(nn.Module):
                 look=self._take_look,
                 screen=lambda: self._owner.screen(self) if self._owner is not None else None,
             ),
+            self.pack_checks,
         )
         if result.gate is not None:
             self._gates[result.gate] = result
@@ -835,6 +842,11 @@ class SeedSlot(nn.Module):
         )  # packs are loaded when a blueprint is first asked for
 
         return default_registry().blueprints
+
+    @property
+    def pack_checks(self) -> Sequence[GateCheckSpec]:
+        """The gate checks of packs that judge the seed besides the configured ones."""
+        return list(self._blueprints().gate_checks.values()) if self.config.pack_gate_checks else []
 
     def _try_seed(
         self, blueprint_id: str, options: Mapping[str, Any], number: int, stage: SeedStage
