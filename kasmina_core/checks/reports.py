@@ -1,4 +1,4 @@
-"""What the checks of a blueprint found, as data and as text.
+"""Reports: what checks found of a blueprint, a host or a pack, as data and as text.
 
 Nothing is called passed that did not run: a report names the devices that were really used and every check that did
 not run, with the reason.
@@ -6,12 +6,12 @@ not run, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, final
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum, StrEnum
+from typing import Any, ClassVar, final
 
-from kasmina_core.errors import BlueprintError
+from kasmina_core.errors import BlueprintError, KasminaError
 
 
 @final
@@ -83,19 +83,8 @@ class CheckResult:
         return plain_text(self.measured)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for JSON."""
-        return {
-            "name": self.name,
-            "status": self.status.value,
-            "device": self.device,
-            "where": self.where,
-            "expected": self.expected,
-            "measured": self.measured,
-            "tolerance": self.tolerance,
-            "hint": self.hint,
-            "claim": self.claim,
-            "needed": self.needed,
-        }
+        """Return the fields as plain data for JSON, without the exception."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "error"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CheckResult:
@@ -104,18 +93,11 @@ class CheckResult:
         Raises:
             KeyError, TypeError, ValueError: If ``data`` is something else.
         """
-        status = CheckStatus(data["status"])
-        needed = data["needed"]
-        texts = {name: data[name] for name in ("name", "device", "where", "tolerance", "hint", "claim")}
-        if not isinstance(needed, bool) or not all(isinstance(text, str) for text in texts.values()):
+        facts = {f.name: data[f.name] for f in fields(cls) if f.name != "error"}
+        texts = [facts[name] for name in ("name", "device", "where", "tolerance", "hint", "claim")]
+        if not isinstance(facts["needed"], bool) or not all(isinstance(text, str) for text in texts):
             raise TypeError("not a check")
-        return cls(
-            status=status,
-            expected=data["expected"],
-            measured=data["measured"],
-            needed=needed,
-            **texts,
-        )
+        return cls(**facts | {"status": CheckStatus(facts["status"])})
 
     def explain(self, subject: str) -> str:
         """Return the message of a failure: what is wrong with ``subject``, both values aligned, what to do."""
@@ -140,33 +122,46 @@ class CheckResult:
         return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class ValidationReport:
-    """What the checks of one blueprint found.
+class Report:
+    """What checks found of one subject: its own checks, and the reports of its parts.
 
     Attributes:
-        blueprint: Name of the blueprint.
+        kind: What the subject is; the field of that name holds the subject's name.
+        error: What `raise_if_failed` raises.
         origin: Who offers it, such as ``"kasmina-cnn 0.1"``; may be empty.
-        devices: The devices that modules really ran on.
-        asked: The kinds of device, ``"cpu"`` and ``"cuda"``, that had to be used for a verdict.
-        checks: Every check, also those that did not run.
+        checks: Every check of its own, also those that did not run.
     """
 
-    blueprint: str
+    kind: ClassVar[str]
+    error: ClassVar[type[KasminaError]]
     origin: str
-    devices: tuple[str, ...]
-    asked: tuple[str, ...]
     checks: tuple[CheckResult, ...]
 
     @property
+    def subject(self) -> str:
+        """The subject as the start of a sentence, with who offers it."""
+        named = f"{self.kind.capitalize()} '{getattr(self, self.kind)}'"
+        return named + (f" from pack '{self.origin}'" if self.origin else "")
+
+    @property
+    def used_devices(self) -> tuple[str, ...]:
+        """The devices that modules really ran on."""
+        return ()
+
+    @property
+    def children(self) -> tuple[Report, ...]:
+        """The reports of the subject's parts."""
+        return ()
+
+    @property
     def verdict(self) -> ValidationVerdict:
-        """The verdict on what was asked for; it says nothing about the rest (see `not_run`)."""
+        """The verdict on what was asked for, parts included; it says nothing about the rest (see `not_run`)."""
+        verdicts = {child.verdict for child in self.children}
         if self.failures:
-            return ValidationVerdict.FAILED
+            verdicts.add(ValidationVerdict.FAILED)
         if self.missing or not self.checks:
-            return ValidationVerdict.INCOMPLETE
-        return ValidationVerdict.PASSED
+            verdicts.add(ValidationVerdict.INCOMPLETE)
+        return worst(verdicts)
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
@@ -184,32 +179,29 @@ class ValidationReport:
         return tuple(c for c in self.not_run if c.needed)
 
     @property
-    def subject(self) -> str:
-        """The blueprint as the start of a sentence, with who offers it."""
-        return f"Blueprint '{self.blueprint}'" + (f" from pack '{self.origin}'" if self.origin else "")
-
-    @property
     def headline(self) -> str:
         """The verdict, and where it comes from, in one line."""
-        return f"{self.blueprint}: {self.verdict.value} on {', '.join(self.devices) or 'no device'}"
+        where = ", ".join(self.used_devices) or "no device"
+        return f"{getattr(self, self.kind)}: {self.verdict.value} on {where}"
 
     @property
     def failure_message(self) -> str:
-        """What is wrong and what to do, for people; empty if nothing failed."""
+        """What is wrong with the subject and its parts, and what to do; empty if nothing failed."""
         failures = self.failures
         message = "\n".join(check.explain(self.subject) for check in failures[:1])
         if others := dict.fromkeys(c.name for c in failures if c.name != failures[0].name):
             message += f"\nAlso failed: {', '.join(others)}."
-        return message
+        return "\n\n".join(filter(None, (message, *(child.failure_message for child in self.children))))
 
     def raise_if_failed(self) -> None:
         """Raise what failed.
 
         Raises:
-            BlueprintError: If a check failed; the exception behind it, if there was one, is chained.
+            BlueprintError, HostError, PluginError: Whichever the report is about, if a check failed; the exception
+                behind the first failure, if there was one, is chained.
         """
-        if failures := self.failures:
-            raise BlueprintError(self.failure_message) from failures[0].error
+        if failures := [*self.failures, *(check for child in self.children for check in child.failures)]:
+            raise self.error(self.failure_message) from failures[0].error
 
     def not_run_by_reason(self) -> dict[str, list[CheckResult]]:
         """Return the checks that did not run, under the reason why."""
@@ -219,14 +211,49 @@ class ValidationReport:
         return reasons
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "blueprint": self.blueprint,
-            "origin": self.origin,
-            "verdict": self.verdict.value,
-            "devices": list(self.devices),
-            "asked": list(self.asked),
-            "checks": [check.to_dict() for check in self.checks],
+        """Return plain data for JSON: the fields and the verdict."""
+        facts = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]  # every kind is a dataclass
+        return facts | {"verdict": self.verdict.value}
+
+    def __str__(self) -> str:
+        ran = [check for check in self.checks if check.status is not CheckStatus.NOT_RUN]
+        wide = max((len(check.label) for check in ran), default=0)
+        lines = [self.headline]
+        lines += [f"  {c.status.value:<7}  {c.label:<{wide}}  {c.detail}".rstrip() for c in ran]
+        for reason, checks in self.not_run_by_reason().items():
+            lines.append(f"  not run  {', '.join(check.label for check in checks)}: {reason}")
+        return "\n".join([*lines, *map(str, self.children)])
+
+
+@final
+@dataclass(frozen=True)
+class ValidationReport(Report):
+    """What the checks of one blueprint found.
+
+    Attributes:
+        blueprint: Name of the blueprint.
+        origin: Who offers it, such as ``"kasmina-cnn 0.1"``; may be empty.
+        devices: The devices that modules really ran on.
+        asked: The kinds of device, ``"cpu"`` and ``"cuda"``, that had to be used for a verdict.
+        checks: Every check, also those that did not run.
+    """
+
+    kind = "blueprint"
+    error = BlueprintError
+    blueprint: str
+    origin: str
+    devices: tuple[str, ...]
+    asked: tuple[str, ...]
+    checks: tuple[CheckResult, ...]
+
+    @property
+    def used_devices(self) -> tuple[str, ...]:
+        """The devices that modules really ran on."""
+        return self.devices
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: the fields, the verdict, and why checks did not run."""
+        return super().to_dict() | {
             "not_run": [
                 {"name": c.name, "device": c.device, "where": c.where, "why": c.hint, "needed": c.needed}
                 for c in self.not_run
@@ -254,15 +281,21 @@ class ValidationReport:
 
         return markdown(self)
 
-    def __str__(self) -> str:
-        ran = [check for check in self.checks if check.status is not CheckStatus.NOT_RUN]
-        wide = max((len(check.label) for check in ran), default=0)
-        far = max((len(check.status.value) for check in ran), default=7)
-        lines = [self.headline]
-        lines += [f"  {c.status.value:<{far}}  {c.label:<{wide}}  {c.detail}".rstrip() for c in ran]
-        for reason, checks in self.not_run_by_reason().items():
-            lines.append(f"  {'not run':<{far}}  {', '.join(check.label for check in checks)}: {reason}")
-        return "\n".join(lines)
+
+def worst(verdicts: Collection[ValidationVerdict]) -> ValidationVerdict:
+    """Return the worst verdict; ``passed`` if there is none."""
+    order = (ValidationVerdict.FAILED, ValidationVerdict.INCOMPLETE)
+    return next((verdict for verdict in order if verdict in verdicts), ValidationVerdict.PASSED)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (CheckResult, Report)):
+        return value.to_dict()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def plain_text(value: object) -> str:

@@ -11,16 +11,15 @@ from typing import Final, final
 
 import click
 
-from kasmina_core.checks.reports import CheckStatus, ValidationReport, ValidationVerdict
+from kasmina_core.checks.reports import CheckStatus, ValidationReport, ValidationVerdict, worst
 from kasmina_core.errors import UnknownNameError, did_you_mean
 from kasmina_core.packs.checking import (
     GIB,
-    PackOutcome,
+    PackReport,
     check_pack_apart,
     check_pack_here,
     default_memory,
     installed_packs,
-    worst,
 )
 
 EXIT_CODES: Final = {
@@ -88,7 +87,7 @@ def check(
         raise click.UsageError("--json and --markdown: give one of them.")
     memory = round(memory_limit * GIB) if memory_limit is not None else default_memory()
     progress = _Progress()
-    outcomes: list[PackOutcome] = []
+    outcomes: list[PackReport] = []
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a pack prints is not our output
             for name, ids in _chosen(names).items():
@@ -169,18 +168,18 @@ def _print(text: str) -> None:
 # -- what is printed --------------------------------------------------------------------------------------------------
 
 
-def plain_report(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
+def plain_report(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
     """Return what was found as text: a line a blueprint, and what is wrong below it."""
     lines: list[str] = []
-    wide = max((len(full) for outcome in outcomes for full in outcome.reports), default=0)
+    wide = max((len(full) for outcome in outcomes for full in outcome.blueprints), default=0)
     for outcome in outcomes:
-        lines.append(f"{outcome.name} ({outcome.origin})" + ("" if outcome.reports else _without(outcome)))
+        lines.append(f"{outcome.pack} ({outcome.origin})" + ("" if outcome.blueprints else _without(outcome)))
         for check_ in outcome.checks:
             if check_.status is CheckStatus.FAILED:
                 lines += _indented(check_.explain(outcome.subject), 2)
             elif check_.status is CheckStatus.NOT_RUN:
                 lines += _indented(f"not run: {check_.hint}", 2)
-        for full, report in outcome.reports.items():
+        for full, report in outcome.blueprints.items():
             lines.append(f"  {report.verdict.value:<10}  {full:<{wide}}  {_counts(report)}".rstrip())
             if report.failures:
                 lines += _indented(report.failure_message, 4)
@@ -192,7 +191,7 @@ def plain_report(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) ->
     return "\n".join(lines) + "\n"
 
 
-def _without(outcome: PackOutcome) -> str:
+def _without(outcome: PackReport) -> str:
     return f": {outcome.state.value}" if outcome.state.value != "active" else ": offers no blueprint"
 
 
@@ -206,19 +205,19 @@ def _counts(report: ValidationReport) -> str:
     return f"{bad}{len(ran)} checks on {', '.join(report.devices) or 'no device'}"
 
 
-def _absences(outcomes: Sequence[PackOutcome]) -> list[str]:
+def _absences(outcomes: Sequence[PackReport]) -> list[str]:
     """Say once what did not run and was not asked for."""
     reasons: dict[str, None] = {}
     for outcome in outcomes:
-        for report in outcome.reports.values():
+        for report in outcome.blueprints.values():
             for check_ in report.not_run:
                 if not check_.needed and check_.device:
                     reasons[f"Not run on {check_.device}: {check_.hint}."] = None
     return list(reasons)
 
 
-def _summary(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
-    reports = [report for outcome in outcomes for report in outcome.reports.values()]
+def _summary(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
+    reports = [report for outcome in outcomes for report in outcome.blueprints.values()]
     packs = [outcome for outcome in outcomes if not outcome.is_skipped]
     counts = [
         f"{sum(report.verdict is each for report in reports)} {each.value}"
@@ -239,15 +238,15 @@ def _plural(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
-def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -> str:
+def markdown_text(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
     """Return what was found as a Markdown page."""
     from kasmina_core.checks.formats import fenced, markdown, table
 
     parts = ["# kasmina plugins check", _summary(outcomes, verdict)]
     rows = [
-        (outcome.name, outcome.origin, full, report.verdict.value, _counts(report))
+        (outcome.pack, outcome.origin, full, report.verdict.value, _counts(report))
         for outcome in outcomes
-        for full, report in outcome.reports.items()
+        for full, report in outcome.blueprints.items()
     ]
     if rows:
         parts.append(table(("pack", "from", "blueprint", "verdict", "what ran"), rows))
@@ -257,5 +256,5 @@ def markdown_text(outcomes: Sequence[PackOutcome], verdict: ValidationVerdict) -
                 parts.append(fenced(check_.explain(outcome.subject)))
             elif check_.status is CheckStatus.NOT_RUN:
                 parts.append(fenced(f"{outcome.subject} was not checked.\n{check_.hint}"))
-    sections = [markdown(report, full) for outcome in outcomes for full, report in outcome.reports.items()]
+    sections = [markdown(report, full) for outcome in outcomes for full, report in outcome.blueprints.items()]
     return "\n\n".join([*parts, *(section.rstrip() for section in sections)]) + "\n"

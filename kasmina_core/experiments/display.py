@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.record import EpochRecord, RunRecord, SlotRecord
+from kasmina_core.experiments.record import EpochRecord, EpochSlot, RunRecord
 from kasmina_core.experiments.wording import TextTable, clean
 
 PLAIN_LINES: Final = 100
@@ -336,7 +336,7 @@ def _rich_table(source: TextTable, prose: int | None = None) -> Table:
     return table
 
 
-def _gain(slot: SlotRecord) -> str:
+def _gain(slot: EpochSlot) -> str:
     return "" if slot.gain is None else f"{slot.gain:+.4f}"
 
 

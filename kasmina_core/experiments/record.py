@@ -31,7 +31,7 @@ SeedOutcome = Literal["fossilized", "culled", "unfinished"]
 
 @final
 @dataclass(frozen=True, slots=True)
-class SlotRecord:
+class EpochSlot:
     """A slot at the end of an epoch.
 
     Attributes:
@@ -54,7 +54,7 @@ class SlotRecord:
         return _to_dict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SlotRecord:
+    def from_dict(cls, data: Mapping[str, Any]) -> EpochSlot:
         """Rebuild from `to_dict`.
 
         Raises:
@@ -92,7 +92,7 @@ class EpochRecord:
     val_metric: float
     parameters: int
     flops: float
-    slots: Sequence[SlotRecord] = ()
+    slots: Sequence[EpochSlot] = ()
     gate: str = ""
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class EpochRecord:
                 val_metric=read.number("val_metric"),
                 parameters=read.integer("parameters"),
                 flops=read.number("flops"),
-                slots=tuple(SlotRecord.from_dict(slot) for slot in read.sequence("slots")),
+                slots=tuple(EpochSlot.from_dict(slot) for slot in read.sequence("slots")),
                 gate=read.text("gate"),
             )
 

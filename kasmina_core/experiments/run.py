@@ -26,10 +26,10 @@ from kasmina_core.experiments.record import (
     HOST_ALONE,
     ArmResult,
     EpochRecord,
+    EpochSlot,
     RunRecord,
     SeedOutcome,
     SeedRecord,
-    SlotRecord,
 )
 from kasmina_core.experiments.tasks import SplitName, Task
 from kasmina_core.gates.gates import QualityGates
@@ -601,12 +601,12 @@ class GrowthRun:
                 self.task.metric(logits, targets).mean()
             )
 
-    def _slot_record(self, name: str) -> SlotRecord:
+    def _slot_record(self, name: str) -> EpochSlot:
         slot = self.model.slots[name]
         evidence = slot.last_evidence
         blueprint = slot.state.blueprint_id if slot.state is not None and slot.seed is not None else ""
         gain = evidence.gain if evidence is not None else None
-        return SlotRecord(name, slot.stage.name, blueprint, slot.alpha, gain)
+        return EpochSlot(name, slot.stage.name, blueprint, slot.alpha, gain)
 
     def _finish_arm(
         self,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from kasmina_core.blueprints.declarations import import_factory
-from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport, ValidationVerdict
+from kasmina_core.checks.reports import CheckResult, CheckStatus, Report, ValidationReport
 from kasmina_core.errors import KasminaError, PluginError, UnknownNameError
 from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 from kasmina_core.packs.switches import ENVIRONMENT, Switches
@@ -35,24 +35,28 @@ _LAST_WORDS: Final = 12
 
 @final
 @dataclass(frozen=True)
-class PackOutcome:
-    """What became of one pack, or of one claim to its name.
+class PackReport(Report):
+    """What checks found of one pack, or of one claim to its name.
 
     Attributes:
-        name: Name of the pack.
-        origin: The distribution and version that installed it.
+        pack: Name of the pack.
+        origin: The distribution and version that installed it; its name if it came from none.
+        checks: Checks of the pack itself: that it loads, that its hosts can be imported, that its process lives.
+        blueprints: The report of each blueprint, by full id.
+        hosts: The report of each host, by full id, where hosts were built and run.
         state: See `PackState`.
         named: Whether the user asked for it by name.
-        checks: Checks of the pack itself: that it loads, that its hosts can be imported, that its process lives.
-        reports: The report of each blueprint, by full id.
     """
 
-    name: str
+    kind = "pack"
+    error = PluginError
+    pack: str
     origin: str
-    state: PackState
-    named: bool
     checks: tuple[CheckResult, ...]
-    reports: Mapping[str, ValidationReport] = field(default_factory=dict)
+    blueprints: Mapping[str, ValidationReport] = field(default_factory=dict)
+    hosts: Mapping[str, Report] = field(default_factory=dict)
+    state: PackState = PackState.ACTIVE
+    named: bool = True
 
     @property
     def is_skipped(self) -> bool:
@@ -60,42 +64,19 @@ class PackOutcome:
         return self.state is PackState.BLOCKED and not self.named
 
     @property
-    def failures(self) -> tuple[CheckResult, ...]:
-        """The checks of the pack itself that failed."""
-        return tuple(check for check in self.checks if check.status is CheckStatus.FAILED)
-
-    @property
-    def verdict(self) -> ValidationVerdict:
-        """The worst among its own checks and its blueprints."""
-        verdicts = {report.verdict for report in self.reports.values()}
-        if self.failures:
-            verdicts.add(ValidationVerdict.FAILED)
-        if not self.checks or any(check.status is CheckStatus.NOT_RUN for check in self.checks):
-            verdicts.add(ValidationVerdict.INCOMPLETE)
-        return worst(verdicts)
+    def children(self) -> tuple[Report, ...]:
+        """The reports of its blueprints and hosts."""
+        return (*self.blueprints.values(), *self.hosts.values())
 
     @property
     def subject(self) -> str:
         """The pack as the start of a sentence."""
-        return f"Pack '{self.name}' ({self.origin})"
+        return f"Pack '{self.pack}' ({self.origin})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "pack": self.name,
-            "origin": self.origin,
-            "state": self.state.value,
-            "named": self.named,
-            "verdict": self.verdict.value,
-            "checks": [check.to_dict() for check in self.checks],
-            "blueprints": {full: report.to_dict() for full, report in self.reports.items()},
-        }
-
-
-def worst(verdicts: set[ValidationVerdict]) -> ValidationVerdict:
-    """Return the worst verdict; ``passed`` if there is none."""
-    order = (ValidationVerdict.FAILED, ValidationVerdict.INCOMPLETE)
-    return next((verdict for verdict in order if verdict in verdicts), ValidationVerdict.PASSED)
+    @property
+    def headline(self) -> str:
+        """The pack and the verdict in one line."""
+        return f"{self.pack} ({self.origin}): {self.verdict.value}"
 
 
 def installed_packs() -> list[PackRecord]:
@@ -114,7 +95,7 @@ def check_pack_here(
     device: str | None,
     tell: Tell,
     keep: Callable[[str, ValidationReport], None] | None = None,
-) -> list[PackOutcome]:
+) -> list[PackReport]:
     """Load one installed pack and run all checks of its blueprints.
 
     Args:
@@ -163,11 +144,13 @@ def check_pack_here(
             reports[full] = check_blueprint_spec(spec, device=device, origin=record.origin)
             if keep is not None:
                 keep(full, reports[full])
-        outcomes.append(PackOutcome(name, record.origin, record.state, named, tuple(checks), reports))
+        outcomes.append(
+            PackReport(name, record.origin, tuple(checks), reports, state=record.state, named=named)
+        )
     return outcomes
 
 
-def _unusable(record: PackRecord, named: bool) -> PackOutcome:
+def _unusable(record: PackRecord, named: bool) -> PackReport:
     blocked = record.state is PackState.BLOCKED
     check = CheckResult(
         "loads",
@@ -176,10 +159,9 @@ def _unusable(record: PackRecord, named: bool) -> PackOutcome:
         measured=record.reason.value if record.reason is not None else record.state.value,
         hint=record.cause,
         claim=f"is not available ({record.state.value})",
-        needed=named,
         error=record.error,
     )
-    return PackOutcome(record.name, record.origin, record.state, named, (check,))
+    return PackReport(record.name, record.origin, (check,), state=record.state, named=named)
 
 
 def _check_host_factory(full: str, factory: Any) -> CheckResult:
@@ -211,7 +193,7 @@ def check_pack_apart(
     tell: Tell,
     timeout: float,
     memory: int,
-) -> list[PackOutcome]:
+) -> list[PackReport]:
     """Check one installed pack as `check_pack_here` does, in a process whose end is not the end of this one.
 
     Args:
@@ -261,7 +243,7 @@ def check_pack_apart(
     )
     records = [record for record in installed_packs() if record.name == name]
     origin = records[0].origin if records else name
-    return [PackOutcome(name, origin, PackState.FAILED, named, (life,), listener.reports)]
+    return [PackReport(name, origin, (life,), listener.reports, state=PackState.FAILED, named=named)]
 
 
 def _last_words(said: Sequence[str]) -> Sequence[str]:
@@ -324,7 +306,7 @@ class _Listener:
         self.unknown = ""
         self.is_complete = False
         self.reports: dict[str, ValidationReport] = {}
-        self.outcomes: list[PackOutcome] = []
+        self.outcomes: list[PackReport] = []
 
     def read(self) -> None:
         with open(self._path, "rb") as file:
@@ -343,13 +325,13 @@ class _Listener:
                 self.reports[full] = ValidationReport.from_dict(data)
             case {"outcome": dict(data), "ids": list(ids)}:
                 self.outcomes.append(
-                    PackOutcome(
+                    PackReport(
                         data["pack"],
                         data["origin"],
-                        PackState(data["state"]),
-                        data["named"],
                         tuple(CheckResult.from_dict(check) for check in data["checks"]),
                         {full: self.reports[full] for full in ids},
+                        state=PackState(data["state"]),
+                        named=data["named"],
                     )
                 )
             case {"unknown": str(message)}:
@@ -386,7 +368,7 @@ def answer(order: Mapping[str, Any]) -> None:
             write(unknown=str(error))
             return
         for outcome in outcomes:
-            write(outcome=outcome.to_dict() | {"blueprints": {}}, ids=list(outcome.reports))
+            write(outcome=outcome.to_dict() | {"blueprints": {}}, ids=list(outcome.blueprints))
         write(end=True)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -56,7 +56,7 @@ class Severity(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PackFinding:
     """One thing that was found.
 
     Attributes:
@@ -99,7 +99,7 @@ class Diagnosis:
 
     switches: Switches
     packs: tuple[tuple[PackRecord, Probe | None], ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[PackFinding, ...]
 
     @property
     def is_healthy(self) -> bool:
@@ -149,7 +149,7 @@ def diagnose(
     except SwitchError as error:
         switches = Switches()
         todo = "Correct it. Until then nothing is loaded; here it was taken as not set, like all others."
-        findings.append(Finding(Severity.PROBLEM, "bad_switch", "environment", str(error), todo))
+        findings.append(PackFinding(Severity.PROBLEM, "bad_switch", "environment", str(error), todo))
     places, unreadable = _places()
     findings += unreadable
     records = list_packs(switches)
@@ -202,46 +202,46 @@ def _checked(packs: Iterable[_Tried], switches: Switches) -> list[_Tried]:
 # -- packs --------------------------------------------------------------------------------------------------------
 
 
-def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[Finding]:
+def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[PackFinding]:
     if result is not None and result.module_is_gone:
         what = f"The metadata of '{record.origin}' names the module {record.module}, which does not exist."
         todo = f"pip uninstall {record.distribution}, or install it again."
-        yield Finding(Severity.PROBLEM, "stale_metadata", record.name, what, todo)
+        yield PackFinding(Severity.PROBLEM, "stale_metadata", record.name, what, todo)
     elif record.is_bad and record.reason is not None:
         advice = ADVICE[record.reason].format(
             distribution=record.distribution, name=record.name, module=record.module.partition(":")[0]
         )
         # A conflict of two packs is one finding, because its cause names both.
         what = record.cause if record.origin in record.cause else f"{record.origin}: {record.cause}"
-        yield Finding(Severity.PROBLEM, record.reason.value, record.name, what, advice)
+        yield PackFinding(Severity.PROBLEM, record.reason.value, record.name, what, advice)
     if result is None or result.seconds is None:
         return
     if result.imports_torch:
         what = f"{record.origin}: importing {record.module} imports torch ({result.seconds:.2f} s), also where nobody uses it."
         todo = "Ask its author to name factories as text, 'package.module:attribute', and to import torch there only."
-        yield Finding(Severity.ADVICE, "imports_torch", record.name, what, todo)
+        yield PackFinding(Severity.ADVICE, "imports_torch", record.name, what, todo)
     elif result.seconds >= slow:
         what = f"{record.origin}: importing {record.module} takes {result.seconds:.2f} s."
         todo = f"See what takes the time: python -X importtime -c 'import {record.module.partition(':')[0]}'"
-        yield Finding(Severity.ADVICE, "slow_import", record.name, what, todo)
+        yield PackFinding(Severity.ADVICE, "slow_import", record.name, what, todo)
 
 
 # -- switches -----------------------------------------------------------------------------------------------------
 
 
-def _misspelt_switches(environ: Mapping[str, str]) -> Iterable[Finding]:
+def _misspelt_switches(environ: Mapping[str, str]) -> Iterable[PackFinding]:
     known = list(ENVIRONMENT.values())
     for variable in sorted(environ):
         if variable in known or not variable.upper().startswith("KASMINA"):
             continue
         if near := get_close_matches(variable.upper(), known, n=1, cutoff=0.85):
             what = f"{variable} is no switch, and does nothing."
-            yield Finding(Severity.PROBLEM, "misspelt_switch", variable, what, f"Did you mean {near[0]}?")
+            yield PackFinding(Severity.PROBLEM, "misspelt_switch", variable, what, f"Did you mean {near[0]}?")
 
 
 def _names_nothing(
     switches: Switches, records: Iterable[PackRecord], places: Mapping[str, list[str]]
-) -> Iterable[Finding]:
+) -> Iterable[PackFinding]:
     packs: dict[str, set[str]] = {}
     for record in records:
         offered = (*record.blueprints, *record.hosts, *record.gate_checks, *record.policies, *record.withheld)
@@ -262,13 +262,13 @@ def _names_nothing(
             )
             known = [*packs, *distributions, *(full for ids in packs.values() for full in ids)]
             todo = f"Correct it, or take it out.{did_you_mean(entry, known)}"
-            yield Finding(Severity.ADVICE, "switch_names_nothing", entry, what, todo)
+            yield PackFinding(Severity.ADVICE, "switch_names_nothing", entry, what, todo)
 
 
 # -- distributions --------------------------------------------------------------------------------------------------
 
 
-def _places() -> tuple[dict[str, list[str]], list[Finding]]:
+def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
     """Return where the metadata of each distribution that has packs, and of our own, lies; and what could not be read."""
     every: dict[str, list[str]] = {}
     with_packs = {"kasmina"}
@@ -282,7 +282,7 @@ def _places() -> tuple[dict[str, list[str]], list[Finding]]:
         except Exception as error:  # a foreign finder
             what = f"Listing the installed distributions raised {type(error).__name__}: {error}"
             todo = "Packs that would have come after it are not found. Mend or remove what put that finder into sys.meta_path."
-            findings.append(Finding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
+            findings.append(PackFinding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
             break
         try:
             name = normalized(distribution_name(distribution))
@@ -296,11 +296,11 @@ def _places() -> tuple[dict[str, list[str]], list[Finding]]:
     if "kasmina" not in every:
         what = "kasmina itself has no metadata here, so that the bundled packs are not found."
         todo = "Install it: pip install -e . in the checkout."
-        findings.append(Finding(Severity.PROBLEM, "no_own_metadata", "kasmina", what, todo))
+        findings.append(PackFinding(Severity.PROBLEM, "no_own_metadata", "kasmina", what, todo))
     return {name: every[name] for name in every if name in with_packs}, findings
 
 
-def _copies(places: Mapping[str, list[str]]) -> Iterable[Finding]:
+def _copies(places: Mapping[str, list[str]]) -> Iterable[PackFinding]:
     for name, wheres in sorted(places.items()):
         if len(wheres) < 2:
             continue
@@ -309,8 +309,8 @@ def _copies(places: Mapping[str, list[str]]) -> Iterable[Finding]:
         if len(set(folders)) < len(folders):
             what = f"Distribution '{name}' has metadata more than once in one folder, left over from another version:{rows}"
             todo = f"pip uninstall {name}, delete what is left, and install it again."
-            yield Finding(Severity.PROBLEM, "left_over_metadata", name, what, todo)
+            yield PackFinding(Severity.PROBLEM, "left_over_metadata", name, what, todo)
         else:
             what = f"Distribution '{name}' is found {len(wheres)} times; the first is used:{rows}"
             todo = "If the first is the one that you want, nothing. Else uninstall it, or change the order of sys.path."
-            yield Finding(Severity.ADVICE, "duplicate_distribution", name, what, todo)
+            yield PackFinding(Severity.ADVICE, "duplicate_distribution", name, what, todo)

@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kasmina_core.packs.checking import PackReport as PackReport
     from kasmina_core.testing.blueprints import check_blueprint as check_blueprint
     from kasmina_core.testing.blueprints import parametrize_blueprints as parametrize_blueprints
     from kasmina_core.testing.hosts import check_host as check_host
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from kasmina_core.testing.reports import HOST_CHECKS as HOST_CHECKS
     from kasmina_core.testing.reports import PACK_CHECKS as PACK_CHECKS
     from kasmina_core.testing.reports import HostReport as HostReport
-    from kasmina_core.testing.reports import PackReport as PackReport
 
 _HOME = {
     "HOST_CHECKS": "reports",
     "HostReport": "reports",
     "PACK_CHECKS": "reports",
-    "PackReport": "reports",
+    "PackReport": "packs",
     "check_blueprint": "blueprints",
     "check_host": "hosts",
     "check_pack": "packs",

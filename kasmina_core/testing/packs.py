@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.checks.blueprints import check_blueprint_spec
 from kasmina_core.checks.reports import CheckResult, CheckStatus
+from kasmina_core.packs.checking import PackReport
 from kasmina_core.testing.offered import registry_of, registry_with
-from kasmina_core.testing.reports import PackReport
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def check_pack(
         rest = ("offers_something", "declarations_repeat", *(["imports_no_torch"] if module else []))
         hint = "it does not load"
         unrun = [CheckResult(check, CheckStatus.NOT_RUN, hint=hint) for check in rest]
-        return PackReport(name, record.origin, (failed, *unrun))
+        return PackReport(name, record.origin, (failed, *unrun), state=record.state)
     checks = [
         CheckResult("loads", CheckStatus.PASSED, measured=record.state.value),
         _offers(_declared(registry)),

@@ -9,9 +9,9 @@ from kasmina_core.experiments.record import (
     HOST_ALONE,
     ArmResult,
     EpochRecord,
+    EpochSlot,
     RunRecord,
     SeedRecord,
-    SlotRecord,
 )
 
 # Stage of each slot at the end of epochs 1, 2, …; one letter an epoch.
@@ -60,7 +60,7 @@ def fake_run(epochs: int = 40) -> RunRecord:
             floor -= 0.14 * alpha
             parameters += 588 if blueprint else 0
             gain = None if letter in "dg" or not blueprint else 0.02 + 0.1 * alpha
-            slots.append(SlotRecord(name, _LETTERS[letter], blueprint, alpha, gain))
+            slots.append(EpochSlot(name, _LETTERS[letter], blueprint, alpha, gain))
         loss += speed * (floor - loss) + 0.012 * math.sin(2.1 * epoch)
         flops += 4e8 * (1 + parameters / 1000)
         gate = "G2 block1: passed, gain +0.0312 above 0.02" if epoch == 12 else ""

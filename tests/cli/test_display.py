@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.display import RunDisplay, final_text, plain_line, print_files, print_final
-from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, RunRecord, SlotRecord
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
 
@@ -71,7 +71,7 @@ def test_progress_goes_to_standard_error(capsys):
 
 def test_a_long_run_prints_some_epochs_and_every_change_of_stage():
     out = console()
-    slot = SlotRecord("s", "DORMANT")
+    slot = EpochSlot("s", "DORMANT")
     with RunDisplay(1000, console=out) as display:
         for i in range(1, 1001):
             stage = "TRAINING" if i >= 555 else "DORMANT"
@@ -113,7 +113,7 @@ def test_the_live_table_shows_epochs_slots_and_the_last_gate():
 
 
 def test_names_are_shown_as_they_are_and_control_nothing():
-    slot = SlotRecord(HOSTILE, "TRAINING", HOSTILE, 0.5, 0.1)
+    slot = EpochSlot(HOSTILE, "TRAINING", HOSTILE, 0.5, 0.1)
     record = EpochRecord(1, math.nan, math.inf, 0.5, 10, 1.0, (slot,), HOSTILE)
     for terminal in (False, True):
         out = console(terminal=terminal)
@@ -127,7 +127,7 @@ def test_names_are_shown_as_they_are_and_control_nothing():
 
 @given(name=st.text(), stage=st.text(), reason=st.text())
 def test_no_text_makes_a_plain_line_more_than_one_printable_line(name, stage, reason):
-    slot = SlotRecord(name, stage, name, 0.5, None)
+    slot = EpochSlot(name, stage, name, 0.5, None)
     line = plain_line(EpochRecord(1, 1.0, 1.0, 0.5, 10, 1.0, (slot,), reason), 1, "accuracy")
     assert line.isprintable()
 

@@ -24,9 +24,9 @@ from kasmina_core.experiments.record import (
     HOST_ALONE,
     ArmResult,
     EpochRecord,
+    EpochSlot,
     RunRecord,
     SeedRecord,
-    SlotRecord,
     write_atomically,
 )
 from kasmina_core.experiments.report import (
@@ -45,7 +45,7 @@ HOSTILE = '</td><script src="http://evil.example/x.js">alert(1)</script>"\' $\\f
 
 numbers = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e300])
 whole = st.integers(0, 10**15)
-slots = st.builds(SlotRecord, st.text(), st.text(), st.text(), numbers, st.none() | numbers)
+slots = st.builds(EpochSlot, st.text(), st.text(), st.text(), numbers, st.none() | numbers)
 epochs = st.builds(
     EpochRecord, whole, numbers, numbers, numbers, whole, numbers, st.lists(slots, max_size=2), st.text()
 )
@@ -108,7 +108,7 @@ def test_a_run_is_read_back_from_its_file(tmp_path):
         (lambda data: data.pop("arms"), "missing: arms"),
         (lambda data: data.update(surprise=1), "unknown: surprise"),
         (lambda data: data["epochs"][0].update(epoch="one"), "epoch is not a whole number but 'one'"),
-        (lambda data: data["epochs"][0]["slots"].append(3), "SlotRecord must be a mapping"),
+        (lambda data: data["epochs"][0]["slots"].append(3), "EpochSlot must be a mapping"),
         (lambda data: data["seeds"][0].update(outcome="eaten"), "outcome cannot be 'eaten'"),
         (lambda data: data["arms"][0].update(test_loss="low"), "ArmResult cannot be read"),
         (lambda data: data.update(interrupted=1), "interrupted"),
@@ -230,7 +230,7 @@ def hostile_run():
     run.task = run.host = run.metric_name = HOSTILE
     run.config = {HOSTILE: HOSTILE}
     run.notes = [HOSTILE]
-    slot = SlotRecord(HOSTILE, HOSTILE, HOSTILE, math.nan, math.nan)
+    slot = EpochSlot(HOSTILE, HOSTILE, HOSTILE, math.nan, math.nan)
     run.epochs = [EpochRecord(1, math.nan, math.inf, math.nan, 1, math.nan, (slot,), HOSTILE)]
     run.seeds = [SeedRecord(HOSTILE, HOSTILE, HOSTILE, "culled", 1, 1, [], 1, math.nan, 0.0, 1.0, HOSTILE)]
     run.arms = [ArmResult(HOSTILE, 1, math.inf, 1, math.nan, math.nan, math.nan, 0.0)]
