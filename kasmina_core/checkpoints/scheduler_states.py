@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core.errors import CheckpointError
-from kasmina_core.training.schedulers import FollowingSchedulers
+from kasmina_core.training.schedulers import follow, with_inner
 
 
 def scheduler_states(schedulers: Iterable[LRScheduler]) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def load_scheduler_states(
             raise CheckpointError(f"The saved state of {name} cannot be loaded: {error}") from error
         optimizer: Optimizer = scheduler.optimizer
         if (before := groups_as_saved.get(id(optimizer))) is not None:
-            FollowingSchedulers([scheduler], optimizer).follow(before, optimizer.param_groups)
+            follow(with_inner([scheduler]), before, optimizer.param_groups)
 
 
 def _check(where: str, here: Mapping[str, Any], saved: Any) -> None:

@@ -254,10 +254,7 @@ class GrowthCallback(TrainerCallback):
         model = self._required_model()
         if self._optimizer is not None:
             untie_optimizer(model, self._optimizer)
-        # accelerate puts a wrapper around an optimiser; a scheduler knows the one or the other.
-        if getattr(scheduler, "optimizer", None) is getattr(optimizer, "optimizer", optimizer):
-            optimizer = scheduler.optimizer
-        schedulers = [] if scheduler is None else [scheduler]
+        schedulers = () if scheduler is None else (scheduler,)
         self._optimizer = tie_optimizer(model, optimizer, schedulers=schedulers, **self._tie)
 
     def _batches(self) -> Iterable[Any]:

@@ -9,13 +9,12 @@ from typing import Any, final
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core.errors import GerminationError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import KeptOptimizerState
 from kasmina_core.growth.watching.misuse import require_model
-from kasmina_core.training.schedulers import FollowingSchedulers, group_settings
+from kasmina_core.training.schedulers import FollowingSchedulers, follow, group_settings, unfound, unwrapped
 
 PerSeed = float | Callable[[str, str], float]
 """A number for all seeds, or a function of a seed's slot and blueprint id."""
@@ -49,7 +48,7 @@ class _TiedOptimizer:
             return
         groups = self.optimizer.param_groups
         _refuse_what_muon_refuses(slot, self.optimizer, own)
-        self._schedulers.check(slot, groups)
+        schedulers = self._schedulers.now(slot)
         before = list(groups)
         factor = self._value("lr_factor", self._lr_factor, slot)
         shared = {name: groups[0][name] for name in self.optimizer.defaults if name in groups[0]}
@@ -63,15 +62,16 @@ class _TiedOptimizer:
         _begin_adagrad(self.optimizer, group)
         # A state_dict knows parameters by position: an order that does not depend on who grew first keeps it right.
         groups.sort(key=lambda g: str(g.get("kasmina_slot", "")))
-        self._schedulers.follow(before, groups, factor)
+        follow(schedulers, before, groups, factor)
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         before = list(self.optimizer.param_groups)
         grown = {id(p) for group in before if "kasmina_slot" in group for p in group["params"]}
         # The groups of seeds hold nothing of the host's, so where they hold all of it the host need not be asked.
         own = parameters if all(id(p) in grown for p in parameters) else self._without_host(parameters)
+        schedulers = self._schedulers.now()
         self._drop(own)
-        self._schedulers.follow(before, self.optimizer.param_groups)
+        follow(schedulers, before, self.optimizer.param_groups)
         # Memory is freed only when both the groups and the state let go.
         for parameter in own:
             self.optimizer.state.pop(parameter, None)
@@ -118,7 +118,7 @@ def tie_optimizer(
     lr_factor: PerSeed = 1.0,
     weight_decay: PerSeed | None = None,
     takes: Callable[[nn.Parameter], bool] | None = None,
-    schedulers: Iterable[LRScheduler] = (),
+    schedulers: Iterable[Any] | None = None,
 ) -> Optimizer:
     """Keep an optimiser's parameter groups in step with a model's seeds from now on.
 
@@ -130,9 +130,10 @@ def tie_optimizer(
 
     Schedulers go on as if the group had always been there: a seed's learning rate, and its bounds where the scheduler
     keeps them per group, are those of the first group times ``lr_factor``. A bound that all groups share, such as
-    ``eta_min``, stays shared. A germination that a scheduler could not follow is refused.
+    ``eta_min``, stays shared. A germination that a scheduler could not follow is refused. Schedulers of torch need no
+    name: those made for the optimiser, also after it was tied, are found while they are alive.
 
-    Tying an optimiser again replaces its tie, for schedulers that were made later.
+    Tying an optimiser again replaces its tie. What accelerate prepared is tied as what it wraps.
 
     Args:
         model: The model; seeds that are already there get a group of their own now.
@@ -143,18 +144,21 @@ def tie_optimizer(
             of the first group.
         takes: Which of a seed's parameters this optimiser holds; default all. With two optimisers, such as Muon for
             matrices and AdamW for the rest, tie each to its share.
-        schedulers: Learning-rate schedulers of this optimiser, of torch's classes or made of what those keep per group.
+        schedulers: Learning-rate schedulers of this optimiser that must be followed, of torch's classes or made of what
+            those keep per group. Others that are found are followed as far as what they keep is known. ``None``
+            requires it of all that are found; ``()`` of none.
 
     Returns:
-        The same optimiser.
+        The optimiser, as it was given.
 
     Raises:
         TypeError: If the model or the optimiser is none, one of the schedulers is none of torch's, or the optimiser
             takes one group only (LBFGS).
         ValueError: If the optimiser holds parameters and none of them is this model's, a scheduler was made for another
-            optimiser, or a number is negative or not finite.
+            optimiser or left its mark on this one and is not found, or a number is negative or not finite.
         GerminationError: If a scheduler, or Muon, cannot take the seeds that are already there.
     """
+    given, optimizer = optimizer, unwrapped(optimizer)
     _check_what_is_tied(model, optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
@@ -166,13 +170,15 @@ def tie_optimizer(
         if setting is not None and not callable(setting):
             _checked(name, setting)
     following = FollowingSchedulers(schedulers, optimizer)
+    if schedulers is None and following.are_expected and not following.now():
+        raise ValueError(unfound(optimizer))
     tied = _TiedOptimizer(model, optimizer, lr_factor, weight_decay, takes, following)
     for slot in model.slots:
         if parameters := model.seed_parameters(slot):
             tied.seed_added(slot, parameters)
     untie_optimizer(model, optimizer)
     model.listen(tied)
-    return optimizer
+    return given
 
 
 def _check_what_is_tied(model: object, optimizer: object) -> None:
@@ -196,6 +202,7 @@ def _check_what_is_tied(model: object, optimizer: object) -> None:
 
 def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:
     """Let an optimiser go its own way: it keeps its groups, and follows the model's seeds no more."""
+    optimizer = unwrapped(optimizer)
     model._listeners[:] = [
         listener
         for listener in model._listeners

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from kasmina_core.errors import GerminationError
 # What torch's schedulers keep per group, in lists of their own and in the groups.
 _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 _COPIES = ("lr_lambdas", "base_momentums", "max_momentums")
+_KNOWN = (*_RATES, *_COPIES)
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 _GROUP_COPIES = ("base_momentum", "max_momentum")
 _CYCLED = ("momentum", "betas")
@@ -36,8 +38,12 @@ def group_settings(first: Mapping[str, Any], factor: float) -> dict[str, Any]:
 class FollowingSchedulers:
     """Schedulers whose lists per group are kept in the order of their optimiser's groups.
 
+    Named ones must be followable. The others are found among the objects that are alive: one that nobody named would
+    fail in torch's words at the first step after a germination.
+
     Args:
-        schedulers: The schedulers; those inside of them (`ChainedScheduler`, `SequentialLR`) follow too.
+        schedulers: Named schedulers, plain or as accelerate prepares them; those inside of them (`ChainedScheduler`,
+            `SequentialLR`) follow too. ``None`` if all that are found shall be followable.
         optimizer: The optimiser they were made for.
 
     Raises:
@@ -45,88 +51,165 @@ class FollowingSchedulers:
         ValueError: If one was made for another optimiser.
     """
 
-    def __init__(self, schedulers: Iterable[LRScheduler], optimizer: Optimizer) -> None:
-        self._given = list(schedulers)
-        for scheduler in self._given:
+    def __init__(self, schedulers: Iterable[Any] | None, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._finds_all = schedulers is None
+        self._has_found = not self._finds_all
+        self._named: list[LRScheduler] = []
+        for given in schedulers or ():
+            scheduler = given if isinstance(given, LRScheduler) else getattr(given, "scheduler", given)
             if not isinstance(scheduler, LRScheduler):
                 raise TypeError(
                     f"{type(scheduler).__name__} is not a torch.optim.lr_scheduler.LRScheduler: "
-                    "what it keeps per parameter group is not known."
+                    "what it keeps per parameter group is not known.\n"
+                    "Leave it out, with schedulers=() if there is no other, and set the rates of seeds' groups in a "
+                    "listener (model.listen)."
                 )
-        for scheduler in self._all():
-            if getattr(scheduler, "optimizer", None) is not optimizer:
+            self._named.append(scheduler)
+        for scheduler in with_inner(self._named):
+            theirs = getattr(scheduler, "optimizer", None)
+            if unwrapped(theirs) is not optimizer:
                 raise ValueError(
                     f"{type(scheduler).__name__} was made for another optimiser than the {type(optimizer).__name__} "
-                    "that is tied."
+                    f"that is tied: tie its own, scheduler.optimizer ({type(theirs).__name__})."
                 )
 
-    def check(self, slot: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a new group if a scheduler could not follow it; changes nothing.
+    @property
+    def are_expected(self) -> bool:
+        """Whether a scheduler has left its mark on the optimiser, the rate from which a group began."""
+        return any("initial_lr" in group for group in self._optimizer.param_groups)
+
+    def now(self, slot: str | None = None) -> list[LRScheduler]:
+        """Return all that follow a change of the groups, those that were made since the last one included.
 
         Args:
-            slot: Name of the slot that would get a group.
-            groups: The groups as they are now.
+            slot: Name of the slot that gets a group, which is refused if a scheduler could not follow it; changes
+                nothing. ``None`` if a group goes.
 
         Raises:
-            GerminationError: If a scheduler keeps a list per group that is not known, or has lost count of the groups.
+            GerminationError: If a scheduler keeps a list per group that is not known, or has lost count of the groups,
+                or was made for the optimiser and is not to be found.
         """
-        count = len(groups)
-        for scheduler in self._all():
-            name = f"{type(scheduler).__name__} cannot follow a new parameter group for slot '{slot}'.\n"
-            for key, values in vars(scheduler).items():
-                if not isinstance(values, list | tuple):
-                    continue
-                if key in _RATES or key in _COPIES:
-                    if len(values) != count:
-                        raise GerminationError(
-                            f"{name}"
-                            f"  values in {key}: {len(values)}\n"
-                            f"  parameter groups: {count}\n"
-                            "Give schedulers to tie_optimizer before seeds get their groups, or make them anew."
-                        )
-                elif key not in _NOT_PER_GROUP and len(values) == count and not _holds_schedulers(values):
-                    raise GerminationError(
-                        f"{name}"
-                        f"  values in {key}: {len(values)}, whose meaning is not known\n"
-                        f"  parameter groups: {count}\n"
-                        f"  known lists: {', '.join((*_RATES, *_COPIES))}\n"
-                        "Leave it out of tie_optimizer's schedulers and extend it in a listener (model.listen)."
-                    )
+        named = with_inner(self._named)
+        count = len(self._optimizer.param_groups)
+        others = self._find(named)
+        self._has_found |= bool(named or others)
+        if not self._finds_all:
+            others = [each for each in others if not _unknown_lists(each, count)]
+        if slot is not None:
+            self._refuse(slot, named, others, count)
+        return named + others
 
-    def follow(
-        self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], factor: float = 1.0
+    def _find(self, named: Sequence[LRScheduler]) -> list[LRScheduler]:
+        # An optimiser does not know its schedulers, and one that drives ReduceLROnPlateau alone bears no mark of it.
+        # Objects refer to their class, so this is one walk over the heap in C, some 30 ms in a large process.
+        kinds = _with_subclasses(LRScheduler)
+        alive = [o for o in gc.get_referrers(*kinds) if type(o) in kinds]
+        made = [o for o in alive if unwrapped(vars(o).get("optimizer")) is self._optimizer]
+        known = {id(scheduler) for scheduler in named}
+        return [scheduler for scheduler in with_inner(made) if id(scheduler) not in known]
+
+    def _refuse(
+        self, slot: str, named: Sequence[LRScheduler], others: Sequence[LRScheduler], count: int
     ) -> None:
-        """Bring the lists into the order of ``after``; new groups get the first group's values.
+        for scheduler in named:
+            for key, values in _lists(scheduler).items():
+                if key in _KNOWN and len(values) != count:
+                    raise GerminationError(
+                        f"{_cannot_follow(scheduler, slot)}"
+                        f"  values in {key}: {len(values)}\n"
+                        f"  parameter groups: {count}\n"
+                        "Give schedulers to tie_optimizer before seeds get their groups, or make them anew."
+                    )
+        for scheduler in (*named, *others):
+            for key, values in _unknown_lists(scheduler, count).items():
+                raise GerminationError(
+                    f"{_cannot_follow(scheduler, slot)}"
+                    f"  values in {key}: {len(values)}, whose meaning is not known\n"
+                    f"  parameter groups: {count}\n"
+                    f"  known lists: {', '.join(_KNOWN)}\n"
+                    "Name the others, tie_optimizer(..., schedulers=[...]), or none with schedulers=(), and extend this "
+                    "one in a listener (model.listen)."
+                )
+        if self.are_expected and not self._has_found:
+            raise GerminationError(unfound(self._optimizer))
 
-        Args:
-            before: The groups that the lists describe.
-            after: The groups now; one that stayed is the same object.
-            factor: Learning rates of new groups over those of the first.
-        """
-        for scheduler in self._all():
-            for key in (*_RATES, *_COPIES):
-                values = vars(scheduler).get(key)
-                if values is None or len(values) != len(before):
-                    continue
-                known = {id(group): value for group, value in zip(before, values, strict=True)}
-                new = values[0] * factor if key in _RATES else values[0]
-                # A scheduler's state_dict shares its lists: they are replaced, never changed.
-                setattr(scheduler, key, [known.get(id(group), new) for group in after])
 
-    def _all(self) -> list[LRScheduler]:
-        """Return the schedulers and those inside of them, each once."""
-        found: dict[int, LRScheduler] = {}
-        waiting = list(self._given)
-        while waiting:
-            scheduler = waiting.pop()
-            if id(scheduler) in found:
+def unfound(optimizer: Optimizer) -> str:
+    """Return the message about a scheduler that left its mark on an optimiser and is no scheduler of torch."""
+    return (
+        f"A scheduler was made for the {type(optimizer).__name__}, whose groups have 'initial_lr', and none of torch's "
+        "is to be found: the groups of seeds cannot follow it.\n"
+        "If it is alive, name it: tie_optimizer(model, optimizer, schedulers=[scheduler]). If it is gone, or a listener "
+        "of yours sees to the seeds' groups: tie_optimizer(model, optimizer, schedulers=())."
+    )
+
+
+def follow(
+    schedulers: Iterable[LRScheduler],
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    factor: float = 1.0,
+) -> None:
+    """Bring schedulers' lists into the order of ``after``; new groups get the first group's values.
+
+    Args:
+        schedulers: The schedulers, those inside of others included.
+        before: The groups that the lists describe.
+        after: The groups now; one that stayed is the same object.
+        factor: Learning rates of new groups over those of the first.
+    """
+    for scheduler in schedulers:
+        for key in _KNOWN:
+            values = vars(scheduler).get(key)
+            if values is None or len(values) != len(before):
                 continue
-            found[id(scheduler)] = scheduler
-            for value in vars(scheduler).values():
-                parts = value if isinstance(value, list | tuple) else (value,)
-                waiting += [part for part in parts if isinstance(part, LRScheduler)]
-        return list(found.values())
+            known = {id(group): value for group, value in zip(before, values, strict=True)}
+            new = values[0] * factor if key in _RATES else values[0]
+            # A scheduler's state_dict shares its lists: they are replaced, never changed.
+            setattr(scheduler, key, [known.get(id(group), new) for group in after])
 
 
-def _holds_schedulers(values: Sequence[object]) -> bool:
-    return bool(values) and all(isinstance(value, LRScheduler) for value in values)
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimiser inside of wrappers that share its groups, such as accelerate's; without one itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    shares = isinstance(inner, Optimizer) and inner.param_groups is getattr(optimizer, "param_groups", None)
+    return unwrapped(inner) if shares else optimizer
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
+
+
+def with_inner(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:
+    """Return the schedulers and those inside of them, each once."""
+    found: dict[int, LRScheduler] = {}
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop()
+        if id(scheduler) in found:
+            continue
+        found[id(scheduler)] = scheduler
+        for value in vars(scheduler).values():
+            parts = value if isinstance(value, list | tuple) else (value,)
+            waiting += [part for part in parts if isinstance(part, LRScheduler)]
+    return list(found.values())
+
+
+def _lists(scheduler: LRScheduler) -> dict[str, Sequence[Any]]:
+    return {key: values for key, values in vars(scheduler).items() if isinstance(values, list | tuple)}
+
+
+def _unknown_lists(scheduler: LRScheduler, count: int) -> dict[str, Sequence[Any]]:
+    """Return the lists that have a value for each group and a meaning that is not known."""
+    return {
+        key: values
+        for key, values in _lists(scheduler).items()
+        if key not in (*_KNOWN, *_NOT_PER_GROUP)
+        and len(values) == count
+        and not all(isinstance(value, LRScheduler) for value in values)
+    }
+
+
+def _cannot_follow(scheduler: LRScheduler, slot: str) -> str:
+    return f"{type(scheduler).__name__} cannot follow a new parameter group for slot '{slot}'.\n"

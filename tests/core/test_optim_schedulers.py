@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler, swa_utils
 from torch.optim.swa_utils import SWALR
 
-from kasmina_core import GerminationError, SeedStage, tie_optimizer
+from kasmina_core import GerminationError, SeedStage, tie_optimizer, untie_optimizer
 
 RATE, FACTOR = 0.25, 0.5  # powers of two: a scaled schedule is then exact
 
@@ -429,3 +429,142 @@ def test_what_is_no_scheduler_of_torch_is_refused():
     model, _ = make_model()
     with pytest.raises(TypeError, match="object is not a torch"):
         tie_optimizer(model, SGD(model.host_parameters(), RATE), schedulers=[object()])
+
+
+@every_scheduler
+@pytest.mark.parametrize("when", ["before the tie", "after the tie", "after the seed"])
+def test_a_scheduler_that_nobody_named_follows_as_if_it_had_been(kind, when):
+    model, _ = make_model()
+    optimizer = SGD(model.host_parameters(), RATE, momentum=0.5)
+    reference, expected = both_from_the_start(CASES[kind], OPTIMISERS["SGD"])
+    scheduler = CASES[kind](optimizer) if when == "before the tie" else None
+    tie_optimizer(model, optimizer, lr_factor=FACTOR)
+    if when == "after the tie":
+        scheduler = CASES[kind](optimizer)
+    bring_to(model, SeedStage.TRAINING)
+    scheduler = scheduler or CASES[kind](optimizer)
+    for _ in range(6):
+        step(scheduler)
+        step(expected)
+        assert settings(optimizer) == settings(reference)
+    model.cull(FIRST)
+    step(scheduler)
+    step(expected)
+    assert settings(optimizer) == settings(reference)[:1]
+
+
+def test_a_scheduler_made_between_two_seeds_follows_the_second():
+    model, optimizer, early = grown(lambda_lr)
+    model.germinate(FIRST, "scale")
+    late = lr_scheduler.CyclicLR(optimizer, RATE, 1.0)
+    model.germinate(SECOND, "scale")
+    step(early)
+    step(late)
+    assert len(late.base_lrs) == len(early.base_lrs) == 3
+
+
+def test_an_unnamed_scheduler_with_lists_of_its_own_refuses_a_germination_unless_told_otherwise():
+    model, _ = make_model()
+    optimizer = SGD(model.host_parameters(), RATE)
+    scheduler = Wavy(optimizer)
+    tie_optimizer(model, optimizer)
+    with pytest.raises(GerminationError, match=r"Wavy cannot follow(.*\n)*.*schedulers=\(\)"):
+        model.germinate(FIRST, "scale")
+
+    class Extends:
+        def seed_added(self, slot, parameters):
+            scheduler.base_lrs.append(scheduler.base_lrs[0])
+            scheduler.phases.append(0.0)
+
+        def seed_removed(self, slot, parameters):
+            raise AssertionError("it stays")
+
+    tie_optimizer(model, optimizer, schedulers=())
+    model.listen(Extends())
+    model.germinate(FIRST, "scale")
+    step(scheduler)
+    assert rates(optimizer)[0] == rates(optimizer)[1] != RATE
+
+
+class Foreign:
+    """A scheduler that is none of torch's, as timm has them."""
+
+    def __init__(self, optimizer):
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+
+def test_a_scheduler_that_is_none_of_torchs_is_noticed_when_the_optimiser_is_tied():
+    model, _ = make_model()
+    optimizer = SGD(model.host_parameters(), RATE)
+    Foreign(optimizer)
+    with pytest.raises(ValueError, match=r"SGD.*'initial_lr'(.*\n)*.*schedulers=\[scheduler\](.*\n)*.*=\(\)"):
+        tie_optimizer(model, optimizer)
+    tie_optimizer(model, optimizer, schedulers=())
+    model.germinate(FIRST, "scale")
+    assert rates(optimizer) == [RATE, RATE]
+
+
+def test_a_scheduler_that_is_none_of_torchs_and_made_later_refuses_the_germination():
+    model, _ = make_model()
+    optimizer = tie_optimizer(model, SGD(model.host_parameters(), RATE))
+    Foreign(optimizer)
+    with pytest.raises(GerminationError, match=r"none of torch's is to be found"):
+        model.germinate(FIRST, "scale")
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_scheduler_that_has_done_its_part_and_is_gone_does_not_refuse_a_germination():
+    model, _ = make_model()
+    optimizer = SGD(model.host_parameters(), RATE)
+    scheduler = lambda_lr(optimizer)
+    tie_optimizer(model, optimizer)
+    step(scheduler)
+    del scheduler
+    model.germinate(FIRST, "scale")
+    assert rates(optimizer) == [0.9 * RATE] * 2
+
+
+class WrapsOptimizer(torch.optim.Optimizer):
+    """Hands everything to the optimiser inside, as accelerate's does."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getstate__(self):
+        return {"optimizer": self.optimizer}
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class WrapsScheduler:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def step(self):
+        self.scheduler.step()
+
+
+@pytest.mark.parametrize("made_for", ["the wrapper", "the optimiser inside"])
+@pytest.mark.parametrize("tied", ["the wrapper", "the optimiser inside"])
+@pytest.mark.parametrize("named", ["wrapped", "plain", "not"])
+def test_wrappers_of_optimisers_and_schedulers_are_tied_as_what_they_wrap(made_for, tied, named):
+    model, _ = make_model()
+    inside = SGD(model.host_parameters(), RATE)
+    wrapper = WrapsOptimizer(inside)
+    scheduler = lambda_lr(wrapper if made_for == "the wrapper" else inside)
+    names = {"wrapped": [WrapsScheduler(scheduler)], "plain": [scheduler], "not": None}
+    given = wrapper if tied == "the wrapper" else inside
+    assert tie_optimizer(model, given, schedulers=names[named]) is given
+    model.germinate(FIRST, "scale")
+    wrapper.step()
+    scheduler.step()
+    assert rates(inside) == [0.9 * RATE] * 2
+    untie_optimizer(model, wrapper)
+    model.germinate(SECOND, "scale")
+    assert len(inside.param_groups) == 2

@@ -29,6 +29,7 @@ from kasmina_core import (
 
 pytest.importorskip("transformers")
 
+import accelerate
 from huggingface_case import (
     PLAN,
     SLOTS,
@@ -498,3 +499,22 @@ def test_a_bundled_policy_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_what_the_plan_of_these_tests_names_is_there() -> None:
     assert {slot for slot, _ in PLAN.values()} == set(growing_gpt2().slots)
+
+
+@pytest.mark.parametrize("what", ["as prepared", "what is inside"])
+def test_what_accelerate_prepared_is_tied_and_follows(what):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = MorphogeneticModel(
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()), ["1"], example=torch.ones(2, 1, 8, 8)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    trained, optimizer, scheduler = accelerator.prepare(
+        model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    )
+    tie_optimizer(model, optimizer, schedulers=[scheduler if what == "as prepared" else scheduler.scheduler])
+    model.germinate("1", "conv_light")
+    for _ in range(2):
+        accelerator.backward(trained(torch.ones(2, 1, 8, 8)).sum())
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
