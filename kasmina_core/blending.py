@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Final, final
+from dataclasses import dataclass
+from typing import Annotated, Final, final
 
 import torch
 from torch import Tensor
 
-from kasmina_core.errors import CheckpointError, SeedShapeError
+from kasmina_core.errors import SeedShapeError
+from kasmina_core.records import Mark, Range, Record
 
 STEPS_PER_TEMPERATURE: Final = 12.0
 """Default steepness: the ramp spans this many temperatures, so its largest step is about 3 / total_steps."""
@@ -19,7 +20,8 @@ LARGEST_STEEPNESS: Final = 24.0
 
 
 @final
-class AlphaSchedule:
+@dataclass(init=False, repr=False, slots=True, unsafe_hash=True)
+class AlphaSchedule(Record):
     """A sigmoid ramp that starts at exactly ``start`` and ends at exactly ``end``.
 
     With ``z(k) = (k - total_steps / 2) / temperature`` and ``s(z) = (1 + tanh(z / 2)) / 2``::
@@ -41,7 +43,10 @@ class AlphaSchedule:
     (0.0, 1.0, 1.0)
     """
 
-    __slots__ = ("end", "start", "temperature", "total_steps")
+    total_steps: Annotated[int, Range(1)]
+    start: Annotated[float, Mark.LATER]
+    end: Annotated[float, Mark.LATER]
+    temperature: Annotated[float, Mark.LATER]
 
     def __init__(
         self, total_steps: int, start: float = 0.0, end: float = 1.0, temperature: float | None = None
@@ -85,32 +90,10 @@ class AlphaSchedule:
                 low = middle + 1
         return low
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, AlphaSchedule) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash((self.total_steps, self.start, self.end, self.temperature))
-
     def __repr__(self) -> str:
         return (
             f"AlphaSchedule({self.total_steps}, {self.start}, {self.end}, temperature={self.temperature:g})"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as plain data."""
-        return {name: getattr(self, name) for name in ("total_steps", "start", "end", "temperature")}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AlphaSchedule:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If the data does not describe a ramp.
-        """
-        try:
-            return cls(**data)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"The saved alpha schedule cannot be read: {error}") from error
 
 
 def like_host(seed: Tensor, host: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Any, Final, final
+from typing import Final, final
 
-from kasmina_core.errors import CheckpointError, TransitionError
+from kasmina_core.errors import TransitionError
+from kasmina_core.records import Count, Record
 
 HISTORY_LENGTH: Final = 100
 
@@ -91,7 +92,7 @@ def is_failure_stage(stage: SeedStage) -> bool:
 
 
 @dataclass(slots=True)
-class SeedMetrics:
+class SeedMetrics(Record):
     """What was measured of a seed; ``None`` means never measured.
 
     Improvements are positive when the model got better, whichever way the metric points:
@@ -116,19 +117,19 @@ class SeedMetrics:
     """
 
     higher_is_better: bool = False
-    epochs_total: int = 0
-    epochs_in_current_stage: int = 0
+    epochs_total: Count = 0
+    epochs_in_current_stage: Count = 0
     initial_metric: float | None = None
     current_metric: float | None = None
     best_metric: float | None = None
     metric_at_stage_start: float | None = None
-    isolation_violations: int = 0
+    isolation_violations: Count = 0
     deviation: float | None = None
     gradient_norm: float | None = None
     gradient_norm_max: float | None = None
     alpha: float = 0.0
-    blending_steps_done: int = 0
-    blending_steps_total: int = 0
+    blending_steps_done: Count = 0
+    blending_steps_total: Count = 0
 
     def record(self, metric: float) -> None:
         """Take one validation measurement of the whole model; NaN and infinity are kept, so that a gate sees them."""
@@ -168,35 +169,9 @@ class SeedMetrics:
     def _improvement(self, before: float, after: float) -> float:
         return after - before if self.higher_is_better else before - after
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SeedMetrics:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        _require_keys("SeedMetrics", data, {f.name for f in fields(cls)})
-        metrics = cls(**data)
-        for f in fields(cls):
-            value = getattr(metrics, f.name)
-            wanted: type | tuple[type, ...] = (
-                type(f.default) if f.default is not None else (float, int, type(None))
-            )
-            if wanted is float:
-                wanted = (float, int)
-            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-                raise CheckpointError(f"SeedMetrics.{f.name} cannot be {value!r}.")
-            if wanted is int and isinstance(value, int) and value < 0:
-                raise CheckpointError(f"SeedMetrics.{f.name} cannot be negative, but is {value!r}.")
-        return metrics
-
 
 @dataclass(slots=True)
-class SeedState:
+class SeedState(Record):
     """One seed's place in its life.
 
     Attributes:
@@ -216,10 +191,13 @@ class SeedState:
     slot: str
     stage: SeedStage = SeedStage.DORMANT
     metrics: SeedMetrics = field(default_factory=SeedMetrics)
-    stage_history: deque[tuple[SeedStage, int]] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    stage_history: deque[tuple[SeedStage, Count]] = field(default_factory=deque)
     is_paused: bool = False
     is_stopped: bool = False
     cull_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.stage_history = deque(self.stage_history, maxlen=HISTORY_LENGTH)
 
     @property
     def previous_stage(self) -> SeedStage:
@@ -247,75 +225,3 @@ class SeedState:
         self.stage_history.append((self.stage, self.metrics.epochs_total))
         self.metrics.epochs_in_current_stage = 0
         self.metrics.metric_at_stage_start = self.metrics.current_metric
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data that ``torch.load(weights_only=True)`` and JSON accept."""
-        return {
-            "seed_id": self.seed_id,
-            "blueprint_id": self.blueprint_id,
-            "slot": self.slot,
-            "stage": int(self.stage),
-            "metrics": self.metrics.to_dict(),
-            "stage_history": [[int(stage), epoch] for stage, epoch in self.stage_history],
-            "is_paused": self.is_paused,
-            "is_stopped": self.is_stopped,
-            "cull_reason": self.cull_reason,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SeedState:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        _require_keys("SeedState", data, {f.name for f in fields(cls)})
-        try:
-            history = deque(
-                ((SeedStage(_whole(stage)), _whole(epoch)) for stage, epoch in data["stage_history"]),
-                maxlen=HISTORY_LENGTH,
-            )
-            state = cls(
-                seed_id=_text(data["seed_id"]),
-                blueprint_id=_text(data["blueprint_id"]),
-                slot=_text(data["slot"]),
-                stage=SeedStage(_whole(data["stage"])),
-                metrics=SeedMetrics.from_dict(data["metrics"]),
-                stage_history=history,
-                is_paused=_truth(data["is_paused"]),
-                is_stopped=_truth(data["is_stopped"]),
-                cull_reason=_text(data["cull_reason"]),
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"The saved seed state cannot be read: {error}") from error
-        return state
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, found {value!r}")
-    return value
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected a whole number, found {value!r}")
-    return int(value)
-
-
-def _truth(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, found {value!r}")
-    return value
-
-
-def _require_keys(what: str, data: Mapping[str, Any], wanted: set[str]) -> None:
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"The saved {what} is not a mapping but {type(data).__name__}.")
-    if set(data) != wanted:
-        missing, foreign = sorted(wanted - set(data)), sorted(map(str, set(data) - wanted))
-        raise CheckpointError(
-            f"The saved {what} has other fields than this version of kasmina.\n"
-            f"  missing: {', '.join(missing) or 'none'}\n"
-            f"  unknown: {', '.join(foreign) or 'none'}"
-        )

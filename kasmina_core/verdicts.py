@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from types import MappingProxyType
-from typing import Any, Final, TypeVar, cast, final
+from typing import Annotated, ClassVar, Final, final
 
-from kasmina_core.errors import CheckpointError
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.records import Count, Mark, Record
 
 
 @final
@@ -54,7 +54,7 @@ class CheckVerdict(Enum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class GateCheck:
+class GateCheck(Record):
     """One named check of a gate.
 
     Attributes:
@@ -85,38 +85,10 @@ class GateCheck:
         text = f"{self.name} {self.verdict.value}: {value} (needs {self.threshold})"
         return f"{text}: {self.detail}" if self.detail else text
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "name": self.name,
-            "value": self.value,
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "verdict": self.verdict.value,
-            "detail": self.detail,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> GateCheck:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            ValueError: If it is no check.
-        """
-        numbers = [data.get(name) for name in ("value", "minimum", "maximum")]
-        texts = [data.get(name) for name in ("name", "detail")]
-        if not (
-            all(number is None or type(number) in (int, float) for number in numbers)
-            and all(isinstance(text, str) for text in texts)
-        ):
-            raise ValueError(f"expected a check of a gate, found {data!r:.80}")
-        value, minimum, maximum = numbers
-        return cls(str(texts[0]), value, CheckVerdict(data.get("verdict")), minimum, maximum, str(texts[1]))
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Record):
     """What a gate found of a seed at one look.
 
     Attributes:
@@ -139,9 +111,9 @@ class Finding:
     bound: float
     low: float
     high: float
-    samples: int
+    samples: Count
     p_value: float
-    look: int
+    look: Count
     level: float
     spent: float
     error_rate: float
@@ -152,23 +124,10 @@ class Finding:
             f"{self.high:+.4g}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or no number.
-        """
-        return read_numbers(cls, data, "finding")
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class GateResult:
+class GateResult(Record):
     """What a gate said. True in a condition exactly if it passed.
 
     Attributes:
@@ -178,7 +137,9 @@ class GateResult:
         finding: Effect, interval, sample size and what the test spent, where the gate decided on evidence.
     """
 
-    gate: GateLevel | None
+    derived: ClassVar = ("passed", "reason")
+
+    gate: Annotated[GateLevel | None, Mark.BY_NAME]
     checks: tuple[GateCheck, ...]
     epoch: int = 0
     finding: Finding | None = None
@@ -212,61 +173,3 @@ class GateResult:
             return self.reason
         text = f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
         return text if self.finding is None else f"{text}; {self.finding}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "gate": self.gate.name if self.gate is not None else None,
-            "passed": self.passed,
-            "reason": self.reason,
-            "epoch": self.epoch,
-            "checks": [check.to_dict() for check in self.checks],
-            "finding": self.finding.to_dict() if self.finding is not None else None,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> GateResult:
-        """Rebuild from `to_dict`; whether it passed follows from its checks.
-
-        Raises:
-            ValueError: If it is no result of a gate.
-        """
-        try:
-            gate = GateLevel[data["gate"]] if data["gate"] is not None else None
-            checks = tuple(GateCheck.from_dict(check) for check in data["checks"])
-            if type(epoch := data["epoch"]) is not int:
-                raise ValueError("its epoch is no whole number")
-            finding = Finding.from_dict(data["finding"]) if data["finding"] is not None else None
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, CheckpointError) as error:
-            raise ValueError(f"expected what a gate said, found {data!r:.80}: {error}") from error
-        return cls(gate, checks, epoch, finding)
-
-
-_Saved = TypeVar("_Saved")
-
-
-def read_numbers(cls: type[_Saved], data: Mapping[str, Any], what: str) -> _Saved:
-    """Make a record of numbers from plain data.
-
-    Raises:
-        CheckpointError: If a field is missing, unknown or no number.
-    """
-    try:
-        found = cls(**data)
-    except TypeError as error:  # no mapping, or other fields
-        raise CheckpointError(f"A saved {what} cannot be read: {error}") from error
-    require_numbers(found, [f.name for f in fields(cast("Any", cls))])
-    return found
-
-
-def require_numbers(record: Any, names: Sequence[str]) -> None:
-    """Check that fields of a record read from a file are numbers, and its ``samples`` a whole one.
-
-    Raises:
-        CheckpointError: If one is not.
-    """
-    for name in names:
-        value = getattr(record, name)
-        wanted = int if name in ("samples", "look") else (int, float)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise CheckpointError(f"{type(record).__name__}.{name} cannot be {value!r}.")

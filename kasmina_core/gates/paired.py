@@ -6,21 +6,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, final
+from typing import Annotated, final
 
 from torch import Tensor
 
-from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.sequential import PairedGain
-from kasmina_core.verdicts import require_numbers
+from kasmina_core.records import Count, Range, Record
 
 _NOTHING: Mapping[float, Tensor] = MappingProxyType({})
-_NUMBERS = ("samples", "gain", "standard_error", "loss_with", "loss_without", "deviation", "skewness")
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class SeedEvidence:
+class SeedEvidence(Record):
     """Paired losses, or values of a metric, of the same held-out samples with and without a seed.
 
     With ``d_i = loss_i without - loss_i with`` over ``n`` samples (``with - without`` for a metric that grows with
@@ -42,14 +40,14 @@ class SeedEvidence:
             samples; ``None`` before, or where the samples are others.
     """
 
-    samples: int
+    samples: Count
     gain: float
     standard_error: float
     loss_with: float
     loss_without: float
     deviation: float
     skewness: float = 0.0
-    smaller: tuple[tuple[float, PairedGain], ...] = ()
+    smaller: tuple[tuple[Annotated[float, Range(above=0.0, below=1.0)], PairedGain], ...] = ()
     since_blending: PairedGain | None = None
 
     @property
@@ -127,35 +125,6 @@ class SeedEvidence:
                 (float(alpha), PairedGain.of(sign * (b - _wide(losses)))) for alpha, losses in smaller.items()
             ),
             since_blending=since,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        plain = {name: getattr(self, name) for name in _NUMBERS}
-        plain["smaller"] = [[alpha, gain.to_dict()] for alpha, gain in self.smaller]
-        plain["since_blending"] = self.since_blending.to_dict() if self.since_blending is not None else None
-        return plain
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SeedEvidence:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or no number.
-        """
-        try:
-            evidence = cls(**data)
-            smaller = tuple((alpha, PairedGain.from_dict(gain)) for alpha, gain in data["smaller"])
-            since = data["since_blending"]
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"The saved evidence cannot be read: {error}") from error
-        require_numbers(evidence, _NUMBERS)
-        for alpha, _ in smaller:
-            if not isinstance(alpha, float) or not 0.0 < alpha < 1.0:
-                raise CheckpointError(f"The saved evidence holds a gain at alpha {alpha!r}, not in (0, 1).")
-        read = {name: getattr(evidence, name) for name in _NUMBERS}
-        return cls(
-            **read, smaller=smaller, since_blending=PairedGain.from_dict(since) if since is not None else None
         )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Final, final
+from typing import Final, final
 
 from torch import Tensor
 
-from kasmina_core.verdicts import Finding, read_numbers
+from kasmina_core.records import Count, Record
+from kasmina_core.verdicts import Finding
 
 PLANNED_SHARE: Final = 0.8
 """Part of the level that the planned looks spend; the rest is for those that come later, without end."""
@@ -115,7 +116,7 @@ class Look:
 
 @final
 @dataclass(frozen=True, slots=True)
-class PairedGain:
+class PairedGain(Record):
     """What ``n`` paired differences say of their mean.
 
     With mean ``x``, standard deviation ``s`` and skewness ``g`` of the differences, ``t = sqrt(n) * x / s`` is
@@ -138,7 +139,7 @@ class PairedGain:
     https://doi.org/10.1080/01621459.1978.10480051
     """
 
-    samples: int
+    samples: Count
     gain: float
     standard_error: float
     skewness: float = 0.0
@@ -223,19 +224,6 @@ class PairedGain:
         if abs(g) < 1e-6 or self.samples < 3:
             return y
         return 3.0 / g * (math.cbrt(1.0 + g * (y - g / (6 * self.samples))) - 1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PairedGain:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or no number.
-        """
-        return read_numbers(cls, data, "gain")
 
 
 def judge(gains: Mapping[float, PairedGain], look: Look, spending: LevelSpending) -> Finding:

@@ -564,7 +564,7 @@ MANIFESTS = [
     (("id", [1]), r"id cannot be \[1\]"),
     (("shared", None), "shared cannot be None"),
     (("shared", W, {"a": "b"}), "'a' cannot be the same as 'b'"),
-    (("topology", "slots", FIRST, "record", "state", "stage", 77), "77 is not a valid SeedStage"),
+    (("topology", "slots", FIRST, "record", "state", "stage", 77), "stage must be a SeedStage .*, not 77"),
     (
         ("topology", "slots", FIRST, "record", "state", "metrics", "alpha", {"$float": "nan"}),
         "alpha of slot '2' is nan",

@@ -361,7 +361,7 @@ def test_the_finding_of_a_gate_survives_as_plain_data():
     assert "gain +0.1 (97.5 % interval +0.0" in str(result)
     assert "n = 100, alpha 1, look 3" in str(result)
     damaged = result.to_dict() | {"finding": {"look": 1}}
-    with pytest.raises(ValueError, match="finding cannot be read"):
+    with pytest.raises(CheckpointError, match="GateResult cannot be read: finding has other fields"):
         GateResult.from_dict(damaged)
 
 
@@ -742,14 +742,23 @@ def test_evidence_survives_as_plain_data(found):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"samples": 3}, "cannot be read"),
+        ({"samples": 3}, "(?s)SeedEvidence cannot be read.*missing: deviation, gain"),
         ([], "cannot be read"),
-        (evidence().to_dict() | {"gain": "much"}, "SeedEvidence.gain cannot be 'much'"),
-        (evidence().to_dict() | {"samples": 1.5}, "SeedEvidence.samples cannot be 1.5"),
+        (
+            evidence().to_dict() | {"gain": "much"},
+            "SeedEvidence cannot be read: gain must be a number, not 'much'",
+        ),
+        (
+            evidence().to_dict() | {"samples": 1.5},
+            "SeedEvidence cannot be read: samples must be a whole number of at least 0, not 1.5",
+        ),
         (evidence().to_dict() | {"colour": 1}, "colour"),
-        (evidence().to_dict() | {"smaller": [[2.0, PairedGain(3, 0.0, 0.0).to_dict()]]}, "at alpha 2.0"),
-        (evidence().to_dict() | {"smaller": [[0.3, {"gain": 1}]]}, "gain cannot be read"),
-        (evidence().to_dict() | {"since_blending": 1}, "gain cannot be read"),
+        (
+            evidence().to_dict() | {"smaller": [[2.0, PairedGain(3, 0.0, 0.0).to_dict()]]},
+            "must be a number above 0 and below 1, not 2.0",
+        ),
+        (evidence().to_dict() | {"smaller": [[0.3, {"gain": 1}]]}, r"smaller\[0\]\[1\] has other fields"),
+        (evidence().to_dict() | {"since_blending": 1}, "since_blending must be a mapping, not 1"),
     ],
 )
 def test_damaged_evidence_is_refused(data, says):

@@ -171,7 +171,10 @@ DAMAGE = [
     (lambda t, d: d.update(version=9), "another version.*saved: *9"),
     (lambda t, d: d.update(slots=3), "says of its seeds is damaged"),
     (lambda t, d: d["slots"][FIRST].pop("point"), "says of its seeds is damaged"),
-    (lambda t, d: d["slots"][FIRST]["record"]["state"].update(stage=99), "99 is not a valid SeedStage"),
+    (
+        lambda t, d: d["slots"][FIRST]["record"]["state"].update(stage=99),
+        r"stage must be a SeedStage .*, not 99",
+    ),
     (lambda t, d: d["slots"][FIRST]["record"].update(state=None), "damaged or holds no seed"),
     (lambda t, d: d["slots"][FIRST]["record"].update(germinations="x"), "cannot be read"),
     (

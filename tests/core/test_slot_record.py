@@ -26,6 +26,8 @@ from state_helpers import (
 
 from kasmina_core import (
     CheckpointError,
+    CheckVerdict,
+    GateCheck,
     Incubation,
     KasminaError,
     RampUnit,
@@ -163,34 +165,39 @@ def change(path, value):
     return damage
 
 
+CHECK = GateCheck("x", 1.0, CheckVerdict.PASSED).to_dict()
+
 DAMAGE = [
     (change(["version"], 99), f"another version.\n  saved:    99\n  readable: {RECORD_VERSION}"),
     (lambda r: r.pop("gains"), "slot '2' lacks: gains"),
     (change(["state", "slot"], "7"), "belongs to another slot.\n  saved: '7'\n  this:  '2'"),
     (change(["state", "stage"], 1), "a seed that is DORMANT; no seed can be"),
     (change(["state", "stage"], 0), "a seed that is UNKNOWN; no seed can be"),
-    (change(["state", "stage"], 42), "42 is not a valid SeedStage"),
+    (change(["state", "stage"], 42), r"stage must be a SeedStage \(0, .*10\), not 42"),
     (change(["state", "metrics", "alpha"], 1.5), "alpha of slot '2' is 1.5, not in"),
     (change(["state", "metrics", "alpha"], math.nan), "alpha of slot '2' is nan, not in"),
     (change(["schedule"], None), "is BLENDING but has no alpha schedule"),
     (change(["schedule", "total_steps"], 0), "total_steps must be a whole number of at least 1, not 0"),
-    (change(["schedule"], {"steps": 3}), "alpha schedule cannot be read"),
+    (
+        change(["schedule"], {"steps": 3}),
+        "(?s)AlphaSchedule cannot be read.*missing: total_steps\n  unknown: steps",
+    ),
     (change(["germinations"], math.inf), "expected a number of times, found inf"),
     (change(["germinations"], -1), "expected a number of times, found -1"),
     (change(["options"], {"gian": 1.0}), "cannot be rebuilt in slot '2'.*no option 'gian'"),
     (change(["options"], 5), "cannot be read"),
-    (change(["evidence"], {"samples": 1}), "evidence cannot be read"),
+    (change(["evidence"], {"samples": 1}), "Evidence cannot be read"),
     (change(["gains"], ["much"]), "cannot be read"),
     (change(["gradient_norms"], [1]), "cannot be read"),
     (change(["germinations"], 1 << 63), "expected a number of times, found 9223372036854775808"),
     (change(["gates"], None), "cannot be read"),
-    (change(["gates"], [{"gate": "G9"}]), "expected what a gate said, found {'gate': 'G9'}"),
+    (change(["gates"], [{"gate": "G9"}]), "GateResult cannot be read"),
     (
         change(
             ["gates"],
-            [{"gate": "G3", "epoch": 1, "checks": [{"name": "x", "detail": "", "verdict": "fine"}]}],
+            [{"gate": "G3", "epoch": 1, "finding": None, "checks": [CHECK | {"verdict": "fine"}]}],
         ),
-        "'fine' is not a valid CheckVerdict",
+        r"verdict must be a CheckVerdict \(passed, .*\), not 'fine'",
     ),
     (change(["frozen_by_pause"], ["weights"]), "paused with parameters it does not have: weights"),
     (change(["state", "blueprint_id"], "mine:per-token"), "blueprint: transformer, slot: cnn"),
