@@ -152,11 +152,14 @@ def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor
 
 
 def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
-    """Return ``rms(seed - host) / rms(host)`` over all elements, a 0-d float32 tensor."""
+    """Return ``rms(seed - host) / rms(host)`` over all elements, a 0-d float32 tensor.
+
+    Features without a size (no sample, or all zero) measure nothing: 0, but NaN where the seed is not finite.
+    """
     host, delta = host.detach(), seed.detach() - host.detach()
-    sizes = (torch.linalg.vector_norm(x, dtype=_wide(x.dtype)).float() for x in (host, delta))
-    whole, part = (size / math.sqrt(host.numel()) for size in sizes)
-    return cast("Tensor", part / (whole.square() + DEVIATION_EPS).sqrt())
+    whole, part = (torch.linalg.vector_norm(x, dtype=_wide(x.dtype)).float() for x in (host, delta))
+    ratio = part / (whole.square() + DEVIATION_EPS * host.numel()).sqrt()
+    return torch.where(whole > 0.0, ratio, 0.0 * part)
 
 
 def note_largest(noted: Tensor, value: Tensor) -> None:

@@ -546,3 +546,9 @@ def test_seed_that_writes_to_its_input_cannot_germinate(blueprint: str, incubati
         model.germinate("norm", blueprint)
     assert same_tensors(before, snapshot(model))
     assert model.slots["norm"].stage is SeedStage.DORMANT
+
+
+@pytest.mark.parametrize("host", [torch.zeros(0, 4, 2, 2), torch.zeros(3, 4, 2, 2)], ids=["empty", "zero"])
+def test_features_without_a_size_measure_no_deviation(host):
+    assert relative_deviation(host, host + 1.0).item() == 0.0
+    assert relative_deviation(torch.zeros(3, 4), torch.full((3, 4), torch.inf)).isnan()
