@@ -50,13 +50,24 @@ def devices_of(module: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def quiet_evaluation(host: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
+    """Run the block in eval mode without gradients; training modes and random numbers are then as before.
+
+    A block that switches the host to train mode between two forwards gets eval mode back at the next: batch
+    statistics of held-out samples must not move the host's.
+    """
     with private_rng(None, *devices_of(host)), torch.no_grad(), kept_modes(host):
         host.eval()
+        handle = host.register_forward_pre_hook(_back_to_eval)
         try:
             yield
         finally:
+            handle.remove()
             reshard(host)
+
+
+def _back_to_eval(host: nn.Module, _inputs: object) -> None:
+    if host.training:
+        host.eval()
 
 
 @contextmanager

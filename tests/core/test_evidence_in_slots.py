@@ -6,7 +6,17 @@ import pickle
 
 import pytest
 import torch
-from state_helpers import FIRST, SECOND, CountingEvaluator, bring_to, make_model, open_config, open_thresholds
+import torch.nn.functional as F
+from state_helpers import (
+    FIRST,
+    SECOND,
+    CountingEvaluator,
+    bring_to,
+    make_batch,
+    make_model,
+    open_config,
+    open_thresholds,
+)
 from torch import Tensor
 
 from kasmina_core import CheckVerdict, ErrorBudget, MorphogeneticModel, QualityGates, SeedStage
@@ -172,3 +182,22 @@ def test_every_vector_of_losses_is_gathered_over_processes() -> None:
     assert model.attribute(evaluator=CountingEvaluator(model)).joint.samples == 2 * alone.samples
     model.host[0].weight.requires_grad_(True)
     assert model.screen(CountingEvaluator(model))[FIRST].samples == 2 * alone.samples
+
+
+def test_an_evaluator_that_leaves_train_mode_on_moves_no_statistics():
+    model, _ = make_model(evaluate=False)
+    x, y = make_batch(16, seed=12)
+
+    def evaluator():
+        model.train()  # as a helper does that wants to go on with training
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    bring_to(model, SeedStage.TRAINING)
+    before = model.host[1].running_mean.clone()
+    model.evaluate_with(evaluator)
+    measured = model.measure(FIRST)
+    assert torch.equal(model.host[1].running_mean, before)
+    assert model.training
+    model.evaluate_with(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    model.step_epoch(1.0)
+    assert model.measure(FIRST).gain == measured.gain
