@@ -59,6 +59,9 @@ from kasmina_core.cli import options
     show_default=True,
     help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
 )
+@click.option(
+    "--sink", "sinks", multiple=True, metavar="ID", help="Also send the events to this sink of a pack."
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples a batch. Default: the task's.")
 @options.lr
@@ -78,6 +81,7 @@ def grow(
     policy_options: tuple[str, ...],
     incubation: str,
     proof: str,
+    sinks: tuple[str, ...],
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
@@ -132,8 +136,10 @@ def grow(
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
+        named = [plugins.create_sink(name, {"task": task, "seed": seed}) for name in sinks]
         folder = options.make_folder(out, task)  # made once nothing the user said can be refused any more
-        with Telemetry([JsonLinesSink(folder / "events.jsonl")]) as telemetry, _interruptible(run.interrupt):
+        to = [JsonLinesSink(folder / "events.jsonl"), *named]
+        with Telemetry(to) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
                 telemetry.emit(event)
             record = run.run(telemetry)

@@ -30,6 +30,7 @@ from kasmina_core.packs.offers import (
 )
 from kasmina_core.packs.scanning import PackReason, PackRecord, PackState, scan_packs, unwanted
 from kasmina_core.packs.switches import ENVIRONMENT, Switches
+from kasmina_core.telemetry.sinks import Sink, as_sink
 
 if TYPE_CHECKING:
     import importlib_metadata
@@ -229,7 +230,25 @@ class PluginRegistry:
         """Return policy factories by full id; looking up a short name works where it is unique."""
         return self._policies
 
-    def sinks(self, config: Mapping[str, Any] | None = None) -> Mapping[str, Callable[..., Any]]:
+    def create_sink(self, name: str, config: Mapping[str, Any] | None = None) -> Sink:
+        """Make a sink by id or unique short name.
+
+        Args:
+            name: ``pack:name`` or ``name``.
+            config: See `sinks`.
+
+        Raises:
+            PluginError: If its pack is not available, or its factory raises or makes no sink; the cause is chained.
+            UnknownNameError: If nobody offers it.
+        """
+        offered = self.sinks(config)
+        full = offered.resolve(name)
+        try:
+            return as_sink(offered[full]())
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"Sink '{full}' could not be made: {error!r}") from error
+
+    def sinks(self, config: Mapping[str, Any] | None = None) -> Catalogue[Callable[..., Any]]:
         """Return sink factories by full id; looking up a short name works where it is unique.
 
         A pack whose hook raises or returns something else offers none; asking for one of its sinks raises the cause.

@@ -92,6 +92,12 @@ def kasmina_policies() -> Mapping[str, Callable[..., Policy]]:  # type: ignore[e
 def kasmina_sinks(config: Mapping[str, Any]) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]  # a hook declaration
     """Return telemetry sinks by name; one is made only when somebody names it.
 
+    ``Telemetry(["mine:print"], sink_config={...})`` does, and ``kasmina grow --sink mine:print``. The value is called
+    without arguments and returns a `Sink` or a function of one event.
+
+    Args:
+        config: What the user says to the sinks; the command gives ``task`` and ``seed``.
+
     >>> @hookimpl
     ... def kasmina_sinks(config):
     ...     return {"print": lambda: print}

@@ -10,13 +10,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self, final
+from typing import Any, Final, Protocol, Self, final
 
 from kasmina_core.events import TelemetryEvent
-from kasmina_core.telemetry.sinks import CallableSink, Sink
+from kasmina_core.telemetry.sinks import Sink, as_sink
 
 _LOG: Final = logging.getLogger("kasmina.telemetry")
 
@@ -28,6 +28,14 @@ MAX_ATTEMPTS: Final = 12
 
 EXIT_TIMEOUT: Final = 2.0
 """Seconds that the end of the process waits for sinks."""
+
+
+class SinkSource(Protocol):
+    """Makes sinks by name; a `PluginRegistry` is one."""
+
+    def create_sink(self, name: str, config: Mapping[str, Any] | None = None) -> Sink:
+        """Return a new sink."""
+        ...
 
 
 @final
@@ -76,13 +84,18 @@ class Telemetry:
     The sinks belong to this object: `close` closes them. The end of the process waits up to `EXIT_TIMEOUT` for them.
 
     Args:
-        sinks: Sinks, or functions that take one event.
+        sinks: Sinks, functions that take one event, or names of sinks that packs offer: ``pack:name``, or ``name`` where
+            only one pack offers it. Packs are loaded only if a sink is named.
         queue_size: Events that may wait for one sink, at least 1.
         batch_size: Largest batch, at least 1.
         fast_mode: Emit nothing. Can be changed at any time; nothing else depends on it.
+        registry: Where named sinks come from; ``None`` for the installed packs.
+        sink_config: What the packs of named sinks may want to know; see ``kasmina_sinks``.
 
     Raises:
+        PluginError: If the pack of a named sink is not available, or cannot make it; the cause is chained.
         TypeError: If a sink is neither a `Sink` nor callable.
+        UnknownNameError: If no pack offers a named sink.
         ValueError: If ``queue_size`` or ``batch_size`` is below 1.
 
     >>> from kasmina_core.events import SeedGerminated
@@ -96,19 +109,26 @@ class Telemetry:
 
     def __init__(
         self,
-        sinks: Iterable[Sink | Callable[[TelemetryEvent], object]] = (),
+        sinks: Iterable[Sink | Callable[[TelemetryEvent], object] | str] = (),
         *,
         queue_size: int = 1024,
         batch_size: int = 64,
         fast_mode: bool = False,
+        registry: SinkSource | None = None,
+        sink_config: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(sinks, str):
+            raise TypeError(f"sinks must be a list of sinks or names, such as [{sinks!r}], not text.")
         for name, value in (("queue_size", queue_size), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         self.queue_size = queue_size
         self.batch_size = batch_size
         self.fast_mode = fast_mode
-        self._lines = tuple(_Line(_as_sink(sink), queue_size, batch_size) for sink in sinks)
+        made = [
+            as_sink(_named(sink, registry, sink_config) if isinstance(sink, str) else sink) for sink in sinks
+        ]
+        self._lines = tuple(_Line(sink, queue_size, batch_size) for sink in made)
         # Forgotten without close: the threads deliver what waits, close the sinks and end.
         weakref.finalize(self, _stop_all, self._lines).atexit = False
 
@@ -188,16 +208,12 @@ def _without_sinks(queue_size: int, batch_size: int, fast_mode: bool) -> Telemet
     return Telemetry((), queue_size=queue_size, batch_size=batch_size, fast_mode=fast_mode)
 
 
-def _as_sink(sink: Sink | Callable[[TelemetryEvent], object]) -> Sink:
-    if isinstance(sink, type):
-        raise TypeError(f"{sink.__name__} is a class: give a sink made from it, {sink.__name__}(...).")
-    if isinstance(sink, Sink):
-        return sink
-    if callable(sink):
-        return CallableSink(sink)
-    raise TypeError(
-        f"A sink has write(batch) and close(), or is a function of one event; {sink!r} is neither."
-    )
+def _named(name: str, registry: SinkSource | None, config: Mapping[str, Any] | None) -> Sink:
+    if registry is None:
+        from kasmina_core import default_registry  # through the door: packs lie above this room
+
+        registry = default_registry()
+    return registry.create_sink(name, config)
 
 
 @dataclass(slots=True)

@@ -155,6 +155,23 @@ class JsonLinesSink:
         return os.read(self._descriptor, 1) != b"\n"
 
 
+def as_sink(sink: object) -> Sink:
+    """Return a sink as it is, a function as its `CallableSink`.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(sink, type):
+        raise TypeError(f"{sink.__name__} is a class: give a sink made from it, {sink.__name__}(...).")
+    if isinstance(sink, Sink):
+        return sink
+    if callable(sink):
+        return CallableSink(sink)
+    raise TypeError(
+        f"A sink has write(batch) and close(), or is a function of one event; {sink!r} is neither."
+    )
+
+
 def _plain(value: Any) -> Any:
     """Return ``value`` as something strict JSON can hold; what JSON does not know becomes its ``str``."""
     if value is None or isinstance(value, bool | str):

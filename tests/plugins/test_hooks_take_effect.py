@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from fake_packs import SEEDS, Site
+from fake_packs import SEEDS, Site, run_python
 
 from kasmina_core import (
     GateChecksJoined,
@@ -20,15 +23,17 @@ from kasmina_core import (
     GerminationError,
     GrowthConfig,
     MorphogeneticModel,
+    PluginError,
     PluginRegistry,
     SeedStage,
     TelemetryEvent,
+    UnknownNameError,
     default_registry,
     hookimpl,
     reset_default_registry,
 )
 from kasmina_core.cli import main
-from kasmina_core.telemetry import JsonLinesSink
+from kasmina_core.telemetry import JsonLinesSink, MemorySink, Telemetry
 
 PACK = (
     SEEDS
@@ -38,6 +43,42 @@ from kasmina_core import GateCheckSpec, GateLevel
 @hookimpl
 def kasmina_blueprints():
     return [scale("scale")]
+
+@hookimpl
+def kasmina_hosts():
+    return [HostSpec("tiny", "fake_mine:tiny", Topology.CNN)]
+
+def tiny(in_channels=1, num_classes=2):
+    return Tiny(in_channels, num_classes)
+
+from kasmina_core import HookedHost, InjectionPoint
+
+class Tiny(HookedHost, nn.Module):
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(in_channels, 4, 3), nn.Linear(4, num_classes)
+
+    def injection_points(self):
+        return [InjectionPoint("stem", "stem", 4, Topology.CNN)]
+
+    def example_inputs(self):
+        return torch.zeros(2, self.stem.in_channels, 8, 8)
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3)))
+
+@hookimpl
+def kasmina_policies():
+    from kasmina_core import PlateauPolicy
+    return {"eager": lambda **options: PlateauPolicy(patience=1, min_delta=1e9, **options)}
+
+SEEN = []
+
+@hookimpl
+def kasmina_sinks(config):
+    def broken():
+        raise OSError("no network")
+    return {"list": lambda: lambda event: SEEN.append((dict(config), event)), "broken": broken, "none": lambda: 3}
 
 @hookimpl
 def kasmina_gate_checks():
@@ -54,13 +95,13 @@ def pack(
     monkeypatch.syspath_prepend(str(tmp_path))
     Site(tmp_path).install("fake-mine", "mine = fake_mine", fake_mine=PACK)
     yield default_registry()
+    del sys.modules["fake_mine"]
     torch.set_num_threads(1)  # the command set as many as it liked
 
 
 def grow(folder: Path, *arguments: str) -> Result:
-    short = ("--out", str(folder), "--epochs", "3", "--batch-size", "512")
-    eager = ("--policy-option", "patience=1", "--policy-option", "min_delta=1e9")
-    return CliRunner().invoke(main, ["grow", *short, *eager, *arguments])
+    short = ("--out", str(folder), "--epochs", "2", "--batch-size", "512")
+    return CliRunner().invoke(main, ["grow", *short, "--policy", "mine:eager", *arguments])
 
 
 class Recorder:
@@ -83,6 +124,83 @@ def make_model(**arguments: Any) -> tuple[MorphogeneticModel, Recorder]:
     host = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 2, 3))
     example = torch.zeros(2, 1, 8, 8)
     return MorphogeneticModel(host, ["0"], example=example, telemetry=recorder, **arguments), recorder
+
+
+# -- blueprints, hosts and policies -----------------------------------------------------------------------------------
+
+
+def test_a_host_a_policy_and_a_blueprint_of_a_pack_make_a_model(pack: PluginRegistry) -> None:
+    host = pack.hosts.create("mine:tiny", in_channels=3)
+    model = MorphogeneticModel(host, config=GrowthConfig(pack_gate_checks=False))
+    policy = pack.policies()["mine:eager"](blueprints=lambda slot: ["mine:scale"])
+    for _ in range(4):
+        model.step_epoch(1.0)
+        model.follow(policy)
+    state = model.slots["stem"].state
+    assert state is not None
+    assert state.blueprint_id == "mine:scale"
+
+
+def test_the_command_grows_a_host_of_a_pack_from_its_blueprint_by_its_policy(
+    pack: PluginRegistry, tmp_path: Path
+) -> None:
+    result = grow(tmp_path / "run", "--host", "mine:tiny", "--blueprint", "mine:scale", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert (record["host"], record["config"]["policy"]) == ("mine:tiny", "mine:eager")
+    assert [seed["blueprint"] for seed in record["seeds"]] == ["mine:scale"]
+
+
+# -- sinks ------------------------------------------------------------------------------------------------------------
+
+
+def seen_by_the_pack() -> list[tuple[dict[str, Any], TelemetryEvent]]:
+    seen: list[tuple[dict[str, Any], TelemetryEvent]] = sys.modules["fake_mine"].SEEN
+    return seen
+
+
+@pytest.mark.parametrize("name", ["mine:list", "list"])
+def test_a_sink_of_a_pack_is_named_beside_ones_own(pack: PluginRegistry, name: str) -> None:
+    own = MemorySink()
+    with Telemetry([name, own], sink_config={"project": "x"}) as telemetry:
+        model, _ = make_model()
+        model.emit_to(telemetry)
+        model.germinate("0", "mine:scale")
+    assert [event for _, event in seen_by_the_pack()] == own.events != []
+    assert seen_by_the_pack()[0][0] == {"project": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("mine:lost", UnknownNameError, "No sink 'mine:lost' is registered. Did you mean 'mine:list'?"),
+        ("zzz", UnknownNameError, "No sink 'zzz' is registered. Known: broken, list, none."),
+        ("mine:broken", PluginError, "Sink 'mine:broken' could not be made: OSError('no network')"),
+        ("mine:none", PluginError, "Sink 'mine:none' could not be made: TypeError"),
+    ],
+)
+def test_a_sink_that_cannot_be_made_is_an_error_at_once(
+    pack: PluginRegistry, tmp_path: Path, name: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=re.escape(says)):
+        Telemetry([name], registry=pack)
+    result = grow(tmp_path / "run", "--sink", name)
+    assert result.exit_code == 1
+    assert f"'{name}'" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_sink_of_a_pack_is_made_or_loaded_unless_it_is_named() -> None:
+    code = "import sys, kasmina_core.telemetry as t; t.Telemetry([print]); print([m for m in sys.modules if 'packs' in m])"
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_the_command_sends_its_events_to_a_sink_of_a_pack(pack: PluginRegistry, tmp_path: Path) -> None:
+    result = grow(tmp_path / "run", "--blueprint", "mine:scale", "--sink", "mine:list")
+    assert result.exit_code == 0, result.stderr
+    kept = [event["type"] for event in JsonLinesSink.read(tmp_path / "run" / "events.jsonl")]
+    assert [event.type.value for _, event in seen_by_the_pack()] == kept
+    assert seen_by_the_pack()[0][0] == {"task": "digits", "seed": 0}
 
 
 # -- gate checks ------------------------------------------------------------------------------------------------------
@@ -159,7 +277,7 @@ def test_a_check_of_a_pack_can_refuse_a_germination(pack: PluginRegistry) -> Non
 
 
 def test_the_command_asks_the_checks_of_packs_and_says_so(pack: PluginRegistry, tmp_path: Path) -> None:
-    result = grow(tmp_path / "run", "--blueprint", "mine:scale")
+    result = grow(tmp_path / "run", "--blueprint", "mine:scale", "--epochs", "3")
     assert result.exit_code == 0, result.stderr
     events = list(JsonLinesSink.read(tmp_path / "run" / "events.jsonl"))
     assert ["mine:veto"] in [e["checks"] for e in events if e["type"] == "gate_checks_joined"]

@@ -102,8 +102,12 @@ def test_a_function_is_a_sink_and_runs_off_the_training_thread():
 
 
 def test_something_that_is_no_sink_is_refused():
-    with pytest.raises(TypeError, match="'nothing'"):
-        Telemetry(["nothing"])
+    with pytest.raises(
+        TypeError, match=r"write.batch. and close.., or is a function of one event; 3 is neither"
+    ):
+        Telemetry([3])
+    with pytest.raises(TypeError, match=r"such as ..nothing..,"):
+        Telemetry("nothing")
     with pytest.raises(TypeError, match="MemorySink"):
         Telemetry([MemorySink])
 
