@@ -38,11 +38,62 @@ def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
     return {
         "version": TOPOLOGY_VERSION,
         "slots": {name: slot_data(slot) for name, slot in model.slots.items()},
+        **_counters(model),
+    }
+
+
+def counters_of(model: MorphogeneticModel) -> dict[str, Any]:
+    """Return what a model counts that its ``state_dict`` does not hold, as plain data for `restore_counters`."""
+    germinations = {name: slot.germinations for name, slot in model.slots.items()}
+    return {**_counters(model), "germinations": germinations}
+
+
+def restore_counters(model: MorphogeneticModel, data: Any) -> None:
+    """Set what `counters_of` returned.
+
+    Raises:
+        CheckpointError: If it is damaged; nothing is changed.
+    """
+    counters = _checked_counters(data)
+    germinations = data.get("germinations")
+    if not isinstance(germinations, Mapping) or not all(map(_is_count, germinations.values())):
+        raise CheckpointError(f"The saved growth is damaged: germinations cannot be {germinations!r:.80}.")
+    _set_counters(model, counters)
+    for name, slot in model.slots.items():
+        if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
+            slot.germinations = germinations.get(name, slot.germinations)
+
+
+Counters = tuple[int, int, int, float | None]
+
+
+def _counters(model: MorphogeneticModel) -> dict[str, Any]:
+    return {
         "epoch": model.epoch,
         "events": model._sequence,
         "lost_epochs": model.lost_epochs,
         "last_metric": model._last_metric,
     }
+
+
+def _checked_counters(data: Any) -> Counters:
+    saved = data if isinstance(data, Mapping) else {}
+    for name in ("epoch", "events", "lost_epochs"):
+        if not _is_count(saved.get(name)):
+            raise CheckpointError(f"The saved growth is damaged: {name} cannot be {saved.get(name)!r:.40}.")
+    metric = saved.get("last_metric")
+    if metric is not None and type(metric) not in (int, float):
+        raise CheckpointError(f"The saved growth is damaged: last_metric cannot be {metric!r:.40}.")
+    metric = None if metric is None else float(metric)
+    return saved["epoch"], saved["events"], saved["lost_epochs"], metric
+
+
+def _set_counters(model: MorphogeneticModel, counters: Counters) -> None:
+    model.epoch, model._sequence, model.lost_epochs, model._last_metric = counters
+
+
+def _is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
 
 
 def slot_data(slot: SeedSlot) -> dict[str, Any]:
@@ -119,14 +170,10 @@ def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[O
         handle.remove()
     for text in others:
         warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
-    model.epoch, model._sequence, model.lost_epochs, model._last_metric = (
-        counters  # last: a warning may be an error
-    )
+    _set_counters(model, counters)  # last: a warning may be an error
 
 
-def _checked(
-    model: MorphogeneticModel, data: Mapping[str, Any]
-) -> tuple[dict[str, Any], tuple[int, int, int, float | None]]:
+def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[str, Any], Counters]:
     version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
     if version != TOPOLOGY_VERSION:
         raise CheckpointError(
@@ -134,15 +181,7 @@ def _checked(
             f"  saved:    {version!r:.80}\n"
             f"  readable: {TOPOLOGY_VERSION}"
         )
-    counters = []
-    for name in ("epoch", "events", "lost_epochs"):
-        number = data.get(name)
-        if type(number) is not int or not 0 <= number < 1 << 63:
-            raise CheckpointError(f"The saved topology is damaged: {name} cannot be {number!r:.40}.")
-        counters.append(number)
-    metric = data.get("last_metric")
-    if metric is not None and type(metric) not in (int, float):
-        raise CheckpointError(f"The saved topology is damaged: last_metric cannot be {metric!r:.40}.")
+    counters = _checked_counters(data)
     slots = data.get("slots")
     if not isinstance(slots, Mapping):
         raise CheckpointError(f"The saved topology is damaged: slots cannot be {slots!r:.40}.")
@@ -162,12 +201,7 @@ def _checked(
             _compare_points(slot, saved["point"])
         if record.state is not None and not is_failure_stage(record.state.stage):
             demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
-    return dict(slots), (
-        counters[0],
-        counters[1],
-        counters[2],
-        None if metric is None else float(metric),
-    )
+    return dict(slots), counters
 
 
 def _compare_points(slot: SeedSlot, saved: Any) -> None:

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from kasmina_core.checkpoints.checkpoint import _present, unwrapped
+from kasmina_core.checkpoints.checkpoint import present
 from kasmina_core.checkpoints.files import MANIFEST, NewFolder
 from kasmina_core.checkpoints.growth_state import rebuilding, topology_of
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
+from kasmina_core.checkpoints.run_state import unwrapped
 from kasmina_core.errors import CheckpointError, DistributedError
 from kasmina_core.growth.model import SLOTS_KEY, MorphogeneticModel
 from kasmina_core.growth.undo import OptimizerBefore
@@ -128,7 +129,7 @@ def load_distributed(
     inner = _inner(model)
     team = _team(inner)
     with team.attempt("load_distributed()") if team is not None else nullcontext():
-        place = _present(Path(folder))
+        place = present(Path(folder))
         reader = CheckpointReader(place)
         with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
             wanted = _Wanted(reader.stored_tensors())

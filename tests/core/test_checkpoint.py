@@ -868,3 +868,16 @@ def test_a_policy_that_an_older_manifest_does_not_name_is_refused_by_its_own_cla
     ) as no:
         load_checkpoint(tmp_path / "point", model, policy=Other())
     assert "saved:" not in str(no.value)
+
+
+def test_a_policy_without_memory_cannot_go_on_for_one_that_has_one(tmp_path):
+    class Forgets:
+        def decide(self, observation):
+            return []
+
+    model, _, _, policy, _ = parts()
+    save_checkpoint(tmp_path / "point", model, policy=policy)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)Forgets cannot load.*Give the policy with which the run began"
+    ):
+        load_checkpoint(tmp_path / "point", model, policy=Forgets())

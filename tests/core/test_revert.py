@@ -22,6 +22,7 @@ from numeric_helpers import (
 from kasmina_core import (
     CheckpointError,
     Cull,
+    InexactResume,
     NoGrowthPolicy,
     SeedStage,
     TransitionError,
@@ -282,12 +283,14 @@ class Watcher:
         return lambda: None
 
 
-def test_where_another_listener_must_go_back_too_nothing_is_saved(tmp_path):
+def test_where_another_listener_must_go_back_too_nothing_is_saved_and_a_warning_says_so(tmp_path):
     run = Training()
     run.model.listen(Watcher())
     grow_to(run.model, "norm", S.SHADOWING, "conv")
     assert run.model.can_revert("norm")
-    assert not resumed(run, tmp_path / "a").model.can_revert("norm")
+    with pytest.warns(InexactResume, match=r"slot 'norm' with revert=True is not saved: a listener"):
+        again = resumed(run, tmp_path / "a")
+    assert not again.model.can_revert("norm")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,315 @@
+"""All that a run needs to go on exactly, collected from a model and what trains it, and applied to them again.
+
+A container (a folder, a distributed checkpoint, a trainer's checkpoint) writes what `collect` returns, and the model's
+tensors in its own way.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kasmina_core._version import __version__
+from kasmina_core.checkpoints.growth_state import rebuilding, restore_counters, topology_of
+from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
+from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
+from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
+from kasmina_core.errors import CheckpointError
+from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
+from kasmina_core.growth.undo import AttributesBefore, OptimizerBefore
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.state_keys import WRAPPER
+
+
+class Remembers(Protocol):
+    """An object with a state, such as a policy or a GradScaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Take the state."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A model and all that trains it."""
+
+    model: MorphogeneticModel
+    optimizers: list[Optimizer] = field(default_factory=list)
+    schedulers: list[LRScheduler] = field(default_factory=list)
+    policy: object = None
+    scaler: Remembers | None = None
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+
+
+def several(given: Any) -> list[Any]:
+    """Return one optimiser or scheduler, or several, as a list."""
+    return list(given) if isinstance(given, Iterable) else [given] if given is not None else []
+
+
+def unwrapped(model: nn.Module) -> MorphogeneticModel:
+    """Return the model inside of ``torch.compile(model)`` and ``DistributedDataParallel(model)``.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, MorphogeneticModel):
+        inner = inner._modules.get(WRAPPER) or inner._modules.get("module")
+    if not isinstance(inner, MorphogeneticModel):
+        raise TypeError(
+            f"{type(model).__name__} is not a MorphogeneticModel, nor compiled or distributed from one."
+        )
+    return inner
+
+
+def collect(
+    run: Run, *, rng: Collection[str] = ("torch",), data_position: object = None, extra: object = None
+) -> dict[str, Any]:
+    """Return all that a run needs but the model's tensors, as plain data and tensors.
+
+    Args:
+        run: The run.
+        rng: Whose global random numbers to save; see `random_states`.
+        data_position: Where the data loader is.
+        extra: Anything else.
+
+    Raises:
+        CheckpointError: If a seed is being germinated.
+
+    Warns:
+        InexactResume: If what was kept for a revert cannot be saved.
+    """
+    model = run.model
+    for slot in model.slots.values():
+        if slot.state is not None and slot.stage is SeedStage.DORMANT:
+            raise CheckpointError(
+                f"The seed of slot '{slot.name}' is being germinated: half of that cannot be saved.\n"
+                "Save when germinate has returned, not from a sink that is called within."
+            )
+    return {
+        "kasmina": __version__,
+        "torch": str(torch.__version__),
+        "topology": topology_of(model),
+        "kept_seeds": {slot: kept.to_dict() for slot, kept in model._kept_seeds.items()},
+        "snapshots": _snapshots_of(run),
+        "optimizers": [named_optimizer_state(model, one) for one in run.optimizers],
+        "schedulers": scheduler_states(run.schedulers),
+        "policy": memory_of(run.policy),
+        "policy_class": None if run.policy is None else type(run.policy).__name__,
+        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "rng": random_states(rng),
+        "generators": {name: one.get_state() for name, one in run.generators.items()},
+        "data_position": data_position,
+        "extra": extra,
+    }
+
+
+def apply(
+    run: Run,
+    data: Mapping[str, Any],
+    load_weights: Callable[[dict[str, Any]], Mapping[str, Any]],
+    *,
+    rng: bool = True,
+) -> Mapping[str, Any]:
+    """Make a run what it was when `collect` was called; if that fails, what it was before.
+
+    Args:
+        run: Parts that are not in it are not loaded.
+        data: What `collect` returned; its tensors need no values yet.
+        load_weights: Loads the model's tensors. It is given the records of the slots, which belong into the same
+            ``load_state_dict``, and returns the data with all tensors in it.
+        rng: Whether to restore the global random numbers that were saved.
+
+    Returns:
+        What ``load_weights`` returned.
+
+    Raises:
+        CheckpointError: If the data is damaged, does not fit, or lacks a part that the run has.
+    """
+    with _undone_on_error(run), rebuilding(run.model, data.get("topology", {})) as records:
+        data = load_weights(records)
+        saved = data.get("optimizers")
+        saved = saved if isinstance(saved, list) else []
+        if run.optimizers and len(saved) != len(run.optimizers):
+            raise CheckpointError(
+                "The checkpoint was saved with another number of optimisers.\n"
+                f"  saved: {len(saved)}\n  here:  {len(run.optimizers)}"
+            )
+        orders = {
+            id(one): load_named_optimizer_state(run.model, one, state)
+            for one, state in zip(run.optimizers, saved, strict=False)
+        }
+        if run.schedulers:
+            load_scheduler_states(run.schedulers, data.get("schedulers"), orders)
+        _recall("scaler", run.scaler, data.get("scaler"))
+        kept = _restore_rest(run, data, rng)
+    run.model._kept_seeds, run.model._snapshots = kept  # last: a load forgets those that were here
+    return data
+
+
+def apply_beside_trainer(run: Run, data: Mapping[str, Any]) -> None:
+    """Apply what a trainer does not load itself: its part are the model's tensors, optimisers, schedulers and scaler.
+
+    Args:
+        run: The run; the trainer has loaded its part.
+        data: What `collect` returned, with ``counters`` in place of ``topology``.
+
+    Raises:
+        CheckpointError: As `apply`; the run is then as it was before.
+    """
+    with _undone_on_error(run):
+        restore_counters(run.model, data.get("counters"))
+        kept = _restore_rest(run, data, rng=True)
+    run.model._kept_seeds, run.model._snapshots = kept
+
+
+def memory_of(thing: Any) -> Any:
+    """Return what a policy remembers; ``None`` if it has no ``state_dict``."""
+    return thing.state_dict() if callable(getattr(thing, "state_dict", None)) else None
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _restore_rest(
+    run: Run, data: Mapping[str, Any], rng: bool
+) -> tuple[dict[str, KeptSeed], dict[str, HostSnapshot]]:
+    kept_seeds = _kept_seeds(run.model, data.get("kept_seeds"))
+    snapshots = _snapshots(run, data.get("snapshots", {}))
+    _recall("policy", run.policy, data.get("policy"), data.get("policy_class"))
+    _load_generators(run.generators, data.get("generators"))
+    if rng:
+        restore_random_states(mapping("rng", data.get("rng")))
+    return kept_seeds, snapshots
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"The manifest is damaged: {name} cannot be {value!r:.80}.")
+    return value
+
+
+def _recall(name: str, thing: Any, state: Any, saved_class: object = None) -> None:
+    if thing is None:
+        return
+    if not callable(getattr(thing, "load_state_dict", None)):
+        if state is None:
+            return
+        raise CheckpointError(
+            f"The checkpoint holds the memory of a {name}, which {type(thing).__name__} cannot load: it has no "
+            f"load_state_dict.\nGive the {name} with which the run began."
+        )
+    if state is None:
+        raise CheckpointError(f"The checkpoint was saved without a {name}.")
+    try:
+        thing.load_state_dict(state)
+    except Exception as error:
+        here = type(thing).__name__
+        lines = [f"The saved {name} cannot be loaded into this {here}: its saved state does not fit."]
+        if isinstance(saved_class, str) and saved_class != here:
+            lines += [f"  saved: {saved_class:.80}", f"  here:  {here}"]
+        lines.append(str(error)[:400] if isinstance(error, CheckpointError) else f"{error!r:.200}")
+        raise CheckpointError("\n".join(lines)) from error
+
+
+def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
+    found = mapping("kept_seeds", saved)
+    if unknown := [name for name in found if name not in model.slots]:
+        raise CheckpointError(
+            f"The checkpoint has a seed put aside in slot '{unknown[0]!s:.80}', and this model has no such slot."
+        )
+    return {str(name): KeptSeed.from_dict(data, str(name)) for name, data in found.items()}
+
+
+def _snapshots_of(run: Run) -> dict[str, Any]:
+    model, found = run.model, {}
+    for name, snapshot in model._snapshots.items():
+        tensors = contributing_tensors(model.host, model.slots.values(), model.slots[name])
+        if (saved := snapshot.to_dict(tensors, run.optimizers)) is not None:
+            found[name] = saved
+        elif model.can_revert(name):
+            warnings.warn(
+                f"What is kept to cull the seed of slot '{name}' with revert=True is not saved: a listener of the model "
+                "that is no tied optimiser keeps something for it, which no file can hold.\n"
+                "A resumed run culls this seed without putting the host back; can_revert says so.",
+                InexactResume,
+                stacklevel=4,
+            )
+    return found
+
+
+def _snapshots(run: Run, saved: Any) -> dict[str, HostSnapshot]:
+    model, found = run.model, {}
+    for name, data in mapping("snapshots", saved).items():
+        slot = model.slots.get(name)
+        if slot is None or not SeedStage.BLENDING <= slot.stage < SeedStage.FOSSILIZED:
+            raise CheckpointError(
+                f"The checkpoint has a host kept for slot '{name!s:.80}', where no seed blends in."
+            )
+        tensors = contributing_tensors(model.host, model.slots.values(), slot)
+        found[name] = HostSnapshot.from_dict(data, tensors, run.optimizers, name)
+    return found
+
+
+def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> None:
+    states = mapping("generators", saved)
+    for name, generator in generators.items():
+        if name not in states:
+            raise CheckpointError(
+                f"The checkpoint has no generator '{name}'; it has: {', '.join(map(str, states)) or 'none'}."
+            )
+        try:
+            generator.set_state(states[name])
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(f"The saved generator '{name}' cannot be restored: {error}") from error
+
+
+@contextmanager
+def _undone_on_error(run: Run) -> Iterator[None]:
+    numbers = random_states(["torch", "python", *(["numpy"] if "numpy" in sys.modules else [])])
+    states = [(one, one.get_state()) for one in run.generators.values()]
+    undo: list[Callable[[], None]] = [OptimizerBefore(one).put_back for one in run.optimizers]
+    undo.append(AttributesBefore(run.schedulers, _inside_a_scheduler).put_back)
+    things = [one for one in (run.policy, run.scaler) if one is not None]
+    undo.append(AttributesBefore(things, _what_remembers).put_back)
+    model = run.model
+    counters = model.epoch, model._sequence, model.lost_epochs, model._last_metric
+    try:
+        with model._undone_on_error():
+            yield
+    except BaseException:
+        model.epoch, model._sequence, model.lost_epochs, model._last_metric = counters
+        for put_back in undo:
+            put_back()
+        for generator, state in states:
+            generator.set_state(state)
+        with suppress(CheckpointError):
+            restore_random_states(numbers)
+        raise
+
+
+def _what_remembers(thing: Any) -> list[Any]:
+    """Return what a policy or a scaler is made of that has a state of its own."""
+    return [value for value in vars(thing).values() if callable(getattr(value, "load_state_dict", None))]
+
+
+def _inside_a_scheduler(scheduler: Any) -> list[Any]:
+    values = [value for key, value in vars(scheduler).items() if key != "optimizer"]
+    parts = [part for value in values for part in (value if isinstance(value, list | tuple) else [value])]
+    plain = (bool, int, float, str, Tensor, Mapping, type(None))
+    return [part for part in parts if not isinstance(part, plain) and hasattr(part, "__dict__")]
