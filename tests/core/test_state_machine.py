@@ -381,6 +381,18 @@ class Lifecycle(RuleBasedStateMachine):
             self.told[slot] = expected.stage
         self.heard = len(self.recorder.events)
 
+    @rule()
+    def what_is_saved_is_what_a_fresh_model_restores(self):
+        file = io.BytesIO()
+        torch.save(self.model.state_dict(), file)
+        file.seek(0)
+        fresh, _ = make_model(self.config)
+        fresh.train(self.model.training)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        before, after = picture(self.model), picture(fresh)
+        for key in ("weights", "records", "stages", "modes", "trainable", "gates"):
+            assert same_picture(before[key], after[key]), key
+
     @precondition(lambda self: self.saved is not None)
     @rule(slot=slots, damage=st.sampled_from(["version", "stage", "slot"]))
     def load_what_is_damaged(self, slot, damage):
