@@ -280,7 +280,7 @@ class Run:
 
         key = (slot.mode, whole)
         ledger.charge(("learn", *key), learn)
-        turn = slot._incubations % model.growth_config.incubate_every == 0 and slot.is_incubating
+        turn = slot.notes.incubations % model.growth_config.incubate_every == 0 and slot.is_incubating
         ledger.charge(("incubate", turn, share, *key), incubate)
         if curvature is not None:
             due = curvature.calls % curvature.every == 0

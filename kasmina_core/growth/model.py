@@ -912,7 +912,7 @@ class _Owner:
         slots = self._model.slots.values()
         if slot.config.gates.thresholds.error_budget is ErrorBudget.PER_RUN:
             if slot.stage is not SeedStage.GERMINATED:
-                return slot._error_share
+                return slot.notes.error_share
             number = sum(each.germinations for each in slots)
             return 1.0 / (number * (number + 1))
         return 1.0 / sum(SeedStage.GERMINATED <= each.stage <= SeedStage.PROBATIONARY for each in slots)

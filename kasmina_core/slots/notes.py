@@ -1,14 +1,21 @@
-"""The sizes of a seed's gradients over an epoch, gathered without waiting for the device."""
+"""Notes of a slot on its seed, by lifetime: the seed's, its stage's, the epoch's.
+
+A note ends with its lifetime because the object that holds it is replaced. `SeedNotes.begin_stage` and
+`SeedNotes.begin_epoch` replace; nobody clears a single note by hand.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import cast, final
 
 import torch
 from torch import Tensor
 
+from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import whole_tensor
+from kasmina_core.verdicts import GateLevel, GateResult
 
 
 @final
@@ -66,3 +73,84 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
         norms: list[Tensor] = list(torch._foreach_norm(list(gradients)))
         return cast("Tensor", torch.linalg.vector_norm(torch.stack(norms)))
     return torch.nn.utils.get_total_norm(gradients)
+
+
+@final
+@dataclass(slots=True)
+class EpochNotes:
+    """Notes that end with the epoch.
+
+    Attributes:
+        evidence_is_fresh: Whether the evidence is of this epoch.
+        isolation_is_fresh: Whether isolation was measured in this epoch.
+        look: Number of the look that was counted in this epoch; 0 for none.
+        norms: Gradient norms of the epoch's steps.
+    """
+
+    evidence_is_fresh: bool = False
+    isolation_is_fresh: bool = False
+    look: int = 0
+    norms: GradientNorms = field(default_factory=GradientNorms)
+
+
+@final
+@dataclass(slots=True)
+class StageNotes:
+    """Notes that end with the stage.
+
+    Attributes:
+        gains: Gains as measured, oldest first.
+        looks: Looks of the gates' test.
+    """
+
+    gains: list[float] = field(default_factory=list)
+    looks: int = 0
+
+
+@final
+@dataclass(slots=True)
+class SeedNotes:
+    """Notes that end with the seed.
+
+    Attributes:
+        evidence: The evidence as last measured.
+        host_losses: Held-out losses of the host as last measured in TRAINING, one per sample.
+        frozen_by_pause: Names of the seed's parameters that ``resume`` makes trainable again.
+        error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
+        incubations: Calls of ``incubate`` since germination.
+        steps_since_isolation: Optimiser steps since isolation was measured.
+        stage: Notes that end with the stage.
+        epoch: Notes that end with the epoch.
+        answers: Results of gates, in the order asked. They end with the epoch, with the stage, and when a command
+            changes what a gate looks at.
+    """
+
+    evidence: SeedEvidence | None = None
+    host_losses: Tensor | None = None
+    frozen_by_pause: list[str] = field(default_factory=list)
+    error_share: float = 1.0
+    incubations: int = 0
+    steps_since_isolation: int = 0
+    stage: StageNotes = field(default_factory=StageNotes)
+    epoch: EpochNotes = field(default_factory=EpochNotes)
+    answers: dict[GateLevel, GateResult] = field(default_factory=dict)
+
+    def begin_stage(self) -> None:
+        """End the notes of the stage."""
+        self.stage, self.answers = StageNotes(), {}
+
+    def begin_epoch(self) -> None:
+        """End the notes of the epoch."""
+        self.epoch, self.answers = EpochNotes(), {}
+
+    def take_look(self) -> int:
+        """Count a look of the gates' test, at most one per epoch and stage, and return its number."""
+        if not self.look_is_counted:
+            self.stage.looks += 1
+            self.epoch.look = self.stage.looks
+        return self.stage.looks
+
+    @property
+    def look_is_counted(self) -> bool:
+        """Whether the stage's last look was counted in this epoch."""
+        return self.stage.looks > 0 and self.epoch.look == self.stage.looks

@@ -59,7 +59,7 @@ from kasmina_core.lifecycle import (
 from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
 from kasmina_core.sharding import local_part
-from kasmina_core.slots.notes import GradientNorms
+from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import GATE_INTO, CheckVerdict, GateCheck, GateLevel, GateResult
 
@@ -203,19 +203,7 @@ class SeedSlot(nn.Module):
         self._owner: SlotOwner | None = None
         self._registry = registry
         self._override: int | None = None
-        self._gates: dict[GateLevel, GateResult] = {}
-        self._evidence: SeedEvidence | None = None
-        self._evidence_is_fresh = False
-        self._gains: list[float] = []
-        self._looks = 0
-        self._look_is_counted = False
-        self._error_share = 1.0
-        self._host_losses: Tensor | None = None
-        self._frozen_by_pause: list[str] = []
-        self._norms = GradientNorms()
-        self._incubations = 0
-        self._steps_since_isolation = 0
-        self._isolation_is_fresh = False
+        self.notes = SeedNotes()
         self.training_deviation.fill_(_NOTHING_MEASURED)
 
     # -- what one may ask ------------------------------------------------------------------------------------------
@@ -253,12 +241,12 @@ class SeedSlot(nn.Module):
     @property
     def last_evidence(self) -> SeedEvidence | None:
         """The seed's evidence as last measured, or ``None``."""
-        return self._evidence
+        return self.notes.evidence
 
     @property
     def last_gate(self) -> GateResult | None:
         """The gate result of this epoch, the latest if there are several."""
-        return next(reversed(self._gates.values()), None)
+        return next(reversed(self.notes.answers.values()), None)
 
     def seed_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the seed, each once; empty if there is no seed."""
@@ -459,7 +447,7 @@ class SeedSlot(nn.Module):
         self._announce(state, seed)
         self.germinations = number
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
-        self._forget_measurements()
+        self._begin_notes()
         self._emit(
             SeedGerminated, blueprint_id=entry.id, parameters=sum(p.numel() for p in self.seed_parameters())
         )
@@ -515,7 +503,7 @@ class SeedSlot(nn.Module):
             TransitionError: If there is no seed.
         """
         state = self._require_seed("check a gate")
-        known = self._gates.get(cast("GateLevel", gate))
+        known = self.notes.answers.get(cast("GateLevel", gate))
         if known is not None:
             return known
         if gate in (GateLevel.G2, GateLevel.G5):
@@ -526,15 +514,15 @@ class SeedSlot(nn.Module):
             GateContext(
                 state,
                 self.measure,
-                self._gains,
+                self.notes.stage.gains,
                 parameters_finite=self._parameters_are_finite,
-                look=self._take_look,
+                look=lambda: Look(self.notes.take_look(), self.notes.error_share),
                 screen=lambda: self._owner.screen(self) if self._owner is not None else None,
             ),
             self.pack_checks,
         )
         if result.gate is not None:
-            self._gates[result.gate] = result
+            self.notes.answers[result.gate] = result
         self._emit_gate(result)
         return result
 
@@ -558,8 +546,7 @@ class SeedSlot(nn.Module):
         if metric is not None:
             metrics.record(metric)
         self._collect_gradient_norms()
-        self._gates.clear()
-        self._evidence_is_fresh = self._look_is_counted = self._isolation_is_fresh = False
+        self.notes.begin_epoch()
         if state.is_paused:
             return None
         metrics.epochs_total += 1
@@ -584,14 +571,13 @@ class SeedSlot(nn.Module):
             return
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
-            self._norms.note(gradients)
+            self.notes.epoch.norms.note(gradients)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
             self._step_ramp()
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
-            self._steps_since_isolation += 1
-            if self._steps_since_isolation >= self.config.isolation_every:
-                self._isolation_is_fresh = False
-                self.check_isolation()
+            self.notes.steps_since_isolation += 1
+            if self.notes.steps_since_isolation >= self.config.isolation_every:
+                self._measure_isolation()
                 self.check_deviation()
 
     def check_isolation(self) -> IsolationReading | None:
@@ -602,16 +588,14 @@ class SeedSlot(nn.Module):
         Returns:
             The reading, or ``None`` if there is nothing to measure now (no host known, other stage, fresh already).
         """
+        return None if self.notes.epoch.isolation_is_fresh else self._measure_isolation()
+
+    def _measure_isolation(self) -> IsolationReading | None:
         state = self.state
-        if (
-            state is None
-            or state.stage is not SeedStage.TRAINING
-            or self._owner is None
-            or self._isolation_is_fresh
-        ):
+        if state is None or state.stage is not SeedStage.TRAINING or self._owner is None:
             return None
-        self._isolation_is_fresh = True
-        self._steps_since_isolation = 0
+        self.notes.epoch.isolation_is_fresh = True
+        self.notes.steps_since_isolation = 0
         reading = self._owner.measure_isolation(self)
         if reading.is_violation:
             state.metrics.isolation_violations += 1
@@ -648,8 +632,8 @@ class SeedSlot(nn.Module):
 
     def begin_incubation(self) -> bool:
         """Count a call of `MorphogeneticModel.incubate`; say whether the seed learns in this one."""
-        self._incubations += 1
-        return (self._incubations - 1) % self.config.incubate_every == 0
+        self.notes.incubations += 1
+        return (self.notes.incubations - 1) % self.config.incubate_every == 0
 
     @shared_command
     def cull(self, reason: str, *, lost_epochs: int | None = None) -> None:
@@ -670,7 +654,7 @@ class SeedSlot(nn.Module):
             )
         before = state.stage
         parameters = self.seed_parameters()
-        gain = self._evidence.gain if self._evidence is not None else None
+        gain = self.notes.evidence.gain if self.notes.evidence is not None else None
         state.cull_reason = reason
         state.is_paused = state.is_stopped = False
         self._transition(SeedStage.CULLED)
@@ -709,7 +693,7 @@ class SeedSlot(nn.Module):
         step = self.schedule.first_step_reaching(float(alpha))
         # The last step that lies no higher, so that the next one rises, also from just below 1.
         self._set_alpha(float(alpha), step - (self.schedule(step) > alpha))
-        self._gates.clear()
+        self.notes.answers = {}
 
     @shared_command
     def pause(self) -> None:
@@ -726,7 +710,7 @@ class SeedSlot(nn.Module):
             )
         self._freeze([name for name, p in self.seed.named_parameters() if p.requires_grad])
         state.is_paused = True
-        self._gates.clear()
+        self.notes.answers = {}
         self._refresh_mode()
 
     @shared_command
@@ -741,11 +725,11 @@ class SeedSlot(nn.Module):
             raise TransitionError(f"Seed '{state.seed_id}' in slot '{self.name}' is not paused.")
         if self.seed is not None:
             named = dict(self.seed.named_parameters())
-            for name in self._frozen_by_pause:
+            for name in self.notes.frozen_by_pause:
                 named[name].requires_grad_(True)
-        self._frozen_by_pause = []
+        self.notes.frozen_by_pause = []
         state.is_paused = state.is_stopped = False
-        self._gates.clear()
+        self.notes.answers = {}
         self._refresh_mode()
 
     # -- the one way a stage changes -------------------------------------------------------------------------------
@@ -757,11 +741,9 @@ class SeedSlot(nn.Module):
         if self._owner is not None:
             self._owner.before_move(self, target)
         state.move_to(target)
-        self._gates.clear()
-        self._gains.clear()
-        self._looks, self._look_is_counted = 0, False
+        self.notes.begin_stage()
         if target in (SeedStage.GERMINATED, SeedStage.TRAINING) and self._owner is not None:
-            self._error_share = self._owner.error_share(self)
+            self.notes.error_share = self._owner.error_share(self)
         if target is SeedStage.BLENDING:
             self.schedule = self.config.make_schedule()
             state.metrics.blending_steps_done = 0
@@ -773,7 +755,7 @@ class SeedSlot(nn.Module):
             self.schedule = None
             self.options = {}
             self._assign_alpha(0.0)
-            self._forget_measurements()
+            self._begin_notes()
         self._refresh_mode()
         self._emit(StageChanged, before=before.name, after=target.name)
         if target is SeedStage.FOSSILIZED:
@@ -781,7 +763,7 @@ class SeedSlot(nn.Module):
                 SeedFossilized,
                 blueprint_id=state.blueprint_id,
                 parameters=self.active_seed_params,
-                gain=self._evidence.gain if self._evidence is not None else None,
+                gain=self.notes.evidence.gain if self.notes.evidence is not None else None,
                 total_improvement=state.metrics.total_improvement,
             )
         if target is SeedStage.DORMANT:
@@ -862,31 +844,25 @@ class SeedSlot(nn.Module):
         Returns:
             The evidence, or ``None`` if the seed is not active or the model has no evaluator.
         """
-        if self._evidence_is_fresh:
-            return self._evidence
+        if self.notes.epoch.evidence_is_fresh:
+            return self.notes.evidence
         if self._owner is None or not self.is_active:
             return None
         is_blending = self.stage is not SeedStage.TRAINING
-        measured = self._owner.measure(self, self._host_losses if is_blending else None)
+        measured = self._owner.measure(self, self.notes.host_losses if is_blending else None)
         if measured is None:
             return None
-        self._evidence, host_losses = measured
-        self._evidence_is_fresh = True
-        self._gains.append(self._evidence.gain)
+        evidence, host_losses = measured
+        self.notes.evidence = evidence
+        self.notes.epoch.evidence_is_fresh = True
+        self.notes.stage.gains.append(evidence.gain)
         if not is_blending:
-            self._host_losses = host_losses
-        return self._evidence
-
-    def _take_look(self) -> Look:
-        """Count a look of the gates' test, once an epoch; within it the same evidence is looked at again."""
-        if not self._look_is_counted:
-            self._looks += 1
-            self._look_is_counted = True
-        return Look(self._looks, self._error_share)
+            self.notes.host_losses = host_losses
+        return evidence
 
     def forget_host_losses(self) -> None:
         """Forget what the host's losses were as blending began: they are those of other samples."""
-        self._host_losses = None
+        self.notes.host_losses = None
 
     def _parameters_are_finite(self) -> bool:
         finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
@@ -895,23 +871,14 @@ class SeedSlot(nn.Module):
         return self._owner.everywhere(self, "finite parameters", finite)
 
     def _collect_gradient_norms(self) -> None:
-        if self._norms.count and self.state is not None:
-            self.state.metrics.gradient_norm = self._norms.mean
-            self.state.metrics.gradient_norm_max = self._norms.largest
-        self._norms = GradientNorms()
+        norms = self.notes.epoch.norms
+        if norms.count and self.state is not None:
+            self.state.metrics.gradient_norm = norms.mean
+            self.state.metrics.gradient_norm_max = norms.largest
 
-    def _forget_measurements(self) -> None:
-        # New objects, not cleared ones: a load that fails puts the old ones back.
-        self._gates = {}
-        self._gains = []
-        self._evidence = None
-        self._evidence_is_fresh = self._isolation_is_fresh = False
-        self._looks, self._look_is_counted = 0, False
-        self._error_share = 1.0
-        self._host_losses = None
-        self._frozen_by_pause = []
-        self._norms = GradientNorms()
-        self._steps_since_isolation = self._incubations = 0
+    def _begin_notes(self) -> None:
+        # A new object, not a cleared one: a load that fails puts the old one back.
+        self.notes = SeedNotes()
         self.training_deviation.fill_(_NOTHING_MEASURED)
 
     def _freeze(self, names: list[str]) -> None:
@@ -919,7 +886,7 @@ class SeedSlot(nn.Module):
         for name in names:
             named[name].requires_grad_(False)
             named[name].grad = None  # an optimiser steps a frozen parameter that still has a gradient
-        self._frozen_by_pause = names
+        self.notes.frozen_by_pause = names
 
     def _emit(self, kind: Callable[..., TelemetryEvent], **details: Any) -> None:
         if self._owner is not None and self.state is not None:
@@ -952,7 +919,7 @@ class SeedSlot(nn.Module):
             alpha=self.alpha,
             metric=state.metrics.current_metric,
             delta=state.metrics.improvement_since_stage_start,
-            gain=self._evidence.gain if self._evidence is not None else None,
+            gain=self.notes.evidence.gain if self.notes.evidence is not None else None,
             deviation=state.metrics.deviation,
             gradient_norm=norm,
             gradient_health=0.0 if norm is None or exploding or vanishing else 1.0,
@@ -964,25 +931,26 @@ class SeedSlot(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""
+        notes = self.notes
         return SlotRecord(
             state=self.state,
             options=copy.deepcopy(self.options),
             schedule=self.schedule,
             germinations=self.germinations,
-            gates=list(self._gates.values()),
-            gains=list(self._gains),
-            evidence=self._evidence,
-            evidence_is_fresh=self._evidence_is_fresh,
-            isolation_is_fresh=self._isolation_is_fresh,
-            frozen_by_pause=list(self._frozen_by_pause),
-            steps_since_isolation=self._steps_since_isolation,
-            gradient_norms=self._norms.record(),
-            incubations=self._incubations,
+            gates=list(notes.answers.values()),
+            gains=list(notes.stage.gains),
+            evidence=notes.evidence,
+            evidence_is_fresh=notes.epoch.evidence_is_fresh,
+            isolation_is_fresh=notes.epoch.isolation_is_fresh,
+            frozen_by_pause=list(notes.frozen_by_pause),
+            steps_since_isolation=notes.steps_since_isolation,
+            gradient_norms=notes.epoch.norms.record(),
+            incubations=notes.incubations,
             deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
-            looks=self._looks,
-            look_is_counted=self._look_is_counted,
-            error_share=self._error_share,
-            host_losses=self._host_losses.tolist() if self._host_losses is not None else None,
+            looks=notes.stage.looks,
+            look_is_counted=notes.look_is_counted,
+            error_share=notes.error_share,
+            host_losses=notes.host_losses.tolist() if notes.host_losses is not None else None,
         ).to_dict()
 
     def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
@@ -1022,16 +990,22 @@ class SeedSlot(nn.Module):
             return
         self.state, self.seed, self.schedule = saved, seed, record.schedule
         self.options = record.options
-        self._gates = {result.gate: result for result in record.gates if result.gate is not None}
-        self._gains = record.gains
-        self._evidence, self._evidence_is_fresh = record.evidence, record.evidence_is_fresh
-        self._isolation_is_fresh = record.isolation_is_fresh
-        self._steps_since_isolation = record.steps_since_isolation
-        self._looks, self._look_is_counted = record.looks, record.look_is_counted
-        self._error_share = record.error_share
-        self._host_losses = torch.tensor(record.host_losses) if record.host_losses is not None else None
-        self._norms = GradientNorms(*record.gradient_norms)
-        self._incubations = record.incubations
+        self.notes = SeedNotes(
+            evidence=record.evidence,
+            host_losses=torch.tensor(record.host_losses) if record.host_losses is not None else None,
+            frozen_by_pause=record.frozen_by_pause,
+            error_share=record.error_share,
+            incubations=record.incubations,
+            steps_since_isolation=record.steps_since_isolation,
+            stage=StageNotes(record.gains, record.looks),
+            epoch=EpochNotes(
+                record.evidence_is_fresh,
+                record.isolation_is_fresh,
+                record.looks if record.look_is_counted else 0,
+                GradientNorms(*record.gradient_norms),
+            ),
+            answers={result.gate: result for result in record.gates if result.gate is not None},
+        )
         self.training_deviation.fill_(record.deviation)
         self.alpha_buffer.fill_(saved.metrics.alpha)
         if seed is not None and saved.is_paused:
@@ -1042,7 +1016,7 @@ class SeedSlot(nn.Module):
         if self.seed is not None and self._owner is not None:
             self._owner.seed_removed(self, self.seed_parameters())
         self.seed, self.state, self.schedule, self.options = None, None, None, {}
-        self._forget_measurements()
+        self._begin_notes()
         self.alpha_buffer.zero_()
         self._refresh_mode()
 

@@ -132,7 +132,7 @@ def test_the_start_is_remembered_by_a_model_that_is_loaded() -> None:
 
 
 def shares(model: MorphogeneticModel) -> list[float]:
-    return [round(slot._error_share, 6) for slot in model.slots.values()]
+    return [round(slot.notes.error_share, 6) for slot in model.slots.values()]
 
 
 def test_seeds_that_are_tested_together_share_the_error_rate() -> None:
@@ -151,7 +151,7 @@ def test_one_seed_after_the_other_has_the_whole_error_rate() -> None:
     model, _ = make_model(closed())
     for slot in (FIRST, SECOND):
         bring_to(model, S.TRAINING, slot)
-        assert model.slots[slot]._error_share == 1.0
+        assert model.slots[slot].notes.error_share == 1.0
         model.cull(slot, "no use")
 
 
@@ -160,12 +160,12 @@ def test_a_budget_of_the_run_leaves_less_to_each_seed_that_comes_later() -> None
     found = []
     for slot in (FIRST, SECOND):
         bring_to(model, S.TRAINING, slot)
-        found.append(model.slots[slot]._error_share)
+        found.append(model.slots[slot].notes.error_share)
         model.cull(slot, "no use")
     while model.slots[FIRST].state is not None:
         model.step_epoch(1.0)
     bring_to(model, S.TRAINING, FIRST)
-    found.append(model.slots[FIRST]._error_share)
+    found.append(model.slots[FIRST].notes.error_share)
     assert found == pytest.approx([1 / 2, 1 / 6, 1 / 12])
     assert sum(1 / (j * (j + 1)) for j in range(1, 10**4)) <= 1.0
 

@@ -211,11 +211,11 @@ def test_a_damaged_record_is_refused_and_the_slot_is_as_before(damage, says):
     slot = model.slots[FIRST]
     record = copy.deepcopy(slot.get_extra_state())
     damage(record)
-    before, gains = picture(model, optimizer), slot._gains
+    before, gains = picture(model, optimizer), slot.notes.stage.gains
     with pytest.raises(CheckpointError, match=says.replace("\n", "\n.*")):
         slot.set_extra_state(record)
     assert same_picture(before, picture(model, optimizer))
-    assert slot._gains is gains
+    assert slot.notes.stage.gains is gains
 
 
 def test_a_record_is_a_mapping():
@@ -302,11 +302,11 @@ def test_a_load_that_fails_in_a_later_slot_takes_back_the_earlier_ones():
     train_once(model, optimizer)
     before = picture(model, optimizer)
     slot = model.slots[FIRST]
-    kept = (slot.seed, slot.state, list(slot._gains), slot.last_evidence, slot.last_gate)
+    kept = (slot.seed, slot.state, list(slot.notes.stage.gains), slot.last_evidence, slot.last_gate)
     with pytest.raises(CheckpointError, match="slot '4' has another version"):
         model.load_state_dict(state)
     assert same_picture(before, picture(model, optimizer))
-    assert kept == (slot.seed, slot.state, slot._gains, slot.last_evidence, slot.last_gate)
+    assert kept == (slot.seed, slot.state, slot.notes.stage.gains, slot.last_evidence, slot.last_gate)
     assert kept[4] is not None
 
 

@@ -92,7 +92,7 @@ class Misuse:
         lonely = [
             slot.name
             for slot in stayed
-            if counterfactual and slot.is_incubating and slot._incubations == self._living[slot.name][1]
+            if counterfactual and slot.is_incubating and slot.notes.incubations == self._living[slot.name][1]
         ]
         if lonely:
             self._pending["incubate"] = (
@@ -110,7 +110,11 @@ class Misuse:
                 "Call model.step() after backward and before optimizer.zero_grad(), once an optimiser step."
             )
         elif not self._had_gradients:
-            blind = [s.name for s in stayed if not s._norms.count and not (counterfactual and s.is_apart)]
+            blind = [
+                s.name
+                for s in stayed
+                if not s.notes.epoch.norms.count and not (counterfactual and s.is_apart)
+            ]
             if blind:
                 self._pending["step"] = (
                     "model.step() saw no gradients for a whole epoch in which an optimiser stepped.\n"
@@ -125,7 +129,9 @@ class Misuse:
         pending, trained = self._pending, self._trained
         self._pending, self.awaits_step, self._had_gradients = {}, True, False
         self._living = {
-            name: (seed, slot._incubations) for name, slot in model.slots.items() if (seed := _seed_of(slot))
+            name: (seed, slot.notes.incubations)
+            for name, slot in model.slots.items()
+            if (seed := _seed_of(slot))
         }
         self._versions = (
             [
