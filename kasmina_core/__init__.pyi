@@ -2,8 +2,8 @@
 
 from .blending import AlphaSchedule as AlphaSchedule
 from .blending import blend_with_isolation as blend_with_isolation
+from .blueprints.catalogue import BlueprintRegistry as BlueprintRegistry
 from .blueprints.catalogue import HostRegistry as HostRegistry
-from .blueprints.declarations import BlueprintRegistry as BlueprintRegistry
 from .blueprints.declarations import BlueprintSpec as BlueprintSpec
 from .blueprints.declarations import HostSpec as HostSpec
 from .blueprints.declarations import RegisteredBlueprint as RegisteredBlueprint

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from kasmina_core.blueprints.declarations import HostSpec, import_factory
-from kasmina_core.errors import AmbiguousNameError, HostError, PluginError, UnknownNameError, did_you_mean
+from kasmina_core.blueprints.declarations import (
+    NAME_PATTERN,
+    BlueprintSpec,
+    HostSpec,
+    RegisteredBlueprint,
+    import_factory,
+)
+from kasmina_core.errors import (
+    AmbiguousNameError,
+    BlueprintError,
+    HostError,
+    NameConflictError,
+    PluginError,
+    UnknownNameError,
+    did_you_mean,
+)
+from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +54,13 @@ class Catalogue(Mapping[str, T], Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self._things
 
-    def resolve(self, name: str) -> str:
+    def resolve(self, name: str, fits: Callable[[T], bool] = lambda thing: True, where: str = "") -> str:
         """Return the full id of ``name``.
+
+        Args:
+            name: Full id, or a short name that is unique.
+            fits: Narrows a short name to the things for which it holds; a single one for which it does not still counts.
+            where: What it narrows to, for the message.
 
         Raises:
             PluginError: If it belongs to a pack that is not available: the cause of that.
@@ -49,18 +69,22 @@ class Catalogue(Mapping[str, T], Generic[T]):
         """
         if name in self._things:
             return name
-        fitting = [full for full in self if full.partition(":")[2] == name]
-        if len(fitting) == 1:
-            return fitting[0]
+        named = [full for full in self if full.partition(":")[2] == name]
+        fitting = [full for full in named if fits(self._things[full])]
+        if len(chosen := fitting or named) == 1:
+            return chosen[0]
         if fitting:
             raise AmbiguousNameError(f"'{name}' is offered more than once. Use one of: {', '.join(fitting)}.")
         for claim in sorted(self._unavailable):
             if claim in (name, name.partition(":")[0]) or claim.partition(":")[2] == name:
                 raise self._unavailable[claim].with_traceback(None)
         absent = sorted(claim for claim in self._unavailable if ":" not in claim)
-        known = list(self) if ":" in name else [full.partition(":")[2] for full in self]
+        if ":" in name:
+            known, where = list(self), ""
+        else:
+            known = [full.partition(":")[2] for full in self if fits(self._things[full])]
         raise UnknownNameError(
-            f"No {self._kind} '{name}' is registered.{did_you_mean(name, known)}"
+            f"No {self._kind} '{name}' is registered{where}.{did_you_mean(name, known)}"
             + (f" Not available: pack {', '.join(absent)}." if absent else "")
         )
 
@@ -71,6 +95,143 @@ class Catalogue(Mapping[str, T], Generic[T]):
     def discard(self, full: str) -> None:
         """Take a thing away, if it is there."""
         self._things.pop(full, None)
+
+
+class BlueprintRegistry:
+    """Blueprints by id. Ids are ``pack:name``; a short name resolves when it is unique (within a topology if given).
+
+    Attributes:
+        gate_checks: The gate checks (`GateCheckSpec`) of the same packs by id. They join the gates of every model that
+            has this registry, unless ``GrowthConfig(pack_gate_checks=False)`` leaves them out.
+        unavailable: Why a pack (``pack``) or a thing of one (``pack:name``) is not there: what asking for it raises.
+
+    >>> registry = BlueprintRegistry()
+    >>> spec = BlueprintSpec("scale", Topology.CNN, "my_pack.seeds:Scale", lambda dim: dim)
+    >>> registry.register(spec, pack="mine").id
+    'mine:scale'
+    >>> registry.get("scale").id
+    'mine:scale'
+    """
+
+    def __init__(self) -> None:
+        self.unavailable: dict[str, PluginError] = {}
+        self.gate_checks: Mapping[str, Any] = {}
+        self._entries: Catalogue[RegisteredBlueprint] = Catalogue("blueprint", self.unavailable)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, blueprint_id: object) -> bool:
+        return blueprint_id in self._entries
+
+    def register(
+        self, spec: BlueprintSpec, *, pack: str, distribution: str = "", version: str = ""
+    ) -> RegisteredBlueprint:
+        """Add a blueprint under ``pack:name``.
+
+        Raises:
+            BlueprintError: If ``pack`` is not a usable name.
+            NameConflictError: If the id is taken; the message names both claimants.
+        """
+        if not NAME_PATTERN.fullmatch(pack):
+            raise BlueprintError(f"{pack!r} is not a pack name: use lower case letters, digits, '_' and '-'.")
+        entry = RegisteredBlueprint(spec, pack, distribution, version)
+        if entry.id in self._entries:
+            present = self._entries[entry.id]
+            raise NameConflictError(
+                f"Two blueprints claim the id '{entry.id}'.\n  first:  {present.origin}\n  second: {entry.origin}\n"
+                "Rename one of them, or uninstall one of the packs."
+            )
+        self._entries.add(entry.id, entry)
+        self.unavailable.pop(entry.id, None)
+        return entry
+
+    def unregister(self, blueprint_id: str) -> RegisteredBlueprint:
+        """Remove and return a blueprint.
+
+        Raises:
+            UnknownNameError: If there is none of that id.
+        """
+        entry = self.get(blueprint_id)
+        self._entries.discard(entry.id)
+        return entry
+
+    def mark_unavailable(self, name: str, cause: PluginError) -> None:
+        """Remember why a pack (``pack``) or blueprint (``pack:name``) is not there: asking for it raises the cause."""
+        self.unavailable[name] = cause
+
+    def mark_available(self, pack: str) -> None:
+        """Forget what was remembered of a pack and its blueprints by `mark_unavailable`."""
+        for name in [n for n in self.unavailable if n.partition(":")[0] == pack]:
+            del self.unavailable[name]
+
+    def get(self, blueprint_id: str, topology: Topology | None = None) -> RegisteredBlueprint:
+        """Return the blueprint of a full id or a short name.
+
+        Args:
+            blueprint_id: ``pack:name``, or ``name`` where only one pack offers it.
+            topology: Narrows a short name to one topology.
+
+        Raises:
+            PluginError: If it belongs to a pack that could not be loaded: the cause of that.
+            UnknownNameError: If nobody offers it.
+            AmbiguousNameError: If a short name fits more than one id.
+        """
+        if topology is None:
+            return self._entries[blueprint_id]
+        full = self._entries.resolve(
+            blueprint_id, lambda entry: entry.spec.topology is topology, f" for {topology.value}"
+        )
+        return self._entries[full]
+
+    def list_for_topology(self, topology: Topology) -> list[RegisteredBlueprint]:
+        """Return the blueprints of a topology, sorted by id."""
+        return [e for e in self.list_all() if e.spec.topology is topology]
+
+    def list_all(self) -> list[RegisteredBlueprint]:
+        """Return every blueprint, sorted by id."""
+        return list(self._entries.values())
+
+    def create(
+        self,
+        blueprint_id: str,
+        dim: int,
+        *,
+        topology: Topology | None = None,
+        causal: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> nn.Module:
+        """Build the module of a blueprint. The caller owns the random number generator it draws from.
+
+        Args:
+            blueprint_id: Full id or unique short name.
+            dim: Width of the features.
+            topology: Layout of the features; narrows a short name.
+            causal: Whether the host must not look ahead; passed to blueprints that take it.
+            options: Options of the blueprint.
+
+        Raises:
+            UnknownNameError: If nobody offers the blueprint.
+            BlueprintError: If the width or an option is refused; the message gives the reason.
+        """
+        entry = self.get(blueprint_id, topology)
+        spec, given = entry.spec, dict(options or {})
+        if (reason := spec.refusal(dim)) is not None:
+            raise BlueprintError(f"Blueprint '{entry.id}' does not take width {dim}: {reason}")
+        for name in given:
+            if name not in spec.options:
+                raise BlueprintError(
+                    f"Blueprint '{entry.id}' has no option '{name}'.{did_you_mean(name, spec.options)}"
+                )
+        if spec.takes_causal:
+            given["causal"] = causal
+        factory = spec.load_factory()
+        try:
+            return factory(dim, **given)
+        except (TypeError, ValueError) as error:
+            raise BlueprintError(
+                f"Blueprint '{entry.id}' could not be built at width {dim} with {given or 'its defaults'}: {error}"
+            ) from error
 
 
 @final

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.blueprints.declarations import BlueprintRegistry
+from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.quiet import kept_buffers, private_rng

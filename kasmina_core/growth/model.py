@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from kasmina_core.blueprints.declarations import BlueprintRegistry
+from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.errors import GerminationError, HostError, TransitionError
 from kasmina_core.events import AlphaChanged, GateEvaluated, SeedTelemetry, StageChanged, TelemetryEvent
 from kasmina_core.evidence.attribution import Attribution, attribute

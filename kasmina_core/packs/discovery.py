@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kasmina_core.blueprints.catalogue import Catalogue, HostRegistry
-from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintRegistry, RegisteredBlueprint
+from kasmina_core.blueprints.catalogue import BlueprintRegistry, Catalogue, HostRegistry
+from kasmina_core.blueprints.declarations import NAME_PATTERN, RegisteredBlueprint
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.errors import KasminaError, NameConflictError, PluginError, UnknownNameError, did_you_mean
 from kasmina_core.events import BlueprintRegistered
@@ -91,11 +91,11 @@ class PluginRegistry:
         self._manager = new_manager()
         self._records: dict[tuple[str, str, str], PackRecord] = {}
         self._reports: dict[str, ValidationReport] = {}
-        self._unavailable: dict[str, PluginError] = {}
-        self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
-        self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
         self.blueprints = BlueprintRegistry()
+        self._unavailable = self.blueprints.unavailable
+        self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
         self.blueprints.gate_checks = self._gate_checks
+        self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
         self.hosts = HostRegistry(self._unavailable)
         self.events: list[BlueprintRegistered] = []
 
@@ -218,7 +218,7 @@ class PluginRegistry:
                 raise UnknownNameError(f"No pack '{name}' is active.{did_you_mean(name, active)}")
             record = active[name]
             self._withdraw(record)
-            self._clear_unavailable(name)
+            self.blueprints.mark_available(name)
             del self._records[record.name, record.distribution, record.module]
             return record
 
@@ -308,9 +308,9 @@ class PluginRegistry:
             return self._refuse(record, offer)
         record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
         self._records[record.name, record.distribution, record.module] = record
-        self._clear_unavailable(record.name)
+        self.blueprints.mark_available(record.name)
         for full in withheld:
-            self._mark_unavailable(
+            self.blueprints.mark_unavailable(
                 full,
                 PluginError(f"'{full}' ({record.origin}) is left out: see the switches block and allow."),
             )
@@ -426,24 +426,14 @@ class PluginRegistry:
         error.__cause__ = record.error
         claims = (record.name, *record.blueprints, *record.hosts, *record.gate_checks, *record.policies)
         for claim in claims:
-            self._mark_unavailable(claim, error)
+            self.blueprints.mark_unavailable(claim, error)
         return record
-
-    def _mark_unavailable(self, claim: str, error: PluginError) -> None:
-        """Let questions for a pack or for one id raise the cause."""
-        self._unavailable[claim] = error
-        self.blueprints.mark_unavailable(claim, error)
 
     def _forget(self, name: str) -> None:
         """Forget earlier refusals of a pack, so that it can be tried again."""
         for key in [key for key in self._records if key[0] == name]:
             for full in self._records.pop(key).blueprints:
                 self._reports.pop(full, None)
-        self._clear_unavailable(name)
-
-    def _clear_unavailable(self, name: str) -> None:
-        for claim in [claim for claim in self._unavailable if claim.partition(":")[0] == name]:
-            del self._unavailable[claim]
         self.blueprints.mark_available(name)
 
 

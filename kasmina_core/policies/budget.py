@@ -16,7 +16,7 @@ from kasmina_core.policies.protocol import Command, Observation, SlotObservation
 from kasmina_core.policies.triggers import Plateau
 
 if TYPE_CHECKING:
-    from kasmina_core.blueprints.declarations import BlueprintRegistry
+    from kasmina_core.blueprints.catalogue import BlueprintRegistry
 
 
 @final

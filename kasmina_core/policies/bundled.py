@@ -18,7 +18,7 @@ from kasmina_core.policies.protocol import NoGrowthPolicy, Policy
 from kasmina_core.policies.tournament import TournamentPolicy
 
 if TYPE_CHECKING:
-    from kasmina_core.blueprints.declarations import BlueprintRegistry
+    from kasmina_core.blueprints.catalogue import BlueprintRegistry
 
 BUNDLED: Final[Mapping[str, Callable[..., Policy]]] = MappingProxyType(
     {

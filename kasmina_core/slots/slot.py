@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
-from kasmina_core.blueprints.declarations import BlueprintRegistry
+from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.blueprints.germination import Trial, try_seed
 from kasmina_core.errors import (
     CheckpointError,

@@ -10,7 +10,8 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.blueprints.declarations import BlueprintRegistry, BlueprintSpec, HostSpec, import_factory
+from kasmina_core.blueprints.catalogue import BlueprintRegistry
+from kasmina_core.blueprints.declarations import BlueprintSpec, HostSpec, import_factory
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import KasminaError
