@@ -124,7 +124,7 @@ class Curvature:
             return
         seen: list[Tensor] = []
         handle = self.slot.seed.register_forward_hook(lambda m, a, out: seen.append(out))  # type: ignore[union-attr]
-        with self.model._evaluation(), torch.enable_grad(), self.slot.forced(ForwardMode.REPLACE):
+        with self.model.evaluation(), torch.enable_grad(), self.slot.forced(ForwardMode.REPLACE):
             self.slot.seed.train()  # type: ignore[union-attr]
             loss = closure()
             (there,) = torch.autograd.grad(loss, seen[0])
@@ -200,7 +200,7 @@ class Run:
                 result.notes["coefficient"] = curvature.coefficient
             if slot.state is not None and slot.state.is_paused:
                 slot.resume()
-            with model._evaluation():
+            with model.evaluation():
                 with slot.forced(ForwardMode.MEASURE):
                     slot.deviation.zero_()
                     with_seed = self._loss(model, "val")
@@ -210,7 +210,7 @@ class Run:
                 result.gain = without - with_seed
             slot._transition(SeedStage.BLENDING)  # whatever a gate would say
             slot.set_alpha(0.5)
-            with model._evaluation():
+            with model.evaluation():
                 result.at_half = without - self._loss(model, "val")
             slot.set_alpha(0.0)
         else:
@@ -221,7 +221,7 @@ class Run:
             if way is not None and slot.alpha == 1.0 and slot.stage is SeedStage.BLENDING:
                 slot._transition(SeedStage.SHADOWING)
             if epoch >= self.epochs["after"] - 4:
-                with model._evaluation():
+                with model.evaluation():
                     tests.append(self._loss(model, "test"))
         result.final = statistics.fmean(tests)
         return result

@@ -74,7 +74,7 @@ from .growth.config import GrowthConfig as GrowthConfig
 from .growth.config import Incubation as Incubation
 from .growth.config import RampUnit as RampUnit
 from .growth.model import MorphogeneticModel as MorphogeneticModel
-from .growth.model import SlotSummary as SlotSummary
+from .growth.observing import SlotSummary as SlotSummary
 from .growth.reverting import HostStateKeeper as HostStateKeeper
 from .growth.watching.graphs import RecompileLimitWarning as RecompileLimitWarning
 from .growth.watching.untracked import UntrackedSeedWarning as UntrackedSeedWarning

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import ExportError, HostError
+from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.growth.watching.misuse import require_model
 from kasmina_core.hosts import HostProtocol, SlotHook, features_in, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.probing import call_with, example_of
@@ -117,7 +117,7 @@ def _watch(
     """Run the model once, without its living seeds, and note how each fossil joins."""
     joints = {slot.name: _Joint() for slot in fossils}
     with ExitStack() as stack:
-        stack.enter_context(model._evaluation())
+        stack.enter_context(model.evaluation())
         for slot in living:
             stack.enter_context(model.bypassed(slot.name))
         for slot in fossils:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import RegisteredBlueprint
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
-from kasmina_core.growth.model import SLOTS_KEY, MorphogeneticModel
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.record import SlotRecord
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
 from kasmina_core.slots.slot import SeedSlot
+from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 
 TOPOLOGY_VERSION: Final = 1
@@ -70,9 +71,9 @@ Counters = tuple[int, int, int, float | None]
 def _counters(model: MorphogeneticModel) -> dict[str, Any]:
     return {
         "epoch": model.epoch,
-        "events": model._sequence,
+        "events": model.growth.sequence,
         "lost_epochs": model.lost_epochs,
-        "last_metric": model._last_metric,
+        "last_metric": model.growth.last_metric,
     }
 
 
@@ -89,7 +90,8 @@ def _checked_counters(data: Any) -> Counters:
 
 
 def _set_counters(model: MorphogeneticModel, counters: Counters) -> None:
-    model.epoch, model._sequence, model.lost_epochs, model._last_metric = counters
+    growth = model.growth
+    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
 
 
 def _is_count(number: object) -> bool:
@@ -140,7 +142,7 @@ def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None
     Warns:
         OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
     """
-    with model._undone_on_error(), rebuilding(model, data) as records:
+    with model.growth.undone_on_error(), rebuilding(model, data) as records:
         model.load_state_dict(records, strict=False)
 
 

@@ -105,7 +105,7 @@ def collect(
         "kasmina": __version__,
         "torch": str(torch.__version__),
         "topology": topology_of(model),
-        "kept_seeds": {slot: kept.to_dict() for slot, kept in model._kept_seeds.items()},
+        "kept_seeds": {slot: kept.to_dict() for slot, kept in model.growth.kept_seeds.items()},
         "snapshots": _snapshots_of(run),
         "optimizers": [named_optimizer_state(model, one) for one in run.optimizers],
         "schedulers": scheduler_states(run.schedulers),
@@ -158,7 +158,9 @@ def apply(
             load_scheduler_states(run.schedulers, data.get("schedulers"), orders)
         _recall("scaler", run.scaler, data.get("scaler"))
         kept = _restore_rest(run, data, rng)
-    run.model._kept_seeds, run.model._snapshots = kept  # last: a load forgets those that were here
+    run.model.growth.kept_seeds, run.model.growth.snapshots = (
+        kept  # last: a load forgets those that were here
+    )
     return data
 
 
@@ -175,7 +177,7 @@ def apply_beside_trainer(run: Run, data: Mapping[str, Any]) -> None:
     with _undone_on_error(run):
         restore_counters(run.model, data.get("counters"))
         kept = _restore_rest(run, data, rng=True)
-    run.model._kept_seeds, run.model._snapshots = kept
+    run.model.growth.kept_seeds, run.model.growth.snapshots = kept
 
 
 def memory_of(thing: Any) -> Any:
@@ -238,7 +240,7 @@ def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
 
 def _snapshots_of(run: Run) -> dict[str, Any]:
     model, found = run.model, {}
-    for name, snapshot in model._snapshots.items():
+    for name, snapshot in model.growth.snapshots.items():
         tensors = contributing_tensors(model.host, model.slots.values(), model.slots[name])
         if (saved := snapshot.to_dict(tensors, run.optimizers)) is not None:
             found[name] = saved
@@ -287,13 +289,13 @@ def _undone_on_error(run: Run) -> Iterator[None]:
     undo.append(AttributesBefore(run.schedulers, _inside_a_scheduler).put_back)
     things = [one for one in (run.policy, run.scaler) if one is not None]
     undo.append(AttributesBefore(things, _what_remembers).put_back)
-    model = run.model
-    counters = model.epoch, model._sequence, model.lost_epochs, model._last_metric
+    growth = run.model.growth
+    counters = growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric
     try:
-        with model._undone_on_error():
+        with growth.undone_on_error():
             yield
     except BaseException:
-        model.epoch, model._sequence, model.lost_epochs, model._last_metric = counters
+        growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
         for put_back in undo:
             put_back()
         for generator, state in states:

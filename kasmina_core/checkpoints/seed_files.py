@@ -110,7 +110,7 @@ def graft_seeds(
         raise CheckpointError(f"Two seeds cannot be grafted onto one slot: {dict(pairs)}.")
     others: list[str] = []
     grafted: list[SeedSlot] = []
-    with model._undone_on_error():
+    with model.growth.undone_on_error():
         try:
             for (slot, data, record), source in zip(plans, pairs, strict=True):
                 grafted.append(slot)

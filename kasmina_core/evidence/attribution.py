@@ -16,8 +16,8 @@ from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.slots.slot import ForwardMode
 
 if TYPE_CHECKING:
-    from kasmina_core.evidence.measuring import GateSamples
-    from kasmina_core.growth.model import MorphogeneticModel
+    from kasmina_core.evidence.measuring import GateSamples, Processes
+    from kasmina_core.slotted import SlottedModel
 
 EXACT_SEEDS: Final = 5
 """Seeds up to which every subset is tried: 32 passes."""
@@ -82,9 +82,10 @@ class Attribution:
 
 
 def attribute(
-    model: MorphogeneticModel,
+    model: SlottedModel,
     samples: GateSamples,
-    slots: Iterable[str] | None = None,
+    slots: Iterable[str] | None,
+    processes: Processes,
     *,
     permutations: int | None = None,
     generator: torch.Generator | None = None,
@@ -102,6 +103,7 @@ def attribute(
         model: The model.
         samples: What to measure on.
         slots: Names of slots with active seeds, or one name; ``None`` for all of those.
+        processes: The processes that measure together.
         permutations: Orders to draw instead of trying every subset, at least 2; the spread between them is then part of
             the standard errors.
         generator: What to draw them with.
@@ -111,8 +113,8 @@ def attribute(
             permutations lack a generator.
     """
     names = _chosen(model, slots, permutations, generator)
-    value = _Values(model, samples, names)
-    with model._agreement.attempt("attribution"):
+    value = _Values(model, samples, names, processes)
+    with processes.attempt("attribution"):
         if permutations is None:
             shapley = _exact(value, names)
         else:
@@ -132,7 +134,7 @@ def attribute(
 
 
 def _chosen(
-    model: MorphogeneticModel,
+    model: SlottedModel,
     slots: Iterable[str] | None,
     permutations: int | None,
     generator: torch.Generator | None,
@@ -162,8 +164,10 @@ def _chosen(
 class _Values:
     """What subsets of the seeds are worth, per sample; each is measured once."""
 
-    def __init__(self, model: MorphogeneticModel, samples: GateSamples, names: Sequence[str]) -> None:
-        self._model, self._samples, self._names = model, samples, names
+    def __init__(
+        self, model: SlottedModel, samples: GateSamples, names: Sequence[str], processes: Processes
+    ) -> None:
+        self._model, self._samples, self._names, self._processes = model, samples, names, processes
         self._known: dict[frozenset[str], Tensor] = {}
         self.passes = 0
 
@@ -175,11 +179,11 @@ class _Values:
 
     def _measured(self, subset: frozenset[str]) -> Tensor:
         model = self._model
-        with model._evaluation(), ExitStack() as stack:
+        with model.evaluation(), ExitStack() as stack:
             for name in self._names:
                 mode = ForwardMode.MEASURE if name in subset else ForwardMode.PASS
                 stack.enter_context(model.slots[name].forced(mode))
-            losses = model._gather_samples(self._samples.losses())
+            losses = self._processes.samples(self._samples.losses())
         sign = 1.0 if self._samples.higher_is_better else -1.0
         return sign * losses.detach().double().cpu()
 

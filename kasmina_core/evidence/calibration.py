@@ -7,27 +7,27 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import Any, Final, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import KasminaError
-from kasmina_core.evidence.measuring import GateSamples
+from kasmina_core.evidence.measuring import GateSamples, SeedMeasurer
 from kasmina_core.gates.sequential import LevelSpending, Look, PairedGain, judge, student_t_quantile
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.quiet import derived_seed
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slotted import SlottedModel
 from kasmina_core.verdicts import Finding
-
-if TYPE_CHECKING:
-    from kasmina_core.growth.model import MorphogeneticModel
 
 RESAMPLES: Final = 100
 """Resampled null seeds for each placebo."""
 
 _POWER: Final = 0.8
+
+_Model = TypeVar("_Model", bound=SlottedModel)
 
 
 class CalibrationError(KasminaError):
@@ -219,9 +219,9 @@ class Calibration:
 
 
 def calibrate(
-    model: MorphogeneticModel,
-    evaluate: Callable[[MorphogeneticModel], Tensor],
-    placebo_loss: Callable[[MorphogeneticModel, torch.Generator], Tensor],
+    model: _Model,
+    evaluate: Callable[[_Model], Tensor],
+    placebo_loss: Callable[[_Model, torch.Generator], Tensor],
     *,
     blueprints: Sequence[str],
     slots: Sequence[str] | None = None,
@@ -272,7 +272,8 @@ def calibrate(
         _require(value >= least, f"{name} must be at least {least}, not {value!r}.")
     _require(0.0 < lr < math.inf, f"lr must be above 0 and finite, not {lr!r}.")
     twin = copy.deepcopy(model)
-    thresholds = twin.growth_config.gates.thresholds
+    thresholds = twin.slots[chosen[0]].config.gates.thresholds
+    measurer = SeedMeasurer(twin)
     samples = GateSamples(lambda: evaluate(twin), higher_is_better)
     source = torch.Generator().manual_seed(derived_seed(seed, "placebos"))
     placebos: list[Placebo] = []
@@ -280,15 +281,15 @@ def calibrate(
     for number in range(seeds):
         slot = twin.slots[chosen[number % len(chosen)]]
         blueprint = blueprints[number // len(chosen) % len(blueprints)]
-        twin.germinate(slot.name, blueprint)
-        twin.advance_stage(slot.name)
+        slot.germinate(blueprint)
+        slot.advance_stage()
         findings: list[Finding] = []
         differences: list[Tensor] = []
         for learn in _learning(twin, slot, placebo_loss, lr, source):
             for _ in range(steps):
                 learn()
             try:
-                measured = twin._measurer.measure(slot, samples, thresholds.smaller_alphas)
+                measured = measurer.measure(slot, samples, thresholds.smaller_alphas)
             except ValueError as error:
                 raise CalibrationError(str(error)) from error
             findings.append(judge(measured.evidence.gains, Look(len(findings) + 1), thresholds.spending))
@@ -298,7 +299,7 @@ def calibrate(
         placebos.append(_placebo(slot, findings, differences, thresholds))
         wrong += _resampled(torch.stack(differences), thresholds.spending, source)
         drawn += RESAMPLES
-        _make_room(twin, slot)
+        _make_room(slot)
         if progress is not None:
             progress(number + 1, seeds)
     return Calibration(tuple(placebos), Rate(wrong, drawn), placebos[0].findings[0].samples, thresholds)
@@ -310,9 +311,9 @@ def shuffled(targets: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _learning(
-    model: MorphogeneticModel,
+    model: _Model,
     slot: SeedSlot,
-    placebo_loss: Callable[[MorphogeneticModel, torch.Generator], Tensor],
+    placebo_loss: Callable[[_Model, torch.Generator], Tensor],
     lr: float,
     source: torch.Generator,
 ) -> Any:
@@ -323,7 +324,7 @@ def _learning(
 
     def step() -> None:
         optimizer.zero_grad()
-        with model._evaluation(), torch.enable_grad(), slot.forced(ForwardMode.REPLACE):
+        with model.evaluation(), torch.enable_grad(), slot.forced(ForwardMode.REPLACE):
             cast("nn.Module", slot.seed).train()
             loss = placebo_loss(model, source)
             _require(loss.numel() == 1, f"placebo_loss must return one number, not {tuple(loss.shape)}.")
@@ -359,8 +360,8 @@ def _resampled(differences: Tensor, spending: LevelSpending, source: torch.Gener
     return count
 
 
-def _make_room(model: MorphogeneticModel, slot: SeedSlot) -> None:
-    model.cull(slot.name, "a placebo")
+def _make_room(slot: SeedSlot) -> None:
+    slot.cull("a placebo")
     while slot.stage is not SeedStage.DORMANT:
         slot.step_epoch()
 

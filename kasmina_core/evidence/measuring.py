@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import Protocol, final
 
 from torch import Tensor
 
@@ -13,9 +13,7 @@ from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import sharded_modules
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
-
-if TYPE_CHECKING:
-    from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.slotted import SlottedModel, held_weakly
 
 Evaluator = Callable[[], Tensor]
 """Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
@@ -59,6 +57,35 @@ class GateSamples:
         return found
 
 
+class Processes(Protocol):
+    """What a measurement asks of the processes of a job, each of which has its own part of the samples."""
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        """Do something that leaves no trace if it fails; if it fails in one process it fails in all."""
+        ...
+
+    def largest(self, what: str, value: float) -> float:
+        """Return the largest value of all processes; NaN if any is NaN."""
+        ...
+
+    def samples(self, losses: Tensor) -> Tensor:
+        """Return the per-sample losses of all processes."""
+        ...
+
+
+class OneProcess:
+    """The answers of a process that measures by itself."""
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def largest(self, what: str, value: float) -> float:
+        return value
+
+    def samples(self, losses: Tensor) -> Tensor:
+        return losses
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -85,13 +112,18 @@ class SeedMeasurer:
     if not, all of them run in full from then on and `faults` says why. While the seed does not change the losses the
     comparison says nothing, and is repeated.
 
+    Args:
+        model: The model, which is not kept alive.
+
     Attributes:
+        processes: The processes that measure together.
         faults: By slot, why passes run in full.
         is_replaying: Whether a pass goes on in which the part before a slot does not run.
     """
 
-    def __init__(self, model: MorphogeneticModel) -> None:
-        self._model = model
+    def __init__(self, model: SlottedModel) -> None:
+        self._model = held_weakly(model)
+        self.processes: Processes = OneProcess()
         self._trusted: set[str] = set()
         self.faults: dict[str, str] = {}
         self.is_replaying = False
@@ -115,7 +147,7 @@ class SeedMeasurer:
             ValueError: If the evaluator's losses are not vectors of one length of at least 2.
             TypeError: If they are no tensor.
         """
-        with self._model._agreement.attempt(f"measurement of '{slot.name}'"):
+        with self.processes.attempt(f"measurement of '{slot.name}'"):
             return self._measure(slot, samples, alphas, before_blending)
 
     def _measure(
@@ -142,12 +174,12 @@ class SeedMeasurer:
                 without = evaluator()
             if tape is not None and not self._compare(slot, evaluator, tape, with_seed, without):
                 tape = None
-        deviation = self._model._agreement.largest(f"deviation of '{slot.name}'", abs(float(slot.deviation)))
+        deviation = self.processes.largest(f"deviation of '{slot.name}'", abs(float(slot.deviation)))
         smaller = {}
         for alpha in alphas:
             with slot.blend_weight(alpha):
                 smaller[alpha] = self._again(slot, evaluator, tape, slot.blending_mode)
-        gather = self._model._gather_samples
+        gather = self.processes.samples
         with_seed, without = gather(with_seed), gather(without)
         evidence = SeedEvidence.from_losses(
             with_seed,
@@ -164,7 +196,7 @@ class SeedMeasurer:
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:
         # A context a pass: each then starts from the same random numbers.
-        with self._model._evaluation(), slot.forced(mode):
+        with self._model().evaluation(), slot.forced(mode):
             yield
 
     @contextmanager
@@ -208,7 +240,7 @@ class SeedMeasurer:
         return False
 
     def _tape(self, slot: SeedSlot) -> ReplayTape | None:
-        model = self._model
+        model = self._model()
         if slot.name not in self.faults:
             if any(module._compiled_call_impl is not None for module in model.modules()):
                 self.faults[slot.name] = "a module is compiled"
@@ -219,7 +251,7 @@ class SeedMeasurer:
 
     def _all_agree(self, answer: bool) -> bool:
         """Say whether every process found so; they must go on alike, since an evaluator may wait for the others."""
-        return self._model._agreement.largest("measuring from a tape", float(not answer)) == 0.0
+        return self.processes.largest("measuring from a tape", float(not answer)) == 0.0
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

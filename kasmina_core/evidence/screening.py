@@ -14,11 +14,13 @@ from kasmina_core.sharding import sharded_modules
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 
 if TYPE_CHECKING:
-    from kasmina_core.evidence.measuring import GateSamples
-    from kasmina_core.growth.model import MorphogeneticModel
+    from kasmina_core.evidence.measuring import GateSamples, Processes
+    from kasmina_core.slotted import SlottedModel
 
 
-def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]) -> dict[str, PairedGain]:
+def screen(
+    model: SlottedModel, samples: GateSamples, slots: Sequence[str], processes: Processes
+) -> dict[str, PairedGain]:
     """Return the first-order gain of the seeds in some slots.
 
     Each slot's output becomes ``host + eps * (seed(host) - host)`` with one ``eps = 0`` a sample, so the forward is that
@@ -36,6 +38,7 @@ def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]
         samples: What to measure on; the evaluator must run the model with gradients as it finds them, not under
             ``no_grad``.
         slots: Names of slots with active seeds.
+        processes: The processes that measure together.
 
     Raises:
         ValueError: If the losses carry no graph back to the slots, or are not one a sample.
@@ -43,7 +46,7 @@ def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]
     chosen = [model.slots[name] for name in slots]
     if sharded_modules(model):
         raise ValueError("First-order gains cannot be measured in a model whose parameters are sharded.")
-    with model._evaluation(), torch.enable_grad(), _frozen(model), ExitStack() as stack:
+    with model.evaluation(), torch.enable_grad(), _frozen(model), ExitStack() as stack:
         weights = [stack.enter_context(_weighed(slot)) for slot in chosen]
         losses = samples.losses()
     if not losses.requires_grad or losses.dim() != 1:
@@ -64,7 +67,7 @@ def screen(model: MorphogeneticModel, samples: GateSamples, slots: Sequence[str]
                 f"First-order gains need one loss for each sample that passes slot '{slot.name}'.\n"
                 f"  samples: {gradient.numel()}\n  losses:  {losses.numel()}"
             )
-        gains[slot.name] = PairedGain.of(model._gather_samples(sign * gradient.detach().float()))
+        gains[slot.name] = PairedGain.of(processes.samples(sign * gradient.detach().float()))
     return gains
 
 
@@ -108,18 +111,20 @@ class ScreenOfEpoch:
         self._epoch = -1
         self._gains: dict[tuple[str, str], PairedGain] = {}
 
-    def of(self, model: MorphogeneticModel, slot: SeedSlot, samples: GateSamples) -> PairedGain | None:
-        """Return the gain of one slot's seed.
+    def of(
+        self, model: SlottedModel, slot: SeedSlot, samples: GateSamples, processes: Processes, epoch: int
+    ) -> PairedGain | None:
+        """Return the gain of one slot's seed in this epoch.
 
         Raises:
             ValueError: As `screen`.
         """
         key = (slot.name, slot.state.seed_id if slot.state is not None else "")
-        if self._epoch != model.epoch or key not in self._gains:
+        if self._epoch != epoch or key not in self._gains:
             waiting = {
                 s.name: s.state.seed_id for s in model.slots.values() if s.is_apart and s.state is not None
             }
-            found = screen(model, samples, list(waiting))
+            found = screen(model, samples, list(waiting), processes)
             self._gains = {(name, waiting[name]): gain for name, gain in found.items()}
-            self._epoch = model.epoch
+            self._epoch = epoch
         return self._gains.get(key)

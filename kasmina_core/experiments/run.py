@@ -36,7 +36,8 @@ from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig, RampUnit
-from kasmina_core.growth.model import EventTarget, MorphogeneticModel
+from kasmina_core.growth.context import EventTarget
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.packs.discovery import PluginRegistry
 from kasmina_core.policies.bundled import BUNDLED, build_policy

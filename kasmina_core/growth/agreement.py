@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kasmina_core.evidence.measuring import OneProcess, Processes
 from kasmina_core.isolation import IsolationReading
 
 if TYPE_CHECKING:
@@ -17,23 +17,15 @@ if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
 
 
-class Agreement(Protocol):
+class Agreement(Processes, Protocol):
     """What a model asks before and while it decides; every process of a job is asked the same, in the same order."""
 
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
         """Carry out a command of a slot, or of the model, here as everywhere or not at all."""
         ...
 
-    def attempt(self, what: str) -> AbstractContextManager[None]:
-        """Do something that leaves no trace if it fails; if it fails in one process it fails in all."""
-        ...
-
     def metric(self, value: float | None) -> float | None:
         """Return the metric of all processes."""
-        ...
-
-    def largest(self, what: str, value: float) -> float:
-        """Return the largest value of all processes; NaN if any is NaN."""
         ...
 
     def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
@@ -58,19 +50,13 @@ class Agreement(Protocol):
 
 
 @final
-class Alone:
+class Alone(OneProcess):
     """The answers of a process that decides by itself."""
 
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def attempt(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def metric(self, value: float | None) -> float | None:
-        return value
-
-    def largest(self, what: str, value: float) -> float:
         return value
 
     def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
@@ -90,33 +76,6 @@ class Alone:
 
 
 ALONE: Final = Alone()
-
-
-def own_samples(losses: Tensor) -> Tensor:
-    """Return the per-sample losses of this process alone."""
-    return losses
-
-
-_Slot = TypeVar("_Slot", bound="SeedSlot")
-_Result = TypeVar("_Result")
-
-
-def shared_command(
-    method: Callable[Concatenate[_Slot, ...], _Result],
-) -> Callable[Concatenate[_Slot, ...], _Result]:
-    """Make a slot's method a command on which the processes of a job agree."""
-
-    @wraps(method)
-    def agreed(self: _Slot, *args: Any, **kwargs: Any) -> _Result:
-        if self._owner is None:
-            return method(self, *args, **kwargs)
-        name = method.__name__
-        # An epoch's metric is each process's own; it is reduced by the model.
-        given = [] if name == "step_epoch" else [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
-        with self._owner.command(self, f"{name}({', '.join([repr(self.name), *given])})"):
-            return method(self, *args, **kwargs)
-
-    return agreed
 
 
 def _warn_of_other_processes() -> None:

@@ -1,18 +1,65 @@
-"""The gradient of a loss for chosen parameters, and for nothing else."""
+"""The counterfactual pass: a seed learns from the loss that its own output would give, and nothing else does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, cast
 
+import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import HostError
+from kasmina_core.growth.config import Incubation
+from kasmina_core.quiet import devices_of, private_rng
+from kasmina_core.sharding import kept_whole, reshard
+from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slotted import SlottedModel
 
 _ADVICE: Final = (
     "A host with gradient checkpointing must use use_reentrant=False (transformers: "
     "gradient_checkpointing_enable({'use_reentrant': False})), or GrowthConfig(incubation='straight-through')."
 )
+
+
+def incubate(
+    model: SlottedModel, incubation: Incubation, closure: Callable[[], Tensor], scaler: Any
+) -> dict[str, Tensor]:
+    """Let each incubating seed learn from the loss its own output would give. See `MorphogeneticModel.incubate`."""
+    losses: dict[str, Tensor] = {}
+    with ExitStack() as all_passes:
+        for name, slot in model.slots.items():
+            if (
+                incubation is not Incubation.COUNTERFACTUAL
+                or not slot.is_incubating
+                or not slot.begin_incubation()
+                or not any(p.requires_grad for p in model.seed_parameters(name))
+            ):
+                continue
+            if not losses:  # the first: modes are switched once for all of them
+                all_passes.enter_context(model.evaluation())
+                devices = devices_of(model)
+            elif model.training or model.host.training:  # the closure has switched them
+                model.eval()
+            with private_rng(None, *devices), torch.enable_grad():
+                losses[name] = _learn_once(model, slot, closure, scaler)
+    return losses
+
+
+def _learn_once(model: SlottedModel, slot: SeedSlot, closure: Callable[[], Tensor], scaler: Any) -> Tensor:
+    seed = cast("nn.Module", slot.seed)
+    with kept_whole(seed), slot.forced(ForwardMode.REPLACE):
+        seed.train()
+        try:
+            loss = closure()
+            scaled = scaler.scale(loss) if scaler is not None else loss
+            # Asked after the forward, which puts whole parameters in the place of shards.
+            learning = [p for p in model.seed_parameters(slot.name) if p.requires_grad]
+            give_gradient(scaled, learning)
+        finally:
+            seed.eval()
+            reshard(model)
+    return loss.detach()
 
 
 def give_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:

@@ -209,9 +209,9 @@ class GrowthClock:
             "noted": self.noted,
             "policy": remember() if callable(remember) else None,
             "epoch": model.epoch,
-            "sequence": model._sequence,
+            "sequence": model.growth.sequence,
             "lost_epochs": model.lost_epochs,
-            "last_metric": model._last_metric,
+            "last_metric": model.growth.last_metric,
             "germinations": {name: slot.germinations for name, slot in model.slots.items()},
         }
 
@@ -256,8 +256,8 @@ class GrowthClock:
                 recall(memory)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"The checkpoint's record of growth cannot be read: {error!r}") from error
-        self.noted, model._last_metric = noted, metric
-        model.epoch, model._sequence, model.lost_epochs = epoch, sequence, lost
+        self.noted, growth = noted, model.growth
+        growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = epoch, sequence, lost, metric
         for name, slot in model.slots.items():
             if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
                 slot.germinations = germinations.get(name, slot.germinations)

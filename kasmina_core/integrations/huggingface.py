@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from kasmina_core.growth.model import Evaluator, MorphogeneticModel
+from kasmina_core.evidence.measuring import Evaluator
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
@@ -160,10 +161,10 @@ class GrowthCallback(TrainerCallback):
         self._clock.check_memory(model)
         self._follow_with(kwargs["optimizer"], kwargs["lr_scheduler"])
         self._learned_until = state.global_step
-        self._evaluator_before = model._evaluator
+        self._evaluator_before = model.growth.evaluator
         batches = self._batches()
         model.evaluate_with(lambda: self._evaluate(batches))
-        with model._evaluation():  # else a fault would be a gate's reason many epochs later
+        with model.evaluation():  # else a fault would be a gate's reason many epochs later
             self._evaluate(islice(batches, 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_core.growth.model import Evaluator, MorphogeneticModel
+from kasmina_core.evidence.measuring import Evaluator
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
     GrowthClock,
     check_held_out,
@@ -124,7 +125,7 @@ class GrowthCallback(Callback):
             scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is self._optimizer
         ]
         tie_optimizer(model, self._optimizer, schedulers=own, **self._tie)
-        self._evaluator_before = model._evaluator
+        self._evaluator_before = model.growth.evaluator
         model.evaluate_with(lambda: self._evaluate(trainer, pl_module))
         self._clip_seeds_apart(pl_module)
 
@@ -132,7 +133,7 @@ class GrowthCallback(Callback):
         """Try the held-out batches, whose faults would else be a gate's reason many epochs later."""
         if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             raise self._no_validation()
-        with self._required_model()._evaluation():
+        with self._required_model().evaluation():
             self._evaluate(trainer, pl_module, batches=1)
 
     def on_train_batch_start(

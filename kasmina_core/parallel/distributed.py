@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kasmina_core.errors import DistributedError, GerminationError
+from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.growth.watching.misuse import require_model
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.parallel.control import ControlGroup
 from kasmina_core.parallel.team import Team
@@ -84,7 +84,7 @@ class DistributedGrowth:
             t for slot in model.slots.values() if slot.seed is not None for t in _tensors(slot.seed)
         ]:
             team.send_from_first("seeds", grown)
-        model._agreement, model._gather_samples = team, team.samples
+        model.growth.decide_with(team)
         model.listen(self)
         if wrap is Wrap.OUTSIDE:
             self.leave_out_seeds(model)
@@ -246,10 +246,10 @@ class DistributedGrowth:
             seed = slot.seed
             if seed is None or any(map(_is_sharded, seed.parameters())):
                 continue
-            for listener in self.model._listeners:
+            for listener in self.model.growth.listeners:
                 listener.seed_removed(slot.name, list(seed.parameters()))
             self._shard_seed(seed)
-            for listener in self.model._listeners:
+            for listener in self.model.growth.listeners:
                 listener.seed_added(slot.name, list(seed.parameters()))
 
     def _shard_seed(self, seed: nn.Module) -> None:
@@ -381,7 +381,7 @@ def distribute(
             raise ValueError(f"Options of DistributedDataParallel do not go with wrap='{chosen.value}'.")
         if shard is not None and chosen is not Wrap.FSDP:
             raise ValueError(f"shard does not go with wrap='{chosen.value}'.")
-    for listener in list(model._listeners):
+    for listener in list(model.growth.listeners):
         if isinstance(listener, DistributedGrowth):
-            model._listeners.remove(listener)
+            model.growth.listeners.remove(listener)
     return DistributedGrowth(model, chosen, process_group, timeout, shard, ddp_options)

@@ -26,13 +26,14 @@ from kasmina_core.checkpoints.growth_state import rebuilding, topology_of
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.run_state import unwrapped
 from kasmina_core.errors import CheckpointError, DistributedError
-from kasmina_core.growth.model import SLOTS_KEY, MorphogeneticModel
+from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.undo import OptimizerBefore
 from kasmina_core.parallel.checkpoint_reader import CheckpointReader
 from kasmina_core.parallel.distributed import DistributedGrowth
 from kasmina_core.parallel.team import Team
 from kasmina_core.plain_data import from_json, to_json
 from kasmina_core.sharding import reshard
+from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 
 FORMAT: Final = "kasmina distributed checkpoint"
@@ -271,8 +272,8 @@ def _inner(model: nn.Module | DistributedGrowth) -> MorphogeneticModel:
 
 
 def _team(model: MorphogeneticModel) -> Team | None:
-    if isinstance(model._agreement, Team):
-        return model._agreement
+    if isinstance(model.growth.agreement, Team):
+        return model.growth.agreement
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise DistributedError("The processes do not know each other yet: call distribute(model) first.")
     return None
@@ -286,7 +287,7 @@ def _several(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
 def _undone_on_error(model: MorphogeneticModel, optimizers: Iterable[Optimizer]) -> Iterator[None]:
     undo = [OptimizerBefore(one).put_back for one in optimizers]
     try:
-        with model._undone_on_error():
+        with model.growth.undone_on_error():
             yield
     except BaseException:
         for put_back in undo:

@@ -287,7 +287,7 @@ def _setup(model: MorphogeneticModel) -> dict[str, Any]:
 
 def _standing(model: MorphogeneticModel, *, with_weights: bool = True) -> dict[str, Any]:
     """Return where a model stands in its growth, by name."""
-    told: dict[str, Any] = {"epoch": model.epoch, "has an evaluator": model._evaluator is not None}
+    told: dict[str, Any] = {"epoch": model.epoch, "has an evaluator": model.growth.evaluator is not None}
     for slot in model.slots.values():
         told[f"slot '{slot.name}', width"] = slot.point.dim
         told[f"slot '{slot.name}', stage"] = slot.stage.name

@@ -39,7 +39,6 @@ from kasmina_core.events import (
 from kasmina_core.gates.checks import GateContext
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import Look, PairedGain
-from kasmina_core.growth.agreement import shared_command
 from kasmina_core.growth.config import GrowthConfig, Incubation, RampUnit
 from kasmina_core.growth.record import SlotRecord
 from kasmina_core.hosts import InjectionPoint
@@ -60,6 +59,7 @@ from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
+from kasmina_core.slots.owner import shared_command
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import GATE_INTO, CheckVerdict, GateCheck, GateLevel, GateResult
 

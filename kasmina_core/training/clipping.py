@@ -103,7 +103,7 @@ def drop_nonfinite_seed_gradients(model: MorphogeneticModel) -> tuple[str, ...]:
 
 
 def _seed_gradients(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
-    model._agreement.gradients(is_step=False)  # what is clipped shall be what the optimiser will see
+    model.growth.agreement.gradients(is_step=False)  # what is clipped shall be what the optimiser will see
     found = {slot: [p for p in model.seed_parameters(slot) if p.grad is not None] for slot in model.slots}
     return {slot: parameters for slot, parameters in found.items() if parameters}
 

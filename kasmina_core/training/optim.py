@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import GerminationError
+from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import KeptOptimizerState
-from kasmina_core.growth.watching.misuse import require_model
 from kasmina_core.training.schedulers import FollowingSchedulers, follow, group_settings, unfound, unwrapped
 
 PerSeed = float | Callable[[str, str], float]
@@ -203,9 +203,9 @@ def _check_what_is_tied(model: object, optimizer: object) -> None:
 def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:
     """Let an optimiser go its own way: it keeps its groups, and follows the model's seeds no more."""
     optimizer = unwrapped(optimizer)
-    model._listeners[:] = [
+    model.growth.listeners[:] = [
         listener
-        for listener in model._listeners
+        for listener in model.growth.listeners
         if not (isinstance(listener, _TiedOptimizer) and listener.optimizer is optimizer)
     ]
 

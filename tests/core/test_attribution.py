@@ -224,7 +224,7 @@ def test_a_hopeless_seed_is_refused_by_the_screen_without_a_full_measurement() -
     model = trained(helps=False)
     counting = Counting(model)
     model.evaluate_with(counting)
-    model.epoch += 1
+    model.growth.epoch += 1
     for name in CNN_SLOTS[:2]:
         result = model.slots[name].check_gate(2)
         assert result.reason.startswith("first-order gain over its error failed")

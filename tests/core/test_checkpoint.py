@@ -505,7 +505,7 @@ def everything(whole, generator):
     return copy.deepcopy(
         {
             **picture(model, optimizer),
-            "counters": [model.epoch, model._sequence, model._last_metric],
+            "counters": [model.epoch, model.growth.sequence, model.growth.last_metric],
             "scheduler": scheduler.state_dict(),
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
             "held": [[id(p) for p in g["params"]] for g in optimizer.param_groups],

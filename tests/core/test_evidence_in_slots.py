@@ -20,6 +20,7 @@ from state_helpers import (
 from torch import Tensor
 
 from kasmina_core import CheckVerdict, ErrorBudget, MorphogeneticModel, QualityGates, SeedStage
+from kasmina_core.evidence.measuring import OneProcess
 
 S = SeedStage
 START = "gain over the host at blending"
@@ -80,7 +81,7 @@ def test_the_model_is_compared_with_its_host_as_blending_began() -> None:
         model.host[-1].bias.add_(torch.tensor([3.0, 0.0, 0.0]))  # the host is much worse from now on
     bring_on(model)
     evidence = model.slots[FIRST].last_evidence
-    with torch.no_grad(), model._evaluation():
+    with torch.no_grad(), model.evaluation():
         now = evaluator()
     assert evidence.since_blending.gain == pytest.approx(float((before - now).mean()), rel=1e-4)
     assert evidence.since_blending.gain < -0.3
@@ -90,7 +91,7 @@ def test_the_model_is_compared_with_its_host_as_blending_began() -> None:
 
 
 def evaluator_without(model: MorphogeneticModel, evaluator: CountingEvaluator) -> Tensor:
-    with model._evaluation(), model.bypassed(FIRST):
+    with model.evaluation(), model.bypassed(FIRST):
         return evaluator()
 
 
@@ -114,7 +115,7 @@ def test_other_samples_are_not_compared_with_those_of_the_start() -> None:
     model.step_epoch(1.0)
     assert "never measured" in str(start_check(model))
     model, _ = in_probation()
-    model._gate_samples = None  # as in a model that was loaded
+    model.growth.examiner.samples = None  # as in a model that was loaded
     model.evaluate_with(CountingEvaluator(model, samples=39))
     model.step_epoch(1.0)
     assert start_check(model).verdict is CheckVerdict.NOT_REQUIRED
@@ -170,12 +171,17 @@ def test_a_budget_of_the_run_leaves_less_to_each_seed_that_comes_later() -> None
     assert sum(1 / (j * (j + 1)) for j in range(1, 10**4)) <= 1.0
 
 
+class TwoAlike(OneProcess):
+    def samples(self, losses: torch.Tensor) -> torch.Tensor:
+        return torch.cat([losses, losses])
+
+
 def test_every_vector_of_losses_is_gathered_over_processes() -> None:
     model, _ = make_model()
     bring_to(model, S.TRAINING)
     alone = model.measure(FIRST)
     model.step_epoch(1.0)
-    model._gather_samples = lambda losses: torch.cat([losses, losses])
+    model.growth.examiner.measurer.processes = TwoAlike()
     together = model.measure(FIRST, CountingEvaluator(model))
     assert together.samples == 2 * alone.samples
     assert [gain.samples for _, gain in together.smaller] == [2 * alone.samples]

@@ -91,11 +91,11 @@ def refused(model, data, says, error=CheckpointError):
     bring_to(model, SeedStage.TRAINING, SECOND)
     train_once(model, optimizer)
     before = picture(model, optimizer)
-    counters = (model.epoch, model._sequence, model._last_metric)
+    counters = (model.epoch, model.growth.sequence, model.growth.last_metric)
     with pytest.raises(error, match=says.replace("\n", "\n.*")) as caught:
         rebuild_topology(model, data)
     assert same_picture(before, picture(model, optimizer))
-    assert counters == (model.epoch, model._sequence, model._last_metric)
+    assert counters == (model.epoch, model.growth.sequence, model.growth.last_metric)
     return str(caught.value)
 
 

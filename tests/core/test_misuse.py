@@ -126,7 +126,7 @@ def test_a_host_that_has_diverged_is_no_broken_evaluator():
 def test_an_evaluator_that_cannot_be_called_is_refused_at_once(wrong):
     loop = Loop()
     loop.epochs(2)
-    before = loop.model._evaluator
+    before = loop.model.growth.evaluator
     for give in (
         loop.model.evaluate_with,
         lambda e: loop.model.measure(FIRST, e),
@@ -134,7 +134,7 @@ def test_an_evaluator_that_cannot_be_called_is_refused_at_once(wrong):
     ):
         with pytest.raises(TypeError, match="is a function"):
             give(wrong)
-    assert loop.model._evaluator is before
+    assert loop.model.growth.evaluator is before
 
 
 @pytest.mark.parametrize("wrong", [None, 0.5, [0.5, 0.5]])

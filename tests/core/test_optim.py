@@ -208,7 +208,7 @@ def test_a_cull_does_not_go_through_the_hosts_parameters(monkeypatch):
     bring_to(model, S.TRAINING)
     train_once(model, optimizer)
     monkeypatch.setattr(model.host, "named_parameters", None)
-    for listener in model._listeners:
+    for listener in model.growth.listeners:
         listener.seed_removed(FIRST, model.slots[FIRST].seed_parameters())
     assert len(optimizer.param_groups) == 1
 

@@ -77,11 +77,11 @@ def counting(model: MorphogeneticModel) -> Counter[str]:
 def in_full(model: MorphogeneticModel, evaluator: Callable[[], Tensor]):
     """Measure without a tape."""
     name = next(iter(model.slots))
-    model._measurer.faults[name] = "for a test"
+    model.growth.examiner.measurer.faults[name] = "for a test"
     try:
         return model.measure(name, evaluator)
     finally:
-        del model._measurer.faults[name]
+        del model.growth.examiner.measurer.faults[name]
 
 
 def test_what_comes_before_the_slot_runs_once_and_the_figures_are_those_of_full_passes() -> None:

@@ -260,7 +260,7 @@ def test_what_can_never_be_put_back_is_not_saved(tmp_path):
     grow_to(run.model, "norm", S.SHADOWING, "conv")
     run.model.cull("norm2")
     assert not run.model.can_revert("norm")
-    assert not resumed(run, tmp_path / "a").model._snapshots
+    assert not resumed(run, tmp_path / "a").model.growth.snapshots
 
 
 def test_without_its_optimiser_a_checkpoint_puts_back_the_host_alone(tmp_path):
@@ -333,7 +333,7 @@ def test_the_snapshot_is_let_go_with_the_seed():
         run, _ = grown(stage)
         if stage is S.SHADOWING:
             run.model.cull("norm")
-        assert not run.model._snapshots
+        assert not run.model.growth.snapshots
 
 
 def test_other_tensors_than_then_are_refused():

@@ -99,9 +99,9 @@ def test_what_gates_had_measured_elsewhere_is_measured_anew(tmp_path):
     other, _ = make_model()
     graft_seeds(save_seeds(tmp_path / "seeds.safetensors", model), other)
     assert other.slots[FIRST].last_gate is None
-    calls = other._evaluator.calls
+    calls = other.growth.evaluator.calls
     other.measure(FIRST)
-    assert other._evaluator.calls > calls
+    assert other.growth.evaluator.calls > calls
 
 
 @pytest.mark.parametrize("stage", [SeedStage.DORMANT, *COOLDOWN])

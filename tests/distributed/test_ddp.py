@@ -310,7 +310,7 @@ def germination_refused_on_one_rank_is_refused_on_both_and_changes_nothing(rank:
 def evaluator_that_raises_on_one_rank_fails_the_gate_on_both(rank: int) -> None:
     model, optimizer, net = pair()
     grow_to(model, "norm", SeedStage.TRAINING)
-    good = model._evaluator
+    good = model.growth.evaluator
 
     def evaluate() -> Tensor:
         if rank == 1:

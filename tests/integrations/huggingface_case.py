@@ -111,7 +111,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     }
     if isinstance(trainer.model, MorphogeneticModel):
         model = trainer.model
-        found["growth"] = [model.epoch, model._sequence, model._last_metric]
+        found["growth"] = [model.epoch, model.growth.sequence, model.growth.last_metric]
         found["germinations"] = [slot.germinations for slot in model.slots.values()]
     return found
 

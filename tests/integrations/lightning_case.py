@@ -105,7 +105,7 @@ def everything(module: Classifier, trainer: pl.Trainer) -> dict[str, Any]:
         },
     }
     if isinstance(module.net, MorphogeneticModel):
-        found["growth"] = [module.net.epoch, module.net._sequence, module.net._last_metric]
+        found["growth"] = [module.net.epoch, module.net.growth.sequence, module.net.growth.last_metric]
         found["germinations"] = [slot.germinations for slot in module.net.slots.values()]
     return found
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Final, final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates.thresholds import GateProfile
 from kasmina_core.growth.config import Incubation
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.policies.protocol import Command, Observation, Policy
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.verdicts import GateResult
@@ -63,12 +62,12 @@ class Misuse:
         if not isinstance(error, DistributedError):  # another process says why
             self._fault = f"  slot '{slot.name}': {type(error).__name__}: {error}\n"
 
-    def note_measurement(self, model: MorphogeneticModel, slot: SeedSlot, measured: Measurement) -> None:
+    def note_measurement(self, host: nn.Module, slot: SeedSlot, measured: Measurement) -> None:
         """Take what was measured for a gate. A host that has diverged is not the evaluator's fault."""
         if (
             math.isnan(measured.evidence.loss_without)
             and bool(measured.differences.isnan().all())
-            and all(bool(local_part(p).isfinite().all()) for p in model.host.parameters())
+            and all(bool(local_part(p).isfinite().all()) for p in host.parameters())
         ):
             self._fault = (
                 f"  slot '{slot.name}': every number that it returned is NaN, also without the seed\n"
@@ -154,7 +153,7 @@ class Misuse:
                 "evaluate_with takes a function that returns the loss of every held-out sample, a vector (n,): "
                 "reduction='none'."
             )
-        if trained and model._gate_samples is None and "no evaluator" not in self._said:
+        if trained and model.growth.evaluator is None and "no evaluator" not in self._said:
             waiting = [name for name, result in results.items() if _waits(model.slots[name], result)]
             if waiting:
                 pending["no evaluator"] = (
@@ -170,60 +169,6 @@ class Misuse:
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(message, MisuseWarning, stacklevel=LEVEL_OF_CALLER)
-
-
-def require_model(model: object, what: str) -> MorphogeneticModel:
-    """Return the model, which may be wrapped.
-
-    Raises:
-        TypeError: If it is none; ``what`` asked for it.
-    """
-    if isinstance(model, type) or not hasattr(model, "seed_parameters"):
-        given = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TypeError(
-            f"{what} takes a MorphogeneticModel, not {'the class' if isinstance(model, type) else 'a'} {given}: "
-            "MorphogeneticModel(host, slots=[...], example=inputs) makes one of any host."
-        )
-    return cast("MorphogeneticModel", model)
-
-
-def decided(policy: object, observation: Observation) -> Sequence[Command]:
-    """Return what a policy decides.
-
-    Raises:
-        TypeError: If it is no policy, or that is no list of commands.
-    """
-    if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
-        hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
-        raise TypeError(f"follow takes a policy, with decide(observation), not {policy!r:.200}.{hint}")
-    chosen: object = cast("Policy", policy).decide(observation)
-    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
-        raise TypeError(
-            f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."
-        )
-    return list(chosen)
-
-
-def one_number(metric: object) -> float:
-    """Return a metric as a number.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is a tensor of several.
-    """
-    if isinstance(metric, Tensor) and metric.numel() != 1:
-        raise ValueError(
-            "step_epoch takes one number, the metric of the whole model.\n"
-            f"  given: a tensor of shape {tuple(metric.shape)}\n"
-            "Give its mean: metric.mean()."
-        )
-    try:
-        return float(cast("Any", metric.detach() if isinstance(metric, Tensor) else metric))
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"step_epoch takes one number, the metric of the whole model, not {metric!r:.200}."
-        ) from error
 
 
 def _seed_of(slot: SeedSlot) -> str:

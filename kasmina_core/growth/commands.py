@@ -1,0 +1,132 @@
+"""Commands on a slot that need the model around it, and the commands of policies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from kasmina_core.errors import GerminationError, TransitionError
+from kasmina_core.events import GateEvaluated
+from kasmina_core.growth.arguments import decided
+from kasmina_core.growth.context import Growth
+from kasmina_core.growth.reverting import KeptSeed, contributing_tensors
+from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.policies.protocol import (
+    Advance,
+    Command,
+    Continue,
+    Cull,
+    Germinate,
+    Pause,
+    Policy,
+    Regerminate,
+    Resume,
+    SetAlpha,
+)
+from kasmina_core.slots.slot import SeedSlot
+from kasmina_core.verdicts import GateResult
+
+if TYPE_CHECKING:
+    from kasmina_core.growth.model import MorphogeneticModel
+    from kasmina_core.slotted import SlottedModel
+
+
+def regerminate(growth: Growth, chosen: SeedSlot) -> SeedState:
+    """Make the seed that was put aside in a slot again. See `MorphogeneticModel.regerminate`."""
+    kept = growth.kept_seeds.get(chosen.name)
+    if kept is None:
+        raise GerminationError(
+            f"No seed was put aside in slot '{chosen.name}'. cull(slot, keep=True) does so; of what is saved, "
+            "save_checkpoint's checkpoints alone hold it, and copies of a model do not."
+        )
+    state = chosen.germinate(kept.blueprint_id, **kept.options)
+    try:
+        cast("nn.Module", chosen.seed).load_state_dict(kept.weights)
+    except RuntimeError as error:
+        chosen._clear()
+        raise GerminationError(
+            f"The weights of '{kept.seed_id}' do not fit what '{kept.blueprint_id}' builds now: {error}"
+        ) from error
+    del growth.kept_seeds[chosen.name]
+    return state
+
+
+def cull(
+    model: SlottedModel, growth: Growth, chosen: SeedSlot, reason: str, *, revert: bool, keep: bool
+) -> None:
+    """Remove a slot's seed. See `MorphogeneticModel.cull`."""
+    kept = KeptSeed.of(chosen) if keep else None
+    if revert and SeedStage.BLENDING <= chosen.stage < SeedStage.FOSSILIZED:
+        _cull_and_revert(model, growth, chosen, reason)
+    else:
+        chosen.cull(reason)
+    if kept is not None:
+        growth.kept_seeds[chosen.name] = kept
+
+
+def _cull_and_revert(model: SlottedModel, growth: Growth, chosen: SeedSlot, reason: str) -> None:
+    if obstacle := growth.obstacle_to_revert(chosen):
+        raise TransitionError(
+            f"The seed in slot '{chosen.name}' cannot be culled with revert=True: {obstacle}"
+        )
+    snapshot = growth.snapshots[chosen.name]
+    lost = growth.epoch - snapshot.epoch
+    with growth.agreement.command(chosen, f"revert({chosen.name!r})"):
+        chosen.cull(reason, lost_epochs=lost)
+        growth.misuse.restart()
+        snapshot.restore(contributing_tensors(model.host, model.slots.values(), chosen))
+        growth.lost_epochs += lost
+
+
+def execute(model: MorphogeneticModel, command: Command) -> SeedState | GateResult | None:
+    """Carry out one command of a policy. See `MorphogeneticModel.execute`."""
+    match command:
+        case Germinate(slot, blueprint, options):
+            return model.germinate(slot, blueprint, **dict(options))
+        case Advance(slot):
+            return model.advance_stage(slot)
+        case Regerminate(slot):
+            return model.regerminate(slot)
+        case Cull(slot, reason, revert, keep):
+            model.cull(slot, reason, revert=revert, keep=keep)
+        case SetAlpha(slot, alpha):
+            model.slots[slot].set_alpha(alpha)
+        case Pause(slot):
+            model.slots[slot].pause()
+        case Resume(slot):
+            model.slots[slot].resume()
+        case Continue():
+            pass
+        case _:
+            raise TypeError(f"{command!r} is not a command.")
+    return None
+
+
+def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
+    """Ask a policy once and carry out what it says. See `MorphogeneticModel.follow`."""
+    growth = model.growth
+    done = []
+    with growth.agreement.command(None, "follow"):
+        for command in growth.agreement.commands(decided(policy, model.observe())):
+            try:
+                model.execute(command)
+            except GerminationError as error:
+                if not (isinstance(error.result, GateResult) and isinstance(command, Germinate)):
+                    raise
+                _report_refusal(growth, command, error.result)
+            else:
+                done.append(command)
+    return done
+
+
+def _report_refusal(growth: Growth, command: Germinate, result: GateResult) -> None:
+    growth.emit(
+        GateEvaluated(
+            slot=command.slot,
+            gate="G0",
+            passed=False,
+            reason=f"{command.blueprint}: {result.reason}",
+            checks=tuple(check.to_dict() for check in result.checks),
+        )
+    )

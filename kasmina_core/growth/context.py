@@ -1,0 +1,230 @@
+"""What the slots of a model share: who decides with it, who is called when seeds come and go, what was counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, Protocol, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kasmina_core.events import AlphaChanged, StageChanged, TelemetryEvent
+from kasmina_core.evidence.examiner import Examiner
+from kasmina_core.evidence.measuring import Evaluator, GateSamples
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.growth.agreement import ALONE, Agreement
+from kasmina_core.growth.config import GrowthConfig
+from kasmina_core.growth.reverting import HostSnapshot, HostStateKeeper, KeptSeed, obstacle_to_revert
+from kasmina_core.growth.undo import ModelBefore
+from kasmina_core.growth.watching.graphs import GraphForesight
+from kasmina_core.growth.watching.misuse import Misuse
+from kasmina_core.growth.watching.untracked import UntrackedSeeds
+from kasmina_core.isolation import IsolationReading
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.slots.slot import SeedSlot
+from kasmina_core.slotted import SlottedModel, held_weakly
+
+
+class SeedParameterListener(Protocol):
+    """Called when parameters come and go; optimisers are tied to a model through one."""
+
+    def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Take new parameters. May raise: the germination is then refused."""
+        ...
+
+    def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Forget parameters."""
+        ...
+
+
+class EventTarget(Protocol):
+    """Takes events; `Telemetry` is one."""
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event; never raises, never waits."""
+        ...
+
+
+@final
+class Growth:
+    """The growth of one model; its slots ask it whatever lies outside of a slot.
+
+    The model owns it and the slots refer to it, so it must not keep the model alive.
+
+    Args:
+        model: The model.
+        config: How seeds are treated.
+        samples: What the gates decide on.
+        telemetry: Takes the events.
+
+    Attributes:
+        epoch: Epochs the model has stepped.
+        lost_epochs: Epochs of the host that reverts gave up.
+        sequence: Events so far.
+        last_metric: Metric of the last epoch.
+        agreement: How the processes of a job decide together; set with `decide_with`.
+        examiner: What measures seeds.
+        listeners: Called when parameters come and go.
+        telemetry: Takes the events.
+        snapshots: By slot, the host before its seed began to contribute.
+        kept_seeds: By slot, the seed that was put aside.
+        graphs: Watches the graphs that torch.compile makes.
+        misuse: Warns of calls that were forgotten.
+        untracked: Warns of seeds that no optimiser holds.
+    """
+
+    def __init__(
+        self,
+        model: SlottedModel,
+        config: GrowthConfig,
+        samples: GateSamples | None = None,
+        telemetry: EventTarget | None = None,
+    ) -> None:
+        self._model = held_weakly(model)
+        self._config = config
+        self.epoch = self.lost_epochs = self.sequence = 0
+        self.last_metric: float | None = None
+        self.agreement: Agreement = ALONE
+        self.examiner = Examiner(model, samples)
+        self.untracked = UntrackedSeeds(slot.name for slot in model.slots.values() if slot.seed is not None)
+        self.listeners: list[SeedParameterListener] = [self.untracked]
+        self.telemetry = telemetry
+        self.snapshots: dict[str, HostSnapshot] = {}
+        self.kept_seeds: dict[str, KeptSeed] = {}
+        self.graphs = GraphForesight()
+        self.misuse = Misuse()
+        self._before: ModelBefore | None = None
+
+    def in_a_copy(self) -> dict[str, Any]:
+        """Return what a copy of the model has too; what points at the outside (sinks, loaders, optimisers) stays behind."""
+        return {
+            name: getattr(self, name)
+            for name in ("epoch", "lost_epochs", "sequence", "last_metric", "graphs")
+        }
+
+    @property
+    def evaluator(self) -> Evaluator | None:
+        """What returns the losses that the gates decide on."""
+        return self.examiner.samples.evaluator if self.examiner.samples is not None else None
+
+    @property
+    def tied_optimizers(self) -> list[Optimizer]:
+        """The optimisers that follow the model's seeds."""
+        tied = (getattr(listener, "optimizer", None) for listener in self.listeners)
+        return [optimizer for optimizer in tied if isinstance(optimizer, Optimizer)]
+
+    def decide_with(self, agreement: Agreement) -> None:
+        """Let the processes of a job decide and measure together from now on."""
+        self.agreement = self.examiner.measurer.processes = agreement
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[ModelBefore]:
+        """Undo what the block does to host and slots if it raises; a block inside of another is part of that."""
+        if self._before is not None:
+            yield self._before
+            return
+        model = self._model()
+        self._before = ModelBefore(model.host, model.slots.values())
+        try:
+            yield self._before
+        except BaseException:
+            self._before.put_back()
+            raise
+        else:
+            self.snapshots, self.kept_seeds = {}, {}
+        finally:
+            self._before = None
+
+    def obstacle_to_revert(self, slot: SeedSlot) -> str:
+        """Return why the host cannot be put back to a slot's snapshot; empty if it can."""
+        model = self._model()
+        return obstacle_to_revert(self.snapshots.get(slot.name), model.host, model.slots.values(), slot)
+
+    # -- what slots ask --------------------------------------------------------------------------------------------
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Give an event its place and send it."""
+        if self.telemetry is not None:
+            self.telemetry.emit(replace(event, epoch=self.epoch, sequence=self.sequence))
+        self.sequence += 1
+        if isinstance(event, StageChanged | AlphaChanged):
+            self.graphs.look(self._model().slots.values())
+
+    def measure(
+        self, slot: SeedSlot, host_losses: Tensor | None
+    ) -> tuple[SeedEvidence, Tensor | None] | None:
+        """Measure a slot's seed for its gates; return the losses without it too, where they can be kept."""
+        model = self._model()
+        self.graphs.look(model.slots.values(), measured=slot)
+        if self.examiner.samples is None:
+            return None
+        thresholds = slot.config.gates.thresholds
+        asked = slot.is_incubating and thresholds.prove_before_blending
+        alphas = thresholds.smaller_alphas if asked else ()
+        try:
+            measured = self.examiner.measurer.measure(slot, self.examiner.samples, alphas, host_losses)
+        except Exception as error:
+            self.misuse.note_failure(slot, error)
+            raise
+        self.misuse.note_measurement(model.host, slot, measured)
+        return measured.evidence, measured.without
+
+    def screen(self, slot: SeedSlot) -> PairedGain | None:
+        """Measure the first-order gain of a slot's seed, once an epoch."""
+        return self.examiner.screen_of_epoch(slot, self.epoch)
+
+    def error_share(self, slot: SeedSlot) -> float:
+        """Return the part of the gates' error rate that a slot's seed may spend."""
+        return self.examiner.error_share(slot)
+
+    def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
+        """Measure what a slot's seed leaks into the host, in every process."""
+        return self.agreement.isolation(slot, self.examiner.isolation(slot))
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        """Carry out a command of a slot as the processes of a job agree."""
+        return self.agreement.command(slot, text)
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        """Return whether something holds in every process of a job."""
+        return self.largest(slot, what, float(not holds)) == 0.0
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        """Return the largest of a number in every process of a job; NaN if one is."""
+        return self.agreement.largest(f"{what} of '{slot.name}'", value)
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        """Keep, or forget, what `MorphogeneticModel.cull` needs to revert the host."""
+        if target is SeedStage.BLENDING and self._config.keep_snapshot:
+            model = self._model()
+            keepers = [listener for listener in self.listeners if isinstance(listener, HostStateKeeper)]
+            self.snapshots[slot.name] = HostSnapshot.take(
+                model.host, model.slots.values(), slot, keepers, self.epoch
+            )
+        elif target in (SeedStage.FOSSILIZED, SeedStage.CULLED):
+            self.snapshots.pop(slot.name, None)
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Make a new seed the same in every process, before anybody holds its parameters."""
+        self.agreement.seed_made(slot, seed, blueprint_id)
+
+    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Call the listeners with new parameters; if one raises, those that took them forget them again."""
+        told: list[SeedParameterListener] = []
+        try:
+            for listener in self.listeners:
+                listener.seed_added(slot.name, parameters)
+                told.append(listener)
+            self.agreement.seed_accepted(slot)
+        except Exception:
+            for listener in told:
+                listener.seed_removed(slot.name, parameters)
+            raise
+
+    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Call the listeners with parameters that are gone."""
+        for listener in self.listeners:
+            listener.seed_removed(slot.name, parameters)
