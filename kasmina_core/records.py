@@ -130,6 +130,16 @@ def read(hint: Any, data: Any, what: str, where: str = "") -> Any:
         raise CheckpointError(f"{what} cannot be read: {error}") from error
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value is made of ``None``, booleans, numbers, text, lists, tuples and mappings by text alone."""
+    # Exact types: a subclass (an Enum, a numpy scalar) is written as its class, which a safe load refuses.
+    if type(value) is dict:
+        return all(type(key) is str and is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def for_json(value: Any) -> Any:
     """Return a value as strict JSON can hold it; numbers that JSON lacks, and what it does not know, become text."""
     if isinstance(value, Enum):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kasmina_core.errors import CheckpointError
+from kasmina_core.files import flush
 from kasmina_core.plain_data import LARGEST_TEXT, parse
 
 FORMAT: Final = "kasmina checkpoint"
@@ -79,10 +80,13 @@ def write_tensors(
         # Views that overlap are written apart: the format has no place for what is shared.
         written[name] = tensor.clone() if storage in storages and tensor.numel() else tensor.contiguous()
         storages.add(storage)
+    file.touch()  # where a file cannot be at all, the system says why more clearly than safetensors
+    mode = file.stat().st_mode
     try:
         save_file(written, file, dict(metadata))
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The tensors cannot be written to {named or file.name}: {error}") from error
+    file.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
     return same
 
 
@@ -334,17 +338,6 @@ def _size_of(file: Path) -> int:
 def _is_checkpoint(folder: Path) -> bool:
     """Whether a folder may be replaced: it has a manifest, or nothing at all."""
     return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # elsewhere a folder cannot be opened
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lives(process: int) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
-from kasmina_core.checkpoints.files import as_checkpoint_error, flush, write_tensors
+from kasmina_core.checkpoints.files import as_checkpoint_error, write_tensors
 from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
     compare_seed,
@@ -20,6 +19,7 @@ from kasmina_core.checkpoints.growth_state import (
     slot_data,
 )
 from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.files import replacing
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.plain_data import from_json, to_json
 from kasmina_core.probing import lookup
@@ -62,17 +62,8 @@ def save_seeds(
             }
     text = to_json({"version": SEEDS_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
     target = Path(file)
-    beside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    with as_checkpoint_error(f"The file of seeds {target}"):
-        try:
-            beside.touch()  # where a file cannot be at all, the system says why more clearly than safetensors
-            write_tensors(beside, tensors, {_KEY: text}, named=target)
-            flush(beside)
-            os.replace(beside, target)
-            flush(target.parent)
-        finally:
-            with suppress(OSError):
-                beside.unlink()
+    with as_checkpoint_error(f"The file of seeds {target}"), replacing(target) as beside:
+        write_tensors(beside, tensors, {_KEY: text}, named=target)
     return target
 
 

@@ -26,6 +26,7 @@ from kasmina_core.checks.modules import (
     check_module,
 )
 from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport
+from kasmina_core.records import is_plain
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +204,7 @@ class _Examination:
                     wrong.append(("options", "names that can be keyword arguments of germinate", name))
                 elif name == "causal" and spec.takes_causal:
                     wrong.append(("options", "no 'causal': takes_causal=True passes it already", name))
-                elif not _is_plain(default):
+                elif not is_plain(default):
                     wrong.append((f"options[{name!r}]", "plain data, which a checkpoint can hold", default))
         if not wrong:
             self.findings.passed("declaration", measured="complete")
@@ -472,12 +473,3 @@ def _kind(device: str) -> str:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_plain(value: object) -> bool:
-    # Exact types, as in germinate: a subclass is written as its class, which a safe load of a checkpoint refuses.
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)

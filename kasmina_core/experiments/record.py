@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast, final, get_args
 
 from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.files import write_atomically
 
 GROWN: Final = "grown"
 """Name of the arm that was grown."""
@@ -341,27 +342,6 @@ class RunRecord:
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)} holds no JSON, or not all of it: {error}") from error
         return cls.from_dict(data)
-
-
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a whole file or leave the previous one.
-
-    Args:
-        path: The file; its folder must exist.
-        content: Text (written as UTF-8) or bytes.
-
-    Raises:
-        OSError: If it cannot be written; no temporary file is left.
-    """
-    target = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_all(folder: Path, writers: Sequence[Callable[[], object]]) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord, plain, write_atomically
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord, plain
 from kasmina_core.experiments.wording import TextTable, clean, short_blueprint
+from kasmina_core.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

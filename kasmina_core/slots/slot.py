@@ -57,6 +57,7 @@ from kasmina_core.lifecycle import (
 )
 from kasmina_core.plain_data import from_bytes, to_bytes
 from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
+from kasmina_core.records import is_plain
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.slots.owner import shared_command
@@ -424,7 +425,7 @@ class SeedSlot(nn.Module):
                 f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "
                 f"'{self.state.seed_id}'. {self._way_to_dormant()}"
             )
-        if not _is_plain(options):
+        if not is_plain(options):
             raise GerminationError(
                 f"Options of a seed must be plain data (numbers, text, booleans, lists, mappings), not {options!r}: "
                 "they are written to checkpoints."
@@ -1065,12 +1066,3 @@ def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -
     verdict = CheckVerdict.PASSED if passed else CheckVerdict.FAILED
     check = GateCheck(name, float(passed), verdict, minimum=1.0, detail=detail)
     return GateResult(None, (check,), state.metrics.epochs_total)
-
-
-def _is_plain(value: object) -> bool:
-    # Exact types: a subclass (an Enum, a numpy scalar) is written as its class, which a safe load refuses.
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, cast("Sequence[object]", value)))
-    return value is None or type(value) in (bool, int, float, str)

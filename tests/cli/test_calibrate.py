@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kasmina_core import files
 from kasmina_core.cli import INTERRUPTED, main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
-from kasmina_core.experiments.record import write_atomically
+from kasmina_core.files import write_atomically
 
 SHORT = ("--seeds", "3", "--looks", "2", "--epochs", "2", "--blueprint", "norm")
 
@@ -89,7 +90,7 @@ def test_a_full_disk_takes_files_and_not_the_figures(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    for module in (report, recording):  # both imported before, so that each gets its own back
+    for module in (report, recording, files):  # both imported before, so that each gets its own back
         monkeypatch.setattr(module, "write_atomically", write)
     folder = tmp_path / "run"
     result = _calibrate("--out", str(folder), *SHORT, *how)

@@ -19,11 +19,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from kasmina_core import files
 from kasmina_core.cli import main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
 from kasmina_core.experiments.flops import FlopLedger, flop_counter
-from kasmina_core.experiments.record import write_atomically
+from kasmina_core.files import write_atomically
 from kasmina_core.telemetry import JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")
@@ -360,7 +361,7 @@ def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    for module in (report, recording):  # both imported before, so that each gets its own back
+    for module in (report, recording, files):  # both imported before, so that each gets its own back
         monkeypatch.setattr(module, "write_atomically", write)
 
 

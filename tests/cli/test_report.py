@@ -27,7 +27,6 @@ from kasmina_core.experiments.record import (
     EpochSlot,
     RunRecord,
     SeedRecord,
-    write_atomically,
 )
 from kasmina_core.experiments.report import (
     ReportError,
@@ -126,20 +125,6 @@ def test_a_file_that_holds_no_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(CheckpointError):
         RunRecord.read(tmp_path / "run.json")
-
-
-def test_a_failed_write_leaves_the_previous_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, "before")
-
-    def fail(source, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "after")
-    assert path.read_text() == "before"
-    assert os.listdir(tmp_path) == ["file"]
 
 
 # The files
