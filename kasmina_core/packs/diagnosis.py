@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, final
 
 import importlib_metadata
 
 from kasmina_core.errors import SwitchError, did_you_mean
+from kasmina_core.packs.compatibility import API_GROUP
 from kasmina_core.packs.probe import Probe, probe
 from kasmina_core.packs.scanning import (
     GROUP,
@@ -20,6 +22,8 @@ from kasmina_core.packs.scanning import (
     PackRecord,
     PackState,
     distribution_name,
+    every_distribution,
+    is_left_over,
     list_packs,
 )
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
@@ -63,7 +67,7 @@ class PackFinding:
         severity: Whether something does not work.
         code: What kind of thing it is: the value of a `PackReason`, or ``bad_switch``, ``misspelt_switch``,
             ``switch_names_nothing``, ``no_own_metadata``, ``unreadable_place``, ``stale_metadata``, ``left_over_metadata``,
-            ``duplicate_distribution``, ``slow_import``, ``imports_torch``.
+            ``misspelt_group``, ``offers_nothing``, ``duplicate_distribution``, ``slow_import``, ``imports_torch``.
         subject: The pack, distribution or switch it is about.
         what: What was found, for people.
         todo: What to do.
@@ -205,7 +209,12 @@ def _checked(packs: Iterable[_Tried], switches: Switches) -> list[_Tried]:
 def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[PackFinding]:
     if result is not None and result.module_is_gone:
         what = f"The metadata of '{record.origin}' names the module {record.module}, which does not exist."
-        todo = f"pip uninstall {record.distribution}, or install it again."
+        if held := _modules_of(record.distribution):
+            wanted = record.module.partition(":")[0].strip()
+            what += f" The distribution holds {', '.join(held[:8])}."
+            todo = f"Correct its entry point in the group {GROUP}, and install it again.{did_you_mean(wanted, held)}"
+        else:
+            todo = f"pip uninstall {record.distribution}, or install it again."
         yield PackFinding(Severity.PROBLEM, "stale_metadata", record.name, what, todo)
     elif record.is_bad and record.reason is not None:
         advice = ADVICE[record.reason].format(
@@ -224,6 +233,20 @@ def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[
         what = f"{record.origin}: importing {record.module} takes {result.seconds:.2f} s."
         todo = f"See what takes the time: python -X importtime -c 'import {record.module.partition(':')[0]}'"
         yield PackFinding(Severity.ADVICE, "slow_import", record.name, what, todo)
+
+
+def _modules_of(distribution: str) -> list[str]:
+    """Return the modules that are there of those that a distribution says it installed, the outer ones first."""
+    try:
+        files = importlib_metadata.files(distribution) or []
+    except Exception:
+        return []
+    modules = set()
+    for file in files:
+        path = PurePosixPath(str(file))
+        if path.suffix == ".py" and Path(str(file.locate())).exists():
+            modules.add(".".join(path.with_suffix("").parts).removesuffix("__init__").rstrip("."))
+    return sorted(modules - {""}, key=lambda module: (module.count("."), module))
 
 
 # -- switches -----------------------------------------------------------------------------------------------------
@@ -272,25 +295,28 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
     """Return where the metadata of each distribution that has packs, and of our own, lies; and what could not be read."""
     every: dict[str, list[str]] = {}
     with_packs = {"kasmina"}
-    findings = []
-    found = iter(importlib_metadata.distributions())
-    while True:
+    findings: list[PackFinding] = []
+
+    def unreadable(error: Exception) -> None:
+        what = f"Listing the installed distributions raised {type(error).__name__}: {error}"
+        todo = "Packs that would have come after it are not found. Mend or remove what put that finder into sys.meta_path."
+        findings.append(PackFinding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
+
+    for distribution in every_distribution(unreadable):
         try:
-            distribution = next(found)
-        except StopIteration:
-            break
-        except Exception as error:  # a foreign finder
-            what = f"Listing the installed distributions raised {type(error).__name__}: {error}"
-            todo = "Packs that would have come after it are not found. Mend or remove what put that finder into sys.meta_path."
-            findings.append(PackFinding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
-            break
-        try:
-            name = normalized(distribution_name(distribution))
             where = str(getattr(distribution, "_path", "")) or repr(distribution)
+            is_pack = GROUP in (distribution.read_text("entry_points.txt") or "")
+            if is_left_over(distribution):
+                if is_pack:
+                    findings.append(_interrupted_upgrade(distribution.metadata["Name"], where))
+                continue
+            name = normalized(distribution_name(distribution))
             if where not in every.setdefault(name, []):
                 every[name].append(where)
-            if GROUP in (distribution.read_text("entry_points.txt") or ""):
+            if is_pack:
                 with_packs.add(name)
+            else:
+                findings += _offering_nothing(distribution)
         except Exception:  # told as damaged metadata where it is a pack's
             continue
     if "kasmina" not in every:
@@ -298,6 +324,32 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
         todo = "Install it: pip install -e . in the checkout."
         findings.append(PackFinding(Severity.PROBLEM, "no_own_metadata", "kasmina", what, todo))
     return {name: every[name] for name in every if name in with_packs}, findings
+
+
+def _interrupted_upgrade(name: str, where: str) -> PackFinding:
+    what = (
+        f"An interrupted upgrade of '{name}' left metadata behind, which pip and kasmina ignore:\n  {where}"
+    )
+    return PackFinding(
+        Severity.ADVICE, "left_over_metadata", name, what, "Delete that folder; keep the distribution."
+    )
+
+
+def _offering_nothing(distribution: importlib_metadata.Distribution) -> Iterable[PackFinding]:
+    """Tell of a distribution that means to be a pack, to judge by its requirements or its entry points, and is none."""
+    name = distribution.metadata["Name"]
+    groups = {entry.group for entry in distribution.entry_points} - {GROUP, API_GROUP}
+    near = sorted({*get_close_matches(GROUP, groups), *(g for g in groups if g.startswith("kasmina"))})
+    declare = f'[project.entry-points."{GROUP}"] in its pyproject.toml, and install it again.'
+    if near:
+        what = f"Distribution '{name}' has entry points in the group {near[0]!r}, which nothing reads."
+        yield PackFinding(
+            Severity.PROBLEM, "misspelt_group", name, what, f"Did you mean '{GROUP}'? Write {declare}"
+        )
+    elif any(re.match(r"kasmina(?![\w.-])(?!.*extra)", text, re.I) for text in distribution.requires or ()):
+        what = f"Distribution '{name}' requires kasmina and offers no pack: it has no entry point for one."
+        todo = f"If it only uses kasmina, nothing. If it is a pack, name its module under {declare}"
+        yield PackFinding(Severity.ADVICE, "offers_nothing", name, what, todo)
 
 
 def _copies(places: Mapping[str, list[str]]) -> Iterable[PackFinding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, final
@@ -191,15 +191,10 @@ def scan_packs(switches: Switches) -> list[Found]:
 
 
 def _distributions_with_packs() -> Iterator[_Distribution]:
-    """Yield each distribution that may hold a pack: of several of one name, again the first on ``sys.path``."""
-    every = iter(importlib_metadata.distributions())
-    while True:
-        try:
-            distribution = next(every)
-        except StopIteration:
-            return
-        except Exception:  # a foreign finder; what it had left cannot be listed
-            return
+    """Yield each distribution that may hold a pack; for several of one name, again the one that ``import`` takes."""
+    for distribution in every_distribution():
+        if is_left_over(distribution):
+            continue
         try:
             mentions = GROUP in (distribution.read_text("entry_points.txt") or "")
         except UnicodeDecodeError as error:
@@ -209,9 +204,30 @@ def _distributions_with_packs() -> Iterator[_Distribution]:
         if not mentions:
             continue
         try:
-            yield importlib_metadata.distribution(distribution_name(distribution))
+            name = distribution.metadata.get("Name")
+        except Exception:
+            name = None
+        try:
+            yield importlib_metadata.distribution(name or distribution_name(distribution))
         except Exception:
             yield distribution
+
+
+def every_distribution(on_error: Callable[[Exception], None] = lambda error: None) -> Iterator[_Distribution]:
+    """Yield the installed distributions.
+
+    Args:
+        on_error: Called if a foreign finder raises; what it had left cannot be listed.
+    """
+    try:
+        yield from importlib_metadata.distributions()
+    except Exception as error:
+        on_error(error)
+
+
+def is_left_over(distribution: _Distribution) -> bool:
+    """Return whether it is what an interrupted upgrade left behind: pip renames the old ``x`` to ``~x`` and ignores it."""
+    return distribution_name(distribution).startswith("~")
 
 
 def _claims(distribution: _Distribution, switches: Switches, environment: Environment) -> Iterator[Found]:

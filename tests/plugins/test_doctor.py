@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fake_packs import Site
 
-from kasmina_core import PackReason, PackState
+from kasmina_core import PackReason, PackState, list_packs
 from kasmina_core.cli import main
 from kasmina_core.packs.diagnosis import ADVICE, Diagnosis, Severity, diagnose
 from kasmina_core.packs.probe import probe
@@ -118,6 +118,53 @@ def test_metadata_whose_module_is_gone_is_stale(site: Site) -> None:
     )
     assert "pip uninstall fake-gone" in diagnosis.findings[0].todo
     assert not diagnosis.is_healthy
+
+
+def test_a_wrong_module_in_an_entry_point_is_told_with_the_modules_there_are(site: Site) -> None:
+    info = site.install("fake-typo", "typo = fake_tyop", fake_typo=LIGHT)
+    (info / "RECORD").write_text("fake_typo.py,,\nfake_typo_gone.py,,\nfake_typo-1.0.dist-info/METADATA,,\n")
+    diagnosis = diagnose()
+    assert found(diagnosis) == [("problem", "stale_metadata", "typo")]
+    assert diagnosis.findings[0].what.endswith("does not exist. The distribution holds fake_typo.")
+    assert "Did you mean 'fake_typo'?" in diagnosis.findings[0].todo
+    assert "uninstall" not in diagnosis.findings[0].todo
+
+
+@pytest.mark.parametrize("group", ["kasmina.plugin", "kasmina_plugins", "Kasmina.Plugins", "kasmina"])
+def test_a_group_that_nothing_reads_is_a_problem(site: Site, group: str) -> None:
+    site.install("fake-near", f"[{group}]\nnear = fake_near\n".encode())
+    diagnosis = diagnose()
+    assert found(diagnosis) == [("problem", "misspelt_group", "fake-near")]
+    assert "Did you mean 'kasmina.plugins'?" in diagnosis.findings[0].todo
+
+
+@pytest.mark.parametrize(
+    ("requirement", "told"),
+    [
+        ("kasmina", [("advice", "offers_nothing", "fake-none")]),
+        ("Kasmina>=0.1,<1", [("advice", "offers_nothing", "fake-none")]),
+        ("kasmina ; extra == 'growth'", []),
+        ("kasmina-vision", []),
+        ("torch", []),
+    ],
+)
+def test_a_distribution_that_requires_kasmina_and_offers_nothing_is_advice(
+    site: Site, requirement: str, told: list[tuple[str, str, str]]
+) -> None:
+    metadata = f"Metadata-Version: 2.1\nName: fake-none\nVersion: 1\nRequires-Dist: {requirement}\n"
+    site.install("fake-none", b"[console_scripts]\nfake = fake_none\n", metadata=metadata.encode())
+    assert found(diagnose()) == told
+
+
+def test_what_an_interrupted_upgrade_left_takes_no_pack_out(site: Site) -> None:
+    site.install("fake-scale", "scale = fake_scale", version="0.2", fake_scale=LIGHT)
+    left = site.install("fake-scale", "scale = fake_scale", version="0.1")
+    left.rename(left.with_name("~ake_scale-0.1.dist-info"))
+    assert [(r.version, r.state.value) for r in site.mine(list_packs())] == [("0.2", "discovered")]
+    diagnosis = diagnose()
+    assert found(diagnosis) == [("advice", "left_over_metadata", "fake-scale")]
+    assert "~ake_scale-0.1.dist-info" in diagnosis.findings[0].what
+    assert "keep the distribution" in diagnosis.findings[0].todo
 
 
 def test_a_module_that_lacks_another_is_not_called_stale(site: Site) -> None:
