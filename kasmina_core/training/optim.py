@@ -14,6 +14,7 @@ from kasmina_core.errors import GerminationError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import KeptOptimizerState
+from kasmina_core.slotted import held_weakly
 from kasmina_core.training.schedulers import FollowingSchedulers, follow, group_settings, unfound, unwrapped
 
 PerSeed = float | Callable[[str, str], float]
@@ -34,7 +35,7 @@ class _TiedOptimizer:
         schedulers: FollowingSchedulers,
     ) -> None:
         self.optimizer = optimizer
-        self._model = model
+        self._model = held_weakly(model)
         self._lr_factor = lr_factor
         self._weight_decay = weight_decay
         self._takes = takes
@@ -80,7 +81,7 @@ class _TiedOptimizer:
         return KeptOptimizerState.of(self.optimizer, parameters)
 
     def _without_host(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        host = {id(p) for p in self._model.host_parameters()}
+        host = {id(p) for p in self._model().host_parameters()}
         return [p for p in parameters if id(p) not in host]
 
     def _drop(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -97,12 +98,12 @@ class _TiedOptimizer:
     def _value(self, name: str, setting: PerSeed, slot: str) -> float:
         if not callable(setting):
             return setting
-        state = self._model.slots[slot].state
+        state = self._model().slots[slot].state
         return _checked(name, setting(slot, state.blueprint_id if state is not None else ""))
 
     def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
         """Return the names in the model's `named_parameters`, behind the prefix that the optimiser knows them by."""
-        known = {id(p): name for name, p in self._model.named_parameters()}
+        known = {id(p): name for name, p in self._model().named_parameters()}
         prefix = ""
         for group in self.optimizer.param_groups:
             for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
