@@ -11,9 +11,10 @@ from typing import Any, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
-from kasmina_core.policies.memory import row, rows, table, value
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Observation
 from kasmina_core.policies.triggers import Plateau
+from kasmina_core.records import Count
 
 
 @final
@@ -114,10 +115,8 @@ class BanditPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        draws, rewards = value(state, "draws", int), rows(state, "rewards", str, str, float)
-        by_slot = table(state, "growing").items()
-        growing = {slot: row((str, str, float), one, "growing") for slot, one in by_slot}
+        draws = remembered(state, "draws", Count)
+        rewards = remembered(state, "rewards", list[tuple[str, str, float]])
+        growing = remembered(state, "growing", dict[str, tuple[str, str, float]])
         super().load_state_dict(state)
-        self._draws = draws
-        self._rewards = [(slot, blueprint, reward) for slot, blueprint, reward in rewards]
-        self._growing = {slot: (seed, blueprint, gain) for slot, (seed, blueprint, gain) in growing.items()}
+        self._draws, self._rewards, self._growing = draws, rewards, growing

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare, living_seeds
-from kasmina_core.policies.memory import remembered, row, table, values
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Command, Observation, SlotObservation
 from kasmina_core.policies.triggers import Plateau
 
@@ -286,12 +286,10 @@ class BudgetPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned; the clock goes on from here."""
-        by_blueprint = table(state, "gains")
-        gains = {name: values(by_blueprint, name, float) for name in by_blueprint}
-        counted = set(values(state, "counted", str))
-        seconds = row((float,) * 4, remembered(state, "seconds"), "seconds")
+        gains = remembered(state, "gains", dict[str, list[float]])
+        counted = remembered(state, "counted", set[str])
+        seconds = remembered(state, "seconds", tuple[float, float, float, float])
         super().load_state_dict(state)
         self._gains, self._counted = gains, counted
-        spent, self._life, self._longest_life, self._longest_epoch = seconds
-        self._spent_seconds = spent
+        self._spent_seconds, self._life, self._longest_life, self._longest_epoch = seconds
         self._last_tick = self._clock() if self._seconds is not None else None

@@ -10,9 +10,10 @@ from typing import Any, final
 
 from kasmina_core.errors import MisuseWarning
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.policies.memory import rows, table, value
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.policies.triggers import Trigger
+from kasmina_core.records import Count
 from kasmina_core.topology import Topology
 
 Pair = tuple[str, str]
@@ -245,15 +246,10 @@ class GrowingPolicy:
         Raises:
             CheckpointError: If it is damaged, or another policy's.
         """
-        silent, pending, refused = (
-            value(state, "silent", int),
-            rows(state, "pending", str, str),
-            rows(state, "refused", str, str),
-        )
-        self.trigger.load_state_dict(table(state, "trigger"))
-        self._silent = silent
-        self._pending = {(slot, blueprint) for slot, blueprint in pending}
-        self._refused = {(slot, blueprint) for slot, blueprint in refused}
+        silent = remembered(state, "silent", Count)
+        pending, refused = (remembered(state, name, set[tuple[str, str]]) for name in ("pending", "refused"))
+        self.trigger.load_state_dict(remembered(state, "trigger", dict[str, Any]))
+        self._silent, self._pending, self._refused = silent, pending, refused
 
 
 def living_seeds(observation: Observation) -> list[SlotObservation]:

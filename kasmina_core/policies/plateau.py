@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
-from kasmina_core.policies.memory import rows
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Germinate, Observation
 from kasmina_core.policies.triggers import FixedTimes, Plateau, Trigger
+from kasmina_core.records import Count
 
 
 class _InTurnPolicy(GrowingPolicy):
@@ -44,7 +45,7 @@ class _InTurnPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        tried = rows(state, "tried", str, str, int)
+        tried = remembered(state, "tried", list[tuple[str, str, Count]])
         super().load_state_dict(state)
         self._tried = {(slot, blueprint): times for slot, blueprint, times in tried}
 

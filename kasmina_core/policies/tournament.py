@@ -8,7 +8,7 @@ from typing import Any, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
-from kasmina_core.policies.memory import remembered, row, rows, table, value
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import (
     Command,
     Cull,
@@ -163,15 +163,9 @@ class TournamentPolicy(GrowingPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        waiting = rows(state, "waiting", str, str)
-        by_slot = table(state, "inside")
-        inside = {slot: value(by_slot, slot, str) for slot in by_slot}
-        results = rows(state, "results", str, str, str, float)
-        winner = remembered(state, "winner")
-        if winner is not None:
-            winner = row((str, str, str), winner, "winner")
+        waiting = remembered(state, "waiting", list[tuple[str, str]])
+        inside = remembered(state, "inside", dict[str, str])
+        results = remembered(state, "results", list[tuple[str, str, str, float]])
+        winner = remembered(state, "winner", tuple[str, str, str] | None)
         super().load_state_dict(state)
-        self._waiting = [(slot, blueprint) for slot, blueprint in waiting]
-        self._inside = inside
-        self._results = [(slot, blueprint, seed_id, gain) for slot, blueprint, seed_id, gain in results]
-        self._winner = winner
+        self._waiting, self._inside, self._results, self._winner = waiting, inside, results, winner

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
-from kasmina_core.policies.memory import remembered, value
+from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Observation
+from kasmina_core.records import Count
 
 
 class Trigger(Protocol):
@@ -83,8 +84,8 @@ class Plateau:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        best = value(state, "best", float) if remembered(state, "best") is not None else None
-        self._best, self._stale = best, value(state, "stale", int)
+        best = remembered(state, "best", float | None)
+        self._best, self._stale = best, remembered(state, "stale", Count)
 
 
 @final
@@ -121,4 +122,4 @@ class FixedTimes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        self._spent = min(value(state, "spent", int), len(self.epochs))
+        self._spent = min(remembered(state, "spent", Count), len(self.epochs))
