@@ -80,7 +80,7 @@ def calibrate(
     from kasmina_core.evidence.calibration import shuffled
     from kasmina_core.experiments.calibration_report import calibration_png, calibration_text, proposal
     from kasmina_core.experiments.display import RunDisplay
-    from kasmina_core.experiments.record import plain, write_all
+    from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.report import require_plots
     from kasmina_core.experiments.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
     from kasmina_core.experiments.tasks import load_task
@@ -89,6 +89,7 @@ def calibrate(
     from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.quiet import derived_seed, private_rng
+    from kasmina_core.records import for_json
 
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")
@@ -170,7 +171,7 @@ def calibrate(
         raise
     record = {"task": task, "host": host_id, "config": settings.to_dict(), "steps_per_look": steps}
     record |= found.to_dict() | {"proposal": proposal(found, effect)}
-    text = json.dumps(plain(record), allow_nan=False)
+    text = json.dumps(for_json(record), allow_nan=False)
     picture = calibration_png(found, f"{task} · {host_id}")
     try:
         click.echo(text if as_json else calibration_text(found, effect))

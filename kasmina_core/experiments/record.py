@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, cast, final, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, final
 
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.files import write_atomically
+from kasmina_core.records import Mark, Record, for_json, read
 
 GROWN: Final = "grown"
 """Name of the arm that was grown."""
@@ -32,7 +32,7 @@ SeedOutcome = Literal["fossilized", "culled", "unfinished"]
 
 @final
 @dataclass(frozen=True, slots=True)
-class EpochSlot:
+class EpochSlot(Record):
     """A slot at the end of an epoch.
 
     Attributes:
@@ -50,30 +50,10 @@ class EpochSlot:
     alpha: float = 0.0
     gain: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> EpochSlot:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        with _Reading(cls, data) as read:
-            return cls(
-                read.text("name"),
-                read.text("stage"),
-                read.text("blueprint"),
-                read.number("alpha"),
-                read.optional("gain"),
-            )
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class EpochRecord:
+class EpochRecord(Record):
     """One epoch of one arm.
 
     Attributes:
@@ -99,33 +79,10 @@ class EpochRecord:
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", tuple(self.slots))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> EpochRecord:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        with _Reading(cls, data) as read:
-            return cls(
-                epoch=read.integer("epoch"),
-                train_loss=read.number("train_loss"),
-                val_loss=read.number("val_loss"),
-                val_metric=read.number("val_metric"),
-                parameters=read.integer("parameters"),
-                flops=read.number("flops"),
-                slots=tuple(EpochSlot.from_dict(slot) for slot in read.sequence("slots")),
-                gate=read.text("gate"),
-            )
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class SeedRecord:
+class SeedRecord(Record):
     """One seed's life.
 
     Attributes:
@@ -158,48 +115,16 @@ class SeedRecord:
     gain_low: float | None = None
     gain_high: float | None = None
     reason: str = ""
-    samples: int | None = None
-    finding: Mapping[str, Any] | None = None
+    samples: Annotated[int | None, Mark.LATER] = None
+    finding: Annotated[Mapping[str, Any] | None, Mark.LATER] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple((str(stage), int(epoch)) for stage, epoch in self.stages))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SeedRecord:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        with _Reading(cls, data, later=("samples", "finding")) as read:
-            outcome = read.text("outcome")
-            if outcome not in get_args(SeedOutcome):
-                raise ValueError(f"outcome cannot be {outcome!r}")
-            return cls(
-                seed_id=read.text("seed_id"),
-                slot=read.text("slot"),
-                blueprint=read.text("blueprint"),
-                outcome=cast(SeedOutcome, outcome),
-                germinated_epoch=read.integer("germinated_epoch"),
-                ended_epoch=None if read.value("ended_epoch") is None else read.integer("ended_epoch"),
-                stages=read.sequence("stages"),
-                parameters=read.integer("parameters"),
-                gain=read.optional("gain"),
-                gain_low=read.optional("gain_low"),
-                gain_high=read.optional("gain_high"),
-                reason=read.text("reason"),
-                samples=None if read.value("samples") is None else read.integer("samples"),
-                finding=read.mapping("finding"),
-            )
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class ArmResult:
+class ArmResult(Record):
     """The final figures of one way of training, on the test samples.
 
     Attributes:
@@ -222,33 +147,10 @@ class ArmResult:
     test_metric: float
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ArmResult:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If a field is missing, unknown or of the wrong type.
-        """
-        with _Reading(cls, data) as read:
-            return cls(
-                name=read.text("name"),
-                parameters=read.integer("parameters"),
-                flops=read.number("flops"),
-                epochs=read.integer("epochs"),
-                val_loss=read.number("val_loss"),
-                test_loss=read.number("test_loss"),
-                test_metric=read.number("test_metric"),
-                seconds=read.number("seconds"),
-            )
-
 
 @final
 @dataclass(slots=True)
-class RunRecord:
+class RunRecord(Record):
     """Everything a report needs of one run; filled while it goes on.
 
     Attributes:
@@ -264,6 +166,8 @@ class RunRecord:
         notes: Sentences for the reader, for instance what did not run.
         higher_is_better: Which way the metric points; False for bits per character.
     """
+
+    derived: ClassVar = ("format",)
 
     task: str
     metric_name: str
@@ -281,12 +185,17 @@ class RunRecord:
         """Return the arm of that name, ``None`` if it did not run."""
         return next((arm for arm in self.arms if arm.name == name), None)
 
+    @property
+    def format(self) -> int:
+        """Version of the written form."""
+        return RUN_FORMAT
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {"format": RUN_FORMAT} | _to_dict(self)
+        """Return plain data for strict JSON; NaN and infinities are ``NaN``, ``Infinity`` and ``-Infinity``."""
+        return dict(for_json(Record.to_dict(self)))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunRecord:
+    def from_dict(cls, data: Any, what: str = "") -> RunRecord:
         """Rebuild from `to_dict`.
 
         Raises:
@@ -297,25 +206,10 @@ class RunRecord:
             raise CheckpointError(
                 "This is no run record that this version of kasmina reads.\n"
                 f"  expected: format {RUN_FORMAT}\n"
-                f"  found:    format {found!r}"
+                f"  found:    format {found!r:.200}"
             )
-        with _Reading(cls, {key: value for key, value in data.items() if key != "format"}) as read:
-            config = read.value("config")
-            if not isinstance(config, Mapping):
-                raise TypeError("config is not a mapping")
-            return cls(
-                task=read.text("task"),
-                metric_name=read.text("metric_name"),
-                host=read.text("host"),
-                config=dict(config),
-                epochs=[EpochRecord.from_dict(item) for item in read.sequence("epochs")],
-                baseline=[EpochRecord.from_dict(item) for item in read.sequence("baseline")],
-                seeds=[SeedRecord.from_dict(item) for item in read.sequence("seeds")],
-                arms=[ArmResult.from_dict(item) for item in read.sequence("arms")],
-                interrupted=read.flag("interrupted"),
-                notes=[str(note) for note in read.sequence("notes")],
-                higher_is_better=read.flag("higher_is_better"),
-            )
+        made: RunRecord = read(cls, data, what or "The saved RunRecord")
+        return made
 
     def to_json(self) -> str:
         """Return strict JSON; NaN and the infinities are the strings ``NaN``, ``Infinity``, ``-Infinity``."""
@@ -362,96 +256,3 @@ def write_all(folder: Path, writers: Sequence[Callable[[], object]]) -> None:
             f"Not every file could be written to {folder}: {failed.strerror or failed}.\n"
             f"  there: {kept or 'none'}"
         ) from failed
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` as strict JSON can hold it: numbers that JSON lacks, and what it does not know, as text."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if hasattr(value, "to_dict"):
-        return plain(value.to_dict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value)
-
-
-def _to_dict(record: Any) -> dict[str, Any]:
-    return {f.name: plain(getattr(record, f.name)) for f in fields(record)}
-
-
-class _Reading:
-    """Reads the fields of one record; what is wrong with them becomes a `CheckpointError` naming the record."""
-
-    def __init__(self, record: type, data: Mapping[str, Any], later: Sequence[str] = ()) -> None:
-        self._name = record.__name__
-        self._fields = {f.name for f in fields(record)}
-        # What earlier versions did not write was not measured by them.
-        self._data = dict.fromkeys(later) | dict(data) if isinstance(data, Mapping) else data
-
-    def __enter__(self) -> _Reading:
-        if not isinstance(self._data, Mapping):
-            raise CheckpointError(f"A {self._name} must be a mapping, not {type(self._data).__name__}.")
-        if set(self._data) != self._fields:
-            missing = ", ".join(sorted(self._fields - set(self._data))) or "none"
-            unknown = ", ".join(sorted(map(str, set(self._data) - self._fields))) or "none"
-            raise CheckpointError(
-                f"A {self._name} has other fields than this version of kasmina.\n"
-                f"  missing: {missing}\n"
-                f"  unknown: {unknown}"
-            )
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> Literal[False]:
-        if isinstance(error, TypeError | ValueError) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"A {self._name} cannot be read: {error}.") from error
-        return False
-
-    def value(self, name: str) -> Any:
-        return self._data[name]
-
-    def mapping(self, name: str) -> dict[str, Any] | None:
-        value = self._data[name]
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(f"{name} is not a mapping")
-        return None if value is None else dict(value)
-
-    def text(self, name: str) -> str:
-        value = self._data[name]
-        if not isinstance(value, str):
-            raise TypeError(f"{name} is not text but {value!r}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self._data[name]
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise TypeError(f"{name} is not a number but {value!r}")
-        return float(value)  # also of the strings NaN, Infinity, -Infinity
-
-    def optional(self, name: str) -> float | None:
-        return None if self._data[name] is None else self.number(name)
-
-    def integer(self, name: str) -> int:
-        value = self._data[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is not a whole number but {value!r}")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self._data[name]
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is not true or false but {value!r}")
-        return value
-
-    def sequence(self, name: str) -> Sequence[Any]:
-        value = self._data[name]
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"{name} is not a list but {value!r}")
-        return value

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord, plain
+from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
 from kasmina_core.experiments.wording import TextTable, clean, short_blueprint
 from kasmina_core.files import write_atomically
+from kasmina_core.records import for_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,7 +123,7 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
         written.append(target / name)
 
     write("run.json", record.to_json())
-    write("config.json", json.dumps(plain(record.config), indent=2, allow_nan=False) + "\n")
+    write("config.json", json.dumps(for_json(record.config), indent=2, allow_nan=False) + "\n")
     write("metrics.csv", metrics_csv(record))
     require_plots()
     picture = render_png(record)
@@ -422,7 +423,7 @@ def render_html(record: RunRecord, picture: bytes) -> str:
         "Settings",
         ("setting", "value"),
         tuple(
-            (key, value if isinstance(value, str) else json.dumps(plain(value)))
+            (key, value if isinstance(value, str) else json.dumps(for_json(value)))
             for key, value in record.config.items()
         ),
         frozenset(),

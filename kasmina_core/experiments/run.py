@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from types import MappingProxyType
@@ -44,6 +44,7 @@ from kasmina_core.policies.bundled import BUNDLED, build_policy
 from kasmina_core.policies.protocol import NoGrowthPolicy, Observation, Policy, SlotObservation
 from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, private_rng
+from kasmina_core.records import Record
 from kasmina_core.topology import Topology
 from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult
@@ -87,7 +88,7 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
 
 @final
 @dataclass(frozen=True, slots=True)
-class RunSettings:
+class RunSettings(Record):
     """Everything that decides a run; two runs with equal settings on one machine are equal bit for bit.
 
     Attributes:
@@ -117,10 +118,6 @@ class RunSettings:
     host_options: Mapping[str, Any]
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     proof: str = "probation"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class Display(Protocol):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from kasmina_core.events import TelemetryEvent
+from kasmina_core.records import for_json
 
 
 @runtime_checkable
@@ -117,7 +116,7 @@ class JsonLinesSink:
             raise ValueError(f"The sink for {self.path} is closed.")
         if not batch:
             return
-        text = "".join(json.dumps(_plain(event.to_dict()), allow_nan=False) + "\n" for event in batch)
+        text = "".join(json.dumps(for_json(event), allow_nan=False) + "\n" for event in batch)
         data = memoryview((b"\n" if self._line_is_open else b"") + text.encode("ascii"))
         self._line_is_open = True  # until everything is out: a failure part-way leaves a cut line
         while data:
@@ -170,24 +169,3 @@ def as_sink(sink: object) -> Sink:
     raise TypeError(
         f"A sink has write(batch) and close(), or is a function of one event; {sink!r} is neither."
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` as something strict JSON can hold; what JSON does not know becomes its ``str``."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return [_plain(item) for item in sorted(value, key=str)]
-    return str(value)

@@ -106,11 +106,20 @@ def test_a_run_is_read_back_from_its_file(tmp_path):
         (lambda data: data.update(format=2), "format 2"),
         (lambda data: data.pop("arms"), "missing: arms"),
         (lambda data: data.update(surprise=1), "unknown: surprise"),
-        (lambda data: data["epochs"][0].update(epoch="one"), "epoch is not a whole number but 'one'"),
-        (lambda data: data["epochs"][0]["slots"].append(3), "EpochSlot must be a mapping"),
-        (lambda data: data["seeds"][0].update(outcome="eaten"), "outcome cannot be 'eaten'"),
-        (lambda data: data["arms"][0].update(test_loss="low"), "ArmResult cannot be read"),
-        (lambda data: data.update(interrupted=1), "interrupted"),
+        (
+            lambda data: data["epochs"][0].update(epoch="one"),
+            "epochs[0].epoch must be a whole number, not 'one'",
+        ),
+        (lambda data: data["epochs"][0]["slots"].append(3), "epochs[0].slots[3] must be a mapping, not 3"),
+        (
+            lambda data: data["seeds"][0].update(outcome="eaten"),
+            "seeds[0].outcome must be one of fossilized, culled, unfinished, not 'eaten'",
+        ),
+        (
+            lambda data: data["arms"][0].update(test_loss="low"),
+            "RunRecord cannot be read: arms[0].test_loss must be a number, not 'low'",
+        ),
+        (lambda data: data.update(interrupted=1), "interrupted must be true or false, not 1"),
     ],
 )
 def test_a_foreign_record_is_refused_and_the_message_names_the_fault(change, said):
