@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from kasmina_core.testing.reports import HOST_CHECKS as HOST_CHECKS
     from kasmina_core.testing.reports import PACK_CHECKS as PACK_CHECKS
     from kasmina_core.testing.reports import HostReport as HostReport
+    from kasmina_core.testing.seeds import SeedCases as SeedCases
 
 _HOME = {
     "HOST_CHECKS": "reports",
     "HostReport": "reports",
     "PACK_CHECKS": "reports",
     "PackReport": "packs",
+    "SeedCases": "seeds",
     "check_blueprint": "blueprints",
     "check_host": "hosts",
     "check_pack": "packs",

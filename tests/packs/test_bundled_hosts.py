@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from kasmina_cnn import CNNHost
 from kasmina_transformer import TransformerHost
-from pack_cases import PACKS, SPECS, generator, grown, newborn
+from pack_cases import PACKS, SPECS, generator
 from torch import Tensor, nn
 
 from kasmina_core import HostProtocol, HostSpec, Topology
+from kasmina_core.testing.seeds import grown, newborn
 
 HOSTS: dict[str, Callable[[], Any]] = {
     "cnn": CNNHost,

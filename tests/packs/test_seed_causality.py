@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_cases import DTYPES, SPECS, features, grown
+from pack_cases import SPECS
 
 from kasmina_core import BlueprintRegistry
+from kasmina_core.testing.seeds import DTYPES, features, grown
 
 TRANSFORMER = [name for name in SPECS if name.startswith("transformer:")]
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kasmina_cnn import sizes as cnn_sizes
 from kasmina_transformer import sizes as transformer_sizes
-from pack_cases import SPECS, every_blueprint, features, grown, newborn
+from pack_cases import SPECS, every_blueprint
 
 from kasmina_core import BlueprintError, BlueprintRegistry, BlueprintSpec
+from kasmina_core.testing.seeds import features, grown, newborn
 
 
 def _count(name: str, dim: int, **options: Any) -> int:

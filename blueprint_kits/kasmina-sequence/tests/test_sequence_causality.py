@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequence_cases import DTYPES, SPECS, features, grown
+from sequence_cases import SPECS, features
 from torch import nn
 
 from kasmina_core import BlueprintRegistry
+from kasmina_core.testing.seeds import DTYPES, grown
 
 
 def _grown_from_registry(name: str, dim: int, causal: bool) -> nn.Module:

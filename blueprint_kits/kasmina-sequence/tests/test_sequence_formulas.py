@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from sequence_cases import SPECS, features, grown, newborn
+from sequence_cases import SPECS, features
 from torch import Tensor
+
+from kasmina_core.testing.seeds import grown, newborn
 
 
 def _normed(x: Tensor, seed: Any) -> Tensor:

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kasmina_vision import sizes
 from torch import Tensor, nn
-from vision_cases import SPECS, features, grown, newborn
+from vision_cases import SPECS, features
+
+from kasmina_core.testing.seeds import grown, newborn
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:
