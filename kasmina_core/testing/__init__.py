@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from kasmina_core.packs.checking import PackReport as PackReport
     from kasmina_core.testing.blueprints import check_blueprint as check_blueprint
     from kasmina_core.testing.blueprints import parametrize_blueprints as parametrize_blueprints
+    from kasmina_core.testing.documents import parametrize_examples as parametrize_examples
     from kasmina_core.testing.hosts import check_host as check_host
+    from kasmina_core.testing.lives import LifeCase as LifeCase
+    from kasmina_core.testing.lives import LifeCases as LifeCases
     from kasmina_core.testing.packs import check_pack as check_pack
     from kasmina_core.testing.reports import HOST_CHECKS as HOST_CHECKS
     from kasmina_core.testing.reports import PACK_CHECKS as PACK_CHECKS
@@ -32,12 +35,15 @@ _HOME = {
     "HOST_CHECKS": "reports",
     "HostReport": "reports",
     "PACK_CHECKS": "reports",
+    "LifeCase": "lives",
+    "LifeCases": "lives",
     "PackReport": "packs",
     "SeedCases": "seeds",
     "check_blueprint": "blueprints",
     "check_host": "hosts",
     "check_pack": "packs",
     "parametrize_blueprints": "blueprints",
+    "parametrize_examples": "documents",
 }
 
 __all__ = sorted(_HOME)

@@ -1,4 +1,4 @@
-"""Tiny models of six kinds with batches and losses, and the public moves that reach each stage."""
+"""Tiny models of six kinds with batches and losses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kasmina_core import GateThresholds, GrowthConfig, QualityGates, SeedStage, tie_optimizer
-from torch import Tensor
+from kasmina_core.testing import LifeCase
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -72,16 +72,16 @@ def convnext() -> ConvNextForImageClassification:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LifeCase):
     """One kind of model: how to make it, what it takes and where it grows."""
 
     name: str
     build: Callable[[], PreTrainedModel]
     blueprint: str
     slot: str
+    lr: float = 1e-2
 
     def host(self) -> PreTrainedModel:
-        """Always the same weights, in evaluation mode; the global random numbers are left as they were."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             model = self.build()
@@ -111,22 +111,18 @@ class Case:
     def inputs(self, seed: int = 11) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.batch(seed).items() if name != "labels"}
 
-    def losses(self, model: Any) -> Tensor:
-        """The loss of every held-out sample."""
+    def grow(self, host: nn.Module, **options: Any) -> GrowingModel:
+        return grow(host, **options)  # type: ignore[arg-type]
+
+    def run(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        output = model(**self.batch())
+        return output.loss, output.logits
+
+    def losses(self, model: nn.Module) -> Tensor:
         labels, logits = self.batch(12)["labels"], model(**self.inputs(12)).logits
         if self.speaks:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
         return F.cross_entropy(logits, labels, reduction="none")
-
-    def grown(
-        self, stage: SeedStage = SeedStage.DORMANT, blueprint: str | None = None, **options: Any
-    ) -> GrowingModel:
-        """A model with one seed at that stage whose parameters are far from those at birth."""
-        model = grow(self.host(), config=open_config(), **options)
-        model.evaluate_with(lambda: self.losses(model))
-        bring_to(model, stage, self.slot, blueprint or self.blueprint)
-        shake(model)
-        return model
 
 
 CASES = {
@@ -140,60 +136,3 @@ CASES = {
         Case("convnext", convnext, "cnn:conv_light", "stage2"),
     )
 }
-
-
-def open_config(**changes: Any) -> GrowthConfig:
-    """Gates that every finite measurement passes, after short dwells."""
-    thresholds = GateThresholds(
-        min_training_epochs=2,
-        min_probation_epochs=2,
-        min_samples=2,
-        min_gain=-1e9,
-        min_t=-1e9,
-        max_harm_t=1e9,
-        max_output_deviation=1e9,
-    )
-    return GrowthConfig(ramp_steps=4, embargo_epochs=2, gates=QualityGates(thresholds=thresholds), **changes)
-
-
-def bring_to(
-    model: GrowingModel, stage: SeedStage, slot: str, blueprint: str, step: Callable[[], Any] = int
-) -> None:
-    """Walk a dormant slot to a stage by public moves; ``step`` runs before each epoch ends."""
-    if stage is SeedStage.DORMANT:
-        return
-    model.germinate(slot, blueprint)
-    for _ in range(40):
-        place = model.slots[slot]
-        # In BLENDING at alpha 0 nothing shows yet.
-        if place.stage is stage and (stage is not SeedStage.BLENDING or place.alpha > 0.0):
-            return
-        step()
-        model.step_epoch(1.0)
-        if stage is SeedStage.FOSSILIZED and place.stage is SeedStage.PROBATIONARY:
-            model.advance_stage(slot)
-    raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
-
-
-def shake(model: GrowingModel, size: float = 0.3) -> None:
-    """Change seeds by what training could do, so that they are not near the identity."""
-    draw = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in model.seed_parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=draw))
-
-
-def trainer(model: GrowingModel, case: Case, lr: float = 1e-2) -> Callable[[], Tensor]:
-    """A function that takes one training step and returns its loss."""
-    optimizer = tie_optimizer(model, torch.optim.AdamW(model.host_parameters(), lr=lr))
-
-    def step() -> Tensor:
-        model.train()
-        optimizer.zero_grad()
-        loss: Tensor = model(**case.batch()).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        model.step()
-        optimizer.step()
-        return loss.detach()
-
-    return step

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import CASES, Case, bring_to, open_config
+from hf_cases import CASES, Case
 from kasmina_core import HostError, MorphogeneticModel, SeedStage, default_registry
 from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.testing.lives import bring_to, open_config
 from torch import Tensor, nn
 
-from kasmina_hf import GrowingModel, example_inputs, grow, points
+from kasmina_hf import GrowingModel, example_inputs, points
 from kasmina_hf.positions import HOST_FEATURES_MODES, IDLE_MODE, mixes_positions
 
 NEW_TOKENS = 6
@@ -255,7 +256,7 @@ def test_modes_in_which_the_seed_does_not_contribute_are_the_slot_s() -> None:
 
 def test_a_seed_in_training_is_not_tried_while_nobody_asks() -> None:
     case = CASES["llama"]
-    model = grow(case.host(), config=open_config())
+    model = case.open()
     bring_to(model, SeedStage.TRAINING, case.slot, ATTENTION)
     assert isinstance(model, GrowingModel)
     model.eval()(**case.inputs(), **with_cache(model.host, None))

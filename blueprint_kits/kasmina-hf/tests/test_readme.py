@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import CodeType
 
 import pytest
-
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+from kasmina_core.testing import parametrize_examples
 
 
-def test_the_readme_has_an_example() -> None:
-    assert len(BLOCKS) == 1
-
-
-def test_the_example_runs_and_generates(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(BLOCKS[0], str(README), "exec"), {})
+@parametrize_examples(Path(__file__).parents[1] / "README.md")
+def test_the_example_runs_and_generates(example: CodeType, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(example, {})
     printed = capsys.readouterr().out
     assert re.search(r"layer2 +TRAINING +transformer:mlp", printed)
     assert re.search(r"layer4 +DORMANT", printed)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from kasmina_core import HostError, SeedStage
-from timm_cases import CASES, Case, bring_to, open_config, shake
+from kasmina_core.testing.comparing import difference
+from kasmina_core.testing.lives import bring_to, shake
+from timm_cases import CASES, Case
 
-from kasmina_timm import GrowingModel, grow
+from kasmina_timm import GrowingModel
 
 NAMES = ["timm-resnet", "timm-convnext", "timm-efficientnet", "timm-vit"]
 STAGES = [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.FOSSILIZED]
@@ -16,8 +18,7 @@ STAGES = [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.F
 def checkpointed(case: Case, stage: SeedStage) -> GrowingModel:
     host = case.host()
     host.set_grad_checkpointing()
-    model = grow(host, config=open_config())
-    model.evaluate_with(lambda: case.losses(model))
+    model = case.open(host)
     bring_to(model, stage, case.slot, case.blueprint)
     shake(model)
     return model
@@ -27,17 +28,9 @@ def checkpointed(case: Case, stage: SeedStage) -> GrowingModel:
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_are_those_without_checkpointing(name: str, stage: SeedStage) -> None:
     case = CASES[name]
-    gradients = []
-    for model in (case.grown(stage).train(), checkpointed(case, stage).train()):
-        torch.manual_seed(5)  # dropout draws the same
-        loss = case.losses(model).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}})
-    assert gradients[0].keys() == gradients[1].keys()
-    for key, gradient in gradients[0].items():
-        assert gradient is not None, key
-        assert torch.equal(gradient, gradients[1][key]), key
-    assert any("seed" in key for key in gradients[0]) is (stage is not SeedStage.DORMANT)
+    runs = [case.learn(model.train()) for model in (case.grown(stage), checkpointed(case, stage))]
+    assert not difference(*runs)
+    assert any("seed" in key for key in runs[0]) is (stage is not SeedStage.DORMANT)
 
 
 def test_slots_are_at_blocks_that_run_and_keep_their_names() -> None:

@@ -6,20 +6,16 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import timm_cases  # noqa: F401  # skips this module where timm and torchvision cannot be imported
-
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+from kasmina_core.testing import parametrize_examples
 
 
-def test_the_readme_has_an_example() -> None:
-    assert len(BLOCKS) == 1
-
-
-def test_the_example_runs_and_tells_what_grew(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(BLOCKS[0], str(README), "exec"), {})
+@parametrize_examples(Path(__file__).parents[1] / "README.md")
+def test_the_example_runs_and_tells_what_grew(example: CodeType, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(example, {})
     printed = capsys.readouterr().out
     assert re.search(r"layer3 +TRAINING +cnn:conv_light", printed)
     assert re.search(r"layer1 +DORMANT", printed)

@@ -1,4 +1,4 @@
-"""Small models of each kind with batches and losses, and the public moves that reach each stage.
+"""Small models of each kind with batches and losses.
 
 Test modules that import this are skipped where timm or torchvision cannot be imported.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kasmina_core import GateThresholds, GrowthConfig, QualityGates, SeedStage, tie_optimizer
+from kasmina_core.testing import LifeCase
 from torch import Tensor, nn
 
 try:
@@ -60,7 +60,7 @@ def tv_vit() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LifeCase):
     """One kind of model: how to make it, where it grows, and from which blueprint."""
 
     name: str
@@ -69,7 +69,6 @@ class Case:
     blueprint: str = "cnn:conv_light"
 
     def host(self) -> nn.Module:
-        """Always the same weights, in evaluation mode; the global random numbers are left as they were."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             model = self.build()
@@ -88,18 +87,17 @@ class Case:
     def images(self) -> Tensor:
         return self.batch()[0]
 
-    def losses(self, model: nn.Module, seed: int = 12) -> Tensor:
-        """The loss of every sample."""
-        images, labels = self.batch(seed)
-        return F.cross_entropy(model(images), labels, reduction="none")
+    def grow(self, host: nn.Module, **options: Any) -> GrowingModel:
+        return grow(host, **options)
 
-    def grown(self, stage: SeedStage = SeedStage.DORMANT, **options: Any) -> GrowingModel:
-        """A model with one seed at that stage whose parameters are far from those at birth."""
-        model = grow(self.host(), config=open_config(), **options)
-        model.evaluate_with(lambda: self.losses(model))
-        bring_to(model, stage, self.slot, self.blueprint)
-        shake(model)
-        return model
+    def run(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        images, labels = self.batch()
+        logits = model(images)
+        return F.cross_entropy(logits, labels), logits
+
+    def losses(self, model: nn.Module) -> Tensor:
+        images, labels = self.batch(12)
+        return F.cross_entropy(model(images), labels, reduction="none")
 
 
 MLP = "transformer:mlp"
@@ -138,60 +136,3 @@ CASES = {
     )
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-
-
-def open_config(**changes: Any) -> GrowthConfig:
-    """Gates that every finite measurement passes, after short dwells."""
-    thresholds = GateThresholds(
-        min_training_epochs=2,
-        min_probation_epochs=2,
-        min_samples=2,
-        min_gain=-1e9,
-        min_t=-1e9,
-        max_harm_t=1e9,
-        max_output_deviation=1e9,
-    )
-    return GrowthConfig(ramp_steps=4, embargo_epochs=2, gates=QualityGates(thresholds=thresholds), **changes)
-
-
-def bring_to(
-    model: GrowingModel, stage: SeedStage, slot: str, blueprint: str, step: Callable[[], Any] = int
-) -> None:
-    """Walk a dormant slot to a stage by public moves; ``step`` runs before each epoch ends."""
-    if stage is SeedStage.DORMANT:
-        return
-    model.germinate(slot, blueprint)
-    for _ in range(40):
-        place = model.slots[slot]
-        # In BLENDING at alpha 0 nothing shows yet.
-        if place.stage is stage and (stage is not SeedStage.BLENDING or place.alpha > 0.0):
-            return
-        step()
-        model.step_epoch(1.0)
-        if stage is SeedStage.FOSSILIZED and place.stage is SeedStage.PROBATIONARY:
-            model.advance_stage(slot)
-    raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
-
-
-def shake(model: GrowingModel, size: float = 0.3) -> None:
-    """Change seeds by what training could do, so that they are not near the identity."""
-    draw = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in model.seed_parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=draw))
-
-
-def trainer(model: GrowingModel, case: Case, lr: float = 3e-3) -> Callable[[], Tensor]:
-    """A function that takes one training step and returns its loss."""
-    optimizer = tie_optimizer(model, torch.optim.AdamW(model.host_parameters(), lr=lr))
-
-    def step() -> Tensor:
-        model.train()
-        optimizer.zero_grad()
-        loss = case.losses(model, seed=11).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        model.step()
-        optimizer.step()
-        return loss.detach()
-
-    return step
