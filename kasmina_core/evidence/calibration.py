@@ -355,7 +355,7 @@ def _resampled(differences: Tensor, spending: LevelSpending, source: torch.Gener
     count = 0
     for _ in range(RESAMPLES):
         picked = null[:, torch.randint(0, n, (n,), generator=source)]
-        gains = (PairedGain.of(look) for look in picked)
+        gains = PairedGain.of_rows(picked)
         count += any(gain.p_value <= spending.at(k) for k, gain in enumerate(gains, 1))
     return count
 

@@ -10,7 +10,7 @@ from typing import Final, final
 
 from kasmina_core.errors import BlueprintError
 from kasmina_core.gates.paired import SeedEvidence
-from kasmina_core.gates.sequential import Look, PairedGain, judge
+from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge
 from kasmina_core.gates.thresholds import GateThresholds, StartComparison
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.verdicts import CheckVerdict, Finding, GateCheck, GateLevel
@@ -205,13 +205,23 @@ def _test_check(
         best = gains[finding.alpha]
         if t.min_t is not None:
             return _judged(name, _bounded(best.t), minimum=t.min_t)
+        if best.is_sparse and t.error_rate < 1.0:
+            return GateCheck(name, None, CheckVerdict.NEVER_MEASURED, 0.0, detail=_too_few(best))
         detail = f"p = {finding.p_value:.2g}, look {finding.look} at level {finding.level:.2g}"
         if len(gains) > 1:
             detail = f"alpha {finding.alpha:g}, {detail}"
-        return _judged(name, _bounded(best.statistic), minimum=best.critical(finding.level), detail=detail)
+        value = best.t if best.is_sparse else best.statistic
+        return _judged(name, _bounded(value), minimum=best.critical(finding.level), detail=detail)
 
     bound = t.min_t if t.min_t is not None else 0.0
     return GateCheckSpec(name, (gate,), measure, minimum=bound, needs_evidence=True)
+
+
+def _too_few(gain: PairedGain) -> str:
+    return (
+        f"only {gain.informative} samples differ, of {gain.samples}, and {LEAST_INFORMATIVE} must: a large loss may be too "
+        "rare to be among them. Give more samples, a loss that differs on most of them, or right and wrong as booleans"
+    )
 
 
 def _start_check(t: GateThresholds) -> GateCheckSpec:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, final
 
+import torch
 from torch import Tensor
 
 from kasmina_core.gates.sequential import PairedGain
-from kasmina_core.records import Count, Range, Record
+from kasmina_core.records import Count, Mark, Range, Record
 
 _NOTHING: Mapping[float, Tensor] = MappingProxyType({})
 
@@ -38,6 +39,7 @@ class SeedEvidence(Record):
         smaller: Gains at smaller alphas, ``(alpha, gain)``, measured on the same samples.
         since_blending: Gain of the model with the seed over the host as it was when blending began, on the same
             samples; ``None`` before, or where the samples are others.
+        informative: Samples that bear the gain at alpha 1; see `PairedGain`.
     """
 
     samples: Count
@@ -49,11 +51,12 @@ class SeedEvidence(Record):
     skewness: float = 0.0
     smaller: tuple[tuple[Annotated[float, Range(above=0.0, below=1.0)], PairedGain], ...] = ()
     since_blending: PairedGain | None = None
+    informative: Annotated[Count | None, Mark.LATER] = None
 
     @property
     def paired(self) -> PairedGain:
         """The gain at alpha 1."""
-        return PairedGain(self.samples, self.gain, self.standard_error, self.skewness)
+        return PairedGain(self.samples, self.gain, self.standard_error, self.skewness, self.informative)
 
     @property
     def gains(self) -> dict[float, PairedGain]:
@@ -83,6 +86,9 @@ class SeedEvidence(Record):
     ) -> SeedEvidence:
         """Compare vectors of per-sample losses of the same samples in the same order.
 
+        Booleans are 0 and 1. Where all vectors hold them no loss can be larger than those seen, so that every sample is
+        informative.
+
         Args:
             with_seed: With the seed at alpha 1, ``(n,)``.
             without_seed: With the slot empty, ``(n,)``.
@@ -108,11 +114,16 @@ class SeedEvidence(Record):
                 "The evaluator must return one loss per held-out sample: reduction='none'."
             )
         sign = -1.0 if higher_is_better else 1.0
+        is_bounded = all(v.dtype == torch.bool for v in (without_seed, *vectors))
         a, b = _wide(with_seed), _wide(without_seed)
-        found = PairedGain.of(sign * (b - a))
+
+        def gain(before: Tensor, after: Tensor) -> PairedGain:
+            return PairedGain.of(sign * (before - after), is_bounded=is_bounded)
+
+        found = gain(b, a)
         since = None
         if before_blending is not None and before_blending.shape == b.shape:
-            since = PairedGain.of(sign * (_wide(before_blending) - a))
+            since = gain(_wide(before_blending), a)
         return cls(
             samples=found.samples,
             gain=found.gain,
@@ -121,10 +132,9 @@ class SeedEvidence(Record):
             loss_without=b.mean().item(),
             deviation=float(deviation),
             skewness=found.skewness,
-            smaller=tuple(
-                (float(alpha), PairedGain.of(sign * (b - _wide(losses)))) for alpha, losses in smaller.items()
-            ),
+            smaller=tuple((float(alpha), gain(b, _wide(losses))) for alpha, losses in smaller.items()),
             since_blending=since,
+            informative=found.informative,
         )
 
 

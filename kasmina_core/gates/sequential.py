@@ -9,15 +9,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final, final
+from typing import Annotated, Final, final
 
+import torch
 from torch import Tensor
 
-from kasmina_core.records import Count, Record
+from kasmina_core.records import Count, Mark, Record
 from kasmina_core.verdicts import Finding
 
 PLANNED_SHARE: Final = 0.8
 """Part of the level that the planned looks spend; the rest is for those that come later, without end."""
+
+LEAST_INFORMATIVE: Final = 100
+"""Samples that must differ for a test where most do not: of 100 differences with losses ten times as large as the gains
+and a mean of 0, one in 10,000 draws holds no loss."""
+
+DENSE: Final = 0.4
+"""Share of samples that must differ for all samples to count."""
+
+DIFFERS: Final = 0.25
+"""By how much of the root mean square difference."""
+
+SKEWNESS_BIAS: Final = 15.0
+"""See `PairedGain`; the least of 5, 10, 15 and 20 with which lognormal(1) differences hold their level at n = 100."""
 
 _NORMAL: Final = NormalDist()
 
@@ -124,16 +138,24 @@ class PairedGain(Record):
     on a few, and then ``t`` is too often large by chance. Hall's transform takes that away::
 
         w = x / s
-        hall = sqrt(n) * (w + g * w² / 3 + g² * w³ / 27 + g / (6 * n))
+        hall(g) = sqrt(n) * (w + g * w² / 3 + g² * w³ / 27 + g / (6 * n))
 
-    `statistic` is the smaller of the two, since Hall's is too often large where the skewness is positive or cannot
-    be estimated. Against a mean above zero it is compared with Student's quantile.
+    The skewness of ``n`` numbers is at most ``sqrt(n)``, so that a large one is underestimated. With
+    ``f = 1 + 15 * g² / n`` `statistic` is the smallest of ``t``, ``hall(g)``, ``hall(g * sqrt(f))`` and
+    ``hall(g * f)``. It is compared with Student's quantile.
+
+    Where most samples do not differ, those that do are rare, and a large loss may be so rare that none was drawn; the
+    other figures do not show it. `informative` counts the samples that bear such a mean, and takes the place of ``n`` in
+    ``f``. If there are fewer than 100, `statistic` is NaN: the mean was never measured.
 
     Attributes:
         samples: ``n``.
         gain: Mean of the differences, in units of the loss or metric; positive is good.
         standard_error: Of the gain: ``s / sqrt(n)``.
         skewness: ``g``, the sample skewness without bias correction; 0 where the differences are all the same.
+        informative: ``n`` if two fifths of the samples or more differ, each by more than a quarter of the root mean
+            square difference, or if no sample does; otherwise ``sum(abs(d))² / sum(d²)``, which is ``k`` where ``k``
+            samples differ alike. ``None``, as in files of earlier versions, stands for ``n``.
 
     Source: Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x; Johnson 1978,
     https://doi.org/10.1080/01621459.1978.10480051
@@ -143,10 +165,16 @@ class PairedGain(Record):
     gain: float
     standard_error: float
     skewness: float = 0.0
+    informative: Annotated[Count | None, Mark.LATER] = None
 
     @classmethod
-    def of(cls, differences: Tensor) -> PairedGain:
+    def of(cls, differences: Tensor, *, is_bounded: bool = False) -> PairedGain:
         """Summarise a vector of at least two differences.
+
+        Args:
+            differences: ``(n,)``.
+            is_bounded: Whether no loss can be larger than those seen, as of right and wrong answers: all samples are
+                then informative.
 
         Raises:
             ValueError: If it is no vector, or shorter.
@@ -155,19 +183,41 @@ class PairedGain(Record):
             raise ValueError(
                 f"Paired differences are a vector of at least two numbers, not {tuple(differences.shape)}."
             )
+        return cls.of_rows(differences[None], is_bounded=is_bounded)[0]
+
+    @classmethod
+    def of_rows(cls, differences: Tensor, *, is_bounded: bool = False) -> list[PairedGain]:
+        """Summarise each row of ``(m, n)`` differences; see `of`."""
         d = differences.detach().double().cpu()
-        n = d.numel()
-        mean = d.mean()
+        n = d.shape[1]
+        mean, largest = d.mean(1), d.abs().amax(1)
         # A spread within the rounding of the numbers is none: its skewness would be that of the rounding.
-        spread = d.std(correction=0)
-        still = bool(spread <= 1e-12 * d.abs().max())
-        skewness = 0.0 if still else (((d - mean) / spread) ** 3).mean().item()
-        return cls(n, mean.item(), 0.0 if still else d.std().item() / math.sqrt(n), skewness)
+        spread = d.std(1, correction=0)
+        still = spread <= 1e-12 * largest
+        skewness = (((d - mean[:, None]) / spread[:, None]) ** 3).mean(1).masked_fill(still, 0.0)
+        error = (d.std(1) / math.sqrt(n)).masked_fill(still, 0.0)
+        if is_bounded:
+            informative = [n] * len(d)
+        else:
+            size = d.abs() / largest[:, None]  # in (0, 1], so that no square overflows
+            squares = size.square().sum(1)
+            share = (size > DIFFERS * (squares[:, None] / n).sqrt()).double().mean(1)
+            weight = size.sum(1).square() / squares
+            # Not a number where nothing differs, or where not all is finite: the other figures tell these apart.
+            weight = torch.where((share >= DENSE) | weight.isnan(), float(n), weight.round())
+            informative = [int(count) for count in weight.tolist()]
+        figures = zip(mean.tolist(), error.tolist(), skewness.tolist(), informative, strict=True)
+        return [cls(n, *row) for row in figures]
 
     @property
     def is_finite(self) -> bool:
         """Whether every figure is a finite number."""
         return all(map(math.isfinite, (self.gain, self.standard_error, self.skewness)))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether too few samples differ to test their mean."""
+        return self._bearing < min(self.samples, LEAST_INFORMATIVE)
 
     @property
     def t(self) -> float:
@@ -180,15 +230,15 @@ class PairedGain(Record):
 
     @property
     def statistic(self) -> float:
-        """The smaller of Student's ``t`` and Hall's transform of it; NaN if a figure is not finite."""
+        """The smallest of Student's ``t`` and Hall's transforms of it; NaN if `is_sparse` or a figure is not finite."""
         t = self.t
-        if not self.is_finite:
+        if self.is_sparse or not self.is_finite:
             return math.nan
         if math.isinf(t) or self.samples < 3:
             return t
-        root, g = math.sqrt(self.samples), self.skewness
+        n, root = self.samples, math.sqrt(self.samples)
         w = t / root
-        return min(t, root * (w + g * w**2 / 3 + g**2 * w**3 / 27 + g / (6 * self.samples)))
+        return min(t, *(root * (w + g * w**2 / 3 + g**2 * w**3 / 27 + g / (6 * n)) for g in self._skewnesses))
 
     @property
     def p_value(self) -> float:
@@ -203,24 +253,35 @@ class PairedGain(Record):
     def interval(self, level: float = 0.05) -> tuple[float, float]:
         """Return an interval that leaves out the true gain with probability ``level``, half of it on each side.
 
-        The lower end is above 0 exactly where `statistic` is accepted at ``level / 2``.
+        The lower end is above 0 exactly where `statistic` is accepted at ``level / 2``. Where `is_sparse`, nothing is
+        left out: the interval is infinite.
         """
         if not self.is_finite:
             return math.nan, math.nan
         size = self.critical(level / 2)
         scale = self.standard_error * math.sqrt(self.samples)
-        if scale == 0.0 or math.isinf(size):
-            reach = math.inf if math.isinf(size) and scale else 0.0
+        if self.is_sparse or scale == 0.0 or math.isinf(size):
+            reach = math.inf if self.is_sparse or (math.isinf(size) and scale) else 0.0
             return self.gain - reach, self.gain + reach
         y = size / math.sqrt(self.samples)
         return (
-            self.gain - scale * max(y, self._unhall(y)),
-            self.gain - scale * min(-y, self._unhall(-y)),
+            self.gain - scale * max(y, *(self._unhall(y, g) for g in self._skewnesses)),
+            self.gain - scale * min(-y, *(self._unhall(-y, g) for g in self._skewnesses)),
         )
 
-    def _unhall(self, y: float) -> float:
-        """Return the ``w`` that Hall's transform takes to ``y * sqrt(n)``."""
+    @property
+    def _bearing(self) -> int:
+        return self.samples if self.informative is None else self.informative
+
+    @property
+    def _skewnesses(self) -> tuple[float, float, float]:
         g = self.skewness
+        f = 1.0 + SKEWNESS_BIAS * g * g / max(1, self._bearing)
+        # The one between matters: Hall's transform is not monotone in g, and far out it grows again.
+        return g, g * math.sqrt(f), g * f
+
+    def _unhall(self, y: float, g: float) -> float:
+        """Return the ``w`` that Hall's transform takes to ``y * sqrt(n)``."""
         if abs(g) < 1e-6 or self.samples < 3:
             return y
         return 3.0 / g * (math.cbrt(1.0 + g * (y - g / (6 * self.samples))) - 1.0)

@@ -764,3 +764,22 @@ def test_evidence_survives_as_plain_data(found):
 def test_damaged_evidence_is_refused(data, says):
     with pytest.raises(CheckpointError, match=says):
         SeedEvidence.from_dict(data)
+
+
+def test_a_gain_on_few_samples_was_never_measured() -> None:
+    with_seed, without = torch.zeros(300), torch.zeros(300)
+    without[:18] = 1.0
+    result = QualityGates().check(
+        GateLevel.G2, context(measured=SeedEvidence.from_losses(with_seed, without, 0.5))
+    )
+    check = next(c for c in result.checks if c.name == "gain over its error")
+    assert not result.passed
+    assert check.verdict is CheckVerdict.NEVER_MEASURED
+    assert "only 18 samples differ, of 300, and 100 must" in str(result)
+
+
+def test_right_and_wrong_answers_are_judged_however_few_differ() -> None:
+    right, wrong = torch.ones(300, dtype=torch.bool), torch.ones(300, dtype=torch.bool)
+    wrong[:30] = False
+    measured = SeedEvidence.from_losses(right, wrong, 0.5, higher_is_better=True)
+    assert QualityGates().check(GateLevel.G2, context(measured=measured)).passed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -181,8 +182,7 @@ def accepted(draw: Callable[..., Tensor], n: int, runs: int, looks: int = 8, kep
     source, spending, count = numbers(n), LevelSpending(0.05, looks), 0
     same = draw((runs, n), source)
     columns = [kept * same + (1 - kept) * draw((runs, n), source) for _ in range(looks)]
-    for run in range(runs):
-        gains = (PairedGain.of(column[run]) for column in columns)
+    for gains in zip(*map(PairedGain.of_rows, columns), strict=True):
         count += any(
             gain.p_value <= judge({1.0: gain}, Look(number), spending).level
             for number, gain in enumerate(gains, 1)
@@ -197,6 +197,101 @@ def test_a_seed_that_does_nothing_is_accepted_no_more_often_than_asked(name: str
     wrong = accepted(NULLS[name], n, runs)
     # The number that 999 of 1000 such simulations stay below if the rate is what is asked.
     assert wrong <= stats.binom.ppf(0.999, runs, 0.05), f"{wrong} of {runs}"
+
+
+def exact_rate(n: int, level: float, chances: dict[float, float], *, is_bounded: bool = False) -> float:
+    """The probability that one look accepts, summed over all counts of two values; what is left of 1 is 0."""
+    (low, p), (high, q) = chances.items()
+    lows = range(int(stats.binom.isf(1e-7, n, p)) + 2)
+    highs = range(int(stats.binom.isf(1e-7, n, q)) + 2)
+    counts = [(a, b) for a in lows for b in highs if a + b <= n]
+    rows = torch.zeros(len(counts), n, dtype=torch.float64)
+    for row, (a, b) in zip(rows, counts, strict=True):
+        row[:a], row[a : a + b] = low, high
+    gains = PairedGain.of_rows(rows, is_bounded=is_bounded)
+    weights = stats.multinomial.pmf([[a, b, n - a - b] for a, b in counts], n, [p, q, 1 - p - q])
+    return float(sum(w for w, gain in zip(weights, gains, strict=True) if gain.p_value <= level))
+
+
+@pytest.mark.parametrize("level", [0.005, 0.0005])
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize(
+    "chances",
+    [
+        {-5.0: 0.01, 1.0: 0.05},
+        {-10.0: 0.005, 1.0: 0.05},
+        {-5.0: 0.05, 1.0: 0.25},
+        {-1.0: 0.1, 2.0: 0.05},
+        {-5.0: 1 / 6, 1.0: 5 / 6},
+    ],
+    ids=str,
+)
+def test_differences_of_two_sizes_are_accepted_no_more_often_than_asked(
+    chances: dict[float, float], n: int, level: float
+) -> None:
+    assert sum(value * chance for value, chance in chances.items()) == pytest.approx(0.0)
+    assert exact_rate(n, level, chances) <= level
+
+
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
+def test_right_and_wrong_answers_need_no_number_of_differences(share: float, n: int) -> None:
+    rate = exact_rate(n, 0.005, {-1.0: share, 1.0: share}, is_bounded=True)
+    assert rate <= 1.2 * 0.005  # Student's t of so few values is not exact
+
+
+@pytest.mark.parametrize("n", [100, 300])
+@pytest.mark.parametrize("name", ["far down", "skewed down", "normal"])
+def test_twelve_looks_at_fresh_samples_keep_to_the_level(name: str, n: int) -> None:
+    runs, looks, source, spending = 1000, 12, numbers(n), LevelSpending()
+    rows = [PairedGain.of_rows(NULLS[name]((runs, n), source)) for _ in range(looks)]
+    wrong = sum(
+        any(gain.p_value <= spending.at(number) for number, gain in enumerate(run, 1))
+        for run in zip(*rows, strict=True)
+    )
+    assert wrong <= stats.binom.ppf(0.999, runs, 0.05), f"{wrong} of {runs}"
+
+
+# -- few samples that differ -------------------------------------------------------------------------------------------
+
+
+def sparse(n: int, differ: int, noise: float = 0.0) -> Tensor:
+    d = noise * torch.randn(n, generator=numbers(), dtype=torch.float64)
+    d[:differ] += 1.0
+    return d
+
+
+@given(st.integers(100, 400), st.data())
+def test_samples_that_differ_alike_are_counted(n: int, data: st.DataObject) -> None:
+    differ = data.draw(st.integers(1, n))
+    found = PairedGain.of(sparse(n, differ))
+    assert found.informative == (differ if differ < 0.4 * n else n)
+    assert found.is_sparse == (differ < min(100, 0.4 * n))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 0.02, 0.05])
+def test_the_mean_of_few_differences_was_never_measured(noise: float) -> None:
+    found = PairedGain.of(sparse(300, 30, noise))
+    assert found.t > 5
+    assert math.isnan(found.statistic)
+    assert math.isnan(found.p_value)
+    assert found.interval() == (-math.inf, math.inf)
+    finding = judge({1.0: found}, Look(), LevelSpending())
+    assert not finding.p_value <= finding.level
+
+
+def test_of_several_gains_one_that_could_be_measured_is_judged() -> None:
+    dense = PairedGain.of(torch.randn(300, generator=numbers(), dtype=torch.float64) + 0.5)
+    finding = judge({1.0: PairedGain.of(sparse(300, 30)), 0.3: dense}, Look(), LevelSpending())
+    assert finding.alpha == 0.3
+    assert finding.p_value <= finding.level
+
+
+def test_rows_are_summarised_as_each_alone() -> None:
+    rows = torch.stack([torch.randn(50, generator=numbers(i), dtype=torch.float64).exp() for i in range(5)])
+    rows[3] = 0.0
+    for row, found in zip(rows, PairedGain.of_rows(rows), strict=True):
+        assert astuple(found) == pytest.approx(astuple(PairedGain.of(row)))
 
 
 def test_a_fixed_threshold_looked_at_again_and_again_errs_more_often_than_once() -> None:
