@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
@@ -120,10 +121,15 @@ class SlotHook:
 
     The output is the features, or holds them first (see `features_in`); the rest of it is kept. A slot whose ``mode`` is
     0 gives back what it is given, so it is only called if somebody else listens to it.
+
+    Attributes:
+        slot: The slot.
+        origin: The same in every copy of the hook, and of the host that it hangs on.
     """
 
     def __init__(self, slot: nn.Module) -> None:
         self.slot = slot
+        self.origin = uuid.uuid4().hex
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         slot = self.slot

@@ -14,6 +14,7 @@ from torch.utils.data import RandomSampler
 from kasmina_core.errors import CheckpointError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.policies.protocol import Policy
+from kasmina_core.training.averaging import pairs_by_position
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
 
 STATE_VERSION: Final = 1
@@ -41,6 +42,34 @@ def find_model(root: nn.Module, how_to_choose: str) -> MorphogeneticModel:
             f"{', '.join(name or '(itself)' for name in found)}.\n{how_to_choose}"
         )
     return next(iter(found.values()))
+
+
+def refuse_averages(holders: Iterable[object], module: nn.Module, model: MorphogeneticModel) -> None:
+    """Refuse averages of weights that pair two models by position, which is wrong once one of them has grown.
+
+    Args:
+        holders: A trainer's callbacks.
+        module: What is trained; averages in it are refused too.
+        model: The model that grows.
+
+    Raises:
+        ValueError: If one holds a torch `AveragedModel` of the model that is no `GrowingAveragedModel`.
+    """
+    held = [(type(holder).__name__, value) for holder in holders for value in vars(holder).values()]
+    held += [(type(module).__name__, part) for part in module.modules()]
+    for holder, value in held:
+        if pairs_by_position(value, model):
+            raise cannot_average(holder)
+
+
+def cannot_average(holder: str) -> ValueError:
+    """Return the refusal of an average that would not grow."""
+    return ValueError(
+        f"{holder} averages weights and pairs those of two models by position: beside GrowthCallback it would end the "
+        "run at the first germination, or leave seeds out of the average.\n"
+        "Leave it out, and let a callback of yours average: self.average = GrowingAveragedModel(model) when training "
+        "starts, and self.average.update_parameters(model) after each batch. It follows growth."
+    )
 
 
 def check_policy(policy: object) -> Policy:

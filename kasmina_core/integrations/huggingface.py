@@ -22,6 +22,7 @@ from kasmina_core.integrations.growing import (
     losses_of_samples,
     metric_named,
     readings,
+    refuse_averages,
     surroundings_at_rest,
 )
 from kasmina_core.policies.protocol import Policy
@@ -150,12 +151,14 @@ class GrowthCallback(TrainerCallback):
 
         Raises:
             TypeError: If what the policy remembers is no plain data.
-            ValueError: If this callback was not attached, or the samples cannot be measured.
+            ValueError: If this callback was not attached, another one averages weights, or the samples cannot be
+                measured.
             CheckpointError: If the record cannot be read.
         """
         if self._trainer is None:
             raise ValueError("Attach it instead of listing it: GrowthCallback(...).attach(trainer).")
         model = self._required_model()
+        refuse_averages(self._trainer.callback_handler.callbacks, self._trainer.model, model)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self._clock.load_state_dict(model, saved)
         self._clock.check_memory(model)

@@ -14,12 +14,14 @@ from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
     GrowthClock,
+    cannot_average,
     check_held_out,
     clip_apart,
     find_model,
     losses_of_samples,
     metric_named,
     readings,
+    refuse_averages,
     surroundings_at_rest,
 )
 from kasmina_core.policies.protocol import Policy
@@ -28,6 +30,7 @@ from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
 except ImportError as error:
     raise ImportError(
         "kasmina_core.integrations.lightning needs Lightning: pip install 'kasmina[lightning]'"
@@ -69,7 +72,7 @@ class GrowthCallback(Callback):
         TypeError: If ``policy`` is no policy, or ``held_out`` can be gone through only once. At the start of ``fit``: if
             what the policy remembers is no plain data.
         ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
-            optimiser is not clear, or if there is more than one process. After a validation: if it did not log
+            optimiser is not clear, if there is more than one process, or if another callback averages weights. After a validation: if it did not log
             ``monitor``.
     """
 
@@ -112,6 +115,7 @@ class GrowthCallback(Callback):
         if not trainer.enable_validation:
             raise self._no_validation()
         model = self._find_model(pl_module)
+        self._refuse_averages(trainer, pl_module, model)
         if self._model is not None and self._optimizer is not None:
             untie_optimizer(self._model, self._optimizer)
         self._model = model
@@ -131,6 +135,7 @@ class GrowthCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try the held-out batches, whose faults would else be a gate's reason many epochs later."""
+        self._refuse_averages(trainer, pl_module, self._required_model())  # others may have been made since
         if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             raise self._no_validation()
         with self._required_model().evaluation():
@@ -207,6 +212,14 @@ class GrowthCallback(Callback):
                 f"model= must return a MorphogeneticModel, but returned a {type(chosen).__name__}."
             )
         return chosen
+
+    def _refuse_averages(
+        self, trainer: Trainer, pl_module: LightningModule, model: MorphogeneticModel
+    ) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, StochasticWeightAveraging):  # its average is a plain copy
+                raise cannot_average(type(callback).__name__)
+        refuse_averages(trainer.callbacks, pl_module, model)
 
     def _find_optimizer(self, optimizers: list[Optimizer], model: MorphogeneticModel) -> Optimizer:
         if self._position is not None:

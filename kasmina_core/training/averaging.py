@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast, final
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
-from kasmina_core.errors import HostError
+from kasmina_core.errors import HostError, MisuseWarning
+from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.watching.living import living
+from kasmina_core.hosts import SlotHook
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.slots.slot import SeedSlot
 
@@ -139,6 +143,30 @@ class GrowingAveragedModel(AveragedModel):
                 twin.options, twin.germinations = copy.deepcopy(slot.options), slot.germinations
                 twin.alpha_buffer.copy_(slot.alpha_buffer)
                 twin._refresh_mode()
+
+
+def pairs_by_position(average: object, model: MorphogeneticModel) -> bool:
+    """Whether it is torch's own average of this model, of a module around it or of its host: it does not grow."""
+    if not isinstance(average, AveragedModel) or isinstance(average, GrowingAveragedModel):
+        return False
+    return not _origins(average).isdisjoint(_origins(model))
+
+
+def warn_of_averages(model: MorphogeneticModel) -> None:
+    """Warn if torch's own average of a model that is about to grow is alive: a model does not know who copied it."""
+    if any(pairs_by_position(average, model) for average in living(AveragedModel)):
+        warnings.warn(
+            "torch's AveragedModel holds an average of this model, and the model grows: parameters are paired by "
+            "position, so that wrong pairs are averaged or seeds are left out.\n"
+            "Use GrowingAveragedModel, which takes the same arguments and follows.",
+            MisuseWarning,
+            stacklevel=2,
+        )
+
+
+def _origins(module: nn.Module) -> set[str]:
+    hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
+    return {hook.origin for hook in hooks if isinstance(hook, SlotHook)}
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -15,6 +15,7 @@ from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import KeptOptimizerState
 from kasmina_core.slotted import held_weakly
+from kasmina_core.training.averaging import warn_of_averages
 from kasmina_core.training.schedulers import FollowingSchedulers, follow, group_settings, unfound, unwrapped
 
 PerSeed = float | Callable[[str, str], float]
@@ -49,6 +50,7 @@ class _TiedOptimizer:
             return
         groups = self.optimizer.param_groups
         _refuse_what_muon_refuses(slot, self.optimizer, own)
+        warn_of_averages(self._model())
         schedulers = self._schedulers.now(slot)
         before = list(groups)
         factor = self._value("lr_factor", self._lr_factor, slot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core.errors import GerminationError
+from kasmina_core.growth.watching.living import living
 
 # What torch's schedulers keep per group, in lists of their own and in the groups.
 _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
@@ -101,11 +101,7 @@ class FollowingSchedulers:
         return named + others
 
     def _find(self, named: Sequence[LRScheduler]) -> list[LRScheduler]:
-        # An optimiser does not know its schedulers, and one that drives ReduceLROnPlateau alone bears no mark of it.
-        # Objects refer to their class, so this is one walk over the heap in C, some 30 ms in a large process.
-        kinds = _with_subclasses(LRScheduler)
-        alive = [o for o in gc.get_referrers(*kinds) if type(o) in kinds]
-        made = [o for o in alive if unwrapped(vars(o).get("optimizer")) is self._optimizer]
+        made = [o for o in living(LRScheduler) if unwrapped(vars(o).get("optimizer")) is self._optimizer]
         known = {id(scheduler) for scheduler in named}
         return [scheduler for scheduler in with_inner(made) if id(scheduler) not in known]
 
@@ -175,10 +171,6 @@ def unwrapped(optimizer: Any) -> Any:
     inner = getattr(optimizer, "optimizer", None)
     shares = isinstance(inner, Optimizer) and inner.param_groups is getattr(optimizer, "param_groups", None)
     return unwrapped(inner) if shares else optimizer
-
-
-def _with_subclasses(kind: type) -> set[type]:
-    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def with_inner(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:

@@ -17,10 +17,12 @@ from numeric_helpers import (
     same_tensors,
     scramble,
 )
+from state_helpers import FIRST, make_model
 from torch import nn
+from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
-from kasmina_core import GrowingAveragedModel, HostError, SeedStage
+from kasmina_core import GrowingAveragedModel, HostError, MisuseWarning, SeedStage, tie_optimizer
 
 DECAY = 0.75
 KINDS = {
@@ -259,3 +261,22 @@ def test_it_trains_nothing_and_draws_nothing():
     ema.update_parameters(model)
     assert torch.equal(before, torch.get_rng_state())
     assert all(p.grad is None for p in ema.parameters())
+
+
+@pytest.mark.parametrize("of", ["the model", "its host", "a module around it"])
+def test_an_average_of_torch_is_warned_of_when_the_model_grows(of):
+    model, _ = make_model()
+    made_of = {"the model": model, "its host": model.host, "a module around it": nn.Sequential(model)}[of]
+    average = AveragedModel(made_of)
+    tie_optimizer(model, SGD(model.host_parameters(), 0.1))
+    with pytest.warns(MisuseWarning, match=r"paired by position(.*\n)*Use GrowingAveragedModel"):
+        model.germinate(FIRST, "scale")
+    assert average.n_averaged == 0
+
+
+def test_averages_that_grow_and_those_of_other_models_are_not_warned_of():
+    model, _ = make_model()
+    averages = GrowingAveragedModel(model), AveragedModel(make_model()[0])
+    tie_optimizer(model, SGD(model.host_parameters(), 0.1))
+    model.germinate(FIRST, "scale")
+    assert len(averages) == 2

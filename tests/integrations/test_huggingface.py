@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from growth_cases import Script, growing, images, same
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from kasmina_core import (
@@ -44,7 +45,7 @@ from huggingface_case import (
     texts,
 )
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 both_incubations = pytest.mark.parametrize("incubation", ["straight-through", "counterfactual"])
 FIRST, SECOND = SLOTS
@@ -518,3 +519,16 @@ def test_what_accelerate_prepared_is_tied_and_follows(what):
         optimizer.step()
         scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_an_average_that_would_not_grow_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class OwnAverage(TrainerCallback):
+        def __init__(self, model: nn.Module) -> None:
+            self.average = AveragedModel(model)
+
+    model = growing_gpt2()
+    trainer = grower().attach(make_trainer(model, tmp_path, 1))
+    trainer.add_callback(OwnAverage(model))
+    with pytest.raises(ValueError, match=r"^OwnAverage averages weights(.*\n)*.*GrowingAveragedModel"):
+        trainer.train()
+    assert trainer.state.global_step == 0

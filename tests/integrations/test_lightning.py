@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from growth_cases import EpochSampler, Script, image_host, images, labels, same
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from kasmina_core import (
     CheckpointError,
+    GrowingAveragedModel,
     MorphogeneticModel,
     NoGrowthPolicy,
     PlateauPolicy,
@@ -30,7 +32,13 @@ from kasmina_core import (
 
 pl = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning_case import (  # noqa: E402
@@ -513,3 +521,49 @@ def test_a_bundled_policy_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_the_bare_host_of_these_tests_is_the_one_that_grows() -> None:
     assert same(image_host().state_dict(), Classifier().net.state_dict())
+
+
+class OwnAverage(pl.Callback):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.average = AveragedModel(pl_module.net)
+
+
+class HoldsAverage(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ema = AveragedModel(self.net.host)
+
+
+@pytest.mark.parametrize(
+    ("module", "averages", "name"),
+    [
+        (Classifier, lambda: WeightAveraging(), "WeightAveraging"),
+        (Classifier, lambda: EMAWeightAveraging(decay=0.5), "EMAWeightAveraging"),
+        (Classifier, lambda: StochasticWeightAveraging(swa_lrs=1e-3), "StochasticWeightAveraging"),
+        (Classifier, OwnAverage, "OwnAverage"),
+        (HoldsAverage, pl.Callback, "HoldsAverage"),
+    ],
+)
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_averages_that_would_not_grow_are_refused_before_the_first_step(
+    tmp_path: Path, module: Any, averages: Any, name: str, ours_first: bool
+) -> None:
+    started = module()
+    callbacks = [grower(), averages()] if ours_first else [averages(), grower()]
+    with pytest.raises(ValueError, match=rf"^{name} averages weights(.*\n)*.*GrowingAveragedModel\(model\)"):
+        fit(started, callbacks, tmp_path, 3)
+    assert not started.losses
+
+
+class Averages(pl.Callback):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.average = GrowingAveragedModel(pl_module.net)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self.average.update_parameters(pl_module.net)
+
+
+def test_an_average_that_grows_goes_with_growth(tmp_path: Path) -> None:
+    module, callback = Classifier(), Averages()
+    fit(module, [callback, grower()], tmp_path, 6)
+    assert callback.average.module.state_dict().keys() == module.net.state_dict().keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
@@ -11,6 +10,8 @@ from typing import Final, Protocol, final
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kasmina_core.growth.watching.living import living
 
 LEVEL_OF_CALLER: Final = 3
 """Of `UntrackedSeeds.look`, from where a warning is raised: the caller of the model's method."""
@@ -66,7 +67,7 @@ class UntrackedSeeds:
             missing = _missing(trainable, [*tied, *self._stepped])
             if missing and trained:
                 # One that has not stepped yet may hold it; to look at every object is slow, but done once a seed.
-                missing = _missing(missing, [o for o in gc.get_objects() if issubclass(type(o), Optimizer)])
+                missing = _missing(missing, living(Optimizer))
                 if missing:
                     forgotten[slot] = len(missing), len(trainable)
             if trained or not missing:
