@@ -21,6 +21,7 @@ from kasmina_core.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from kasmina_core.foreign import contained
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ class BlueprintRegistry:
             given["causal"] = causal
         factory = spec.load_factory()
         try:
-            return factory(dim, **given)
+            with contained():
+                return factory(dim, **given)
         except (TypeError, ValueError) as error:
             raise BlueprintError(
                 f"Blueprint '{entry.id}' could not be built at width {dim} with {given or 'its defaults'}: {error}"
@@ -288,7 +290,8 @@ class HostRegistry:
         full = self.resolve(host_id)
         factory = import_factory(f"Host '{full}'", self._specs[full].factory)
         try:
-            host: nn.Module = factory(**options)
+            with contained():
+                host: nn.Module = factory(**options)
         except (TypeError, ValueError) as error:
             raise HostError(
                 f"Host '{full}' could not be built with {options or 'its defaults'}: {error}"

@@ -13,6 +13,7 @@ from kasmina_core.errors import (
     HostError,
     PluginError,
 )
+from kasmina_core.foreign import contained
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -89,14 +90,25 @@ class BlueprintSpec:
             )
 
     def declared_params(self, dim: int) -> int | None:
-        """Return the declared number of parameters at width ``dim``; ``None`` where an int says nothing about it."""
+        """Return the declared number of parameters at width ``dim``; ``None`` where an int says nothing about it.
+
+        Raises:
+            BlueprintError: If the function gives a fraction.
+        """
         if callable(self.param_estimate):
-            return int(self.param_estimate(dim))
+            with contained():
+                declared = self.param_estimate(dim)
+            if int(declared) != declared:
+                raise BlueprintError(
+                    f"Blueprint '{self.name}': param_estimate gives {declared} at width {dim}; give a whole number."
+                )
+            return int(declared)
         return self.param_estimate if dim == self.estimate_dim else None
 
     def refusal(self, dim: int) -> str | None:
         """Return why width ``dim`` is refused, or ``None`` if it is accepted."""
-        return self.accepts_width(dim) if self.accepts_width is not None else None
+        with contained():
+            return self.accepts_width(dim) if self.accepts_width is not None else None
 
     def load_factory(self) -> Callable[..., nn.Module]:
         """Return the factory, importing it if it was declared as text.
@@ -118,10 +130,11 @@ def import_factory(owner: str, factory: Callable[..., Any] | str) -> Callable[..
         return factory
     module, _, attribute = factory.partition(":")
     try:
-        loaded: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            loaded = getattr(loaded, part)
-    except (Exception, SystemExit) as error:
+        with contained():
+            loaded: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                loaded = getattr(loaded, part)
+    except Exception as error:
         raise PluginError(f"{owner}: {factory!r} cannot be imported: {error!r}") from error
     if not callable(loaded):
         raise PluginError(f"{owner}: {factory!r} is not callable but {loaded!r}.")

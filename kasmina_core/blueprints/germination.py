@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.errors import BlueprintError, KasminaError
+from kasmina_core.foreign import contained, shown
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.quiet import kept_buffers, private_rng
 
@@ -67,7 +68,7 @@ def try_seed(
     try:
         refusal = spec.refusal(point.dim)
     except Exception as error:
-        refusal = f"accepts_width raised {error!r}"
+        refusal = f"accepts_width raised {shown(error)}"
     findings["width"] = (refusal is None, refusal or "")
     if not fits or refusal is not None:
         return trial
@@ -78,19 +79,19 @@ def try_seed(
                 raise BlueprintError(f"its factory returned {type(seed).__name__}, not a torch.nn.Module")
             seed = seed.to(like.device, like.dtype)
         except Exception as error:
-            text = str(error) if isinstance(error, KasminaError) else f"its factory raised {error!r}"
+            text = str(error) if isinstance(error, KasminaError) else f"its factory raised {shown(error)}"
             findings["builds"] = (False, text)
             return trial
         findings["builds"] = (True, "")
         features = torch.randn((2, *like.shape[1:])).to(like)  # batch statistics need more than one value
         given, numbers = features.clone(), _random_states(like.device)
         try:
-            with torch.no_grad(), kept_buffers(seed):
+            with contained(), torch.no_grad(), kept_buffers(seed):
                 seed.train()(given)
                 drew = not all(map(torch.equal, numbers, _random_states(like.device)))
                 output = seed.eval()(given)
         except Exception as error:
-            findings["shape"] = (False, f"its forward raised {error!r}")
+            findings["shape"] = (False, f"its forward raised {shown(error)}")
             return trial
     if not isinstance(output, Tensor):
         findings["shape"] = (False, f"its forward returned {type(output).__name__}, not a tensor")

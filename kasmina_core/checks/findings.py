@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from kasmina_core.checks.global_state import STREAMS, read_settings, restore_settings
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import PluginError
+from kasmina_core.foreign import contained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,7 +61,8 @@ class Findings:
     def call(self, module: nn.Module, x: Tensor) -> Any:
         """Run a module, and put back at once the settings that it changed: what comes next depends on them."""
         try:
-            return module(x)
+            with contained():
+                return module(x)
         finally:
             self.note_settings()
 
@@ -116,7 +118,8 @@ class Builder:
         claim, hint, measured = "", "", ""
         error: BaseException | None = None
         try:
-            module: object = self.spec.load_factory()(width, **given)
+            with contained():
+                module: object = self.spec.load_factory()(width, **given)
         except torch.OutOfMemoryError:
             raise
         except PluginError as raised:

@@ -105,6 +105,49 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+class SharedParts:
+    """What all modules of torch share, as it was: its public classes and functions, and the global hooks."""
+
+    def __init__(self) -> None:
+        import torch
+
+        holders = {
+            "torch": torch,
+            "torch.nn": torch.nn,
+            "torch.nn.functional": torch.nn.functional,
+            "torch.nn.init": torch.nn.init,
+            "torch.nn.Module": torch.nn.Module,
+            "torch.Tensor": torch.Tensor,
+        }
+        self._members = [
+            (name, holder, dict(vars(holder)), set(dir(holder)).difference(vars(holder)))
+            for name, holder in holders.items()
+        ]
+        self._hooks = [
+            (name, hooks, dict(hooks))
+            for name, hooks in vars(torch.nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(hooks, dict)
+        ]
+
+    def put_back(self) -> list[str]:
+        """Put back what was changed since, and return its names."""
+        changed = []
+        for name, holder, own, inherited in self._members:
+            now = dict(vars(holder))
+            for key in [key for key, value in own.items() if callable(value) and now.get(key) is not value]:
+                setattr(holder, key, own[key])
+                changed.append(f"{name}.{key}")
+            for key in inherited.intersection(now):  # a new one hides that of a base class
+                delattr(holder, key)
+                changed.append(f"{name}.{key}")
+        for name, hooks, kept in self._hooks:
+            if hooks != kept:
+                hooks.clear()
+                hooks.update(kept)
+                changed.append(name.strip("_").replace("_", " "))
+        return changed
+
+
 def _cuda_seeds(torch: Any) -> dict[str, Any]:
     """Return what keeps the seeds that wait for CUDA to be initialised; torch has no public name for it."""
     tracker = getattr(torch.cuda, "_lazy_seed_tracker", None) if torch is not None else None

@@ -9,6 +9,7 @@ import click
 
 from kasmina_core._version import __version__
 from kasmina_core.errors import KasminaError
+from kasmina_core.foreign import cleaned
 
 _COMMANDS: Final = {
     "calibrate": ("kasmina_core.cli.calibrate:calibrate", "Measure the noise floor of a task's gates."),
@@ -43,7 +44,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KasminaError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(cleaned(str(error), 20_000, lines=True)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, final
 
 from kasmina_core.errors import BlueprintError
+from kasmina_core.foreign import shown
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge
 from kasmina_core.gates.thresholds import GateThresholds, StartComparison
@@ -99,7 +100,7 @@ class GateCheckSpec:
                 CheckVerdict.FAILED,
                 self.minimum,
                 self.maximum,
-                f"the check raised {error!r}",
+                f"the check raised {shown(error)}",
             )
         if value is None:
             advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""

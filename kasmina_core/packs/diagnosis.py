@@ -14,6 +14,7 @@ from typing import Any, Final, final
 import importlib_metadata
 
 from kasmina_core.errors import SwitchError, did_you_mean
+from kasmina_core.foreign import cleaned
 from kasmina_core.packs.compatibility import API_GROUP
 from kasmina_core.packs.probe import Probe, probe
 from kasmina_core.packs.scanning import (
@@ -45,6 +46,7 @@ ADVICE: Final[Mapping[PackReason, str]] = {
     PackReason.HOOK_FAILED: _MEND,
     PackReason.WRONG_TYPE: _MEND,
     PackReason.DUPLICATE_ID: _MEND,
+    PackReason.GLOBAL_STATE: _MEND,
     PackReason.CHECK_FAILED: "See kasmina plugins check {name}. " + _MEND,
 }
 """What to do about a pack that cannot be used."""
@@ -78,6 +80,10 @@ class PackFinding:
     subject: str
     what: str
     todo: str
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "what", "todo"):  # metadata may hold anything, and is printed
+            object.__setattr__(self, name, cleaned(getattr(self, name), 4000, lines=name != "subject"))
 
     def to_dict(self) -> dict[str, str]:
         """Return the fields as plain data for JSON."""

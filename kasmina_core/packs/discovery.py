@@ -10,16 +10,17 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry, Catalogue, HostRegistry
 from kasmina_core.blueprints.declarations import NAME_PATTERN, RegisteredBlueprint
-from kasmina_core.checks.global_state import preserved_global_state
+from kasmina_core.checks.global_state import SharedParts, preserved_global_state
 from kasmina_core.errors import KasminaError, NameConflictError, PluginError, UnknownNameError, did_you_mean
 from kasmina_core.events import BlueprintRegistered
+from kasmina_core.foreign import contained, described, shown
 from kasmina_core.packs.offers import (
     Offer,
     RefusalError,
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from kasmina_core.checks.reports import ValidationReport
     from kasmina_core.gates.checks import GateCheckSpec
     from kasmina_core.policies.protocol import Policy
+
+
+SLOW_LOAD: Final = 5.0
+"""Seconds after which a pack that is still being loaded is named on stderr."""
 
 
 class PluginRegistry:
@@ -121,7 +126,7 @@ class PluginRegistry:
         return self._reports.get(blueprint_id)
 
     def load_installed(self) -> list[PackRecord]:
-        """Load every installed pack that was not seen yet, one by one in the order of their names.
+        """Load every installed pack that was not seen yet, one by one in the order of their names, the bundled ones first.
 
         A pack that cannot be used stops nothing: its record says why.
 
@@ -129,7 +134,7 @@ class PluginRegistry:
             PluginError: Under ``strict``, if any pack cannot be used; the message names each. What can be used is loaded.
         """
         with self._lock:
-            for record, entry in scan_packs(self.switches):
+            for record, entry in sorted(scan_packs(self.switches), key=lambda claim: not claim[0].is_bundled):
                 if (record.name, record.distribution, record.module) not in self._records:
                     self._take(record, entry)
             if self.switches.strict and (bad := [record for record in self.packs if record.is_bad]):
@@ -244,9 +249,10 @@ class PluginRegistry:
         offered = self.sinks(config)
         full = offered.resolve(name)
         try:
-            return as_sink(offered[full]())
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"Sink '{full}' could not be made: {error!r}") from error
+            with contained():
+                return as_sink(offered[full]())
+        except Exception as error:
+            raise PluginError(f"Sink '{full}' could not be made: {shown(error)}") from error
 
     def sinks(self, config: Mapping[str, Any] | None = None) -> Catalogue[Callable[..., Any]]:
         """Return sink factories by full id; looking up a short name works where it is unique.
@@ -290,14 +296,15 @@ class PluginRegistry:
         offer = Offer()
         withheld: tuple[str, ...] = ()
         try:
-            with self._guard():
+            with contained(), _named_if_slow(record), self._guard():
                 plugin = import_plugin(load_plugin)
                 collect_offer(plugin, offer)
                 withheld = self._withhold(record, offer)
                 if self._checks:
                     self._examine(record, offer)
             self._commit(record, plugin, offer)
-        except RefusalError as refusal:
+        except Exception as error:
+            refusal = error if isinstance(error, RefusalError) else _unexpected(error)
             record = replace(
                 record,
                 state=refusal.state,
@@ -333,11 +340,20 @@ class PluginRegistry:
         offer.policies = {name: factory for name, factory in offer.policies.items() if kept(name)}
         return tuple(sorted(left_out))
 
-    def _guard(self) -> AbstractContextManager[None]:
-        """Return a context that keeps foreign code from changing random numbers and torch's settings."""
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Keep foreign code from changing random numbers, torch's settings, and what every module of torch shares."""
         if self._checks:
             import torch  # noqa: F401  # so that the state before the pack's own import is known
-        return preserved_global_state()
+        torch_before = SharedParts() if "torch" in sys.modules else None
+        try:
+            with preserved_global_state():
+                yield
+        finally:
+            if torch_before is not None and (changed := torch_before.put_back()):
+                names = f"{', '.join(changed[:8])}{' and more' if len(changed) > 8 else ''}"
+                cause = f"It changes what all modules share: {names}. That was put back."
+                raise RefusalError(PackState.INVALID, PackReason.GLOBAL_STATE, cause, None)
 
     def _examine(self, record: PackRecord, offer: Offer) -> None:
         from kasmina_core.checks.blueprints import check_blueprint_spec
@@ -435,6 +451,33 @@ class PluginRegistry:
             for full in self._records.pop(key).blueprints:
                 self._reports.pop(full, None)
         self.blueprints.mark_available(name)
+
+
+@contextmanager
+def _named_if_slow(record: PackRecord) -> Iterator[None]:
+    """Name a pack on stderr if it does not end: nothing can stop an import from outside of it."""
+
+    def tell() -> None:
+        print(
+            f"kasmina: pack '{record.name}' ({_place(record)}) has been loading for {SLOW_LOAD:g} seconds. If it does "
+            f"not end, press Ctrl-C and set {ENVIRONMENT['block']}={record.name}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(SLOW_LOAD, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # a fork while a thread runs is warned of
+
+
+def _unexpected(error: Exception) -> RefusalError:
+    cause = f"Taking what it declares raised {described(error)}"
+    return RefusalError(PackState.FAILED, PackReason.HOOK_FAILED, cause, error)
 
 
 def _plugin_name(record: PackRecord) -> str:

@@ -11,6 +11,7 @@ import pluggy
 
 from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec, HostSpec
 from kasmina_core.errors import NameConflictError
+from kasmina_core.foreign import EscapeError, cleaned, contained, described, shown
 from kasmina_core.packs import hookspecs
 from kasmina_core.packs.scanning import PackReason, PackState
 
@@ -34,7 +35,8 @@ class RefusalError(Exception):
 
     def __init__(self, state: PackState, reason: PackReason, cause: str, error: BaseException | None) -> None:
         super().__init__(cause)
-        self.state, self.reason, self.cause, self.error = state, reason, cause, error
+        self.state, self.reason, self.cause = state, reason, cause
+        self.error = error.__cause__ if isinstance(error, EscapeError) else error
 
 
 @dataclass(slots=True)
@@ -51,19 +53,20 @@ class Offer:
 def import_plugin(load_plugin: Callable[[], object]) -> object:
     """Return the module or object that an entry point names; raises `RefusalError`."""
     try:
-        plugin = load_plugin()
-    except (Exception, SystemExit) as error:
+        with contained():
+            plugin = load_plugin()
+    except Exception as error:
         raise RefusalError(
             PackState.FAILED,
             PackReason.IMPORT_FAILED,
-            f"Its import raised {type(error).__name__}: {error}",
+            f"Its import raised {described(error)}",
             error,
         ) from error
     if plugin is None or inspect.isclass(plugin):
         raise RefusalError(
             PackState.INVALID,
             PackReason.WRONG_TYPE,
-            f"The entry point names {plugin!r}. Name a module, or an instance of the class.",
+            f"The entry point names {shown(plugin)}. Name a module, or an instance of the class.",
             None,
         )
     return plugin
@@ -73,12 +76,13 @@ def collect_offer(plugin: object, offer: Offer) -> None:
     """Ask a pack alone, in a manager of its own, what it declares: nothing that is kept can be half changed."""
     trial = new_manager()
     try:
-        trial.register(plugin, name="trial")
-        trial.check_pending()
-        implemented = {name for name in HOOKS if getattr(trial.hook, name).get_hookimpls()}
-        unmarked = [
-            name for name in HOOKS if name not in implemented and callable(getattr(plugin, name, None))
-        ]
+        with contained():
+            trial.register(plugin, name="trial")
+            trial.check_pending()
+            implemented = {name for name in HOOKS if getattr(trial.hook, name).get_hookimpls()}
+            unmarked = [
+                name for name in HOOKS if name not in implemented and callable(getattr(plugin, name, None))
+            ]
     except pluggy.PluginValidationError as error:
         raise RefusalError(
             PackState.INCOMPATIBLE,
@@ -86,11 +90,11 @@ def collect_offer(plugin: object, offer: Offer) -> None:
             f"It does not fit the hooks of this version: {error}\n  hooks: {', '.join(HOOKS)}",
             error,
         ) from error
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise RefusalError(
             PackState.FAILED,
             PackReason.HOOK_FAILED,
-            f"Reading its hooks raised {type(error).__name__}: {error}",
+            f"Reading its hooks raised {described(error)}",
             error,
         ) from error
     if unmarked or not implemented:
@@ -117,22 +121,26 @@ def collect_offer(plugin: object, offer: Offer) -> None:
 def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: list[Any]) -> None:
     """Put what a hook returns into ``kept``, sorted by name; what came before a failure is put there as well."""
     try:
-        for value in _ask(getattr(trial.hook, hook), hook):
-            if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-                raise _wrong_type(hook, f"an iterable of {kind.__name__}", value)
-            for thing in value:
-                if not isinstance(thing, kind):
-                    raise _wrong_type(hook, f"only {kind.__name__}", thing)
-                kept.append(thing)
+        with contained():
+            for value in _ask(getattr(trial.hook, hook), hook):
+                if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+                    raise _wrong_type(hook, f"an iterable of {kind.__name__}", value)
+                for thing in value:
+                    if not isinstance(thing, kind):
+                        raise _wrong_type(hook, f"only {kind.__name__}", thing)
+                    kind.__post_init__(thing)  # it may have been changed since it was made
+                    if cleaned(thing.name, 100) != thing.name:
+                        raise _wrong_type(hook, "names of at most 100 printable characters", thing.name)
+                    kept.append(thing)
     except RefusalError:
         raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise _hook_failed(hook, error) from error
     finally:
         kept.sort(key=lambda thing: str(thing.name))
     names = [thing.name for thing in kept]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        both = "\n".join(f"  {thing!r}" for thing in kept if thing.name == twice[0])
+        both = "\n".join(f"  {shown(thing, 1000)}" for thing in kept if thing.name == twice[0])
         cause = f"{hook} declares the name '{twice[0]}' more than once:\n{both}\nRename all but one."
         raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
 
@@ -146,8 +154,9 @@ def mapping_of_callables(
         if not isinstance(value, Mapping):
             raise _wrong_type(name, "a mapping from names to callables", value)
         try:
-            items = list(value.items())
-        except (Exception, SystemExit) as error:
+            with contained():
+                items = list(value.items())
+        except Exception as error:
             raise _hook_failed(name, error) from error
         for key, factory in items:
             if not isinstance(key, str) or not NAME_PATTERN.fullmatch(key):
@@ -155,7 +164,7 @@ def mapping_of_callables(
             if not callable(factory):
                 raise _wrong_type(name, f"a callable for '{key}'", factory)
             if key in kept:
-                cause = f"{name} declares the name '{key}' more than once:\n  {kept[key]!r}\n  {factory!r}"
+                cause = f"{name} declares the name '{key}' more than once:\n  {shown(kept[key])}\n  {shown(factory)}"
                 raise RefusalError(
                     PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause)
                 )
@@ -166,8 +175,9 @@ def mapping_of_callables(
 def _ask(hook: pluggy.HookCaller, name: str, **arguments: Any) -> list[Any]:
     """Call a hook and return one value of each implementation; they must not return ``None``."""
     try:
-        values: list[Any] = hook(**arguments)
-    except (Exception, SystemExit) as error:
+        with contained():
+            values: list[Any] = hook(**arguments)
+    except Exception as error:
         raise _hook_failed(name, error) from error
     if len(values) < len(hook.get_hookimpls()):
         raise _wrong_type(name, "its declarations", None)
@@ -178,12 +188,10 @@ def _wrong_type(hook: str, wanted: str, found: object) -> RefusalError:
     return RefusalError(
         PackState.INVALID,
         PackReason.WRONG_TYPE,
-        f"{hook} must return {wanted}.\n  found: {found!r}, of type {type(found).__name__}",
-        TypeError(f"{hook} must return {wanted}, not {found!r}"),
+        f"{hook} must return {wanted}.\n  found: {shown(found)}, of type {type(found).__name__}",
+        TypeError(f"{hook} must return {wanted}, not {shown(found)}"),
     )
 
 
 def _hook_failed(hook: str, error: BaseException) -> RefusalError:
-    return RefusalError(
-        PackState.FAILED, PackReason.HOOK_FAILED, f"{hook} raised {type(error).__name__}: {error}", error
-    )
+    return RefusalError(PackState.FAILED, PackReason.HOOK_FAILED, f"{hook} raised {described(error)}", error)

@@ -11,6 +11,7 @@ import importlib_metadata
 
 from kasmina_core.blueprints.declarations import NAME_PATTERN
 from kasmina_core.errors import NameConflictError
+from kasmina_core.foreign import cleaned
 from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
 
@@ -59,6 +60,7 @@ class PackReason(StrEnum):
     - ``hook_failed``: one of its hooks raised.
     - ``wrong_type``: a hook returned something else than declarations.
     - ``duplicate_id``: two things in it have one name.
+    - ``global_state``: loading it changes what all modules share, such as a class of ``torch.nn`` or a global hook.
     - ``check_failed``: a blueprint failed the registration checks.
     """
 
@@ -77,6 +79,7 @@ class PackReason(StrEnum):
     HOOK_FAILED = "hook_failed"
     WRONG_TYPE = "wrong_type"
     DUPLICATE_ID = "duplicate_id"
+    GLOBAL_STATE = "global_state"
     CHECK_FAILED = "check_failed"
 
 
@@ -114,6 +117,16 @@ class PackRecord:
     policies: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
     error: BaseException | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "name",
+            "module",
+            "distribution",
+            "version",
+        ):  # metadata may hold anything, and is printed
+            object.__setattr__(self, name, cleaned(getattr(self, name)))
+        object.__setattr__(self, "cause", cleaned(self.cause, 4000, lines=True))
 
     @property
     def origin(self) -> str:

@@ -117,6 +117,12 @@ EXPECTED = {
         PackReason.DUPLICATE_ID,
         "kasmina_blueprints declares the name 'scale' more than once",
     ),
+    "global_state": Told(
+        "broken-global-state",
+        PackState.INVALID,
+        PackReason.GLOBAL_STATE,
+        "It changes what all modules share: torch.nn.Linear, global forward hooks. That was put back.",
+    ),
     "check_failed": Told(
         "broken-check-failed",
         PackState.INVALID,

@@ -291,6 +291,45 @@ def test_a_blocked_pack_is_not_imported(site: Site) -> None:
         registry.blueprints.get("bomb:thing")
 
 
+def test_ctrl_c_while_a_pack_is_loaded_is_the_users(site: Site) -> None:
+    site.install("fake-slow", "slow = fake_slow", fake_slow="raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        loaded()
+
+
+def test_a_pack_that_does_not_end_is_named(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kasmina_core.packs.discovery.SLOW_LOAD", 0.05)
+    wait = "import sys, time\nwhile 'pack \\'slow\\'' not in sys.stderr.getvalue(): time.sleep(0.01)\n"
+    site.install("fake-slow", "slow = fake_slow", fake_slow=wait + GOOD)
+    assert loaded(checks=False).pack("slow").state is PackState.ACTIVE
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "kasmina: pack 'slow' (fake-slow 1.0, module fake_slow) has been loading for 0.05 seconds"
+    )
+    assert "KASMINA_PLUGINS_BLOCK=slow" in said
+
+
+@pytest.mark.parametrize("at_import", [True, False])
+def test_what_one_pack_does_to_torch_harms_no_other(site: Site, at_import: bool) -> None:
+    meddle = "import torch\nadd, torch.nn.Linear = torch.Tensor.add, torch.nn.Identity\n"
+    meddle += "torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)\n"
+    meddle += "torch.Tensor.add = lambda *a, **k: add(*a, **k)\n"
+    if not at_import:
+        meddle = "def meddle():\n" + "".join(f"    {line}\n" for line in meddle.splitlines())
+        meddle += "    return []\nfrom kasmina_core import hookimpl\n@hookimpl\ndef kasmina_hosts(): return meddle()\n"
+    linear, add = torch.nn.Linear, torch.Tensor.add
+    site.install("fake-a", "a = fake_a", fake_a=meddle + GOOD)
+    site.install("fake-b", "b = fake_b", fake_b=GOOD)
+    registry = loaded()
+    bad = registry.pack("a")
+    assert (bad.state, bad.reason) == (PackState.INVALID, PackReason.GLOBAL_STATE)
+    assert "torch.nn.Linear, torch.Tensor.add, global forward pre hooks" in bad.cause
+    assert registry.pack("b").state is PackState.ACTIVE
+    assert (torch.nn.Linear, torch.Tensor.add) == (linear, add)
+
+
 # -- packs registered by hand ------------------------------------------------------------------------------------------
 
 

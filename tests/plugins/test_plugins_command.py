@@ -70,6 +70,32 @@ def test_list_as_json_is_only_json(site: Site) -> None:
     assert (packs["fake-broken"]["state"], packs["fake-broken"]["reason"]) == ("invalid", "damaged_metadata")
 
 
+NASTY = "\x1b]0;owned\x07\x1b[2J\u202e"
+
+
+def test_nothing_in_metadata_acts_on_the_terminal_or_floods_it(site: Site) -> None:
+    metadata = f"Metadata-Version: 2.1\nName: fake-nasty\nVersion: 1{NASTY}\n".encode()
+    points = (
+        f"[kasmina.plugins]\nnasty{NASTY} = fake_nasty\nlong = {'m' * 10_000}\n{'p' * 10_000} = fake_nasty\n"
+    )
+    site.install("fake-nasty", points.encode(), metadata=metadata)
+    requires = f"[console_scripts]\nx = y\n[kasmina.plugin{NASTY}]\nx = y\n"
+    site.install("fake-near", requires.encode(), metadata=metadata.replace(b"nasty", b"near"))
+    for arguments in (
+        ("list",),
+        ("list", "--json"),
+        ("info", "long"),
+        ("doctor",),
+        ("check",),
+        ("info", f"nasty{NASTY}"),
+    ):
+        done = kasmina("plugins", *arguments)
+        said = done.output.replace("\n", "")
+        assert said.isprintable(), [char for char in said if not char.isprintable()]
+        assert max(map(len, done.output.splitlines())) < 5_000
+        assert not isinstance(done.exception, Exception) or isinstance(done.exception, SystemExit)
+
+
 def test_list_tells_conflicts(site: Site) -> None:
     site.install("fake-a", "same = fake_a")
     site.install("fake-b", "same = fake_b")

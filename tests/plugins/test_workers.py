@@ -127,7 +127,7 @@ def test_where_cuda_is_in_use_already_the_checks_use_it_too(
 
     def checks(spec: object, device: object, **_: object) -> None:
         asked.append(device)
-        raise SystemExit  # what the checks would find is not the question
+        raise KeyboardInterrupt  # what the checks would find is not the question
 
     site.install("fake-good", "good = fake_good", fake_good=GOOD)
     monkeypatch.setattr("kasmina_core.checks.blueprints.check_blueprint_spec", checks)
@@ -135,6 +135,6 @@ def test_where_cuda_is_in_use_already_the_checks_use_it_too(
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
         monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
         for device in (None, "cpu", "cuda"):
-            with pytest.raises(SystemExit):
+            with pytest.raises(KeyboardInterrupt):
                 PluginRegistry(device=device).load_installed()
     assert asked == ["cpu", "cpu", "cuda", None, "cpu", "cuda"]
