@@ -13,6 +13,8 @@ from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
 from .checkpoints.checkpoint import save_checkpoint as save_checkpoint
 from .checkpoints.export import export_model as export_model
 from .checkpoints.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
+from .checkpoints.growth_state import growth_of as growth_of
+from .checkpoints.growth_state import rebuild_growth as rebuild_growth
 from .checkpoints.growth_state import rebuild_topology as rebuild_topology
 from .checkpoints.growth_state import topology_of as topology_of
 from .checkpoints.optimizer_names import load_named_optimizer_state as load_named_optimizer_state

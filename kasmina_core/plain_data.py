@@ -13,6 +13,12 @@ from torch import Tensor
 
 from kasmina_core.errors import CheckpointError
 
+FORMAT_VERSION: Final = 3
+"""Version of everything that is written: checkpoints, files of seeds, ``state_dict`` records.
+
+Raise it when older code would misread what is written now, and add the step to ``checkpoints/migrations.py``.
+"""
+
 DEEPEST: Final = 64
 """Nesting beyond which data is refused: reading it would exhaust the stack."""
 

@@ -23,10 +23,20 @@ from kasmina_core.checkpoints.files import (
     previous_of,
     read_manifest,
     read_tensors,
+    with_shared,
     write_manifest,
     write_tensors,
 )
-from kasmina_core.checkpoints.run_state import Remembers, Run, apply, collect, mapping, several, unwrapped
+from kasmina_core.checkpoints.run_state import (
+    Remembers,
+    Run,
+    apply,
+    collect,
+    mapping,
+    optimizers_in,
+    several,
+    unwrapped,
+)
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.plain_data import meaning, to_json
@@ -97,7 +107,9 @@ def save_checkpoint(
         CheckpointError: If something cannot be written, or what is at ``folder`` is no checkpoint. What is there stays.
         TypeError: If ``model`` holds no `MorphogeneticModel`.
     """
-    run = Run(unwrapped(model), several(optimizer), several(schedulers), policy, scaler, generators or {})
+    run = Run(
+        unwrapped(model), optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {}
+    )
     kept: dict[str, Tensor] = {}
     identity = new_id()
     data = {"id": identity, **collect(run, rng=rng, data_position=data_position, extra=extra)}
@@ -154,7 +166,9 @@ def load_checkpoint(
         InexactResume: If accelerators' random numbers were saved that cannot be restored here.
         OtherBlueprintVersion: If a seed was saved with another version of its pack, and fits.
     """
-    run = Run(unwrapped(model), several(optimizer), several(schedulers), policy, scaler, generators or {})
+    run = Run(
+        unwrapped(model), optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {}
+    )
     place = present(Path(folder))
     raw = read_manifest(place)
     if not isinstance(identity := raw.get("id"), str):
@@ -164,9 +178,9 @@ def load_checkpoint(
     shared = _shared(raw)
     tensors = {}
     if TRAINING in raw["files"]:
-        tensors = _with_shared(read_tensors(place / TRAINING, metadata, apart=True), shared.get(TRAINING, {}))
+        tensors = with_shared(read_tensors(place / TRAINING, metadata, apart=True), shared.get(TRAINING, {}))
     data: dict[str, Any] = meaning(raw, f"The manifest in {place}", tensors.pop)  # each is used once
-    weights = _with_shared(read_tensors(place / WEIGHTS, metadata), shared[WEIGHTS])
+    weights = with_shared(read_tensors(place / WEIGHTS, metadata), shared[WEIGHTS])
     host = data.get("host")
     if not isinstance(host, dict) or not isinstance(host.get("other_state"), dict):
         raise CheckpointError(f"The manifest in {place} is damaged: host cannot be {host!r:.80}.")
@@ -215,15 +229,6 @@ def _shared(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:
                     f"The manifest is damaged: '{name:.80}' cannot be the same as {other!r:.80}."
                 )
     return cast("dict[str, dict[str, str]]", shared)
-
-
-def _with_shared(tensors: dict[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
-    for name, other in shared.items():
-        if other not in tensors or name in tensors:
-            raise CheckpointError(
-                f"The manifest is damaged: '{name:.80}' cannot be the same as '{other:.80}'."
-            )
-    return tensors | {name: tensors[other].clone() for name, other in shared.items()}
 
 
 def _load_weights(model: MorphogeneticModel, state: dict[str, Any]) -> None:

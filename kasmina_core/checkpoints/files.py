@@ -21,12 +21,12 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError
 from kasmina_core.files import flush
-from kasmina_core.plain_data import LARGEST_TEXT, parse
+from kasmina_core.plain_data import FORMAT_VERSION, LARGEST_TEXT, parse
 
 FORMAT: Final = "kasmina checkpoint"
-FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 TRAINING: Final = "training.safetensors"
@@ -117,6 +117,20 @@ def read_tensors(file: Path, metadata: Mapping[str, str], *, apart: bool = False
             return {name: t.clone() for name, t in named.items()} if apart else named
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def with_shared(tensors: dict[str, Tensor], shared: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return tensors with those that `write_tensors` left out.
+
+    Raises:
+        CheckpointError: If there is no such tensor.
+    """
+    for name, other in shared.items():
+        if other not in tensors or name in tensors:
+            raise CheckpointError(
+                f"The manifest is damaged: {name!r:.80} cannot be the same as {other!r:.80}."
+            )
+    return tensors | {name: tensors[other].clone() for name, other in shared.items()}
 
 
 class NewFolder:
@@ -301,13 +315,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     data = parse(file.read_bytes(), str(file))
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no manifest of a {FORMAT}.")
-    if data.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"The checkpoint in {folder} has another version.\n"
-            f"  saved:    {data.get('version')!r:.40}, by kasmina {data.get('kasmina')!r:.40}\n"
-            f"  readable: {FORMAT_VERSION}\n"
-            "Update kasmina, or load it with the one that wrote it."
-        )
+    data = dict(upgraded("checkpoint", data, f"The checkpoint in {folder}"))
     files = data.get("files")
     if not isinstance(files, dict) or not files.keys() <= {WEIGHTS, TRAINING} or WEIGHTS not in files:
         raise CheckpointError(f"{file} names other files than a checkpoint has: {files!r:.160}.")

@@ -12,16 +12,16 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import RegisteredBlueprint
+from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.record import SlotRecord
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
+from kasmina_core.plain_data import FORMAT_VERSION
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
-
-TOPOLOGY_VERSION: Final = 1
 
 _SAFE_IN_A_COMMAND: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}")
 
@@ -30,14 +30,14 @@ class OtherBlueprintVersion(UserWarning):
     """A seed was rebuilt from another version of its blueprint's pack than the one it was saved with."""
 
 
-def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
+def growth_of(model: MorphogeneticModel) -> dict[str, Any]:
     """Return what has grown in a model: each slot's point, its seed's life and blueprint, and the model's counters.
 
-    Plain data, which JSON holds as `plain_data.to_json` writes it. `rebuild_topology` makes a fresh model of the same
+    Plain data, which JSON holds as `plain_data.to_json` writes it. `rebuild_growth` makes a fresh model of the same
     host grow the same seeds, with the weights they had at birth, which are the same in every process.
     """
     return {
-        "version": TOPOLOGY_VERSION,
+        "version": FORMAT_VERSION,
         "slots": {name: slot_data(slot) for name, slot in model.slots.items()},
         **_counters(model),
     }
@@ -58,7 +58,9 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
     counters = _checked_counters(data)
     germinations = data.get("germinations")
     if not isinstance(germinations, Mapping) or not all(map(_is_count, germinations.values())):
-        raise CheckpointError(f"The saved growth is damaged: germinations cannot be {germinations!r:.80}.")
+        raise CheckpointError(
+            f"The saved record of growth is damaged: germinations cannot be {germinations!r:.80}."
+        )
     _set_counters(model, counters)
     for name, slot in model.slots.items():
         if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
@@ -81,10 +83,12 @@ def _checked_counters(data: Any) -> Counters:
     saved = data if isinstance(data, Mapping) else {}
     for name in ("epoch", "events", "lost_epochs"):
         if not _is_count(saved.get(name)):
-            raise CheckpointError(f"The saved growth is damaged: {name} cannot be {saved.get(name)!r:.40}.")
+            raise CheckpointError(
+                f"The saved record of growth is damaged: {name} cannot be {saved.get(name)!r:.40}."
+            )
     metric = saved.get("last_metric")
     if metric is not None and type(metric) not in (int, float):
-        raise CheckpointError(f"The saved growth is damaged: last_metric cannot be {metric!r:.40}.")
+        raise CheckpointError(f"The saved record of growth is damaged: last_metric cannot be {metric!r:.40}.")
     metric = None if metric is None else float(metric)
     return saved["epoch"], saved["events"], saved["lost_epochs"], metric
 
@@ -99,7 +103,7 @@ def _is_count(number: object) -> bool:
 
 
 def slot_data(slot: SeedSlot) -> dict[str, Any]:
-    """Return what `topology_of` says of one slot."""
+    """Return what `growth_of` says of one slot."""
     data: dict[str, Any] = {
         "point": _point_data(slot.point),
         "record": slot.get_extra_state(),
@@ -129,8 +133,8 @@ def _point_data(point: InjectionPoint) -> dict[str, Any]:
     }
 
 
-def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
-    """Make a model's slots and counters what `topology_of` found in another model of the same host.
+def rebuild_growth(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
+    """Make a model's slots and counters what `growth_of` found in another model of the same host.
 
     Seeds are built anew and have the weights of their birth; the model's optimisers, if they are tied, get their
     parameters. Slots that the data does not name are emptied. The host's weights stay as they are.
@@ -146,9 +150,21 @@ def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None
         model.load_state_dict(records, strict=False)
 
 
+def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
+    """Return what `growth_of` does; deprecated."""
+    warnings.warn("topology_of is now called growth_of.", DeprecationWarning, stacklevel=2)
+    return growth_of(model)
+
+
+def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
+    """Do what `rebuild_growth` does; deprecated."""
+    warnings.warn("rebuild_topology is now called rebuild_growth.", DeprecationWarning, stacklevel=2)
+    rebuild_growth(model, data)
+
+
 @contextmanager
 def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[OrderedDict[str, Any]]:
-    """Check a topology, and give what `load_state_dict` needs of it; in the block that is called, once.
+    """Check what has grown, and give what `load_state_dict` needs of it; in the block that is called, once.
 
     A seed that was built but does not fit makes it fail. The counters are set when the block ends well.
     """
@@ -176,20 +192,16 @@ def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[O
 
 
 def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[str, Any], Counters]:
-    version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
-    if version != TOPOLOGY_VERSION:
-        raise CheckpointError(
-            "The saved topology has another version.\n"
-            f"  saved:    {version!r:.80}\n"
-            f"  readable: {TOPOLOGY_VERSION}"
-        )
+    data = upgraded("growth", data, "The saved record of growth")
     counters = _checked_counters(data)
     slots = data.get("slots")
     if not isinstance(slots, Mapping):
-        raise CheckpointError(f"The saved topology is damaged: slots cannot be {slots!r:.40}.")
+        raise CheckpointError(f"The saved record of growth is damaged: slots cannot be {slots!r:.40}.")
     for name, saved in slots.items():
         if not isinstance(saved, Mapping) or not {"point", "record", "blueprint", "tensors"} <= set(saved):
-            raise CheckpointError(f"The saved topology is damaged: slot '{name}' cannot be {saved!r:.80}.")
+            raise CheckpointError(
+                f"The saved record of growth is damaged: slot '{name}' cannot be {saved!r:.80}."
+            )
         record = SlotRecord.from_dict(saved["record"], name)
         if record.state is None and not record.germinations and name not in model.slots:
             continue  # an empty slot that was never used may be left out

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core._version import __version__
-from kasmina_core.checkpoints.growth_state import rebuilding, restore_counters, topology_of
+from kasmina_core.checkpoints.growth_state import growth_of, rebuilding, restore_counters
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
 from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
@@ -29,6 +29,7 @@ from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_t
 from kasmina_core.growth.undo import AttributesBefore, OptimizerBefore
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.state_keys import WRAPPER
+from kasmina_core.training.schedulers import unwrapped as without_accelerate
 
 
 class Remembers(Protocol):
@@ -59,6 +60,11 @@ class Run:
 def several(given: Any) -> list[Any]:
     """Return one optimiser or scheduler, or several, as a list."""
     return list(given) if isinstance(given, Iterable) else [given] if given is not None else []
+
+
+def optimizers_in(given: Any) -> list[Optimizer]:
+    """Return one optimiser or several as a list; of what accelerate prepared, what it wraps."""
+    return [without_accelerate(one) for one in several(given)]
 
 
 def unwrapped(model: nn.Module) -> MorphogeneticModel:
@@ -104,7 +110,7 @@ def collect(
     return {
         "kasmina": __version__,
         "torch": str(torch.__version__),
-        "topology": topology_of(model),
+        "topology": growth_of(model),
         "kept_seeds": {slot: kept.to_dict() for slot, kept in model.growth.kept_seeds.items()},
         "snapshots": _snapshots_of(run),
         "optimizers": [named_optimizer_state(model, one) for one in run.optimizers],
@@ -169,13 +175,13 @@ def apply_beside_trainer(run: Run, data: Mapping[str, Any]) -> None:
 
     Args:
         run: The run; the trainer has loaded its part.
-        data: What `collect` returned, with ``counters`` in place of ``topology``.
+        data: What `collect` returned, with what `counters_of` returned in place of ``topology``.
 
     Raises:
         CheckpointError: As `apply`; the run is then as it was before.
     """
     with _undone_on_error(run):
-        restore_counters(run.model, data.get("counters"))
+        restore_counters(run.model, data)
         kept = _restore_rest(run, data, rng=True)
     run.model.growth.kept_seeds, run.model.growth.snapshots = kept
 
@@ -214,7 +220,7 @@ def _recall(name: str, thing: Any, state: Any, saved_class: object = None) -> No
             return
         raise CheckpointError(
             f"The checkpoint holds the memory of a {name}, which {type(thing).__name__} cannot load: it has no "
-            f"load_state_dict.\nGive the {name} with which the run began."
+            f"load_state_dict. Give the {name} with which the run began."
         )
     if state is None:
         raise CheckpointError(f"The checkpoint was saved without a {name}.")

@@ -18,14 +18,14 @@ from kasmina_core.checkpoints.growth_state import (
     origin_of,
     slot_data,
 )
+from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.files import replacing
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.plain_data import from_json, to_json
+from kasmina_core.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.probing import lookup
 from kasmina_core.slots.slot import SeedSlot
 
-SEEDS_VERSION: Final = 1
 _KEY: Final = "kasmina_seeds"
 
 
@@ -60,7 +60,7 @@ def save_seeds(
                 for name, value in slot.seed.state_dict().items()
                 if isinstance(value, Tensor)
             }
-    text = to_json({"version": SEEDS_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
+    text = to_json({"version": FORMAT_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
     target = Path(file)
     with as_checkpoint_error(f"The file of seeds {target}"), replacing(target) as beside:
         write_tensors(beside, tensors, {_KEY: text}, named=target)
@@ -135,11 +135,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if text is None:
         raise CheckpointError(f"{file} holds no seeds: save_seeds did not write it.")
     data = from_json(text, f"What {file} says of its seeds")
-    if not isinstance(data, dict) or data.get("version") != SEEDS_VERSION:
-        version = data.get("version") if isinstance(data, dict) else data
-        raise CheckpointError(
-            f"The seeds in {file} have another version.\n  saved:    {version!r:.40}\n  readable: {SEEDS_VERSION}"
-        )
+    data = upgraded("seeds", data, f"The file of seeds {file}")
     slots = data.get("slots")
     if not isinstance(slots, dict) or not all(
         isinstance(one, dict) and {"point", "record", "blueprint", "tensors"} <= one.keys()

@@ -11,9 +11,8 @@ from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.plain_data import FORMAT_VERSION
 from kasmina_core.verdicts import GateResult
-
-RECORD_VERSION: Final = 3
 
 _LARGEST_COUNT: Final = 1 << 63
 
@@ -67,7 +66,7 @@ class SlotRecord:
             plain[name] = plain[name].to_dict() if plain[name] is not None else None
         plain["gates"] = [result.to_dict() for result in self.gates]
         plain["gradient_norms"] = list(self.gradient_norms)
-        return {"version": RECORD_VERSION} | plain
+        return {"version": FORMAT_VERSION} | plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], slot: str) -> SlotRecord:
@@ -81,10 +80,10 @@ class SlotRecord:
             CheckpointError: If the data is of another version, damaged, or belongs to another slot.
         """
         version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
-        if version != RECORD_VERSION:
+        if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"The saved state of slot '{slot}' has another version.\n"
-                f"  saved:    {version!r}\n  readable: {RECORD_VERSION}"
+                f"  saved:    {version!r}\n  readable: {FORMAT_VERSION}"
             )
         wanted = {f.name for f in fields(cls)}
         if lacking := sorted(wanted - set(data)):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
+from kasmina_core.checkpoints.growth_state import counters_of
+from kasmina_core.checkpoints.migrations import upgraded
+from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of
 from kasmina_core.errors import CheckpointError
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.plain_data import FORMAT_VERSION, meaning, to_json
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.averaging import pairs_by_position
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
-
-STATE_VERSION: Final = 1
 
 
 def find_model(root: nn.Module, how_to_choose: str) -> MorphogeneticModel:
@@ -230,74 +232,65 @@ class GrowthClock:
         model.follow(self.policy)
         return True
 
-    def state_dict(self, model: MorphogeneticModel) -> dict[str, Any]:
-        """Return plain data: the policy's memory and what the model's own ``state_dict`` does not hold."""
-        remember = getattr(self.policy, "state_dict", None)
-        return {
-            "version": STATE_VERSION,
-            "noted": self.noted,
-            "policy": remember() if callable(remember) else None,
-            "epoch": model.epoch,
-            "sequence": model.growth.sequence,
-            "lost_epochs": model.lost_epochs,
-            "last_metric": model.growth.last_metric,
-            "germinations": {name: slot.germinations for name, slot in model.slots.items()},
-        }
+    def state_dict(self, run: Run, rng: Collection[str] = ()) -> dict[str, Any]:
+        """Return all that the trainer's checkpoint must hold beside what the trainer writes.
 
-    def check_memory(self, model: MorphogeneticModel) -> None:
+        The trainer writes the model's ``state_dict``, optimisers, schedulers and scaler.
+
+        Args:
+            run: The model, the optimiser that is tied to it, and the policy.
+            rng: Global random numbers that the trainer does not write.
+
+        Returns:
+            Data for JSON, and under ``tensors`` the tensors by name.
+        """
+        data = collect(run, rng=rng)
+        for name in (
+            "topology",
+            "optimizers",
+            "schedulers",
+            "scaler",
+            "data_position",
+            "extra",
+        ):
+            del data[name]
+        tensors: dict[str, Tensor] = {}
+        data = {"version": FORMAT_VERSION, "noted": self.noted} | counters_of(run.model) | data
+        text = to_json(data, "The record of growth", tensors.__setitem__)
+        return {**json.loads(text), "tensors": tensors}
+
+    def check_memory(self) -> None:
         """Refuse, at the start of a run, a policy that no checkpoint could hold.
 
         Raises:
             TypeError: If its ``state_dict`` returns anything but plain data.
         """
+        name = f"{type(self.policy).__name__}.state_dict()"
         try:
-            json.dumps(self.state_dict(model))
-        except (TypeError, ValueError) as error:
+            to_json(memory_of(self.policy), name)
+        except CheckpointError as error:
             raise TypeError(
-                f"{type(self.policy).__name__}.state_dict() must return plain data (mappings by text, lists, text, "
-                f"numbers, None), which a checkpoint can hold: {error}."
+                f"{name} must return plain data (mappings, lists, text, numbers, None), which a checkpoint can hold: "
+                f"{error}"
             ) from error
 
-    def load_state_dict(self, model: MorphogeneticModel, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the model's own ``state_dict`` has been loaded before.
+    def load_state_dict(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the trainer has loaded its own part before.
 
         Raises:
-            CheckpointError: If it is of another version or damaged, or the policy cannot take what was saved.
+            CheckpointError: If it is of another version or damaged, or does not fit; nothing is changed.
         """
-        version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        if version != STATE_VERSION:
-            raise CheckpointError(
-                "The checkpoint's record of growth has another version.\n"
-                f"  saved:    {version!r}\n  readable: {STATE_VERSION}"
-            )
-        memory = state.get("policy")
-        recall = getattr(self.policy, "load_state_dict", None)
-        if memory is not None and not callable(recall):
-            raise CheckpointError(
-                f"The checkpoint holds the memory of a policy, which {type(self.policy).__name__} cannot load: "
-                "it has no load_state_dict. Give the policy with which the run began."
-            )
-        try:
-            noted, metric = _number(state["noted"]), _number(state["last_metric"])
-            epoch, sequence, lost = (int(state[name]) for name in ("epoch", "sequence", "lost_epochs"))
-            germinations = {str(name): int(count) for name, count in state["germinations"].items()}
-            if memory is not None and callable(recall):
-                recall(memory)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"The checkpoint's record of growth cannot be read: {error!r}") from error
-        self.noted, growth = noted, model.growth
-        growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = epoch, sequence, lost, metric
-        for name, slot in model.slots.items():
-            if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
-                slot.germinations = germinations.get(name, slot.germinations)
-
-
-def _number(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected a number, found {value!r}")
-    return float(value)
+        what = "The checkpoint's record of growth"
+        state = upgraded("trainer", state, what)
+        tensors = state.get("tensors")
+        if not isinstance(tensors, Mapping):
+            raise CheckpointError(f"{what} is damaged: tensors cannot be {tensors!r:.80}.")
+        data = meaning({k: v for k, v in state.items() if k != "tensors"}, what, tensors.__getitem__)
+        noted = data.get("noted")
+        if noted is not None and type(noted) not in (int, float):
+            raise CheckpointError(f"{what} is damaged: noted cannot be {noted!r:.80}.")
+        apply_beside_trainer(run, data)
+        self.noted = noted
 
 
 def metric_named(metrics: Mapping[str, Any], name: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from kasmina_core.checkpoints.files import new_id, read_tensors, with_shared, write_tensors
+from kasmina_core.checkpoints.run_state import Run, optimizers_in
+from kasmina_core.errors import CheckpointError
 from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
@@ -39,6 +43,9 @@ except ImportError as error:
 
 STATE_KEY: Final = "kasmina"
 """Where the record of growth stands among the ``stateful_callbacks`` of ``trainer_state.json``."""
+
+TENSORS: Final = "growth.safetensors"
+"""The record's tensors, in the folder of the trainer's checkpoint."""
 
 
 @final
@@ -97,13 +104,15 @@ class GrowthCallback(TrainerCallback):
         self._model: MorphogeneticModel | None = None
         self._optimizer: Optimizer | None = None
         self._evaluator_before: Evaluator | None = None
+        self._folder: Path | None = None
         self._learned_until = 0
         self._without_metric: Mapping[str, Any] | None = None
 
     def attach(self, trainer: Trainer) -> Trainer:
         """Become one of a trainer's callbacks, and stand beside the methods of it that a callback does not see.
 
-        These are ``create_optimizer``, ``training_step``, ``save_model`` and its accelerator's ``clip_grad_norm_``. Where
+        These are ``create_optimizer``, ``training_step``, ``save_model``, ``_load_from_checkpoint`` and its accelerator's
+        ``clip_grad_norm_``. Where
         the trainer's model is a `MorphogeneticModel`, what the trainer reads off a model's forward and config (columns,
         names of labels, keywords of the loss) is read off its host.
 
@@ -160,9 +169,11 @@ class GrowthCallback(TrainerCallback):
         model = self._required_model()
         refuse_averages(self._trainer.callback_handler.callbacks, self._trainer.model, model)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
-            self._clock.load_state_dict(model, saved)
-        self._clock.check_memory(model)
+            saved = self._with_tensors(saved)
+        self._clock.check_memory()
         self._follow_with(kwargs["optimizer"], kwargs["lr_scheduler"])
+        if saved is not None:
+            self._clock.load_state_dict(self._run(), saved)
         self._learned_until = state.global_step
         self._evaluator_before = model.growth.evaluator
         batches = self._batches()
@@ -181,10 +192,6 @@ class GrowthCallback(TrainerCallback):
         """Let a step pass; gradients are whole here."""
         self._required_model().step()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the record down where the next checkpoint finds it."""
-        state.stateful_callbacks[STATE_KEY] = self._clock.state_dict(self._required_model())
-
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **kwargs: Any
     ) -> None:
@@ -196,12 +203,35 @@ class GrowthCallback(TrainerCallback):
             return
         self._without_metric, self._learned_until = None, state.global_step
         self._clock.note(metric_named(metrics, self.monitor))
-        state.stateful_callbacks[STATE_KEY] = self._clock.state_dict(self._required_model())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the model its own evaluator back; the optimiser goes on following."""
         self._required_model().evaluate_with(self._evaluator_before)
         self._evaluator_before = None
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _write(self, folder: Path) -> None:
+        """Write the tensors into a checkpoint's folder, and the record to where the trainer writes it down next."""
+        state = self._clock.state_dict(self._run())
+        state["id"], tensors = new_id(), state.pop("tensors")
+        state["same"] = write_tensors(folder / TENSORS, tensors, {"record": state["id"]})
+        self._trainer.state.stateful_callbacks[STATE_KEY] = state
+
+    def _with_tensors(self, state: Any) -> Any:
+        """Return a record with its tensors, which are in the folder that the trainer loaded the model from."""
+        if not isinstance(state, Mapping) or not isinstance(state.get("same"), Mapping):
+            return state  # of an older format, which had none
+        folder = self._folder or Path("?")
+        if not (folder / TENSORS).is_file():
+            raise CheckpointError(
+                f"The checkpoint {folder} lacks {TENSORS}, which GrowthCallback wrote into it."
+            )
+        tensors = read_tensors(folder / TENSORS, {"record": str(state.get("id"))}, apart=True)
+        return {**state, "tensors": with_shared(tensors, state["same"])}
+
+    def _run(self) -> Run:
+        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -210,11 +240,8 @@ class GrowthCallback(TrainerCallback):
         return self._model
 
     def _stand_beside(self, trainer: Any, model: MorphogeneticModel) -> None:
-        create_optimizer, training_step, save_model = (
-            trainer.create_optimizer,
-            trainer.training_step,
-            trainer.save_model,
-        )
+        create_optimizer, training_step = trainer.create_optimizer, trainer.training_step
+        save_model, load_model = trainer.save_model, trainer._load_from_checkpoint
         accelerator = trainer.accelerator
 
         def create_and_tie(*args: Any, **kwargs: Any) -> Any:
@@ -231,12 +258,18 @@ class GrowthCallback(TrainerCallback):
                 drop_nonfinite_seed_gradients(model)
             return loss
 
-        def save_apart(*args: Any, **kwargs: Any) -> Any:
+        def save_apart(output_dir: str | None = None, _internal_call: bool = False) -> None:
             handle = trainer.model.register_state_dict_post_hook(_separate_tensors)
             try:
-                return save_model(*args, **kwargs)
+                save_model(output_dir, _internal_call)
             finally:
                 handle.remove()
+            if _internal_call and output_dir is not None:  # a checkpoint, whose trainer_state.json comes next
+                self._write(Path(output_dir))
+
+        def load_and_note(folder: str, *args: Any, **kwargs: Any) -> Any:
+            self._folder = Path(folder)
+            return load_model(folder, *args, **kwargs)
 
         def clip_both_sides(
             parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0
@@ -252,6 +285,7 @@ class GrowthCallback(TrainerCallback):
         trainer.create_optimizer = create_and_tie
         trainer.training_step = step_and_incubate
         trainer.save_model = save_apart
+        trainer._load_from_checkpoint = load_and_note
         accelerator.clip_grad_norm_ = clip_both_sides
 
     def _follow_with(self, optimizer: Any, scheduler: Any) -> None:

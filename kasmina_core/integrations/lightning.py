@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.checkpoints.run_state import Run, optimizers_in
 from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
@@ -119,16 +120,16 @@ class GrowthCallback(Callback):
         if self._model is not None and self._optimizer is not None:
             untie_optimizer(self._model, self._optimizer)
         self._model = model
-        if self._loaded is not None:
-            self._clock.load_state_dict(model, self._loaded)
-            self._loaded = None
-        self._clock.check_memory(model)
+        self._clock.check_memory()
         self._optimizer = self._find_optimizer(trainer.optimizers, model)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         own = [
             scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is self._optimizer
         ]
         tie_optimizer(model, self._optimizer, schedulers=own, **self._tie)
+        if self._loaded is not None:
+            self._clock.load_state_dict(self._run(), self._loaded)
+            self._loaded = None
         self._evaluator_before = model.growth.evaluator
         model.evaluate_with(lambda: self._evaluate(trainer, pl_module))
         self._clip_seeds_apart(pl_module)
@@ -193,7 +194,8 @@ class GrowthCallback(Callback):
         """Return what a checkpoint must keep beside the weights and the topology, which are in the module's."""
         if self._loaded is not None:
             return dict(self._loaded)
-        return self._clock.state_dict(self._model) if self._model is not None else {}
+        # Lightning's own checkpoint has no random numbers.
+        return self._clock.state_dict(self._run(), rng=["torch"]) if self._model is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned; it is used when ``fit`` starts."""
@@ -240,6 +242,9 @@ class GrowthCallback(Callback):
                 "which shall take the seeds: say GrowthCallback(..., optimizer=0)."
             )
         return holding[0]
+
+    def _run(self) -> Run:
+        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
 
     def _required_model(self) -> MorphogeneticModel:
         assert self._model is not None  # on_fit_start comes first

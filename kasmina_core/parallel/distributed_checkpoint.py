@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.checkpoints.checkpoint import present
 from kasmina_core.checkpoints.files import MANIFEST, NewFolder
-from kasmina_core.checkpoints.growth_state import rebuilding, topology_of
+from kasmina_core.checkpoints.growth_state import growth_of, rebuilding
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.run_state import unwrapped
 from kasmina_core.errors import CheckpointError, DistributedError
@@ -80,7 +80,7 @@ def save_distributed(
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "topology": topology_of(inner),
+            "topology": growth_of(inner),
             "optimizers": [named_optimizer_state(inner, one) for one in _several(optimizer)],
             "extra": extra if first else None,
         }

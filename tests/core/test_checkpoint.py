@@ -551,7 +551,7 @@ def damaged(saved, tmp_path):
 W, T = "weights.safetensors", "training.safetensors"
 MANIFESTS = [
     (("format", "other"), "is no manifest of a kasmina checkpoint"),
-    (("version", 2), "(?s)another version.*saved: *2, by kasmina '0.1.0'.*readable: *1.*Update kasmina"),
+    (("version", 99), "(?s)another version.*saved: *99, by kasmina '0.1.0'.*readable: *1, 3.*Update kasmina"),
     (("files", {}), "names other files"),
     (("files", "../../etc/passwd", 5), "names other files than a checkpoint has"),
     (("files", W, 5), "(?s)is not as it was written.*written: 5 bytes"),

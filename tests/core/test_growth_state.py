@@ -30,9 +30,9 @@ from kasmina_core import (
     OtherBlueprintVersion,
     SeedStage,
     Topology,
-    rebuild_topology,
+    growth_of,
+    rebuild_growth,
     tie_optimizer,
-    topology_of,
 )
 from kasmina_core.plain_data import from_json, to_json
 
@@ -54,8 +54,8 @@ def test_a_fresh_model_is_rebuilt_with_the_seeds_the_other_had_at_birth(stage):
     bring_to(model, stage)
     born = [p.clone() for p in model.seed_parameters()]  # nothing was trained
     fresh, _ = make_model()
-    rebuild_topology(fresh, through_json(topology_of(model)))
-    assert topology_of(fresh) == topology_of(model)
+    rebuild_growth(fresh, through_json(growth_of(model)))
+    assert growth_of(fresh) == growth_of(model)
     assert fresh.epoch == model.epoch
     assert len(born) == len(fresh.seed_parameters())
     assert all(map(torch.equal, born, fresh.seed_parameters()))
@@ -69,7 +69,7 @@ def test_the_number_of_germinations_of_an_empty_slot_comes_along():
     while model.slots[FIRST].state is not None:
         model.step_epoch()
     fresh, _ = make_model()
-    rebuild_topology(fresh, topology_of(model))
+    rebuild_growth(fresh, growth_of(model))
     assert fresh.germinate(FIRST, "scale").seed_id == model.germinate(FIRST, "scale").seed_id == f"{FIRST}-2"
     assert all(map(torch.equal, model.seed_parameters(), fresh.seed_parameters()))
 
@@ -77,10 +77,10 @@ def test_the_number_of_germinations_of_an_empty_slot_comes_along():
 def test_a_grown_model_is_emptied_and_its_optimiser_follows():
     model, _ = make_model()
     optimizer = tie_optimizer(model, torch.optim.Adam(model.host_parameters(), 1e-2))
-    empty = topology_of(model)
+    empty = growth_of(model)
     bring_to(model, SeedStage.TRAINING, SECOND)
     train_once(model, optimizer)
-    rebuild_topology(model, empty)
+    rebuild_growth(model, empty)
     assert model.slots[SECOND].stage is SeedStage.DORMANT
     assert len(optimizer.param_groups) == 1
     assert len(optimizer.state) == len(model.host_parameters())
@@ -93,7 +93,7 @@ def refused(model, data, says, error=CheckpointError):
     before = picture(model, optimizer)
     counters = (model.epoch, model.growth.sequence, model.growth.last_metric)
     with pytest.raises(error, match=says.replace("\n", "\n.*")) as caught:
-        rebuild_topology(model, data)
+        rebuild_growth(model, data)
     assert same_picture(before, picture(model, optimizer))
     assert counters == (model.epoch, model.growth.sequence, model.growth.last_metric)
     return str(caught.value)
@@ -102,7 +102,7 @@ def refused(model, data, says, error=CheckpointError):
 def shadowing(**registries):
     model, _ = make_model(**registries)
     bring_to(model, SeedStage.SHADOWING)
-    return topology_of(model)
+    return growth_of(model)
 
 
 def change(data, path, value):
@@ -150,7 +150,7 @@ def test_a_renamed_slot_is_refused_by_name():
     with pytest.raises(
         CheckpointError, match=r"a slot 'midle', and this one has none.* Did you mean 'middle'\?"
     ):
-        rebuild_topology(model, data)
+        rebuild_growth(model, data)
 
 
 def test_a_missing_pack_names_what_to_install():
@@ -162,7 +162,7 @@ def test_a_missing_pack_names_what_to_install():
 def rare():
     model, _ = make_model(registry=registry_of("1.2", name="rare"))
     bring_to(model, SeedStage.TRAINING, blueprint="rare")
-    return topology_of(model)
+    return growth_of(model)
 
 
 def test_no_command_is_made_of_what_a_file_says():
@@ -176,7 +176,7 @@ def test_another_version_that_fits_is_said_and_one_that_does_not_is_refused():
     saved = shadowing(registry=registry_of("1.0"))
     model, _ = make_model(registry=registry_of("2.0"))
     with pytest.warns(OtherBlueprintVersion, match=r"(?s)kasmina-mine==1\.0.*kasmina-mine==2\.0"):
-        rebuild_topology(model, saved)
+        rebuild_growth(model, saved)
     assert model.slots[FIRST].stage is SeedStage.SHADOWING
 
     class Wider(Scale):
@@ -189,7 +189,7 @@ def test_another_version_that_fits_is_said_and_one_that_does_not_is_refused():
         CheckpointError,
         match=r"(?s)makes other parameters.*==1\.0.*==2\.0.*more: None saved, \[\] here.*pip install 'kasmina-mine==1\.0'",
     ):
-        rebuild_topology(other, saved)
+        rebuild_growth(other, saved)
     assert other.slots[FIRST].stage is SeedStage.DORMANT
 
 
@@ -208,5 +208,5 @@ def test_a_listener_that_refuses_makes_the_load_undo_itself():
     model.listen(Refuses())
     before = picture(model, optimizer)
     with pytest.raises(PermissionError, match="full"):
-        rebuild_topology(model, data)
+        rebuild_growth(model, data)
     assert same_picture(before, picture(model, optimizer))

@@ -35,7 +35,8 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
-from kasmina_core.growth.record import RECORD_VERSION, SlotRecord
+from kasmina_core.growth.record import SlotRecord
+from kasmina_core.plain_data import FORMAT_VERSION
 
 S = SeedStage
 
@@ -60,7 +61,7 @@ def test_a_record_is_plain_data_in_every_stage(stage):
     train_once(model, optimizer)
     slot = model.slots[FIRST]
     record = slot.get_extra_state()
-    assert record["version"] == RECORD_VERSION
+    assert record["version"] == FORMAT_VERSION
     assert same_picture(json.loads(json.dumps(record)), record)
     assert same_picture(through_a_file(record), record)
     assert same_picture(SlotRecord.from_dict(record, FIRST).to_dict(), record)
@@ -168,7 +169,7 @@ def change(path, value):
 CHECK = GateCheck("x", 1.0, CheckVerdict.PASSED).to_dict()
 
 DAMAGE = [
-    (change(["version"], 99), f"another version.\n  saved:    99\n  readable: {RECORD_VERSION}"),
+    (change(["version"], 99), f"another version.\n  saved:    99\n  readable: {FORMAT_VERSION}"),
     (lambda r: r.pop("gains"), "slot '2' lacks: gains"),
     (change(["state", "slot"], "7"), "belongs to another slot.\n  saved: '7'\n  this:  '2'"),
     (change(["state", "stage"], 1), "a seed that is DORMANT; no seed can be"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from kasmina_core import (
+    Advance,
     BlueprintRegistry,
     BlueprintSpec,
     Command,
@@ -21,6 +22,7 @@ from kasmina_core import (
     MorphogeneticModel,
     Observation,
     QualityGates,
+    Regerminate,
     SeedStage,
     Topology,
 )
@@ -120,8 +122,6 @@ class Script:
         self.seen: list[float | None] = []
 
     def decide(self, observation: Observation) -> Sequence[Command]:
-        from kasmina_core import Advance
-
         self.seen.append(observation.metric)
         commands: list[Command] = []
         if observation.epoch in self.plan:
@@ -140,6 +140,19 @@ class Script:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = list(state["seen"])
+
+
+class Returns(Script):
+    """Culls a seed late, puts the host back and the seed aside, and makes it again after the embargo."""
+
+    def decide(self, observation: Observation) -> Sequence[Command]:
+        commands = [one for one in super().decide(observation) if not isinstance(one, Advance)]
+        slot = next(iter(self.plan.values()))[0]
+        if observation.epoch == 5:
+            commands.append(Cull(slot, "late", revert=True, keep=True))
+        if any(one.kept_seed and one.stage is SeedStage.DORMANT for one in observation.slots):
+            commands.append(Regerminate(slot))
+        return commands
 
 
 class EpochSampler(Sampler[int]):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from growth_cases import Script, growing, images, same
+from growth_cases import Returns, Script, growing, images, same
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -49,6 +49,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 both_incubations = pytest.mark.parametrize("incubation", ["straight-through", "counterfactual"])
 FIRST, SECOND = SLOTS
+RETURN = {1: (FIRST, "mlp")}
 
 
 def images_model(**config: Any) -> MorphogeneticModel:
@@ -183,6 +184,25 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one(
     found = everything(resume(whole[0] / f"checkpoint-{step}", tmp_path, 9))
     for part, value in whole[1].items():
         assert same(found[part], value), part
+
+
+def returning(folder: Path, **options: Any) -> Trainer:
+    model = growing_gpt2(0.1, keep_snapshot=True)
+    return grower(Returns(RETURN)).attach(make_trainer(model, folder, 11, **options))
+
+
+def test_a_late_cull_with_revert_and_a_seed_put_aside_are_as_in_the_uninterrupted_run(tmp_path: Path) -> None:
+    first = returning(tmp_path / "first", save_strategy="epoch")
+    first.train()
+    assert first.model.lost_epochs > 0
+    assert first.model.slots[SLOTS[0]].germinations == 2
+    for step in (12, 15, 21):
+        again = returning(tmp_path / str(step))
+        again.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{step}"))
+        assert same(everything(again), everything(first)), step
+    (tmp_path / "first" / "checkpoint-15" / "growth.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-15 lacks growth\.safetensors"):
+        returning(tmp_path).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-15"))
 
 
 def test_a_fresh_process_goes_on_from_a_checkpoint(
@@ -475,7 +495,7 @@ def test_a_record_of_growth_of_another_version_is_refused(
     state = json.loads((copied / "trainer_state.json").read_text())
     state["stateful_callbacks"]["kasmina"]["version"] = 99
     (copied / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match=r"saved:    99\n  readable: 1"):
+    with pytest.raises(CheckpointError, match=r"saved:    99, by kasmina '0.1.0'\n  readable: 1, 3"):
         resume(copied, tmp_path, 9)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from growth_cases import EpochSampler, Script, image_host, images, labels, same
+from growth_cases import EpochSampler, Returns, Script, image_host, images, labels, same
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,6 +60,7 @@ pytestmark = [
     # The loaders here are lists in memory; workers would only cost.
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
 ]
+RETURN = {1: ("norm", "conv")}
 both_incubations = pytest.mark.parametrize("incubation", ["straight-through", "counterfactual"])
 
 
@@ -215,6 +216,28 @@ def test_a_fresh_process_goes_on_from_a_checkpoint(
     command = [sys.executable, "-m", "lightning_case", str(tmp_path), str(whole[0] / "kept" / "4.ckpt"), "9"]
     subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True)
     assert_goes_on_as(torch.load(tmp_path / "resumed.pt", weights_only=True), whole[1], 4)
+
+
+@pytest.fixture(scope="module")
+def returning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with dropout in which the host is put back after epoch 5 and the seed comes again after its embargo."""
+    folder = tmp_path_factory.mktemp("returning")
+    module = Classifier(dropout=0.2, keep_snapshot=True)
+    torch.manual_seed(3)
+    trainer = fit(module, [grower(Returns(RETURN)), every_epoch(folder / "kept")], folder, 11)
+    assert module.net.lost_epochs > 0
+    assert module.net.slots["norm"].germinations == 2
+    return folder, everything(module, trainer)
+
+
+@pytest.mark.parametrize("epoch", [4, 5, 7])
+def test_a_late_cull_with_revert_and_a_seed_put_aside_are_as_in_the_uninterrupted_run(
+    returning: tuple[Path, dict[str, Any]], tmp_path: Path, epoch: int
+) -> None:
+    module = Classifier(dropout=0.2, keep_snapshot=True)
+    kept = returning[0] / "kept" / f"{epoch}.ckpt"
+    trainer = fit(module, [grower(Returns(RETURN))], tmp_path, 11, kept)
+    assert_goes_on_as(everything(module, trainer), returning[1], epoch)
 
 
 def test_a_policy_without_memory_cannot_go_on_for_one_with_memory(

@@ -40,10 +40,10 @@ from kasmina_core import (
     Resume,
     SeedStage,
     Topology,
+    growth_of,
     load_checkpoint,
     save_checkpoint,
     tie_optimizer,
-    topology_of,
 )
 from kasmina_core.checkpoints import checkpoint as checkpoint_module
 from kasmina_core.checkpoints import files as checkpoint_files
@@ -201,7 +201,7 @@ def train(variant: str, log: Log, folder: Path | None) -> None:
             log(
                 "step",
                 [epoch, batch],
-                [loss.item(), torch.rand(()).item(), stages, digest(topology_of(model))],
+                [loss.item(), torch.rand(()).item(), stages, digest(growth_of(model))],
             )
             if (epoch * 4 + batch) % SAVE_EVERY == 0:
                 save(epoch, batch + 1, start)

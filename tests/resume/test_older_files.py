@@ -10,7 +10,7 @@ import pytest
 import torch
 from older_files import SLOTS, Run
 
-from kasmina_core import graft_seeds, load_checkpoint, load_distributed, rebuild_topology
+from kasmina_core import graft_seeds, load_checkpoint, load_distributed, rebuild_growth
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VERSIONS = sorted(folder.name for folder in FIXTURES.iterdir())
@@ -70,7 +70,7 @@ def test_a_state_dict_loads(folder: Path) -> None:
 
 def test_a_description_of_what_has_grown_rebuilds_it(folder: Path) -> None:
     run = Run()
-    rebuild_topology(run.model, json.loads((folder / "growth.json").read_text())["topology"])
+    rebuild_growth(run.model, json.loads((folder / "growth.json").read_text())["topology"])
     assert_same(run.seen(), expected(folder)["seen"], "stages", "alphas", "parameters")
 
 
