@@ -6,12 +6,13 @@ not run, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from enum import Enum, StrEnum
-from typing import Any, ClassVar, final
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, final
 
 from kasmina_core.errors import BlueprintError, KasminaError
+from kasmina_core.records import Mark, Record
 
 
 @final
@@ -37,7 +38,7 @@ class ValidationVerdict(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(Record):
     """One check of one blueprint.
 
     Attributes:
@@ -64,7 +65,7 @@ class CheckResult:
     hint: str = ""
     claim: str = ""
     needed: bool = True
-    error: BaseException | None = field(default=None, compare=False, repr=False)
+    error: Annotated[BaseException | None, Mark.UNWRITTEN] = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -81,23 +82,6 @@ class CheckResult:
         if self.status is CheckStatus.FAILED:
             return f"expected {plain_text(self.expected)}, measured {plain_text(self.measured)}"
         return plain_text(self.measured)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for JSON, without the exception."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "error"}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CheckResult:
-        """Return the check that `to_dict` wrote, without the exception.
-
-        Raises:
-            KeyError, TypeError, ValueError: If ``data`` is something else.
-        """
-        facts = {f.name: data[f.name] for f in fields(cls) if f.name != "error"}
-        texts = [facts[name] for name in ("name", "device", "where", "tolerance", "hint", "claim")]
-        if not isinstance(facts["needed"], bool) or not all(isinstance(text, str) for text in texts):
-            raise TypeError("not a check")
-        return cls(**facts | {"status": CheckStatus(facts["status"])})
 
     def explain(self, subject: str) -> str:
         """Return the message of a failure: what is wrong with ``subject``, both values aligned, what to do."""
@@ -122,7 +106,7 @@ class CheckResult:
         return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
-class Report:
+class Report(Record):
     """What checks found of one subject: its own checks, and the reports of its parts.
 
     Attributes:
@@ -131,6 +115,8 @@ class Report:
         origin: Who offers it, such as ``"kasmina-cnn 0.1"``; may be empty.
         checks: Every check of its own, also those that did not run.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("verdict",)
 
     kind: ClassVar[str]
     error: ClassVar[type[KasminaError]]
@@ -210,11 +196,6 @@ class Report:
             reasons.setdefault(check.hint, []).append(check)
         return reasons
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: the fields and the verdict."""
-        facts = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]  # every kind is a dataclass
-        return facts | {"verdict": self.verdict.value}
-
     def __str__(self) -> str:
         ran = [check for check in self.checks if check.status is not CheckStatus.NOT_RUN]
         wide = max((len(check.label) for check in ran), default=0)
@@ -238,6 +219,7 @@ class ValidationReport(Report):
         checks: Every check, also those that did not run.
     """
 
+    derived = ("verdict", "not_run")
     kind = "blueprint"
     error = BlueprintError
     blueprint: str
@@ -260,21 +242,6 @@ class ValidationReport(Report):
             ],
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ValidationReport:
-        """Return the report that `to_dict` wrote; the exceptions behind failures are not in it.
-
-        Raises:
-            KeyError, TypeError, ValueError: If ``data`` is something else.
-        """
-        return cls(
-            blueprint=str(data["blueprint"]),
-            origin=str(data["origin"]),
-            devices=tuple(map(str, data["devices"])),
-            asked=tuple(map(str, data["asked"])),
-            checks=tuple(CheckResult.from_dict(check) for check in data["checks"]),
-        )
-
     def to_markdown(self) -> str:
         """Return the report as a Markdown section: the verdict, what failed, and a table of every check."""
         from kasmina_core.checks.formats import markdown
@@ -286,16 +253,6 @@ def worst(verdicts: Collection[ValidationVerdict]) -> ValidationVerdict:
     """Return the worst verdict; ``passed`` if there is none."""
     order = (ValidationVerdict.FAILED, ValidationVerdict.INCOMPLETE)
     return next((verdict for verdict in order if verdict in verdicts), ValidationVerdict.PASSED)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (CheckResult, Report)):
-        return value.to_dict()
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return list(map(_plain, value))
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def plain_text(value: object) -> str:

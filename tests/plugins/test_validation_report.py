@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kasmina_core import BlueprintError, CheckResult, CheckStatus, ValidationReport, ValidationVerdict
+from kasmina_core import (
+    BlueprintError,
+    CheckpointError,
+    CheckResult,
+    CheckStatus,
+    ValidationReport,
+    ValidationVerdict,
+)
 
 any_text = st.text(st.characters(exclude_categories=[]), max_size=30)
 values = st.one_of(
@@ -156,5 +163,5 @@ def test_any_report_can_be_printed(found: ValidationReport) -> None:
 )
 def test_data_that_is_no_check_is_refused(broken: dict[str, Any]) -> None:
     data = PASSED.to_dict() | broken if broken else {}
-    with pytest.raises((KeyError, TypeError, ValueError)):
+    with pytest.raises(CheckpointError, match="CheckResult cannot be read"):
         CheckResult.from_dict(data)
