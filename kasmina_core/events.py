@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Final, final
+
+from kasmina_core.records import Record
 
 
 @final
@@ -30,7 +32,7 @@ class TelemetryEventType(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TelemetryEvent:
+class TelemetryEvent(Record):
     """Base of all events.
 
     Attributes:
@@ -40,18 +42,13 @@ class TelemetryEvent:
         sequence: Position among the events of one model, from 0, without gaps.
     """
 
+    derived: ClassVar = ("type",)
+
     type: ClassVar[TelemetryEventType]
     slot: str = ""
     seed_id: str = ""
     epoch: int = 0
     sequence: int = -1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: the type's value under ``type``, then every field."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"type": self.type.value} | {
-            key: dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()
-        }
 
 
 @final
@@ -104,10 +101,6 @@ class GateEvaluated(TelemetryEvent):
     passed: bool
     reason: str
     checks: tuple[Mapping[str, Any], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return TelemetryEvent.to_dict(self) | {"checks": [dict(check) for check in self.checks]}
 
 
 @final
@@ -179,7 +172,7 @@ EXPLODING_GRADIENT: Final = 1e2
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeedTelemetry:
+class SeedTelemetry(Record):
     """A seed's record at one moment, as plain data.
 
     Attributes:
@@ -208,7 +201,3 @@ class SeedTelemetry:
     gradient_health: float
     is_vanishing: bool
     is_exploding: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 from torch import Tensor
 
 from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.records import Record
 from kasmina_core.slots.slot import ForwardMode
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ EXACT_SEEDS: Final = 5
 
 @final
 @dataclass(frozen=True, slots=True)
-class SeedShare:
+class SeedShare(Record):
     """What one of several seeds is worth, per held-out sample.
 
     Attributes:
@@ -40,15 +41,10 @@ class SeedShare:
     last: PairedGain
     shapley: PairedGain
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        gains = {name: getattr(self, name).to_dict() for name in ("alone", "last", "shapley")}
-        return {"slot": self.slot} | gains
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class Attribution:
+class Attribution(Record):
     """Whom a joint gain is due to.
 
     Attributes:
@@ -70,15 +66,6 @@ class Attribution:
             for seed in self.seeds
         ]
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "joint": self.joint.to_dict(),
-            "seeds": [seed.to_dict() for seed in self.seeds],
-            "passes": self.passes,
-            "permutations": self.permutations,
-        }
 
 
 def attribute(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist, median
-from typing import Any, Final, TypeVar, cast, final
+from typing import Any, ClassVar, Final, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from kasmina_core.gates.sequential import LevelSpending, Look, PairedGain, judge
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.quiet import derived_seed
+from kasmina_core.records import Record
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.slotted import SlottedModel
 from kasmina_core.verdicts import Finding
@@ -36,13 +37,15 @@ class CalibrationError(KasminaError):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(Record):
     """How often something happened.
 
     Attributes:
         count: Times it happened.
         trials: Times it could have.
     """
+
+    derived: ClassVar = ("interval",)
 
     count: int
     trials: int
@@ -63,14 +66,10 @@ class Rate:
         low, high = self.interval
         return f"{self.count} of {self.trials} ({self.share:.1%}, 95 % interval {low:.1%} to {high:.1%})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {"count": self.count, "trials": self.trials, "interval": list(self.interval)}
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class Placebo:
+class Placebo(Record):
     """One seed that learned from targets that say nothing.
 
     Attributes:
@@ -90,7 +89,7 @@ class Placebo:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Quantiles:
+class Quantiles(Record):
     """The 5 %, 50 % and 95 % quantiles of what placebos gave at one look."""
 
     low: float
@@ -203,18 +202,9 @@ class Calibration:
             "accepted": self.accepted.to_dict(),
             "resampled": self.resampled.to_dict(),
             "error_rate": self.thresholds.error_rate,
-            "gains": [asdict(q) for q in self.gains],
-            "scores": [asdict(q) for q in self.scores],
-            "placebos": [
-                {
-                    "slot": p.slot,
-                    "blueprint": p.blueprint,
-                    "accepted_at": p.accepted_at,
-                    "spread": p.spread,
-                    "findings": [finding.to_dict() for finding in p.findings],
-                }
-                for p in self.placebos
-            ],
+            "gains": [q.to_dict() for q in self.gains],
+            "scores": [q.to_dict() for q in self.scores],
+            "placebos": [placebo.to_dict() for placebo in self.placebos],
         }
 
 
