@@ -28,6 +28,7 @@ from kasmina_core.packs.scanning import (
     list_packs,
 )
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
+from kasmina_core.records import Record
 
 SLOW: Final = 0.5
 """Seconds of import from which a pack is called slow."""
@@ -62,7 +63,7 @@ class Severity(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class PackFinding:
+class PackFinding(Record):
     """One thing that was found.
 
     Attributes:
@@ -84,16 +85,6 @@ class PackFinding:
     def __post_init__(self) -> None:
         for name in ("subject", "what", "todo"):  # metadata may hold anything, and is printed
             object.__setattr__(self, name, cleaned(getattr(self, name), 4000, lines=name != "subject"))
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the fields as plain data for JSON."""
-        return {
-            "severity": self.severity.value,
-            "code": self.code,
-            "subject": self.subject,
-            "what": self.what,
-            "todo": self.todo,
-        }
 
 
 @final

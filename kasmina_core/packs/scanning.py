@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Final, final
+from typing import Annotated, Any, Final, final
 
 import importlib_metadata
 
@@ -14,6 +14,7 @@ from kasmina_core.errors import NameConflictError
 from kasmina_core.foreign import cleaned
 from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
+from kasmina_core.records import Mark, Record
 
 GROUP: Final = "kasmina.plugins"
 """The entry-point group in which a distribution names its pack."""
@@ -85,7 +86,7 @@ class PackReason(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class PackRecord:
+class PackRecord(Record):
     """What is known of one pack.
 
     Attributes:
@@ -116,7 +117,7 @@ class PackRecord:
     gate_checks: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
-    error: BaseException | None = field(default=None, compare=False, repr=False)
+    error: Annotated[BaseException | None, Mark.UNWRITTEN] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in (
@@ -142,23 +143,6 @@ class PackRecord:
     def is_bundled(self) -> bool:
         """Whether it comes with the library itself."""
         return normalized(self.distribution) == _OWN_DISTRIBUTION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data for JSON, without the exception."""
-        return {
-            "name": self.name,
-            "module": self.module,
-            "distribution": self.distribution,
-            "version": self.version,
-            "state": self.state.value,
-            "reason": self.reason.value if self.reason is not None else None,
-            "cause": self.cause,
-            "blueprints": list(self.blueprints),
-            "hosts": list(self.hosts),
-            "gate_checks": list(self.gate_checks),
-            "policies": list(self.policies),
-            "withheld": list(self.withheld),
-        }
 
 
 def list_packs(switches: Switches | None = None) -> list[PackRecord]:
