@@ -241,7 +241,10 @@ def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
         raise CheckpointError(
             f"The checkpoint has a seed put aside in slot '{unknown[0]!s:.80}', and this model has no such slot."
         )
-    return {str(name): KeptSeed.from_dict(data, str(name)) for name, data in found.items()}
+    return {
+        str(name): KeptSeed.from_dict(data, f"The seed that was put aside in slot '{name!s:.80}'")
+        for name, data in found.items()
+    }
 
 
 def _snapshots_of(run: Run) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, final, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError
+from kasmina_core.records import Count, Record
 from kasmina_core.sharding import reshard
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ class HostStateKeeper(Protocol):
     def keep(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
         """Copy what is known of the parameters now; the returned function puts it back."""
         ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _SavedHost(Record):
+    epoch: Count
+    contributors: list[str]
+    tensors: dict[str, Tensor]
+    optimizers: list[dict[str, dict[str, Any]] | None]
 
 
 @final
@@ -114,41 +124,33 @@ class HostSnapshot:
         Raises:
             CheckpointError: If it is damaged, or does not fit the tensors.
         """
-        kinds = {"epoch": int, "contributors": list, "tensors": dict, "optimizers": list}
-        known = data.get("tensors") if isinstance(data, Mapping) else None
+        what = f"The host kept for slot '{slot:.80}'"
+        saved = _SavedHost.from_dict(data, what)
         parameters = {
             name: tensor
             for name, tensor in tensors.items()
-            if isinstance(known, dict) and name in known and isinstance(tensor, nn.Parameter)
+            if name in saved.tensors and isinstance(tensor, nn.Parameter)
         }
-        if not (
-            isinstance(data, Mapping)
-            and all(isinstance(data.get(name), kind) for name, kind in kinds.items())
-            and all(isinstance(each, str) for each in data["contributors"])
-            and all(isinstance(each, Tensor) for each in data["tensors"].values())
-            and all(each is None or _is_optimizer_state(each, parameters) for each in data["optimizers"])
-        ):
-            raise CheckpointError(
-                f"The host kept for slot '{slot:.80}' is damaged: it cannot be {data!r:.80}."
-            )
-        for name, tensor in data["tensors"].items():
+        if foreign := {name for states in saved.optimizers for name in states or ()} - parameters.keys():
+            raise CheckpointError(f"{what} is damaged: it has no parameter {min(foreign)!r:.80}.")
+        for name, tensor in saved.tensors.items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 here = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise CheckpointError(
-                    f"The host kept for slot '{slot:.80}' does not fit this one at '{name!s:.80}'.\n"
+                    f"{what} does not fit this one at '{name!s:.80}'.\n"
                     f"  kept: {tuple(tensor.shape)}\n  here: {here}"
                 )
-        copies = {name: tensor.to(tensors[name]) for name, tensor in data["tensors"].items()}
+        copies = {name: tensor.to(tensors[name]) for name, tensor in saved.tensors.items()}
         kept = [
             KeptOptimizerState(
                 one,
                 parameters.values(),
                 {parameters[name]: _beside(parameters[name], state) for name, state in states.items()},
             )
-            for one, states in zip(optimizers, data["optimizers"], strict=False)
+            for one, states in zip(optimizers, saved.optimizers, strict=False)
             if states is not None
         ]
-        return cls(data["epoch"], data["contributors"], copies, kept)
+        return cls(saved.epoch, saved.contributors, copies, kept)
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str:
         """Return, a line a tensor, where the copies do not fit these tensors; empty if they do."""
@@ -174,7 +176,7 @@ class HostSnapshot:
 
 @final
 @dataclass(frozen=True, slots=True)
-class KeptSeed:
+class KeptSeed(Record):
     """A seed that was put aside: what it was made from, and its weights and buffers."""
 
     seed_id: str
@@ -189,33 +191,6 @@ class KeptSeed:
             return None
         state = slot.state
         return cls(state.seed_id, state.blueprint_id, copy.deepcopy(slot.options), slot.seed.state_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data and tensors."""
-        return {
-            "seed_id": self.seed_id,
-            "blueprint_id": self.blueprint_id,
-            "options": dict(self.options),
-            "weights": dict(self.weights),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Any, slot: str) -> KeptSeed:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            CheckpointError: If it is damaged.
-        """
-        kinds = {"seed_id": str, "blueprint_id": str, "options": dict, "weights": dict}
-        if (
-            not isinstance(data, Mapping)
-            or not all(isinstance(data.get(name), kind) for name, kind in kinds.items())
-            or not all(isinstance(name, str) for name in [*data["options"], *data["weights"]])
-        ):
-            raise CheckpointError(
-                f"The seed that was put aside in slot '{slot:.80}' is damaged: it cannot be {data!r:.80}."
-            )
-        return cls(**{name: data[name] for name in kinds})
 
 
 def contributing_tensors(
@@ -298,14 +273,6 @@ class KeptOptimizerState:
                 self.optimizer.state.pop(p, None)
             else:
                 self.optimizer.state[p] = _copied_into(self.optimizer.state.get(p, {}), self.states[p])
-
-
-def _is_optimizer_state(data: Any, names: Container[str]) -> bool:
-    """Return whether data are states of an optimiser by names that are among these."""
-    return isinstance(data, dict) and all(
-        name in names and isinstance(state, dict) and all(isinstance(key, str) for key in state)
-        for name, state in data.items()
-    )
 
 
 def _beside(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:

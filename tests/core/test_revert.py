@@ -296,12 +296,28 @@ def test_where_another_listener_must_go_back_too_nothing_is_saved_and_a_warning_
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ((), 3, "kept for slot 'norm' is damaged"),
-        (("epoch",), "first", "kept for slot 'norm' is damaged"),
-        (("contributors",), [3], "kept for slot 'norm' is damaged"),
-        (("tensors",), {"host.x": 1}, "kept for slot 'norm' is damaged"),
-        (("optimizers",), [{"host.x": {}}], "kept for slot 'norm' is damaged"),
-        (("optimizers", 0, "host.stem.weight"), 3, "kept for slot 'norm' is damaged"),
+        ((), 3, "kept for slot 'norm' cannot be read: it must be a mapping, not 3"),
+        (
+            ("epoch",),
+            "first",
+            "kept for slot 'norm' cannot be read: epoch must be a whole number.*, not 'first'",
+        ),
+        (
+            ("contributors",),
+            [3],
+            r"kept for slot 'norm' cannot be read: contributors\[0\] must be text, not 3",
+        ),
+        (
+            ("tensors",),
+            {"host.x": 1},
+            r"kept for slot 'norm' cannot be read: tensors\['host.x'\] must be a Tensor, not 1",
+        ),
+        (("optimizers",), [{"host.x": {}}], "kept for slot 'norm' is damaged: it has no parameter 'host.x'"),
+        (
+            ("optimizers", 0, "host.stem.weight"),
+            3,
+            "kept for slot 'norm' cannot be read: optimizers.*must be a mapping by text",
+        ),
         (None, "norm2", "kept for slot 'norm2', where no seed blends in"),
         (None, "nowhere", "kept for slot 'nowhere', where no seed blends in"),
     ],
