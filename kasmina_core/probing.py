@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, final
 
@@ -43,7 +43,11 @@ def matching_paths(host: nn.Module, pattern: str) -> list[str]:
 @final
 @dataclass(frozen=True, slots=True)
 class ProbedPoint:
-    """A point that a probe forward has proved, with the features seen there."""
+    """A point that a probe forward has proved, with the features seen there.
+
+    Attributes:
+        dtype: What a seed there has: the dtype of the features, or under autocast, which casts them, of the parameters.
+    """
 
     point: InjectionPoint
     shape: tuple[int, ...]
@@ -134,7 +138,7 @@ def probe(
         HostError: If a point does not fire, fires more than once, or is not as declared; every fault is listed.
     """
     paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
-    seen: dict[str, list[Any]] = {path: [] for path in paths}
+    seen: dict[str, list[tuple[Any, bool]]] = {path: [] for path in paths}
     handles = []
     try:
         for path, record in seen.items():
@@ -154,7 +158,10 @@ def probe(
     proved: list[ProbedPoint] = []
     for item, path in zip(wanted, paths, strict=True):
         try:
-            proved.append(_prove(item, path, seen[path], causal))
+            found = _prove(item, path, [output for output, _ in seen[path]], causal)
+            if seen[path][0][1]:
+                found = replace(found, dtype=parameter_dtype(host, path, found.dtype))
+            proved.append(found)
         except HostError as error:
             faults.append(f"  '{path}': {error}")
     names = [p.point.name for p in proved]
@@ -165,10 +172,13 @@ def probe(
     return proved
 
 
-def _noting(record: list[Any]) -> Callable[[nn.Module, Any, Any], None]:
+def _noting(record: list[tuple[Any, bool]]) -> Callable[[nn.Module, Any, Any], None]:
     # A closure: of a default argument a compiled host may fill a copy.
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        record.append(output)
+        features = features_in(output)
+        device = features.device.type if isinstance(features, Tensor) else "meta"
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        record.append((output, is_cast))
 
     return note
 
@@ -207,6 +217,15 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
                 f"    found:    {topology.value}, width {dim}, features {tuple(output.shape)}"
             )
     return ProbedPoint(point, tuple(output.shape), output.dtype, output.device)
+
+
+def parameter_dtype(host: nn.Module, path: str, otherwise: torch.dtype) -> torch.dtype:
+    """Return the dtype of the floating-point parameters nearest to ``path``."""
+    for module in (submodule(host, path), host):
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return otherwise
 
 
 def lookup(name: str, known: Mapping[str, Any], what: str) -> Any:

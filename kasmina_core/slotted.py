@@ -13,7 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError, KasminaError
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
-from kasmina_core.probing import ProbedPoint, example_of, lookup, probe, requested_points
+from kasmina_core.probing import (
+    ProbedPoint,
+    example_of,
+    lookup,
+    parameter_dtype,
+    probe,
+    requested_points,
+)
 from kasmina_core.quiet import quiet_evaluation
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
@@ -61,7 +68,7 @@ class SlottedModel(nn.Module):
     Args:
         host: Any module. One with `HostProtocol` declares its points.
         slots: Names or paths of points, globs or declarations; ``None`` for all that the host declares.
-        make_slot: Makes the slot for a point that was proved, for parameters of a dtype.
+        make_slot: Makes the slot for a point that was proved.
         example: Inputs for one forward; default the host's ``example_inputs()``.
         causal: Whether points given by path lie in a causal host.
 
@@ -75,7 +82,7 @@ class SlottedModel(nn.Module):
         self,
         host: nn.Module,
         slots: Iterable[str | InjectionPoint] | None,
-        make_slot: Callable[[ProbedPoint, torch.dtype], SeedSlot],
+        make_slot: Callable[[ProbedPoint], SeedSlot],
         *,
         example: object = None,
         causal: bool = False,
@@ -91,14 +98,7 @@ class SlottedModel(nn.Module):
         self._handles: dict[str, RemovableHandle] = {}
         self.add_module(
             SLOTS_KEY,
-            nn.ModuleDict(
-                {
-                    found.point.name: make_slot(
-                        found, _parameter_dtype(host, found.point.path, found.dtype)
-                    ).train(host.training)
-                    for found in proved
-                }
-            ),
+            nn.ModuleDict({found.point.name: make_slot(found).train(host.training) for found in proved}),
         )
         attached: list[SeedSlot] = []
         try:
@@ -187,14 +187,21 @@ class SlottedModel(nn.Module):
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch.
         """
-        if assign:
-            self._leave_meta(state_dict)
+        if not assign:
+            return super().load_state_dict(without_wrapper(state_dict), strict)
+        self._leave_meta(state_dict)
+        before = [(slot, self._dtype_beside(slot)) for slot in self.slots.values()]
         result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
-        if assign:
-            for slot in self.slots.values():
-                dtype = _parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
-                slot.alpha_buffer = torch.full_like(slot.alpha_buffer, slot.alpha, dtype=dtype)
+        for slot, dtype in before:
+            own = slot.alpha_buffer.dtype
+            # Assigned parameters may have another dtype. A slot follows those beside it, unless it differed from them.
+            slot.alpha_buffer = torch.full_like(
+                slot.alpha_buffer, slot.alpha, dtype=self._dtype_beside(slot) if own == dtype else own
+            )
         return result
+
+    def _dtype_beside(self, slot: SeedSlot) -> torch.dtype:
+        return parameter_dtype(self.host, slot.point.path, slot.alpha_buffer.dtype)
 
     def _leave_meta(self, state_dict: Mapping[str, Any]) -> None:
         """Move what no file holds off the meta device, to where the assigned tensors are."""
@@ -227,15 +234,6 @@ def held_weakly(model: _Model) -> Callable[[], _Model]:
         return found
 
     return the_model
-
-
-def _parameter_dtype(host: nn.Module, path: str, features: torch.dtype) -> torch.dtype:
-    """Dtype for a seed at ``path``: that of the nearest parameters, since autocast may give features another."""
-    for module in (submodule(host, path), host):
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return features
 
 
 def _strip_host_prefix(

@@ -81,8 +81,10 @@ class MorphogeneticModel(SlottedModel):
         samples = GateSamples(evaluator) if evaluator is not None else None
         blueprints = registry if isinstance(registry, BlueprintRegistry | None) else registry.blueprints
 
-        def make_slot(found: ProbedPoint, dtype: torch.dtype) -> SeedSlot:
-            return SeedSlot(found.point, found.shape, config, blueprints, dtype=dtype, device=found.device)
+        def make_slot(found: ProbedPoint) -> SeedSlot:
+            return SeedSlot(
+                found.point, found.shape, config, blueprints, dtype=found.dtype, device=found.device
+            )
 
         super().__init__(host, slots, make_slot, example=example, causal=causal)
         # Not `config`: trainers take a model's `config` for that of a transformers model.

@@ -26,7 +26,7 @@ from numeric_helpers import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kasmina_core import MorphogeneticModel, SeedStage
+from kasmina_core import GrowthConfig, Incubation, MorphogeneticModel, SeedStage
 from kasmina_core.blending import like_host
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -263,3 +263,33 @@ def test_ramp_ends_at_exactly_the_seed_in_every_dtype(dtype: torch.dtype) -> Non
     slot = grow_to(model, "norm", SeedStage.SHADOWING)
     features = torch.randn(2, 4, 3, 3).to(dtype)
     assert torch.equal(slot(features), copy.deepcopy(slot.seed)(features))
+
+
+class NormInFloat32(nn.Module):
+    """A bf16 model whose norm keeps its parameters in float32, and gives bf16 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16, dtype=torch.bfloat16)
+        self.norm = nn.LayerNorm(16, dtype=torch.float32)
+        self.head = nn.Linear(16, 20, dtype=torch.bfloat16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(ids)))
+
+
+@pytest.mark.parametrize("incubation", list(Incubation))
+def test_a_seed_has_the_dtype_of_the_features_not_of_the_parameters_beside_them(incubation: Incubation) -> None:
+    ids = torch.arange(12).view(2, 6)
+    config = GrowthConfig(incubation=incubation)
+    model = MorphogeneticModel(NormInFloat32(), ["norm"], example=ids, config=config)
+    model.germinate("norm", "mlp")
+    assert {p.dtype for p in model.seed_parameters()} == {torch.bfloat16}
+    model.step_epoch()
+    loss = lambda: model(ids).float().square().mean()  # noqa: E731
+    loss().backward()
+    model.incubate(loss)
+    assert any(p.grad is not None for p in model.seed_parameters())
+    twin = MorphogeneticModel(NormInFloat32(), ["norm"], example=ids, config=config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    assert twin.slots["norm"].alpha_buffer.dtype is torch.bfloat16
