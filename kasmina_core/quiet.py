@@ -1,15 +1,21 @@
-"""Blocks of code that leave random numbers, training modes and buffers as they were."""
+"""Blocks of code that leave random numbers, training modes, buffers and other threads as they were."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Final, final
 
 import torch
 from torch import nn
 
+from kasmina_core.errors import KasminaError
 from kasmina_core.sharding import reshard
+
+PATIENCE: Final = 300.0
+"""Seconds after which a thread no longer waits for another one."""
 
 
 def derived_seed(*parts: object) -> int:
@@ -97,3 +103,69 @@ def kept_buffers(host: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in before:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # a forward may have put another tensor in its place
+
+
+@final
+class Turns:
+    """Lets many threads share an object, or one have it alone.
+
+    A thread that waits to be alone goes before those that come to share. A thread that shares, or is alone, may do
+    either once more.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing: dict[int, int] = {}
+        self._alone: int | None = None
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Run the block beside others that share.
+
+        Raises:
+            KasminaError: After `PATIENCE` seconds.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            self._wait(lambda: self._alone in (None, me) or me in self._sharing)
+            self._sharing[me] = self._sharing.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing[me] -= 1
+                if not self._sharing[me]:
+                    del self._sharing[me]
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Run the block while no other thread shares.
+
+        Raises:
+            KasminaError: After `PATIENCE` seconds.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            self._wait(lambda: self._alone in (None, me))
+            before, self._alone = self._alone, me
+            try:
+                self._wait(lambda: self._sharing.keys() <= {me})
+            except KasminaError:
+                self._alone = before
+                self._changed.notify_all()
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = before
+                self._changed.notify_all()
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        if not self._changed.wait_for(until, PATIENCE):
+            raise KasminaError(
+                f"Waited {PATIENCE:g} seconds for another thread that measures or runs this model.\n"
+                "An evaluator must run the model in the thread that calls it: what it hands to other threads waits for "
+                "the measurement, and the measurement for it."
+            )

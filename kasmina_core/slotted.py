@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Self, TypeVar, cast, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kasmina_core.errors import HostError, KasminaError
+from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
 from kasmina_core.probing import (
     ProbedPoint,
@@ -21,7 +23,7 @@ from kasmina_core.probing import (
     probe,
     requested_points,
 )
-from kasmina_core.quiet import quiet_evaluation
+from kasmina_core.quiet import Turns, quiet_evaluation
 from kasmina_core.slots.slot import ForwardMode, SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 
@@ -91,11 +93,13 @@ class SlottedModel(nn.Module):
         if not isinstance(host, nn.Module):
             hint = f" Make one of the class: {host.__name__}(...)." if isinstance(host, type) else ""
             raise TypeError(f"host must be a module, not {host!r:.200}.{hint}")
+        _take_off_lost_slots(host)
         if example is None:
             example = example_of(host)
         proved = probe(host, requested_points(host, slots), example, causal=causal)
         self.host = host
         self._handles: dict[str, RemovableHandle] = {}
+        self._turns = Turns()
         self.add_module(
             SLOTS_KEY,
             nn.ModuleDict({found.point.name: make_slot(found).train(host.training) for found in proved}),
@@ -110,12 +114,22 @@ class SlottedModel(nn.Module):
                 self._detach(slot)
             raise
         self.training = host.training
+        self._hang_together()
         self.register_state_dict_post_hook(_strip_host_prefix)  # type: ignore[no-untyped-call]  # torch
         self.register_load_state_dict_pre_hook(_add_host_prefix)  # type: ignore[no-untyped-call]  # torch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the host, its features passing through the slots."""
-        return self.host(*args, **kwargs)
+        """Compute the host, its features passing through the slots.
+
+        Raises:
+            HostError: If the module of a slot that holds a seed is gone from the host.
+        """
+        # A graph must hold neither locks nor walks over modules; in one, commands and saves look after the slots.
+        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
+            return self.host(*args, **kwargs)
+        with self._turns.shared():
+            self.follow_modules()
+            return self.host(*args, **kwargs)
 
     @property
     def slots(self) -> SlotMap:
@@ -145,13 +159,21 @@ class SlottedModel(nn.Module):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Run the block in eval mode without gradients; training modes and random numbers are then as before."""
-        try:
-            with quiet_evaluation(self):
-                yield
-        finally:
-            for slot in self.slots.values():
-                slot._refresh_mode()
+        """Run the block in eval mode without gradients; training modes and random numbers are then as before.
+
+        Forwards of other threads wait meanwhile.
+        """
+        with self.alone():
+            try:
+                with quiet_evaluation(self):
+                    yield
+            finally:
+                for slot in self.slots.values():
+                    slot._refresh_mode()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Let forwards of other threads wait while the block changes how slots compute."""
+        return self._turns.alone()
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -161,13 +183,55 @@ class SlottedModel(nn.Module):
             self._detach(slot)
         return self.host
 
+    def follow_modules(self) -> None:
+        """Hang slots whose module was replaced or wrapped on the one that stands at their path now.
+
+        What changes modules after slots were attached: adapters and their merging, conversion to SyncBatchNorm,
+        quantisation, ``host.head = ...``. Empty slots follow once they hold a seed.
+
+        Raises:
+            HostError: If there is no module at the path of a slot that holds a seed.
+
+        Warns:
+            MisuseWarning: If a slot moved.
+        """
+        # Not `self.slots`: this runs in every forward.
+        for slot in cast("Iterable[SeedSlot]", getattr(self, SLOTS_KEY).values()):
+            if slot.seed is not None and slot.point.name in self._hung:
+                self._follow_module(slot)
+
+    def _follow_module(self, slot: SeedSlot) -> None:
+        path, module = slot.point.path, cast("nn.Module | None", self.host)
+        for part in path.split("."):
+            module = module._modules.get(part) if module is not None else None
+        if module is None:
+            raise HostError(
+                f"The module of slot '{slot.name}' is gone: {type(self.host).__name__} has no '{path}' any more, so its "
+                f"seed ({slot.stage.name}) would take no part.\n"
+                f"Put a module there, or take all slots off with model.detach_slots()."
+            )
+        if _has_slot(module, slot):
+            return
+        self._detach(slot)
+        self._attach(slot)
+        warnings.warn(
+            f"The module of slot '{slot.name}' was replaced: its seed ({slot.stage.name}) now follows the "
+            f"{type(module).__name__} that stands at '{path}'. If the seed does not belong there, cull it or call "
+            "detach_slots(). Compile a compiled model again.",
+            MisuseWarning,
+            stacklevel=2,
+        )
+
     def _attach(self, slot: SeedSlot) -> None:
         if isinstance(self.host, HostProtocol) and slot.point in list(self.host.injection_points()):
             self.host.register_slot(slot.name, slot)
             return
         module = submodule(self.host, slot.point.path)
         if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
-            raise HostError(f"'{slot.point.path}' already has a slot: a host can be in one model at a time.")
+            raise HostError(
+                f"'{slot.point.path}' already has a slot: a host can be in one model at a time.\n"
+                "Take the slots of the other model off first: old_model.detach_slots()."
+            )
         self._handles[slot.name] = module.register_forward_hook(SlotHook(slot))
 
     def _detach(self, slot: SeedSlot) -> None:
@@ -176,7 +240,34 @@ class SlottedModel(nn.Module):
         elif isinstance(self.host, HostProtocol):
             self.host.unregister_slot(slot.name)
 
+    def _hang_together(self) -> None:
+        """Note which slots hang on a module by our hook, and whose they are."""
+        self._hung = {
+            slot.name
+            for slot in self.slots.values()
+            if _has_slot(submodule(self.host, slot.point.path), slot)
+        }
+        for slot in self.slots.values():
+            _MODEL_OF[slot] = weakref.ref(self)
+
     # -- persistence -----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return weights and what has grown, as `torch.nn.Module.state_dict` does.
+
+        Raises:
+            HostError: If the module of a slot that holds a seed is gone from the host.
+        """
+        self.follow_modules()
+        return super().state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_turns": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
+        self._turns = Turns()
+        self._hang_together()
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -215,6 +306,35 @@ class SlottedModel(nn.Module):
                 slot.alpha_buffer = torch.zeros_like(slot.alpha_buffer, device=devices[0])
                 for name in ("deviation", "training_deviation"):
                     setattr(slot, name, torch.zeros_like(slot.deviation, device=devices[0]))
+
+
+_MODEL_OF: Final[WeakKeyDictionary[nn.Module, weakref.ref[SlottedModel]]] = WeakKeyDictionary()
+
+
+def _has_slot(module: nn.Module, slot: nn.Module) -> bool:
+    """Say whether a hook passes the module's output through the slot."""
+    return any(isinstance(hook, SlotHook) and hook.slot is slot for hook in module._forward_hooks.values())
+
+
+def _take_off_lost_slots(host: nn.Module) -> None:
+    """Take slots off a host whose model is gone: nobody else can."""
+    for module in host.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if not isinstance(hook, SlotHook):
+                continue
+            slot = cast("SeedSlot", hook.slot)
+            if (model := _MODEL_OF.get(slot)) is None or model() is not None:
+                continue
+            if isinstance(host, HostProtocol):
+                host.unregister_slot(slot.name)
+            module._forward_hooks.pop(key, None)
+            if slot.is_active and not slot.is_apart:
+                warnings.warn(
+                    f"The model that held this {type(host).__name__} is gone, and with it the seed in slot "
+                    f"'{slot.name}' ({slot.stage.name}): the host computes without it now.",
+                    MisuseWarning,
+                    stacklevel=3,
+                )
 
 
 _Model = TypeVar("_Model", bound=SlottedModel)

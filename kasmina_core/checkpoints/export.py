@@ -59,11 +59,12 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     Raises:
         ExportError: If there are unfinished seeds, or the copy computes something else, because the host reads
             something of a module that was replaced or calls it in more than one way.
-        HostError: If there is no ``example``, and the host offers none.
+        HostError: If there is no ``example``, and the host offers none; or the module of a fossil is gone.
         ValueError: If ``unfinished`` is none of the two.
         TypeError: If it is no `MorphogeneticModel`.
     """
     require_model(model, "export_model")
+    model.follow_modules()
     if unfinished not in UNFINISHED:
         raise ValueError(f"unfinished must be one of {', '.join(UNFINISHED)}, not {unfinished!r}.")
     fossils = [slot for slot in model.slots.values() if slot.stage is SeedStage.FOSSILIZED]

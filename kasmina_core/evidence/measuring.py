@@ -147,7 +147,7 @@ class SeedMeasurer:
             ValueError: If the evaluator's losses are not vectors of one length of at least 2.
             TypeError: If they are no tensor.
         """
-        with self.processes.attempt(f"measurement of '{slot.name}'"):
+        with self._model().alone(), self.processes.attempt(f"measurement of '{slot.name}'"):
             return self._measure(slot, samples, alphas, before_blending)
 
     def _measure(

@@ -109,11 +109,17 @@ class MorphogeneticModel(SlottedModel):
     # -- commands --------------------------------------------------------------------------------------------------
 
     def germinate(self, slot: str, blueprint: str, seed_id: str | None = None, **options: Any) -> SeedState:
-        """Make a seed in a slot. See `SeedSlot.germinate`."""
-        return self.slots[slot].germinate(blueprint, seed_id, **options)
+        """Make a seed in a slot. See `SeedSlot.germinate`.
+
+        The global random generators are borrowed for a moment: a thread that draws from them meanwhile draws others.
+        """
+        state = self.slots[slot].germinate(blueprint, seed_id, **options)
+        self.follow_modules()
+        return state
 
     def advance_stage(self, slot: str, target: SeedStage | None = None) -> GateResult:
         """Ask the gate for the next stage of a slot's seed. See `SeedSlot.advance_stage`."""
+        self.follow_modules()
         return self.slots[slot].advance_stage(target)
 
     def regerminate(self, slot: str) -> SeedState:
@@ -173,6 +179,7 @@ class MorphogeneticModel(SlottedModel):
             ValueError: If it is a tensor of several.
         """
         growth = self.growth
+        self.follow_modules()
         value = one_number(metric) if metric is not None else None
         growth.untracked.look(self, growth.tied_optimizers)
         results = {}
@@ -384,10 +391,10 @@ class MorphogeneticModel(SlottedModel):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"growth": self.growth.in_a_copy()}
+        return super().__getstate__() | {"growth": self.growth.in_a_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch
+        super().__setstate__(state)
         copied: Any = self.growth
         growth = Growth(self, self.growth_config)
         vars(growth).update(copied)

@@ -279,7 +279,9 @@ class NormInFloat32(nn.Module):
 
 
 @pytest.mark.parametrize("incubation", list(Incubation))
-def test_a_seed_has_the_dtype_of_the_features_not_of_the_parameters_beside_them(incubation: Incubation) -> None:
+def test_a_seed_has_the_dtype_of_the_features_not_of_the_parameters_beside_them(
+    incubation: Incubation,
+) -> None:
     ids = torch.arange(12).view(2, 6)
     config = GrowthConfig(incubation=incubation)
     model = MorphogeneticModel(NormInFloat32(), ["norm"], example=ids, config=config)
