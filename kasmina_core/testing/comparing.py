@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from kasmina_core.hosts import InjectionPoint, features_in, submodule
 from kasmina_core.probing import call_with
 from kasmina_core.quiet import private_rng
+
+SEED = 0x686F7374
+"""Where the random numbers of every compared run start."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -106,23 +110,14 @@ def run(
     *,
     training: bool,
     device: torch.device,
-    seed: int,
 ) -> Run:
-    """Call ``model`` once on random numbers from ``seed``; in training mode with a backward pass.
+    """Call ``model`` once on random numbers from `SEED`; in training mode with a backward pass.
 
-    The loss is a fixed random combination of all floating-point outputs, so that every output takes part.
-
-    Args:
-        model: What to call.
-        host: Whose buffers and gradients are kept.
-        own: Names of the host's own parameters and buffers.
-        example: See `call_with`.
-        training: Whether to run in training mode, and backward.
-        device: Whose random numbers, besides the CPU's, are used.
-        seed: Where they start.
+    The loss is a fixed random combination of all floating-point outputs, so that every output takes part. Buffers and
+    gradients are kept of ``host``, under the names in ``own``.
     """
     model.train(training)
-    with private_rng(seed, device), torch.set_grad_enabled(training):
+    with private_rng(SEED, device), torch.set_grad_enabled(training):
         for parameter in model.parameters():
             parameter.grad = None
         outputs = dict(tensors_in(call_with(model, example)))
@@ -162,3 +157,56 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     if device.type not in ("cpu", "meta"):
         states[str(device)] = torch.get_device_module(device).get_rng_state(device)
     return states
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def path_of(item: str | InjectionPoint) -> str:
+    """Return the path of a point, or of a place that is named by it."""
+    return item.path if isinstance(item, InjectionPoint) else item
+
+
+def mode_name(training: bool) -> str:
+    """Return the mode for reports."""
+    return "train mode" if training else "eval mode"
+
+
+def unlike(bare: Run, found: Run) -> str:
+    """Return the first difference in outputs, buffers or random numbers; empty if there is none."""
+    return (
+        difference(bare.outputs, found.outputs)
+        or difference(bare.buffers, found.buffers)
+        or difference(bare.random_state, found.random_state)
+    )
+
+
+def outputs_at(
+    host: nn.Module, paths: Iterable[str], example: object, device: torch.device
+) -> dict[str, list[Any]]:
+    """Run a host once without gradients and return what the submodules at ``paths`` returned."""
+    seen: dict[str, list[Any]] = {path: [] for path in paths}
+    for path, outputs in seen.items():
+        submodule(host, path).register_forward_hook(lambda _m, _a, out, kept=outputs: kept.append(_kept(out)))
+    with private_rng(SEED, device), torch.no_grad():
+        call_with(host, example)
+    return seen
+
+
+def _kept(output: Any) -> Any:
+    """Return an output whose features cannot be written to by what comes after (an in-place ReLU)."""
+    features = features_in(output)
+    return features.clone() if isinstance(features, Tensor) else output
+
+
+def mapped(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return an example whose tensors are changed, in nested mappings, tuples and lists."""
+    if isinstance(example, Tensor):
+        return change(example)
+    if isinstance(example, Mapping):
+        return {key: mapped(value, change) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return type(example)(mapped(value, change) for value in example)
+    return example

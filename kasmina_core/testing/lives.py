@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.gates.gates import QualityGates
-from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.testing.comparing import difference
+from kasmina_core.testing.host_with_slots import open_gates
 from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import GateLevel
 
@@ -27,16 +26,8 @@ _LATE: Final = (SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.FOSSILIZED)
 
 def open_config(**changes: Any) -> GrowthConfig:
     """Return gates that every finite measurement passes, after short dwells."""
-    thresholds = GateThresholds(
-        min_training_epochs=2,
-        min_probation_epochs=2,
-        min_samples=2,
-        min_gain=-1e9,
-        min_t=-1e9,
-        max_harm_t=1e9,
-        max_output_deviation=1e9,
-    )
-    return GrowthConfig(ramp_steps=4, embargo_epochs=2, gates=QualityGates(thresholds=thresholds), **changes)
+    gates = open_gates(min_training_epochs=2, min_probation_epochs=2)
+    return GrowthConfig(ramp_steps=4, embargo_epochs=2, gates=gates, **changes)
 
 
 def bring_to(model: MorphogeneticModel, stage: SeedStage, slot: str, blueprint: str) -> None:

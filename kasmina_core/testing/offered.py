@@ -23,16 +23,6 @@ class OfferedBlueprint:
     origin: str = ""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class OfferedHost:
-    """A host, the name by which a report calls it, and who offers it."""
-
-    label: str
-    spec: HostSpec
-    origin: str = ""
-
-
 def registry_of(pack: str) -> PluginRegistry:
     """Return a registry in which one installed pack is loaded, without registration checks, and no other is.
 
@@ -126,8 +116,8 @@ def refuse_unusable(pack: str, registry: PluginRegistry) -> None:
         ) from record.error
 
 
-def host_of(host_id: str) -> OfferedHost:
-    """Return the host of a full id ``pack:name``.
+def host_of(host_id: str) -> tuple[HostSpec, str]:
+    """Return the host of a full id ``pack:name``, and who offers it.
 
     Raises:
         UnknownNameError: If nobody offers it.
@@ -137,4 +127,4 @@ def host_of(host_id: str) -> OfferedHost:
     if not colon:
         raise UnknownNameError(f"'{host_id}' is not the full id of a host: write 'pack:name'.")
     registry = registry_of(pack)
-    return OfferedHost(host_id, registry.hosts.get(host_id), registry.pack(pack).origin)
+    return registry.hosts.get(host_id), registry.pack(pack).origin
