@@ -16,7 +16,7 @@ from kasmina_core.checks.devices import (
     check_on_device,
     device_check_names,
 )
-from kasmina_core.checks.findings import Builder, Built, Findings
+from kasmina_core.checks.findings import Bench, Built, told
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.modules import (
     GRID_WIDTHS,
@@ -118,25 +118,22 @@ class _Examination:
 
         asked, runnable, absent = _devices(device)
         with private_rng(_SEED, *(torch.device(name) for name in runnable)):
-            self.findings = Findings()
-            self.builder = Builder(self.spec, self.findings)
+            self.bench = Bench(self.spec)
             self._check_declaration()
             chosen = self._choose_widths(widths)
             built = self._build_all(chosen)
             self._check_options(built)
             self._check_size(built)
-            check_independence(self.builder, built, self.findings)
+            check_independence(self.bench, built)
             used = [
-                name
-                for name in runnable
-                if check_on_device(self.builder, built, torch.device(name), self.findings, self.full)
+                name for name in runnable if check_on_device(self.bench, built, torch.device(name), self.full)
             ]
             for name, why in absent.items():
-                for check in device_check_names(self.spec.topology, self.full):
-                    self.findings.not_run(check, why, device=name, needed=_kind(name) in asked)
+                names = device_check_names(self.spec.topology, self.full)
+                self.bench.none_ran(names, why, device=name, needed=_kind(name) in asked)
             self._check_whole(built, chosen, widths is None, runnable, absent, asked)
-            self.findings.judge_settings(bool(built))
-        checks = sorted(self.findings.results, key=_order)
+            self.bench.judge_settings(bool(built))
+        checks = sorted(self.bench.results, key=_order)
         return ValidationReport(self.spec.name, self.origin, tuple(used), asked, tuple(checks))
 
     def _check_whole(
@@ -153,24 +150,22 @@ class _Examination:
 
         names = ("shape_grid", *MODULE_CHECKS)
         if not self.full:
-            for name in (*names, *device_check_names(self.spec.topology, True)[len(QUICK_DEVICE_CHECKS) :]):
-                self.findings.not_run(name, LEFT_OUT, needed=False)
+            longer = device_check_names(self.spec.topology, True)[len(QUICK_DEVICE_CHECKS) :]
+            self.bench.none_ran((*names, *longer), LEFT_OUT, needed=False)
         elif not runnable:
-            for name in names:
-                why = next((absent[kind] for kind in absent if _kind(kind) in asked), "no device can be used")
-                self.findings.not_run(name, why)
+            why = next((absent[kind] for kind in absent if _kind(kind) in asked), "no device can be used")
+            self.bench.none_ran(names, why)
         elif not built or any(
-            c.status is CheckStatus.FAILED and c.name in _FATAL for c in self.findings.results
+            c.status is CheckStatus.FAILED and c.name in _FATAL for c in self.bench.results
         ):
-            for name in names:
-                self.findings.not_run(name, "modules cannot be built and run at every width that is used")
+            self.bench.none_ran(names, "modules cannot be built and run at every width that is used")
         else:
             home = torch.device(runnable[0])
             more = [
                 width for width in GRID_WIDTHS if more_widths and width not in chosen and self._takes(width)
             ]
-            check_grid(self.builder, [*chosen, *more], home, self.findings)
-            check_module(self.builder, built[0].width, home, self.findings)
+            check_grid(self.bench, [*chosen, *more], home)
+            check_module(self.bench, built[0].width, home)
 
     def _takes(self, width: int) -> bool:
         try:
@@ -207,10 +202,10 @@ class _Examination:
                 elif not is_plain(default):
                     wrong.append((f"options[{name!r}]", "plain data, which a checkpoint can hold", default))
         if not wrong:
-            self.findings.passed("declaration", measured="complete")
+            self.bench.passed("declaration", measured="complete")
             return
         where, expected, found = wrong[0]
-        self.findings.failed(
+        self.bench.failed(
             "declaration",
             "is declared with a field that cannot be used",
             where=where,
@@ -233,12 +228,12 @@ class _Examination:
             try:
                 reason = spec.refusal(width)
             except (Exception, SystemExit) as error:
-                self.findings.failed(
+                self.bench.failed(
                     "accepts_width",
                     f"cannot say whether it takes width {width}",
                     where=f"dim={width}",
                     expected="None, or the reason as text",
-                    measured=f"{type(error).__name__}: {error}",
+                    measured=told(error),
                     hint="accepts_width(dim) must not raise.",
                     error=error,
                 )
@@ -246,7 +241,7 @@ class _Examination:
             if reason is None:
                 chosen.append(width)
             elif not isinstance(reason, str) or not reason:
-                self.findings.failed(
+                self.bench.failed(
                     "accepts_width",
                     "does not say why it refuses a width",
                     where=f"dim={width}",
@@ -256,7 +251,7 @@ class _Examination:
                 )
                 return chosen
             elif width in own:
-                self.findings.failed(
+                self.bench.failed(
                     "accepts_width",
                     "refuses the width its size was counted at",
                     where=f"dim={width}",
@@ -265,9 +260,9 @@ class _Examination:
                     hint="Set estimate_dim to a width that accepts_width accepts.",
                 )
         if chosen:
-            self.findings.passed("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
+            self.bench.passed("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
         else:
-            self.findings.not_run(
+            self.bench.not_run(
                 "accepts_width",
                 "no width from 1 to 1024 is accepted" if widths is None else "none given is accepted",
             )
@@ -280,27 +275,27 @@ class _Examination:
         failed = False
         built = []
         for width, causal in variants:
-            made, failure = self.builder.build(width, causal)
+            made, failure = self.bench.build(width, causal)
             if made is not None:
                 built.append(made)
             elif not failed and failure is not None:
-                self.findings.results.append(failure)
+                self.bench.results.append(failure)
                 failed = True
         if built and not failed:
-            self.findings.passed("factory", measured=f"built at {len(built)} widths or variants")
+            self.bench.passed("factory", measured=f"built at {len(built)} widths or variants")
         elif not built and not failed:
-            self.findings.not_run("factory", "there is no width to build it at")
+            self.bench.not_run("factory", "there is no width to build it at")
         return built
 
     def _check_options(self, built: Sequence[Built]) -> None:
         """Build once more with every option at its declared default."""
         if not self.spec.options or not built:
             return
-        _, failure = self.builder.build(built[0].width, options=self.spec.options)
+        _, failure = self.bench.build(built[0].width, options=self.spec.options)
         if failure is None:
-            self.findings.passed("options", measured=f"takes {', '.join(self.spec.options)}")
+            self.bench.passed("options", measured=f"takes {', '.join(self.spec.options)}")
             return
-        self.findings.failed(
+        self.bench.failed(
             "options",
             "does not take the options it declares",
             where=failure.where,
@@ -315,44 +310,38 @@ class _Examination:
         count = _fvcore_counter()
         plain = [made for made in built if not made.causal]
         if isinstance(count, str) or not plain:
-            self.findings.not_run(
-                "param_estimate", count if isinstance(count, str) else "no module was built"
-            )
+            self.bench.not_run("param_estimate", count if isinstance(count, str) else "no module was built")
             return
         counts: dict[int, int] = {}
         for made in plain:
             try:
                 counts[made.width] = count(made.module)
             except (Exception, SystemExit) as error:
-                self.findings.not_run(
-                    "param_estimate", f"fvcore could not count: {error!r}", where=made.where
-                )
+                self.bench.not_run("param_estimate", f"fvcore could not count: {error!r}", where=made.where)
         wrong: list[tuple[int, int]] = []
         for width, counted in counts.items():
             try:
                 declared = self.spec.declared_params(width)
             except (Exception, SystemExit) as error:
-                self.findings.failed(
+                self.bench.failed(
                     "param_estimate",
                     "cannot say which size it has",
                     where=f"dim={width}",
                     expected=f"{counted} (fvcore)",
-                    measured=f"{type(error).__name__}: {error}",
+                    measured=told(error),
                     hint="param_estimate(dim) returns the number of parameters as an int.",
                     error=error,
                 )
                 continue
             if declared is None:
-                self.findings.passed("param_count", where=f"dim={width}", measured=counted)
+                self.bench.passed("param_count", where=f"dim={width}", measured=counted)
             elif declared == counted:
-                self.findings.passed(
-                    "param_estimate", where=f"dim={width}", expected=declared, measured=counted
-                )
+                self.bench.passed("param_estimate", where=f"dim={width}", expected=declared, measured=counted)
             else:
                 wrong.append((width, declared))
         hint = self._estimate_to_paste(counts, count) if wrong else ""
         for width, declared in wrong:
-            self.findings.failed(
+            self.bench.failed(
                 "param_estimate",
                 "does not have the size it declares",
                 where=f"dim={width}",
@@ -361,7 +350,7 @@ class _Examination:
                 hint=hint,
             )
         if len(counts) < 2:
-            self.findings.not_run("param_estimate", "only one width could be counted, and two are asked for")
+            self.bench.not_run("param_estimate", "only one width could be counted, and two are asked for")
 
     def _estimate_to_paste(self, counts: Mapping[int, int], count: Callable[[nn.Module], int]) -> str:
         width = next(iter(counts))
@@ -373,7 +362,7 @@ class _Examination:
                 break
             try:
                 if candidate not in more and self.spec.refusal(candidate) is None:
-                    made, _ = self.builder.build(candidate)
+                    made, _ = self.bench.build(candidate)
                     more |= {candidate: count(made.module)} if made is not None else {}
             except (Exception, SystemExit):  # the estimate is wrong already; this only helps to correct it
                 break

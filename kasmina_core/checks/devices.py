@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from kasmina_core.checks.findings import Builder, Built, Findings, NotRepeatableError, Tally
+from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, Tally, told
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def device_check_names(topology: Topology, full: bool) -> tuple[str, ...]:
     return (*QUICK_DEVICE_CHECKS, *of_topology)
 
 
-def check_on_device(
-    builder: Builder, built: Sequence[Built], device: torch.device, findings: Findings, full: bool
-) -> bool:
+def check_on_device(bench: Bench, built: Sequence[Built], device: torch.device, full: bool) -> bool:
     """Run the modules on ``device``; return whether anything ran there."""
     tally = Tally()
     problem = "no module was built"
@@ -69,21 +67,21 @@ def check_on_device(
         except (Exception, SystemExit) as error:
             problem = f"a module could not be moved to {device}: {error!r}"
             continue
-        for shape, training in example_shapes(builder.spec.topology, made.width):
+        for shape, training in example_shapes(bench.spec.topology, made.width):
             module.train(training)
             where = f"{made.where}, input {shape}" + ("" if training else ", eval mode")
             try:
-                problem = _run_once(module, shape, device, where, tally, findings) or problem
+                problem = _run_once(module, shape, device, where, tally, bench) or problem
             except Exception as error:  # what it returned cannot even be looked at
                 _fail_to_run(tally, where, shape, error)
     ran = bool(tally.runs)
     if full and built and "output_shape" not in tally.failures and ran:
-        _run_full(builder, built[0].width, device, tally, findings)
-    for name in device_check_names(builder.spec.topology, full):
+        _run_full(bench, built[0].width, device, tally)
+    for name in device_check_names(bench.spec.topology, full):
         if (failure := tally.failures.get(name)) is not None:
-            findings.failed(name, device=str(device), **failure)
+            bench.failed(name, device=str(device), **failure)
         elif runs := tally.runs.get(name):
-            findings.passed(
+            bench.passed(
                 name,
                 device=str(device),
                 measured=tally.measured.get(name, f"{runs} inputs"),
@@ -91,7 +89,7 @@ def check_on_device(
                 tolerance=_TOLERANCES.get(name, "none"),
             )
         else:
-            findings.not_run(name, tally.problems.get(name, problem), device=str(device))
+            bench.not_run(name, tally.problems.get(name, problem), device=str(device))
     return ran
 
 
@@ -116,7 +114,7 @@ def _run_once(
     device: torch.device,
     where: str,
     tally: Tally,
-    findings: Findings,
+    bench: Bench,
 ) -> str:
     """Run forward and, in training mode, backward once; return why nothing could be checked, or ``""``."""
     import torch
@@ -127,7 +125,7 @@ def _run_once(
     version, features = x._version, leaf.detach()
     before = _generator_states(device)
     try:
-        y: object = findings.call(module, x)
+        y: object = bench.call(module, x)
     except torch.OutOfMemoryError as error:
         return f"{device} has too little memory free: {error}"
     except (Exception, SystemExit) as error:
@@ -196,7 +194,7 @@ def _fail_to_run(tally: Tally, where: str, shape: tuple[int, ...], error: BaseEx
         where,
         "does not run",
         shape,
-        f"{type(error).__name__}: {error}",
+        told(error),
         "Features have the declared topology, any batch and size; a width it cannot take is refused by accepts_width.",
         error,
     )
@@ -239,7 +237,7 @@ def _judge_gradients(
         "norm or ReLU after it."
     )
     if error is not None:
-        norm, found = 0.0, f"{type(error).__name__}: {error}"
+        norm, found = 0.0, told(error)
         hint = "Backward of the output must work once."
     elif not trainable:
         norm, found = 0.0, "no trainable parameter"
@@ -292,37 +290,35 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 # -- precisions and memory formats ------------------------------------------------------------------------------------
 
 
-def _run_full(builder: Builder, width: int, device: torch.device, tally: Tally, findings: Findings) -> None:
+def _run_full(bench: Bench, width: int, device: torch.device, tally: Tally) -> None:
     import torch
 
-    shape = example_shapes(builder.spec.topology, width)[0][0]
-    bench = _Bench(builder, width, shape, device, tally, findings)
-    jobs: dict[str, Callable[[_Bench], None]] = {"other_dtypes": _check_dtypes, "autocast": _check_autocast}
-    if builder.spec.topology is Topology.CNN:
+    shape = example_shapes(bench.spec.topology, width)[0][0]
+    trial = _Trial(bench, width, shape, device, tally)
+    jobs: dict[str, Callable[[_Trial], None]] = {"other_dtypes": _check_dtypes, "autocast": _check_autocast}
+    if bench.spec.topology is Topology.CNN:
         jobs["channels_last"] = _check_format
     for name, job in jobs.items():
         try:
-            job(bench)
+            job(trial)
         except torch.OutOfMemoryError as error:
             tally.problems[name] = f"{device} has too little memory free: {error}"
         except NotRepeatableError as error:
             tally.problems[name] = f"a second module could not be built: {error}"
 
 
-class _Bench:
+class _Trial:
     """A width and a device, and how to run a module there for one of the full checks."""
 
     def __init__(
         self,
-        builder: Builder,
+        bench: Bench,
         width: int,
         shape: tuple[int, ...],
         device: torch.device,
         tally: Tally,
-        findings: Findings,
     ) -> None:
-        self.builder, self.width, self.shape, self.device = builder, width, shape, device
-        self.tally, self._findings = tally, findings
+        self.bench, self.width, self.shape, self.device, self.tally = bench, width, shape, device, tally
 
     def run(self, name: str, module: nn.Module, x: Tensor, where: str, hint: str) -> Tensor | None:
         """Return the features, or ``None`` once a failure is kept."""
@@ -330,11 +326,11 @@ class _Bench:
 
         expected = _EXPECTED[name]
         try:
-            y: Any = self._findings.call(module, x)
+            y: Any = self.bench.call(module, x)
         except torch.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:
-            found: object = f"{type(error).__name__}: {error}"
+            found: object = told(error)
             self.tally.fail(name, where, "does not run", expected, found, hint, error)
             return None
         if not isinstance(y, torch.Tensor) or y.shape != x.shape:
@@ -345,10 +341,10 @@ class _Bench:
         return y
 
 
-def _check_dtypes(bench: _Bench) -> None:
+def _check_dtypes(trial: _Trial) -> None:
     import torch
 
-    builder, width, shape, device, tally = bench.builder, bench.width, bench.shape, bench.device, bench.tally
+    bench, width, shape, device, tally = trial.bench, trial.width, trial.shape, trial.device, trial.tally
 
     name = "other_dtypes"
     hint = "Create tensors in forward with dtype=x.dtype, or register them as buffers, which .to() converts."
@@ -356,7 +352,7 @@ def _check_dtypes(bench: _Bench) -> None:
     for dtype in dtypes:
         where = f"dim={width}, input {shape} of {dtype}"
         x = torch.randn(shape).to(device, dtype)
-        y = bench.run(name, builder.need(width).to(device, dtype), x, where, hint)
+        y = trial.run(name, bench.need(width).to(device, dtype), x, where, hint)
         if y is None:
             return
         finite = bool(torch.isfinite(y).all())
@@ -372,11 +368,11 @@ def _check_dtypes(bench: _Bench) -> None:
     tally.measured[name] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _check_autocast(bench: _Bench) -> None:
+def _check_autocast(trial: _Trial) -> None:
     import torch
 
-    width, shape, device, tally = bench.width, bench.shape, bench.device, bench.tally
-    module = bench.builder.need(width).to(device)
+    width, shape, device, tally = trial.width, trial.shape, trial.device, trial.tally
+    module = trial.bench.need(width).to(device)
 
     name = "autocast"
     half = torch.bfloat16
@@ -389,7 +385,7 @@ def _check_autocast(bench: _Bench) -> None:
     )
     leaf = torch.randn(shape).to(device).requires_grad_()
     with torch.autocast(device.type, half):
-        y = bench.run(name, module, leaf.clone(), where, hint)
+        y = trial.run(name, module, leaf.clone(), where, hint)
     if y is None:
         return
     try:
@@ -397,7 +393,7 @@ def _check_autocast(bench: _Bench) -> None:
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:
-        found = f"{type(error).__name__}: {error}"
+        found = told(error)
         tally.fail(name, where, "has no backward pass under autocast", _EXPECTED[name], found, hint, error)
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -414,19 +410,19 @@ def _check_autocast(bench: _Bench) -> None:
     tally.measured[name] = f"{str(half).removeprefix('torch.')}, forward and backward"
 
 
-def _check_format(bench: _Bench) -> None:
+def _check_format(trial: _Trial) -> None:
     import torch
 
-    width, shape, device, tally = bench.width, bench.shape, bench.device, bench.tally
-    module = bench.builder.need(width).to(device)
+    width, shape, device, tally = trial.width, trial.shape, trial.device, trial.tally
+    module = trial.bench.need(width).to(device)
 
     name = "channels_last"
     where = f"dim={width}, input {shape} in channels_last"
     hint = "Do not call contiguous() or view() on features: reshape, or return y.to(memory_format=...) of the input."
     plain = torch.randn(shape).to(device)
     x = plain.to(memory_format=torch.channels_last)
-    y = bench.run(name, module, x, where, hint)
-    z = bench.run(name, module, plain, f"dim={width}, input {shape}", hint)
+    y = trial.run(name, module, x, where, hint)
+    z = trial.run(name, module, plain, f"dim={width}, input {shape}", hint)
     if y is None or z is None:
         return
     kept = width == 1 or y.is_contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""What the checks of a blueprint share: building its modules, and keeping what was found."""
+"""What the checks of a blueprint share: building and running its modules, and keeping what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
@@ -33,10 +33,12 @@ class Built:
         return f"dim={self.width}" + (", causal=True" if self.causal else "")
 
 
-class Findings:
-    """The results so far, and the settings of the program that foreign code changed."""
+@final
+class Bench:
+    """Builds and runs modules of one blueprint; keeps the results, and the settings of the program that they change."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: BlueprintSpec) -> None:
+        self.spec = spec
         self.results: list[CheckResult] = []
         self._settings = read_settings()
         self._changed: dict[str, Any] = {}
@@ -52,6 +54,11 @@ class Findings:
     def not_run(self, name: str, why: str, **facts: Any) -> None:
         """Keep that a check did not run."""
         self.results.append(CheckResult(name, CheckStatus.NOT_RUN, hint=why, **facts))
+
+    def none_ran(self, names: Iterable[str], why: str, **facts: Any) -> None:
+        """Keep that no check of several ran, for one reason."""
+        for name in names:
+            self.not_run(name, why, **facts)
 
     def note_settings(self) -> None:
         """Put back settings that were changed since, and remember them."""
@@ -90,15 +97,6 @@ class Findings:
         else:
             self.not_run("global_state", "no module was built")
 
-
-@final
-class Builder:
-    """Builds modules of one blueprint; what its factory does to the program is noted."""
-
-    def __init__(self, spec: BlueprintSpec, findings: Findings) -> None:
-        self.spec = spec
-        self._findings = findings
-
     def build(
         self, width: int, causal: bool = False, options: Mapping[str, Any] | None = None
     ) -> tuple[Built | None, CheckResult | None]:
@@ -123,13 +121,11 @@ class Builder:
         except torch.OutOfMemoryError:
             raise
         except PluginError as raised:
-            error, measured = raised, f"{type(raised.__cause__).__name__}: {raised.__cause__}"
-            if raised.__cause__ is None:
-                measured = str(raised)
+            error, measured = raised, told(raised.__cause__) if raised.__cause__ is not None else str(raised)
             claim = "names a factory that cannot be imported"
             hint = f"factory={self.spec.factory!r} is read as 'package.module:attribute'."
         except (Exception, SystemExit) as raised:
-            error, measured = raised, f"{type(raised).__name__}: {raised}"
+            error, measured = raised, told(raised)
             claim = "could not be built at a width it accepts"
             hint = (
                 "Let accepts_width return a reason for widths that the factory cannot take."
@@ -144,9 +140,9 @@ class Builder:
                 measured, claim = "uninitialised (lazy) parameters", "is not complete when it is built"
                 hint = "Give every layer its size: the width is known, and optimisers need the parameters."
             else:
-                self._findings.note_settings()
+                self.note_settings()
                 return Built(width, causal, module), None
-        self._findings.note_settings()
+        self.note_settings()
         return None, CheckResult(
             "factory",
             CheckStatus.FAILED,
@@ -168,6 +164,15 @@ class Builder:
         if made is None:
             raise NotRepeatableError(failure.measured if failure is not None else "")
         return made.module
+
+
+def told(found: object) -> str:
+    """Return an exception as a report words it, and anything else as its text.
+
+    >>> told(ValueError("no"))
+    'ValueError: no'
+    """
+    return f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else str(found)
 
 
 class NotRepeatableError(Exception):

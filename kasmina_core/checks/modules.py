@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.checks.devices import example_shapes, rms
-from kasmina_core.checks.findings import Builder, Built, Findings, NotRepeatableError
+from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, told
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ MODE_TOLERANCE: Final = 1e-4
 """How far outputs may differ between modes and between copies, as a part of their RMS."""
 
 
-def check_independence(builder: Builder, built: Sequence[Built], findings: Findings) -> None:
+def check_independence(bench: Bench, built: Sequence[Built]) -> None:
     """Build a second module and see whether any two hold one parameter."""
     if not built:
-        findings.not_run("independent_builds", "no module was built")
+        bench.not_run("independent_builds", "no module was built")
         return
-    second, failure = builder.build(built[0].width, built[0].causal)
+    second, failure = bench.build(built[0].width, built[0].causal)
     if second is None:
-        findings.failed(
+        bench.failed(
             "independent_builds",
             "cannot be built twice",
             where=built[0].where,
@@ -51,7 +51,7 @@ def check_independence(builder: Builder, built: Sequence[Built], findings: Findi
             if parameter.numel() and owners.setdefault(_memory(parameter), number) != number:
                 shared.add(name)
     if shared:
-        findings.failed(
+        bench.failed(
             "independent_builds",
             "shares parameters between modules that were built apart",
             where=built[0].where,
@@ -60,7 +60,7 @@ def check_independence(builder: Builder, built: Sequence[Built], findings: Findi
             hint="Create every parameter inside the factory: a module-level or cached one is trained by every seed.",
         )
     else:
-        findings.passed("independent_builds", expected="0 shared parameters", measured=0)
+        bench.passed("independent_builds", expected="0 shared parameters", measured=0)
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -70,50 +70,46 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 # -- sizes --------------------------------------------------------------------------------------------------------------
 
 
-def check_grid(builder: Builder, widths: Sequence[int], home: torch.device, findings: Findings) -> None:
+def check_grid(bench: Bench, widths: Sequence[int], home: torch.device) -> None:
     """Compare output and input shapes on a grid of sizes: on the meta device where that works, else at home."""
     import torch
 
     if not widths:
-        findings.not_run("shape_grid", "no module was built")
+        bench.not_run("shape_grid", "no module was built")
         return
     meta = torch.device("meta")
     try:
-        problem = _first_misfit(builder, widths, meta, findings)
+        problem = _first_misfit(bench, widths, meta)
     except (Exception, SystemExit) as error:
         problem = ("", error)
-    reason = _told(problem[1]) if problem is not None else ""
+    reason = told(problem[1]) if problem is not None else ""
     device = meta
     if problem is not None:  # many modules cannot run there, so a failure there says nothing
         device = home
         try:
-            problem = _first_misfit(builder, widths, home, findings)
+            problem = _first_misfit(bench, widths, home)
         except torch.OutOfMemoryError as error:
-            findings.not_run("shape_grid", f"{home} has too little memory free: {error}", device=str(home))
+            bench.not_run("shape_grid", f"{home} has too little memory free: {error}", device=str(home))
             return
-    sizes = len(grid_shapes(builder.spec.topology, 1))
+    sizes = len(grid_shapes(bench.spec.topology, 1))
     said = f"{len(widths) * sizes} inputs at widths {', '.join(map(str, widths))}, batch 1 and odd sizes among them"
     if problem is None:
         because = f"; not on meta: {reason.strip().partition(chr(10))[0][:120]}" if device != meta else ""
-        findings.passed(
+        bench.passed(
             "shape_grid", device=str(device), expected="the shape of the input", measured=said + because
         )
         return
     where, found = problem
-    findings.failed(
+    bench.failed(
         "shape_grid",
         "does not take every size of features",
         device=str(device),
         where=where,
         expected="the shape of the input",
-        measured=_told(found) if isinstance(found, BaseException) else found,
+        measured=told(found) if isinstance(found, BaseException) else found,
         hint="A host gives features of any batch, height, width or length. Refuse widths by accepts_width.",
         error=found if isinstance(found, BaseException) else None,
     )
-
-
-def _told(found: object) -> str:
-    return f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else str(found)
 
 
 def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -128,23 +124,21 @@ def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], b
     return [((b, t, width), t > 1) for b, t in [(1, 1), (1, 5), (2, 13), (3, 33)]]
 
 
-def _first_misfit(
-    builder: Builder, widths: Sequence[int], device: torch.device, findings: Findings
-) -> tuple[str, Any] | None:
+def _first_misfit(bench: Bench, widths: Sequence[int], device: torch.device) -> tuple[str, Any] | None:
     """Return where, and the wrong shape or the exception; ``None`` if every shape is kept."""
     import torch
 
     for width in widths:
         # Built on the CPU and moved: a factory that sets the default device would tangle with a context of one.
-        made, failure = builder.build(width)
+        made, failure = bench.build(width)
         if made is None:
             return (f"dim={width}", failure.error or failure.measured if failure is not None else "not built")
         module = made.module.to(device)
-        for shape, training in grid_shapes(builder.spec.topology, width):
+        for shape, training in grid_shapes(bench.spec.topology, width):
             where = f"dim={width}, input {shape}" + ("" if training else ", eval mode")
             module.train(training)
             try:
-                y: object = findings.call(module, torch.zeros(shape, device=device))
+                y: object = bench.call(module, torch.zeros(shape, device=device))
             except torch.OutOfMemoryError:
                 raise
             except (Exception, SystemExit) as error:
@@ -159,48 +153,48 @@ def _first_misfit(
 # -- modes and copies -----------------------------------------------------------------------------------------------------
 
 
-def check_module(builder: Builder, width: int, home: torch.device, findings: Findings) -> None:
+def check_module(bench: Bench, width: int, home: torch.device) -> None:
     """Run a module with moved parameters in both modes, copy it in three ways, and count its operations."""
     import torch
 
-    shape = example_shapes(builder.spec.topology, width)[0][0]
+    shape = example_shapes(bench.spec.topology, width)[0][0]
     jobs: dict[str, Callable[[], None]] = {}
     try:
-        trained = _moved(builder.need(width).to(home), shape, home, findings)
+        trained = _moved(bench.need(width).to(home), shape, home, bench)
         x = torch.randn(shape).to(home)
         # Copies first: running a module in training mode may move its statistics.
         copies: dict[str, Callable[[nn.Module], Any]] = {
-            "state_dict": lambda module: _through_state_dict(module, builder.need(width).to(home)),
+            "state_dict": lambda module: _through_state_dict(module, bench.need(width).to(home)),
             "pickle": lambda module: pickle.loads(pickle.dumps(module)),
             "deepcopy": copy.deepcopy,
         }
         for name, make in copies.items():
-            jobs[name] = partial(_check_copy, name, make, trained, x, width, findings)
-        jobs["eval_and_train"] = lambda: _check_modes(trained, x, width, findings)
-        jobs["flops"] = lambda: _count_flops(builder.need(width).to(home).eval(), x[:1], width, findings)
+            jobs[name] = partial(_check_copy, name, make, trained, x, width, bench)
+        jobs["eval_and_train"] = lambda: _check_modes(trained, x, width, bench)
+        jobs["flops"] = lambda: _count_flops(bench.need(width).to(home).eval(), x[:1], width, bench)
     except (Exception, SystemExit) as error:
-        why = f"a module could not be run once: {type(error).__name__}: {error}"
+        why = f"a module could not be run once: {told(error)}"
         for name in MODULE_CHECKS:
-            findings.not_run(name, why, device=str(home))
+            bench.not_run(name, why, device=str(home))
         return
     for name, job in jobs.items():
         try:
             job()
         except torch.OutOfMemoryError as error:
-            findings.not_run(name, f"{home} has too little memory free: {error}", device=str(home))
+            bench.not_run(name, f"{home} has too little memory free: {error}", device=str(home))
         except NotRepeatableError as error:
-            findings.not_run(name, f"a second module could not be built: {error}", device=str(home))
+            bench.not_run(name, f"a second module could not be built: {error}", device=str(home))
         except Exception as error:  # what it returned cannot even be looked at
-            findings.not_run(name, f"its output cannot be compared: {error!r}", device=str(home))
-        findings.note_settings()
+            bench.not_run(name, f"its output cannot be compared: {error!r}", device=str(home))
+        bench.note_settings()
 
 
-def _moved(module: nn.Module, shape: tuple[int, ...], home: torch.device, findings: Findings) -> nn.Module:
+def _moved(module: nn.Module, shape: tuple[int, ...], home: torch.device, bench: Bench) -> nn.Module:
     """Return a module as it is in the middle of training: after a pass, every parameter away from where it began."""
     import torch
 
     module.train()
-    findings.call(module, torch.randn(shape).to(home).requires_grad_().clone())
+    bench.call(module, torch.randn(shape).to(home).requires_grad_().clone())
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -235,7 +229,7 @@ _LOST: Final = {
 
 
 def _check_copy(
-    name: str, make: Callable[[nn.Module], Any], module: nn.Module, x: Tensor, width: int, findings: Findings
+    name: str, make: Callable[[nn.Module], Any], module: nn.Module, x: Tensor, width: int, bench: Bench
 ) -> None:
     """Copy the module and compare what both compute in eval mode."""
     import torch
@@ -250,7 +244,7 @@ def _check_copy(
         twin = make(module)
         module.eval()
         twin.eval()
-        distance = _distance(findings.call(twin, x.clone()), findings.call(module, x.clone()))
+        distance = _distance(bench.call(twin, x.clone()), bench.call(module, x.clone()))
         mine = {_memory(tensor) for tensor in module.parameters() if tensor.numel()}
         # A state dict is loaded into a module that was built: whether that is its own, `check_independence` says.
         shared = name != "state_dict" and any(
@@ -259,20 +253,20 @@ def _check_copy(
     except (torch.OutOfMemoryError, NotRepeatableError):
         raise
     except (Exception, SystemExit) as error:
-        found = f"{type(error).__name__}: {error}"
-        findings.failed(name, claim, measured=found, hint=hint, error=error, **facts)
+        found = told(error)
+        bench.failed(name, claim, measured=found, hint=hint, error=error, **facts)
         return
     if shared:
         found = "the copy shares parameters with the module"
     elif not distance <= MODE_TOLERANCE:
         found = f"outputs differ by {distance:.3g} of their RMS"
     else:
-        findings.passed(name, measured="the same output", tolerance=_mode_tolerance(), **facts)
+        bench.passed(name, measured="the same output", tolerance=_mode_tolerance(), **facts)
         return
-    findings.failed(name, claim, measured=found, hint=hint, tolerance=_mode_tolerance(), **facts)
+    bench.failed(name, claim, measured=found, hint=hint, tolerance=_mode_tolerance(), **facts)
 
 
-def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -> None:
+def _check_modes(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None:
     """Compare the outputs of eval and of training mode."""
     name = "eval_and_train"
     facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}"}
@@ -281,14 +275,14 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -
         mode = "training" if training else "eval"
         module.train(training)
         try:
-            y = findings.call(module, x.clone())  # one may write to it
+            y = bench.call(module, x.clone())  # one may write to it
             outputs.append(y.detach())
         except (Exception, SystemExit) as error:
-            findings.failed(
+            bench.failed(
                 name,
                 f"does not run in {mode} mode",
                 expected="features in both modes",
-                measured=f"{type(error).__name__}: {error}",
+                measured=told(error),
                 hint="A host is trained in one mode and measured in the other.",
                 error=error,
                 **facts,
@@ -297,7 +291,7 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -
     kept, trained = outputs
     varying = _varies_by_mode(module)
     if kept.shape != trained.shape or kept.shape != x.shape:
-        findings.failed(
+        bench.failed(
             name,
             "returns other shapes in eval than in training mode",
             expected=list(x.shape),
@@ -306,14 +300,14 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -
             **facts,
         )
     elif varying:
-        findings.passed(
+        bench.passed(
             name,
             expected="one shape in both modes",
             measured=f"one shape; outputs may differ by {varying}",
             **facts,
         )
     elif not (distance := _distance(trained, kept)) <= MODE_TOLERANCE:
-        findings.failed(
+        bench.failed(
             name,
             "computes something else in eval than in training mode, and holds no dropout and no batch norm",
             expected="equal outputs",
@@ -323,7 +317,7 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, findings: Findings) -
             **facts,
         )
     else:
-        findings.passed(
+        bench.passed(
             name, expected="equal outputs", measured="equal outputs", tolerance=_mode_tolerance(), **facts
         )
 
@@ -356,16 +350,14 @@ def _mode_tolerance() -> str:
     return f"{MODE_TOLERANCE:g} of the output's RMS"
 
 
-def _count_flops(module: nn.Module, x: Tensor, width: int, findings: Findings) -> None:
+def _count_flops(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None:
     from kasmina_core.checks.flops import count_flops
 
     facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}, input {tuple(x.shape)}"}
     try:
         count = count_flops(module, x)
     except (Exception, SystemExit) as error:
-        findings.not_run("flops", f"nothing could count them: {type(error).__name__}: {error}", **facts)
+        bench.not_run("flops", f"nothing could count them: {told(error)}", **facts)
         return
     measured: dict[str, Any] = {"multiply_adds": count.multiply_adds, "counted_by": count.counted_by}
-    findings.passed(
-        "flops", measured=measured | ({"because": count.because} if count.because else {}), **facts
-    )
+    bench.passed("flops", measured=measured | ({"because": count.because} if count.because else {}), **facts)

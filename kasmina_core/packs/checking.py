@@ -112,7 +112,7 @@ def check_pack_here(
     tell(name)
     claims = [record for record in installed_packs() if record.name == name]
     if claims and all(record.state is not PackState.DISCOVERED for record in claims):
-        return [_unusable(record, named) for record in claims]
+        return [unusable(record, named) for record in claims]
 
     import torch  # noqa: F401  # so that the registry keeps its settings while the pack is imported
 
@@ -126,7 +126,7 @@ def check_pack_here(
     outcomes = []
     for record in [r for r in registry.packs if r.name == name]:
         if record.state is not PackState.ACTIVE:
-            outcomes.append(_unusable(record, named))
+            outcomes.append(unusable(record, named))
             continue
         checks = [CheckResult("loads", CheckStatus.PASSED, measured="active")]
         if not ids:
@@ -150,7 +150,8 @@ def check_pack_here(
     return outcomes
 
 
-def _unusable(record: PackRecord, named: bool) -> PackReport:
+def unusable(record: PackRecord, named: bool = True) -> PackReport:
+    """Return the report on a pack that cannot be used, or that a switch keeps out."""
     blocked = record.state is PackState.BLOCKED
     check = CheckResult(
         "loads",

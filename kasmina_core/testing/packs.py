@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.checks.blueprints import check_blueprint_spec
 from kasmina_core.checks.reports import CheckResult, CheckStatus
-from kasmina_core.packs.checking import PackReport
+from kasmina_core.packs.checking import PackReport, unusable
 from kasmina_core.testing.offered import registry_of, registry_with
 
 if TYPE_CHECKING:
@@ -72,19 +72,10 @@ def check_pack(
         module = pack.__name__ if isinstance(pack, ModuleType) else ""
     record = registry.pack(name)
     if record.reason is not None:
-        failed = CheckResult(
-            "loads",
-            CheckStatus.FAILED,
-            expected="a pack that can be used",
-            measured=record.reason.value,
-            claim=f"is not available ({record.state.value})",
-            hint=record.cause,
-            error=record.error,
-        )
         rest = ("offers_something", "declarations_repeat", *(["imports_no_torch"] if module else []))
-        hint = "it does not load"
-        unrun = [CheckResult(check, CheckStatus.NOT_RUN, hint=hint) for check in rest]
-        return PackReport(name, record.origin, (failed, *unrun), state=record.state)
+        unrun = [CheckResult(check, CheckStatus.NOT_RUN, hint="it does not load") for check in rest]
+        report = unusable(record)
+        return replace(report, checks=(*report.checks, *unrun))
     checks = [
         CheckResult("loads", CheckStatus.PASSED, measured=record.state.value),
         _offers(_declared(registry)),
