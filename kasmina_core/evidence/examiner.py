@@ -77,6 +77,10 @@ class Examiner:
             return self._screens.of(self._model(), slot, self.samples, self.processes, epoch)
         return None
 
+    def forget_screens(self) -> None:
+        """Measure first-order gains anew when next asked for: the epoch in which they were measured was undone."""
+        self._screens = ScreenOfEpoch()
+
     def attribute(
         self,
         slots: Iterable[str] | None,

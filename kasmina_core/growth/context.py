@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, final
 
@@ -18,7 +18,7 @@ from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.growth.agreement import ALONE, Agreement
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.reverting import HostSnapshot, HostStateKeeper, KeptSeed, obstacle_to_revert
-from kasmina_core.growth.undo import ModelBefore
+from kasmina_core.growth.undo import EpochBefore, ModelBefore
 from kasmina_core.growth.watching.graphs import GraphForesight
 from kasmina_core.growth.watching.misuse import Misuse
 from kasmina_core.growth.watching.untracked import UntrackedSeeds
@@ -97,6 +97,7 @@ class Growth:
         self.graphs = GraphForesight()
         self.misuse = Misuse()
         self._before: ModelBefore | None = None
+        self._unsent: list[TelemetryEvent] | None = None
 
     def in_a_copy(self) -> dict[str, Any]:
         """Return what a copy of the model has too; what points at the outside (sinks, loaders, optimisers) stays behind."""
@@ -138,6 +139,34 @@ class Growth:
         finally:
             self._before = None
 
+    @contextmanager
+    def whole_epoch(self) -> Iterator[None]:
+        """Undo what an epoch did to slots and counters if the block raises; a block inside of another is part of that.
+
+        Events are sent at its end: those of an epoch that did not end tell of what did not happen.
+        """
+        if self._unsent is not None:
+            yield
+            return
+        before = EpochBefore(self._model().slots.values())
+        kept = {name: getattr(self, name) for name in ("epoch", "sequence", "last_metric")}
+        snapshots = dict(self.snapshots)
+        unsent: list[TelemetryEvent] = []
+        self._unsent = unsent
+        try:
+            yield
+        except BaseException:
+            before.put_back()
+            vars(self).update(kept, snapshots=snapshots)
+            self.examiner.forget_screens()
+            unsent.clear()
+            raise
+        finally:
+            self._unsent = None
+            if self.telemetry is not None:
+                for event in unsent:
+                    self.telemetry.emit(event)
+
     def obstacle_to_revert(self, slot: SeedSlot) -> str:
         """Return why the host cannot be put back to a slot's snapshot; empty if it can."""
         model = self._model()
@@ -147,9 +176,12 @@ class Growth:
 
     def emit(self, event: TelemetryEvent) -> None:
         """Give an event its place and send it."""
-        if self.telemetry is not None:
-            self.telemetry.emit(replace(event, epoch=self.epoch, sequence=self.sequence))
+        placed = replace(event, epoch=self.epoch, sequence=self.sequence)
         self.sequence += 1
+        if self._unsent is not None:
+            self._unsent.append(placed)
+        elif self.telemetry is not None:
+            self.telemetry.emit(placed)
         if isinstance(event, StageChanged | AlphaChanged):
             self.graphs.look(self._model().slots.values())
 
@@ -184,9 +216,12 @@ class Growth:
         """Measure what a slot's seed leaks into the host, in every process."""
         return self.agreement.isolation(slot, self.examiner.isolation(slot))
 
-    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
-        """Carry out a command of a slot as the processes of a job agree."""
-        return self.agreement.command(slot, text)
+    @contextmanager
+    def command(self, slot: SeedSlot, text: str) -> Iterator[None]:
+        """Carry out a command of a slot as the processes of a job agree; an epoch that does not end is undone."""
+        whole = self.whole_epoch() if text.startswith("step_epoch(") else nullcontext()
+        with whole, self.agreement.command(slot, text):
+            yield
 
     def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
         """Return whether something holds in every process of a job."""

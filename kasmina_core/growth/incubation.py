@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, cast
 
@@ -27,23 +27,43 @@ def incubate(
 ) -> dict[str, Tensor]:
     """Let each incubating seed learn from the loss its own output would give. See `MorphogeneticModel.incubate`."""
     losses: dict[str, Tensor] = {}
-    with ExitStack() as all_passes:
-        for name, slot in model.slots.items():
-            if (
-                incubation is not Incubation.COUNTERFACTUAL
-                or not slot.is_incubating
-                or not slot.begin_incubation()
-                or not any(p.requires_grad for p in model.seed_parameters(name))
-            ):
-                continue
-            if not losses:  # the first: modes are switched once for all of them
-                all_passes.enter_context(model.evaluation())
-                devices = devices_of(model)
-            elif model.training or model.host.training:  # the closure has switched them
-                model.eval()
-            with private_rng(None, *devices), torch.enable_grad():
-                losses[name] = _learn_once(model, slot, closure, scaler)
+    kept: dict[nn.Parameter, Tensor | None] = {}
+    with ExitStack() as undo:
+        with ExitStack() as all_passes:
+            for name, slot in model.slots.items():
+                if incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
+                    continue
+                undo.callback(setattr, slot.notes, "incubations", slot.notes.incubations)
+                if not slot.begin_incubation() or not any(
+                    p.requires_grad for p in model.seed_parameters(name)
+                ):
+                    continue
+                undo.callback(slot.training_deviation.copy_, slot.training_deviation.clone())
+                if not losses:  # the first: modes are switched once for all of them
+                    all_passes.enter_context(model.evaluation())
+                    devices = devices_of(model)
+                elif model.training or model.host.training:  # the closure has switched them
+                    model.eval()
+                _set_gradients_aside(model.seed_parameters(name), kept, undo)
+                with private_rng(None, *devices), torch.enable_grad():
+                    losses[name] = _learn_once(model, slot, closure, scaler)
+        undo.pop_all()
+    for parameter, gradient in kept.items():
+        if gradient is not None:
+            new = parameter.grad
+            parameter.grad = gradient if new is None else gradient.add_(new)
     return losses
+
+
+def _set_gradients_aside(
+    parameters: Iterable[nn.Parameter], kept: dict[nn.Parameter, Tensor | None], undo: ExitStack
+) -> None:
+    """Let a pass begin without gradients, so that one that raises can be undone without a copy of them."""
+    for parameter in parameters:
+        if parameter not in kept:
+            kept[parameter] = parameter.grad
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
 
 
 def _learn_once(model: SlottedModel, slot: SeedSlot, closure: Callable[[], Tensor], scaler: Any) -> Tensor:

@@ -168,6 +168,9 @@ class MorphogeneticModel(SlottedModel):
     def step_epoch(self, metric: float | Tensor | None = None) -> dict[str, GateResult]:
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
+        An epoch that is interrupted, by an exception or a signal's, did not happen: epoch, metrics, alphas, gates and
+        stages are as before the call, and its events are not sent. Called again it does what it would have done.
+
         Args:
             metric: Validation metric of the whole model, one number.
 
@@ -184,7 +187,7 @@ class MorphogeneticModel(SlottedModel):
         growth.untracked.look(self, growth.tied_optimizers)
         results = {}
         growth.misuse.epoch_ends(self)
-        with growth.agreement.command(None, "step_epoch"):
+        with growth.whole_epoch(), growth.agreement.command(None, "step_epoch"):
             growth.last_metric = value = growth.agreement.metric(value)
             growth.epoch += 1
             for name, slot in self.slots.items():
@@ -226,6 +229,8 @@ class MorphogeneticModel(SlottedModel):
         For each seed in TRAINING (``Incubation.COUNTERFACTUAL``) the closure runs once more with the slot's output
         replaced by the seed's; the gradient of that loss goes to the seed's parameters and nowhere else. The host is
         in eval mode meanwhile, so that no statistics move, and random numbers are as before.
+
+        A call that raises did not happen: no gradient is left of it, and ``incubate_every`` does not count it.
 
         Call it before the optimiser step, with the same batch or a part of it. With
         ``GrowthConfig(incubate_every=k)`` a seed learns in one call of ``k``. With straight-through incubation, or where no seed

@@ -1,9 +1,11 @@
-"""What a model and what trains it were before a load, so that one that fails changes nothing."""
+"""Undo for loads and epochs: restores model, optimisers and schedulers if one of them does not end well."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any, Protocol, final
 
 import torch
@@ -81,6 +83,45 @@ class ModelBefore:
 
 
 @final
+class EpochBefore:
+    """Slots as they are now, for an epoch, which changes notes, alphas and stages but replaces no seed."""
+
+    def __init__(self, slots: Iterable[SeedSlot]) -> None:
+        self._slots = [
+            (
+                slot,
+                dict(slot.__dict__),
+                copy.deepcopy((slot.state, slot.notes)),
+                [(buffer, buffer.clone()) for buffer in slot.buffers(recurse=False)],
+                [(p, p.requires_grad, p.grad) for p in slot.seed_parameters()],
+            )
+            for slot in slots
+            if slot.state is not None
+        ]
+
+    def put_back(self) -> None:
+        """Make the slots what they were; a state keeps its identity, since callers of ``germinate`` hold it."""
+        for slot, attributes, (state, notes), buffers, parameters in self._slots:
+            slot.__dict__.update(attributes)
+            slot.notes = notes
+            if slot.state is not None and state is not None:
+                metrics = slot.state.metrics
+                _assign(metrics, state.metrics)
+                _assign(slot.state, state)
+                slot.state.metrics = metrics
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for parameter, learns, gradient in parameters:
+                parameter.requires_grad_(learns)
+                parameter.grad = gradient
+
+
+def _assign(target: Any, source: Any) -> None:
+    for each in fields(source):
+        setattr(target, each.name, getattr(source, each.name))
+
+
+@final
 class OptimizerBefore:
     """An optimiser's groups and state as they are now; its tensors are noted, not copied: a load replaces them."""
 
@@ -97,9 +138,9 @@ class OptimizerBefore:
         """Make the optimiser what it was."""
         self._state.clear()
         self._state.update(self._items)
-        for group, copy in self._copies:
+        for group, before in self._copies:
             group.clear()
-            group.update(copy)
+            group.update(before)
         self._groups[:] = [group for group, _ in self._copies]
         self._optimizer.state, self._optimizer.param_groups = self._state, self._groups
 
