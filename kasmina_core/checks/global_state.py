@@ -106,13 +106,15 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SharedParts:
-    """What all modules of torch share, as it was: its public classes and functions, and the global hooks."""
+    """What all modules share, as it was: the classes and functions of ``torch.nn``, Tensor's methods, and the global hooks.
+
+    Functions of ``torch`` itself are left out: libraries such as lightning and peft wrap some when they are imported.
+    """
 
     def __init__(self) -> None:
         import torch
 
         holders = {
-            "torch": torch,
             "torch.nn": torch.nn,
             "torch.nn.functional": torch.nn.functional,
             "torch.nn.init": torch.nn.init,
