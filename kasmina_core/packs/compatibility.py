@@ -1,15 +1,7 @@
 """Whether a pack fits this version and this environment, told from its metadata before its code is imported.
 
-A pack declares the version of the plugin API it is written for beside its entry point, under the same name:
-
-```toml
-[project.entry-points."kasmina.plugins"]
-mine = "my_pack"
-[project.entry-points."kasmina.api"]
-mine = "v1"
-```
-
-One that declares none is taken to be written for ``v1``. What it needs is what every package says: ``dependencies`` and
+A pack declares the version of the plugin API it is written for beside its entry point (see `kasmina_core.packs.hookspecs`);
+one that declares none is taken to be written for ``v1``. What it needs is what every package says: ``dependencies`` and
 ``requires-python``.
 """
 

@@ -188,16 +188,8 @@ def _checked(packs: Iterable[_Tried], switches: Switches) -> list[_Tried]:
     given = {name: getattr(switches, name) for name in ENVIRONMENT}
     registry = PluginRegistry(**given | {"strict": False, "block": {*switches.block, *deadly}})
     registry.load_installed()
-    loaded = {(r.name, r.distribution, r.module): r for r in registry.packs}
-    return [
-        (
-            record
-            if record.name in deadly
-            else loaded.get((record.name, record.distribution, record.module), record),
-            result,
-        )
-        for record, result in packs
-    ]
+    loaded = {record.key: record for record in registry.packs if record.name not in deadly}
+    return [(loaded.get(record.key, record), result) for record, result in packs]
 
 
 # -- packs --------------------------------------------------------------------------------------------------------
@@ -264,8 +256,7 @@ def _names_nothing(
 ) -> Iterable[PackFinding]:
     packs: dict[str, set[str]] = {}
     for record in records:
-        offered = (*record.blueprints, *record.hosts, *record.gate_checks, *record.policies, *record.withheld)
-        packs.setdefault(record.name, set()).update(offered)
+        packs.setdefault(record.name, set()).update(record.offered, record.withheld)
     distributions = {normalized(record.distribution) for record in records}
     for name in ("allow", "block", "prefer"):
         for entry in sorted(getattr(switches, name) or ()):

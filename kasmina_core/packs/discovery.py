@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -102,6 +102,11 @@ class PluginRegistry:
         self.blueprints.gate_checks = self._gate_checks
         self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
         self.hosts = HostRegistry(self._unavailable)
+        self._catalogues: dict[str, HostRegistry | Catalogue[Any]] = {
+            "hosts": self.hosts,
+            "gate_checks": self._gate_checks,
+            "policies": self._policies,
+        }
         self.events: list[BlueprintRegistered] = []
 
     @property
@@ -119,7 +124,10 @@ class PluginRegistry:
         named = [record for record in self.packs if record.name == name]
         if not named:
             raise UnknownNameError(f"No pack '{name}'.{did_you_mean(name, [r.name for r in self.packs])}")
-        return next((r for r in named if r.state is PackState.ACTIVE), named[0])
+        return self._active(name) or named[0]
+
+    def _active(self, name: str) -> PackRecord | None:
+        return next((r for r in self.packs if r.name == name and r.state is PackState.ACTIVE), None)
 
     def report(self, blueprint_id: str) -> ValidationReport | None:
         """Return the registration report of a full id, also of one that was refused; ``None`` if none was made."""
@@ -135,7 +143,7 @@ class PluginRegistry:
         """
         with self._lock:
             for record, entry in sorted(scan_packs(self.switches), key=lambda claim: not claim[0].is_bundled):
-                if (record.name, record.distribution, record.module) not in self._records:
+                if record.key not in self._records:
                     self._take(record, entry)
             if self.switches.strict and (bad := [record for record in self.packs if record.is_bad]):
                 rows = "".join(f"\n{r.name} ({_place(r)}), {r.state.value}: {r.cause}" for r in bad)
@@ -154,16 +162,17 @@ class PluginRegistry:
         """
         with self._lock:
             claims = [c for c in scan_packs(replace(self.switches, autoload=True)) if c[0].name == name]
-            active = [r for r in self.packs if r.name == name and r.state is PackState.ACTIVE]
-            if not claims and not active:
+            if (active := self._active(name)) is not None:
+                return active
+            if not claims:
                 known = {r.name for r in self.packs}
                 raise UnknownNameError(f"No pack '{name}' is installed.{did_you_mean(name, known)}")
-            if not active:
-                self._forget(name)
-                active = [r for r in [self._take(*claim) for claim in claims] if r.state is PackState.ACTIVE]
-            if not active:
+            self._forget(name)
+            for claim in claims:
+                self._take(*claim)
+            if (active := self._active(name)) is None:
                 raise self._unavailable[name].with_traceback(None)
-            return active[0]
+            return active
 
     def register_pack(
         self, name: str, plugin: object, distribution: str = "", version: str = ""
@@ -187,10 +196,9 @@ class PluginRegistry:
         )
         record = PackRecord(name, module, distribution, version)
         with self._lock:
-            taken = [r for r in self.packs if r.name == name and r.state is PackState.ACTIVE]
-            if taken:
+            if (taken := self._active(name)) is not None:
                 cause = (
-                    f"2 claims to the pack name '{name}':\n  {taken[0].origin} ({taken[0].module})\n"
+                    f"2 claims to the pack name '{name}':\n  {taken.origin} ({taken.module})\n"
                     f"  {record.origin} ({record.module})\nThe first stays. Rename the second, or unregister the first."
                 )
                 raise PluginError(cause) from NameConflictError(cause)
@@ -224,7 +232,7 @@ class PluginRegistry:
             record = active[name]
             self._withdraw(record)
             self.blueprints.mark_available(name)
-            del self._records[record.name, record.distribution, record.module]
+            del self._records[record.key]
             return record
 
     def gate_checks(self) -> list[GateCheckSpec]:
@@ -314,7 +322,7 @@ class PluginRegistry:
             )
             return self._refuse(record, offer)
         record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
-        self._records[record.name, record.distribution, record.module] = record
+        self._records[record.key] = record
         self.blueprints.mark_available(record.name)
         for full in withheld:
             self.blueprints.mark_unavailable(
@@ -326,18 +334,12 @@ class PluginRegistry:
     def _withhold(self, record: PackRecord, offer: Offer) -> tuple[str, ...]:
         """Take out of an offer what a switch leaves out, and return the ids of that."""
 
-        left_out: set[str] = set()
-
-        def kept(name: str) -> bool:
-            full = f"{record.name}:{name}"
-            if self.switches.withholds(full, record.distribution):
-                left_out.add(full)
-            return full not in left_out
-
-        offer.blueprints = [spec for spec in offer.blueprints if kept(spec.name)]
-        offer.hosts = [spec for spec in offer.hosts if kept(spec.name)]
-        offer.gate_checks = [check for check in offer.gate_checks if kept(check.name)]
-        offer.policies = {name: factory for name, factory in offer.policies.items() if kept(name)}
+        left_out = set()
+        for things in offer.by_kind().values():
+            for name in list(things):
+                if self.switches.withholds(full := f"{record.name}:{name}", record.distribution):
+                    del things[name]
+                    left_out.add(full)
         return tuple(sorted(left_out))
 
     @contextmanager
@@ -361,7 +363,7 @@ class PluginRegistry:
         device = self._device
         if device is None and not sys.modules["torch"].cuda.is_initialized():
             device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
-        for spec in offer.blueprints:
+        for _, spec in sorted(offer.blueprints.items()):
             report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False)
             offer.reports[spec.name] = report
             try:
@@ -382,7 +384,7 @@ class PluginRegistry:
                 undo.callback(forget_plugin)
                 self._manager.register(plugin, name=name)
                 undo.callback(self.events.__delitem__, slice(len(self.events), None))
-                for spec in offer.blueprints:
+                for _, spec in sorted(offer.blueprints.items()):
                     entry = self.blueprints.register(
                         spec, pack=record.name, distribution=record.distribution, version=record.version
                     )
@@ -396,13 +398,11 @@ class PluginRegistry:
                 f"'{record.module}' is loaded already under another name. Name it in one entry point only."
             )
             raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_PACK, cause, error) from error
-        for host in offer.hosts:
-            self.hosts.add(f"{record.name}:{host.name}", host)
-        for check in offer.gate_checks:
-            full = f"{record.name}:{check.name}"
-            self._gate_checks.add(full, replace(check, name=full))
-        for policy, factory in offer.policies.items():
-            self._policies.add(f"{record.name}:{policy}", factory)
+        for check_name, check in offer.gate_checks.items():
+            offer.gate_checks[check_name] = replace(check, name=f"{record.name}:{check_name}")
+        for kind, catalogue in self._catalogues.items():
+            for short, thing in getattr(offer, kind).items():
+                catalogue.add(f"{record.name}:{short}", thing)
         self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
 
     def _announce(self, entry: RegisteredBlueprint, report: ValidationReport | None) -> None:
@@ -422,26 +422,22 @@ class PluginRegistry:
             if full in self.blueprints:
                 self.blueprints.unregister(full)
             self._reports.pop(full, None)
-        for full in record.hosts:
-            self.hosts.discard(full)
-        for full in record.gate_checks:
-            self._gate_checks.discard(full)
-        for full in record.policies:
-            self._policies.discard(full)
+        for kind, catalogue in self._catalogues.items():
+            for full in getattr(record, kind):
+                catalogue.discard(full)
 
     def _refuse(self, record: PackRecord, offer: Offer) -> PackRecord:
         """Keep the record of a pack that is not taken, and let questions for what it offered raise the cause."""
         record = _with_ids(record, offer)
-        self._records[record.name, record.distribution, record.module] = record
+        self._records[record.key] = record
         self._reports |= {f"{record.name}:{name}": report for name, report in offer.reports.items()}
-        if any(r.name == record.name and r.state is PackState.ACTIVE for r in self._records.values()):
+        if self._active(record.name) is not None:
             return record
         error = PluginError(
             f"Pack '{record.name}' ({_place(record)}) is not available ({record.state.value}).\n{record.cause}"
         )
         error.__cause__ = record.error
-        claims = (record.name, *record.blueprints, *record.hosts, *record.gate_checks, *record.policies)
-        for claim in claims:
+        for claim in (record.name, *record.offered):
             self.blueprints.mark_unavailable(claim, error)
         return record
 
@@ -490,16 +486,11 @@ def _place(record: PackRecord) -> str:
 
 
 def _with_ids(record: PackRecord, offer: Offer) -> PackRecord:
-    def ids(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(f"{record.name}:{name}" for name in set(names)))
-
-    return replace(
-        record,
-        blueprints=ids(spec.name for spec in offer.blueprints),
-        hosts=ids(spec.name for spec in offer.hosts),
-        gate_checks=ids(spec.name for spec in offer.gate_checks),
-        policies=ids(offer.policies),
-    )
+    ids = {
+        kind: tuple(sorted(f"{record.name}:{name}" for name in things))
+        for kind, things in offer.by_kind().items()
+    }
+    return replace(record, **ids)  # type: ignore[arg-type]  # of the fields that are tuples
 
 
 # -- the registry of the process ------------------------------------------------------------------------------------

@@ -39,15 +39,23 @@ class RefusalError(Exception):
         self.error = error.__cause__ if isinstance(error, EscapeError) else error
 
 
+KINDS: Final = ("blueprints", "hosts", "gate_checks", "policies")
+"""What a pack declares once for all, by the names of the fields of `Offer` and `PackRecord`; its sinks depend on a config."""
+
+
 @dataclass(slots=True)
 class Offer:
     """What one pack declares, by short name."""
 
-    blueprints: list[BlueprintSpec] = field(default_factory=list)
-    hosts: list[HostSpec] = field(default_factory=list)
-    gate_checks: list[GateCheckSpec] = field(default_factory=list)
+    blueprints: dict[str, BlueprintSpec] = field(default_factory=dict)
+    hosts: dict[str, HostSpec] = field(default_factory=dict)
+    gate_checks: dict[str, GateCheckSpec] = field(default_factory=dict)
     policies: dict[str, Callable[..., Policy]] = field(default_factory=dict)
     reports: dict[str, ValidationReport] = field(default_factory=dict)
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """Return the declarations of each of `KINDS`."""
+        return {kind: getattr(self, kind) for kind in KINDS}
 
 
 def import_plugin(load_plugin: Callable[[], object]) -> object:
@@ -118,37 +126,30 @@ def collect_offer(plugin: object, offer: Offer) -> None:
     offer.policies |= mapping_of_callables(trial.hook.kasmina_policies, "kasmina_policies")
 
 
-def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: list[Any]) -> None:
-    """Put what a hook returns into ``kept``, sorted by name; what came before a failure is put there as well."""
-    try:
-        with contained():
-            for value in _ask(getattr(trial.hook, hook), hook):
-                if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-                    raise _wrong_type(hook, f"an iterable of {kind.__name__}", value)
+def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: dict[str, Any]) -> None:
+    """Put what a hook returns into ``kept`` by name; what came before a failure is put there as well."""
+    for value in _ask(getattr(trial.hook, hook), hook):
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+            raise _wrong_type(hook, f"an iterable of {kind.__name__}", value)
+        try:
+            with contained():
                 for thing in value:
                     if not isinstance(thing, kind):
                         raise _wrong_type(hook, f"only {kind.__name__}", thing)
                     kind.__post_init__(thing)  # it may have been changed since it was made
                     if cleaned(thing.name, 100) != thing.name:
                         raise _wrong_type(hook, "names of at most 100 printable characters", thing.name)
-                    kept.append(thing)
-    except RefusalError:
-        raise
-    except Exception as error:
-        raise _hook_failed(hook, error) from error
-    finally:
-        kept.sort(key=lambda thing: str(thing.name))
-    names = [thing.name for thing in kept]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        both = "\n".join(f"  {shown(thing, 1000)}" for thing in kept if thing.name == twice[0])
-        cause = f"{hook} declares the name '{twice[0]}' more than once:\n{both}\nRename all but one."
-        raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
+                    _keep(kept, hook, thing.name, thing)
+        except RefusalError:
+            raise
+        except Exception as error:
+            raise _hook_failed(hook, error) from error
 
 
 def mapping_of_callables(
     hook: pluggy.HookCaller, name: str, **arguments: Any
 ) -> dict[str, Callable[..., Any]]:
-    """Return what a hook that gives a mapping from names to callables returns, sorted by name."""
+    """Return what a hook that gives a mapping from names to callables returns."""
     kept: dict[str, Callable[..., Any]] = {}
     for value in _ask(hook, name, **arguments):
         if not isinstance(value, Mapping):
@@ -163,13 +164,16 @@ def mapping_of_callables(
                 raise _wrong_type(name, "names of lower case letters, digits, '_' and '-'", key)
             if not callable(factory):
                 raise _wrong_type(name, f"a callable for '{key}'", factory)
-            if key in kept:
-                cause = f"{name} declares the name '{key}' more than once:\n  {shown(kept[key])}\n  {shown(factory)}"
-                raise RefusalError(
-                    PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause)
-                )
-            kept[key] = factory
-    return dict(sorted(kept.items()))
+            _keep(kept, name, key, factory)
+    return kept
+
+
+def _keep(kept: dict[str, Any], hook: str, name: str, thing: Any) -> None:
+    if name in kept:
+        both = f"  {shown(kept[name], 1000)}\n  {shown(thing, 1000)}"
+        cause = f"{hook} declares the name '{name}' more than once:\n{both}\nRename all but one."
+        raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
+    kept[name] = thing
 
 
 def _ask(hook: pluggy.HookCaller, name: str, **arguments: Any) -> list[Any]:

@@ -130,6 +130,16 @@ class PackRecord(Record):
         object.__setattr__(self, "cause", cleaned(self.cause, 4000, lines=True))
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from every other claim."""
+        return self.name, self.distribution, self.module
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Ids of all that it declared."""
+        return (*self.blueprints, *self.hosts, *self.gate_checks, *self.policies)
+
+    @property
     def origin(self) -> str:
         """The distribution and version for messages, or the name if it came from none."""
         return f"{self.distribution} {self.version}".strip() or self.name
