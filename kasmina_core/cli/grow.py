@@ -63,7 +63,7 @@ from kasmina_core.cli import options
     "--sink", "sinks", multiple=True, metavar="ID", help="Also send the events to this sink of a pack."
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
-@click.option("--batch-size", type=click.IntRange(min=2), help="Samples a batch. Default: the task's.")
+@click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr
 @options.seed
 @options.device

@@ -1,1 +1,1 @@
-"""Whole runs: tasks, arms, the ledger of FLOPs, records and reports."""
+"""Experiments: tasks, the run of an arm, the ledger of FLOPs, the record of a run and its report."""

@@ -1,4 +1,4 @@
-"""What `kasmina calibrate` found, as text and as a picture."""
+"""Report of a calibration, as text and as a picture."""
 
 from __future__ import annotations
 

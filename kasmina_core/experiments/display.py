@@ -1,4 +1,4 @@
-"""What `kasmina grow` shows while it runs and when it ends."""
+"""Display of a run in the terminal: its progress and its final figures."""
 
 from __future__ import annotations
 

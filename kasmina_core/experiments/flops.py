@@ -1,4 +1,4 @@
-"""Counting what a run costs, in floating-point operations, without slowing it down."""
+"""Ledger of floating-point operations: counts what a run costs without slowing it down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of one `kasmina grow` run: plain data that goes to JSON and comes back the same."""
+"""Record of a run: plain data that goes to JSON and comes back the same."""
 
 from __future__ import annotations
 

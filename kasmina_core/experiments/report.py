@@ -1,4 +1,4 @@
-"""The files of a run: its data, a picture and a page that explains both."""
+"""Report of a run: its data as files, a picture, and a page that explains both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STAGE_COLOURS: Final = {
     "EMBARGOED": "#e8a7a7",
     "RESETTING": "#f3d3d0",
 }
-"""Colour of each stage in the picture and the page; apart for colour-blind eyes too."""
+"""Colour of each stage in the picture and the page; distinct for colour-blind readers too."""
 
 _GROWN_COLOUR: Final = "#14664f"
 _ALONE_COLOUR: Final = "#c8641b"
@@ -133,7 +133,7 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def metrics_csv(record: RunRecord) -> str:
-    """Return one line an epoch of both arms, as CSV with a header; three columns a slot, empty where it does not apply."""
+    """Return one line per epoch of both arms, as CSV with a header; three columns per slot, empty where it does not apply."""
     slots = wording.every_slot(record)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

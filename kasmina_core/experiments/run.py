@@ -1,4 +1,4 @@
-"""One run of `kasmina grow`: the same host twice, once grown and once alone, for the same training FLOPs."""
+"""A run: the same host trained twice, once grown and once alone, for the same training FLOPs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult
 
 EVALUATION_BATCH: Final = 256
-"""Samples a batch where nothing is learned."""
+"""Samples per batch where nothing is learned."""
 
 FINAL_EPOCHS: Final = 5
 """The final figures are means over the models of at most this many last epochs: one epoch's are mostly noise."""
@@ -64,7 +64,7 @@ class Preset:
     Attributes:
         host_options: Keywords for the host, where its factory takes them: a host small enough to need growth.
         epochs: Epochs of the grown arm.
-        batch_size: Samples a training batch.
+        batch_size: Samples per training batch.
         lr: Learning rate of Adam, constant.
         ramp_epochs: Length of the alpha ramp; it moves with every optimiser step.
     """
@@ -246,7 +246,9 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
 def _first_host(plugins: PluginRegistry, topology: Topology) -> str:
     fitting = [name for name in plugins.hosts.ids() if plugins.hosts.get(name).topology is topology]
     if not fitting:
-        raise UnknownNameError(f"No installed pack offers a host for {topology.value}; name one with --host.")
+        raise UnknownNameError(
+            f"No installed pack offers a host for {topology.value}; install one that does."
+        )
     bundled = {record.name for record in plugins.packs if record.distribution == "kasmina"}
     return min(fitting, key=lambda name: (name.partition(":")[0] not in bundled, name))
 
@@ -481,12 +483,12 @@ class GrowthRun:
             return (
                 f"No seed germinated: the validation loss never was on a plateau within {epochs} "
                 f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement by "
-                f"{100 * trigger.min_delta:.3g} %. Use more --epochs, or less --policy-option patience."
+                f"{100 * trigger.min_delta:.3g} %. Use more epochs, or give the policy less patience."
             )
         if isinstance(trigger, FixedTimes) and trigger.epochs[0] > epochs:
             return (
                 f"No seed germinated: the first time for one is epoch {trigger.epochs[0]}, and the run had {epochs}. "
-                "Use more --epochs, or earlier --policy-option epochs."
+                "Use more epochs, or give the policy earlier ones."
             )
         return f"No seed germinated: policy '{self.settings.policy}' asked for none within {epochs} epochs."
 

@@ -1,4 +1,4 @@
-"""The data `kasmina grow` trains on: small tasks with four disjoint splits.
+"""Tasks: small data sets with four disjoint splits.
 
 Nothing is downloaded. The splits are drawn with generators of their own, so loading a task leaves torch's global
 random state as it was, and one name and seed always give the same tensors (for ``chars``: with the same Python).
@@ -26,7 +26,7 @@ DATA_ENV: Final = "KASMINA_DATA"
 """Environment variable that names the folder of the torchvision data sets."""
 
 SEQUENCE_LENGTH: Final = 64
-"""Characters a sequence of ``chars``."""
+"""Characters per sequence of ``chars``."""
 
 CHARACTERS: Final = 64
 """Vocabulary of ``chars``: the most frequent characters and `UNKNOWN_CHARACTER`."""
@@ -144,7 +144,7 @@ class Task:
 
         Args:
             split: Name of the split.
-            batch_size: Samples a batch, at least 1.
+            batch_size: Samples per batch, at least 1.
             generator: A CPU generator to shuffle with; ``None`` keeps the order.
 
         Raises:
@@ -161,7 +161,7 @@ class Task:
         """Yield the samples to learn from once, shuffled, and moved where the task says so; see `moved`.
 
         Args:
-            batch_size: Samples a batch, at least 1; the last may be smaller.
+            batch_size: Samples per batch, at least 1; the last may be smaller.
             generator: A CPU generator to shuffle and to move with.
 
         Raises:

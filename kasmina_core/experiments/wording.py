@@ -1,4 +1,4 @@
-"""The figures of a run in words: what the terminal and the report both say."""
+"""Figures of a run in words, for the terminal and the report."""
 
 from __future__ import annotations
 
