@@ -254,6 +254,9 @@ class MorphogeneticModel(SlottedModel):
     ) -> None:
         """Give the gates held-out samples to decide on.
 
+        What the evaluator closes over lives as long as the model, or until other samples are given. If that is the model
+        itself, the two wait for Python's collector.
+
         Args:
             evaluator: Returns the loss of every sample, ``(n,)``, of the same samples in the same order at every call,
                 computed with this model. It runs in eval mode without gradients, three times a measurement. The
