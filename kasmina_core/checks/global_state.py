@@ -106,7 +106,7 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SharedParts:
-    """What all modules share, as it was: the classes and functions of ``torch.nn``, Tensor's methods, and the global hooks.
+    """What all modules share, as it was: classes, methods and functions of ``torch.nn``, Tensor's methods, global hooks.
 
     Functions of ``torch`` itself are left out: libraries such as lightning and peft wrap some when they are imported.
     """
@@ -114,17 +114,16 @@ class SharedParts:
     def __init__(self) -> None:
         import torch
 
-        holders = {
+        classes = {
+            f"torch.nn.{name}": thing for name, thing in vars(torch.nn).items() if isinstance(thing, type)
+        }
+        holders: dict[str, Any] = classes | {
             "torch.nn": torch.nn,
             "torch.nn.functional": torch.nn.functional,
             "torch.nn.init": torch.nn.init,
-            "torch.nn.Module": torch.nn.Module,
             "torch.Tensor": torch.Tensor,
         }
-        self._members = [
-            (name, holder, dict(vars(holder)), set(dir(holder)).difference(vars(holder)))
-            for name, holder in holders.items()
-        ]
+        self._members = [(name, holder, dict(vars(holder))) for name, holder in holders.items()]
         self._hooks = [
             (name, hooks, dict(hooks))
             for name, hooks in vars(torch.nn.modules.module).items()
@@ -134,14 +133,16 @@ class SharedParts:
     def put_back(self) -> list[str]:
         """Put back what was changed since, and return its names."""
         changed = []
-        for name, holder, own, inherited in self._members:
+        for name, holder, own in self._members:
             now = dict(vars(holder))
             for key in [key for key, value in own.items() if callable(value) and now.get(key) is not value]:
                 setattr(holder, key, own[key])
                 changed.append(f"{name}.{key}")
-            for key in inherited.intersection(now):  # a new one hides that of a base class
-                delattr(holder, key)
-                changed.append(f"{name}.{key}")
+            bases = holder.__mro__[1:] if isinstance(holder, type) else ()
+            for key in now.keys() - own.keys():
+                if callable(now[key]) and any(key in vars(base) for base in bases):  # it hides the base's
+                    delattr(holder, key)
+                    changed.append(f"{name}.{key}")
         for name, hooks, kept in self._hooks:
             if hooks != kept:
                 hooks.clear()

@@ -316,18 +316,20 @@ def test_what_one_pack_does_to_torch_harms_no_other(site: Site, at_import: bool)
     meddle = "import torch\nadd, torch.nn.Linear = torch.Tensor.add, torch.nn.Identity\n"
     meddle += "torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)\n"
     meddle += "torch.Tensor.add = lambda *a, **k: add(*a, **k)\n"
+    meddle += "torch.nn.ReLU.forward = lambda self, x: x\n"
     if not at_import:
         meddle = "def meddle():\n" + "".join(f"    {line}\n" for line in meddle.splitlines())
         meddle += "    return []\nfrom kasmina_core import hookimpl\n@hookimpl\ndef kasmina_hosts(): return meddle()\n"
-    linear, add = torch.nn.Linear, torch.Tensor.add
+    linear, add, relu = torch.nn.Linear, torch.Tensor.add, torch.nn.ReLU.forward
     site.install("fake-a", "a = fake_a", fake_a=meddle + GOOD)
     site.install("fake-b", "b = fake_b", fake_b=GOOD)
     registry = loaded()
     bad = registry.pack("a")
     assert (bad.state, bad.reason) == (PackState.INVALID, PackReason.GLOBAL_STATE)
-    assert "torch.nn.Linear, torch.Tensor.add, global forward pre hooks" in bad.cause
+    for name in ("torch.nn.Linear", "torch.nn.ReLU.forward", "torch.Tensor.add", "global forward pre hooks"):
+        assert name in bad.cause
     assert registry.pack("b").state is PackState.ACTIVE
-    assert (torch.nn.Linear, torch.Tensor.add) == (linear, add)
+    assert (torch.nn.Linear, torch.Tensor.add, torch.nn.ReLU.forward) == (linear, add, relu)
 
 
 # -- packs registered by hand ------------------------------------------------------------------------------------------
