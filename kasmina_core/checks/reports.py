@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, final
 
 from kasmina_core.errors import BlueprintError, KasminaError
+from kasmina_core.foreign import cleaned
 from kasmina_core.records import Mark, Record
 
 
@@ -66,6 +67,11 @@ class CheckResult(Record):
     claim: str = ""
     needed: bool = True
     error: Annotated[BaseException | None, Mark.UNWRITTEN] = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("where", "expected", "measured", "hint"):  # what foreign code says is printed
+            if isinstance(text := getattr(self, name), str):
+                object.__setattr__(self, name, cleaned(text, 4000, lines=True))
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import click
 
 from kasmina_core.errors import UnknownNameError, did_you_mean
+from kasmina_core.foreign import cleaned
 from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ def _print_pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
     wide = max(len(name) for name, _ in rows)
     click.echo(title)
     for name, value in rows:
-        for number, line in enumerate(value.splitlines() or [""]):
+        for number, line in enumerate(cleaned(value, 4000, lines=True).split("\n")):
             click.echo(f"  {name.replace('_', ' ') if number == 0 else '':<{wide}}  {line}".rstrip())
 
 

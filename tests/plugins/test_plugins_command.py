@@ -96,6 +96,20 @@ def test_nothing_in_metadata_acts_on_the_terminal_or_floods_it(site: Site) -> No
         assert not isinstance(done.exception, Exception) or isinstance(done.exception, SystemExit)
 
 
+def test_nothing_that_a_pack_declares_or_raises_acts_on_the_terminal(site: Site) -> None:
+    blueprints = f"[scale('a', description={NASTY!r}, source={NASTY!r}, options={{'x': {NASTY!r}}}, accepts_width=odd)]"
+    source = f"{SEEDS}\ndef odd(dim): return {NASTY!r} if dim > 200 else None\n"
+    site.install(
+        "fake-a", "a = fake_a", fake_a=f"{source}@hookimpl\ndef kasmina_blueprints(): return {blueprints}\n"
+    )
+    raises = f"def own(dim): raise ValueError({NASTY!r})\n"
+    bad = f"{SEEDS}{raises}@hookimpl\ndef kasmina_blueprints(): return [scale('b', factory=own)]\n"
+    site.install("fake-b", "b = fake_b", fake_b=bad)
+    for arguments in (("info", "a:a"), ("info", "b"), ("check", "b"), ("doctor",)):
+        said = kasmina("plugins", *arguments).output.replace("\n", "")
+        assert said.isprintable(), [char for char in said if not char.isprintable()]
+
+
 def test_list_tells_conflicts(site: Site) -> None:
     site.install("fake-a", "same = fake_a")
     site.install("fake-b", "same = fake_b")
