@@ -38,7 +38,7 @@ from kasmina_core import (
 from kasmina_core.evidence.replay import ReplayTape
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.tasks import Task, load_task
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 SLOT, BATCH = "block2", 32
 OPEN = QualityGates(
@@ -202,9 +202,9 @@ class Run:
                 slot.resume()
             with model.evaluation():
                 with slot.forced(ForwardMode.MEASURE):
-                    slot.deviation.zero_()
+                    slot.begin_measurement()
                     with_seed = self._loss(model, "val")
-                    result.deviation = abs(float(slot.deviation))
+                    result.deviation = float(slot.deviation)
                 with model.bypassed(SLOT):
                     without = self._loss(model, "val")
                 result.gain = without - with_seed

@@ -71,13 +71,11 @@ from .gates.thresholds import ErrorBudget as ErrorBudget
 from .gates.thresholds import GateProfile as GateProfile
 from .gates.thresholds import GateThresholds as GateThresholds
 from .gates.thresholds import StartComparison as StartComparison
-from .growth.config import GradientPolicy as GradientPolicy
 from .growth.config import GrowthConfig as GrowthConfig
-from .growth.config import Incubation as Incubation
-from .growth.config import RampUnit as RampUnit
 from .growth.model import MorphogeneticModel as MorphogeneticModel
 from .growth.observing import SlotSummary as SlotSummary
 from .growth.reverting import HostStateKeeper as HostStateKeeper
+from .growth.slot import SeedSlot as SeedSlot
 from .growth.watching.graphs import RecompileLimitWarning as RecompileLimitWarning
 from .growth.watching.untracked import UntrackedSeedWarning as UntrackedSeedWarning
 from .hosts import HookedHost as HookedHost
@@ -134,8 +132,10 @@ from .policies.tournament import TournamentPolicy as TournamentPolicy
 from .policies.triggers import FixedTimes as FixedTimes
 from .policies.triggers import Plateau as Plateau
 from .policies.triggers import Trigger as Trigger
-from .slots.slot import ForwardMode as ForwardMode
-from .slots.slot import SeedSlot as SeedSlot
+from .slots.forward import ForwardMode as ForwardMode
+from .slots.settings import GradientPolicy as GradientPolicy
+from .slots.settings import Incubation as Incubation
+from .slots.settings import RampUnit as RampUnit
 from .telemetry import CallableSink as CallableSink
 from .telemetry import JsonLinesSink as JsonLinesSink
 from .telemetry import MemorySink as MemorySink

@@ -162,10 +162,15 @@ def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
     return torch.where(whole > 0.0, ratio, 0.0 * part)
 
 
-def note_largest(noted: Tensor, value: Tensor) -> None:
-    """Raise a buffer to ``value``, in place. Within ``torch.func`` transforms, which forbid that, nothing is noted."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+def note_largest(noted: Tensor, value: Tensor) -> bool:
+    """Raise a buffer to ``value``, in place, and return whether that could be done.
+
+    ``torch.func`` transforms forbid writes to captured tensors, so nothing is noted within them.
+    """
+    can_write = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
+    if can_write:
         noted.copy_(torch.maximum(noted, value))
+    return can_write
 
 
 @final

@@ -24,20 +24,24 @@ from kasmina_core.probing import (
     requested_points,
 )
 from kasmina_core.quiet import Turns, quiet_evaluation
-from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 
 SLOTS_KEY: Final = "kasmina_slots"
 
 
+_Slot = TypeVar("_Slot", bound=SeedSlot, covariant=True)
+
+
 @final
-class SlotMap(Mapping[str, SeedSlot]):
+class SlotMap(Mapping[str, _Slot]):
     """The slots by name; a point's path works too."""
 
-    def __init__(self, slots: Iterable[SeedSlot]) -> None:
+    def __init__(self, slots: Iterable[_Slot]) -> None:
         self._slots = {slot.name: slot for slot in slots}
 
-    def __getitem__(self, name: str) -> SeedSlot:
+    def __getitem__(self, name: str) -> _Slot:
         if not isinstance(name, str):
             raise TypeError(
                 f"A slot is asked for by its name, not {name!r}. Slots: {', '.join(self._slots)}."
@@ -47,7 +51,7 @@ class SlotMap(Mapping[str, SeedSlot]):
         by_path = {slot.point.path: slot for slot in self._slots.values()}
         if name in by_path:
             return by_path[name]
-        return cast("SeedSlot", lookup(name, self._slots, "slot"))
+        return cast("_Slot", lookup(name, self._slots, "slot"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -132,7 +136,7 @@ class SlottedModel(nn.Module):
             return self.host(*args, **kwargs)
 
     @property
-    def slots(self) -> SlotMap:
+    def slots(self) -> SlotMap[SeedSlot]:
         """The slots by name, in the order in which they were asked for."""
         return SlotMap(cast("Iterable[SeedSlot]", getattr(self, SLOTS_KEY).values()))
 
@@ -169,7 +173,7 @@ class SlottedModel(nn.Module):
                     yield
             finally:
                 for slot in self.slots.values():
-                    slot._refresh_mode()
+                    slot.refresh_mode()
 
     def alone(self) -> AbstractContextManager[None]:
         """Let forwards of other threads wait while the block changes how slots compute."""
@@ -303,9 +307,8 @@ class SlottedModel(nn.Module):
         ]
         for slot in self.slots.values():
             if slot.device.type == "meta" and devices:
-                slot.alpha_buffer = torch.zeros_like(slot.alpha_buffer, device=devices[0])
-                for name in ("deviation", "training_deviation"):
-                    setattr(slot, name, torch.zeros_like(slot.deviation, device=devices[0]))
+                for name, buffer in slot.named_buffers(recurse=False):
+                    setattr(slot, name, torch.zeros_like(buffer, device=devices[0]))
 
 
 _MODEL_OF: Final[WeakKeyDictionary[nn.Module, weakref.ref[SlottedModel]]] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Final, final
+from typing import Annotated, ClassVar, Final, Protocol, final
 
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.records import Count, Mark, Record
@@ -173,3 +173,17 @@ class GateResult(Record):
             return self.reason
         text = f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
         return text if self.finding is None else f"{text}; {self.finding}"
+
+
+class Evidence(Protocol):
+    """What was measured of a seed on held-out samples, as far as a slot reads it. `SeedEvidence` is one."""
+
+    @property
+    def gain(self) -> float:
+        """What the seed saves per sample; positive is good."""
+        ...
+
+    @property
+    def t(self) -> float:
+        """The gain over its standard error."""
+        ...

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,7 @@ from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.foreign import contained, shown
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.quiet import kept_buffers, private_rng
-
-
-@final
-@dataclass(slots=True)
-class Trial:
-    """A seed that was built, if it could be, and what was found on the way, for gate G0.
-
-    Attributes:
-        seed: The module in the slot's dtype and on its device; ``None`` if it could not be built or run.
-        findings: Whether each check held, and why, by name. A check that was not reached is not there.
-    """
-
-    seed: nn.Module | None = None
-    findings: dict[str, tuple[bool, str]] = field(default_factory=dict)
-
-    @property
-    def faults(self) -> str:
-        """The checks that did not hold, as text; empty if all held."""
-        return "; ".join(f"{name}: {text}" for name, (holds, text) in self.findings.items() if not holds)
+from kasmina_core.slots.owner import Trial
 
 
 def try_seed(

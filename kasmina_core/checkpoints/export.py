@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from kasmina_core.errors import ExportError, HostError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import HostProtocol, SlotHook, features_in, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.probing import call_with, example_of
 from kasmina_core.quiet import quiet_evaluation
-from kasmina_core.slots.slot import SeedSlot
 
 REFUSE, DROP = "refuse", "drop"
 UNFINISHED: Final = (REFUSE, DROP)

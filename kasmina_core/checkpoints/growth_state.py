@@ -16,10 +16,10 @@ from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.record import SlotRecord
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
 from kasmina_core.plain_data import FORMAT_VERSION
-from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 
@@ -112,7 +112,7 @@ def slot_data(slot: SeedSlot) -> dict[str, Any]:
     }
     if slot.seed is not None and slot.state is not None:
         with suppress(KasminaError):  # a seed outlives the registration of its blueprint
-            entry = slot._blueprints().get(slot.state.blueprint_id)
+            entry = slot.maker.registry.get(slot.state.blueprint_id)
             data["blueprint"] = {"distribution": entry.distribution, "version": entry.version}
     return data
 
@@ -245,7 +245,7 @@ def demand_blueprint(slot: SeedSlot, blueprint_id: str, origin: str) -> Register
         CheckpointError: If it cannot be had; the message names what to install.
     """
     try:
-        return slot._blueprints().get(blueprint_id)
+        return slot.maker.registry.get(blueprint_id)
     except KasminaError as error:
         install = (
             f"It came from {origin}: pip install '{origin}'"

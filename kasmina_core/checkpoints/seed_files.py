@@ -22,9 +22,9 @@ from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.files import replacing
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.probing import lookup
-from kasmina_core.slots.slot import SeedSlot
 
 _KEY: Final = "kasmina_seeds"
 
@@ -116,7 +116,7 @@ def graft_seeds(
         except BaseException as error:
             for slot in grafted:
                 if slot.seed is not None:
-                    slot._clear()  # takes its parameters out of the optimisers
+                    slot.clear()  # takes its parameters out of the optimisers
             if isinstance(error, (RuntimeError, KasminaError)) and not isinstance(error, CheckpointError):
                 raise CheckpointError(f"The saved seeds cannot be grafted: {error}") from error
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.records import Record
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import GateSamples, Processes

@@ -19,7 +19,8 @@ from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.quiet import derived_seed
 from kasmina_core.records import Record
-from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel
 from kasmina_core.verdicts import Finding
 

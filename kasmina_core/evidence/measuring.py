@@ -12,7 +12,8 @@ from torch import Tensor
 from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import sharded_modules
-from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel, held_weakly
 
 Evaluator = Callable[[], Tensor]
@@ -158,7 +159,7 @@ class SeedMeasurer:
         before_blending: Tensor | None,
     ) -> Measurement:
         evaluator = samples.losses
-        slot.deviation.zero_()
+        slot.begin_measurement()
         tape = self._tape(slot)
         if tape is not None and slot.name in self._trusted:
             with self._pass(slot, ForwardMode.MEASURE), tape.recording():
@@ -168,13 +169,13 @@ class SeedMeasurer:
             with self._pass(slot, ForwardMode.MEASURE):
                 with_seed = evaluator()
             # Not earlier: only a pass can tell whether it is compiled, and a trace must not hold a tape.
-            can_record = tape is not None and not slot.was_compiled
+            can_record = tape is not None and not slot.ran_compiled
             recording = tape.recording() if tape is not None and can_record else nullcontext()
             with self._pass(slot, ForwardMode.PASS), recording:
                 without = evaluator()
             if tape is not None and not self._compare(slot, evaluator, tape, with_seed, without):
                 tape = None
-        deviation = self.processes.largest(f"deviation of '{slot.name}'", abs(float(slot.deviation)))
+        deviation = self.processes.largest(f"deviation of '{slot.name}'", float(slot.deviation))
         smaller = {}
         for alpha in alphas:
             with slot.blend_weight(alpha):
@@ -226,7 +227,7 @@ class SeedMeasurer:
         self, slot: SeedSlot, evaluator: Evaluator, tape: ReplayTape, with_seed: Tensor, without: Tensor
     ) -> bool:
         """Say whether the tape may be used from now on."""
-        fault = "the forward is compiled" if slot.was_compiled else tape.fault
+        fault = "the forward is compiled" if slot.ran_compiled else tape.fault
         replayed = None
         if not fault:
             with suppress(ReplayDiverged), self._pass(slot, ForwardMode.MEASURE), self._replaying(tape):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.sharding import sharded_modules
-from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.slot import SeedSlot
 
 if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import GateSamples, Processes

@@ -35,7 +35,7 @@ from kasmina_core.experiments.tasks import SplitName, Task
 from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.thresholds import GateThresholds
-from kasmina_core.growth.config import GrowthConfig, RampUnit
+from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.hosts import HostProtocol
@@ -45,6 +45,7 @@ from kasmina_core.policies.protocol import NoGrowthPolicy, Observation, Policy, 
 from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, private_rng
 from kasmina_core.records import Record
+from kasmina_core.slots.settings import RampUnit
 from kasmina_core.topology import Topology
 from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult

@@ -44,7 +44,7 @@ def regerminate(growth: Growth, chosen: SeedSlot) -> SeedState:
     try:
         cast("nn.Module", chosen.seed).load_state_dict(kept.weights)
     except RuntimeError as error:
-        chosen._clear()
+        chosen.clear()
         raise GerminationError(
             f"The weights of '{kept.seed_id}' do not fit what '{kept.blueprint_id}' builds now: {error}"
         ) from error

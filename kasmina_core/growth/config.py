@@ -4,52 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from types import MappingProxyType
-from typing import Final, final
+from typing import final
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import chosen
 from kasmina_core.gates.gates import QualityGates
+from kasmina_core.slots.settings import GRADIENT_POLICIES, GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
-
-
-@final
-class Incubation(Enum):
-    """How a seed learns in TRAINING.
-
-    - ``STRAIGHT_THROUGH``: in the host's own pass; its deviation is bounded. Costs the seed alone.
-    - ``COUNTERFACTUAL``: in a pass of its own where its output replaces the host's, run by
-      `MorphogeneticModel.incubate`. Costs one more pass; the seed sees the effect of its output and stays bounded.
-    """
-
-    STRAIGHT_THROUGH = "straight-through"
-    COUNTERFACTUAL = "counterfactual"
-
-
-@final
-class RampUnit(Enum):
-    """What moves alpha: ``step_epoch`` or, per optimiser step, ``step``."""
-
-    EPOCH = "epoch"
-    STEP = "step"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class GradientPolicy:
-    """Whether the seed's input is detached while it blends in.
-
-    Detached, the host upstream learns from its own path alone; attached, host and seed co-adapt. From SHADOWING on
-    the input is always attached: a detached one would freeze everything upstream.
-    """
-
-    detach_input_in_blending: bool
-
-
-GRADIENT_POLICIES: Final[Mapping[Topology, GradientPolicy]] = MappingProxyType(
-    {Topology.CNN: GradientPolicy(True), Topology.TRANSFORMER: GradientPolicy(False)}
-)
 
 
 @final

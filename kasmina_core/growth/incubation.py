@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import HostError
-from kasmina_core.growth.config import Incubation
 from kasmina_core.quiet import devices_of, private_rng
 from kasmina_core.sharding import kept_whole, reshard
-from kasmina_core.slots.slot import ForwardMode, SeedSlot
+from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.settings import Incubation
+from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel
 
 _ADVICE: Final = (
@@ -38,7 +39,8 @@ def incubate(
                     p.requires_grad for p in model.seed_parameters(name)
                 ):
                     continue
-                undo.callback(slot.training_deviation.copy_, slot.training_deviation.clone())
+                for noted in (slot.training_deviation, slot.has_training_deviation):
+                    undo.callback(noted.copy_, noted.clone())
                 if not losses:  # the first: modes are switched once for all of them
                     all_passes.enter_context(model.evaluation())
                     devices = devices_of(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from kasmina_core.growth import commands, incubation, observing
 from kasmina_core.growth.arguments import event_target, one_number
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, Observation, Policy
 from kasmina_core.probing import ProbedPoint
-from kasmina_core.slots.slot import SeedSlot
-from kasmina_core.slotted import SlottedModel
+from kasmina_core.slotted import SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
 
 if TYPE_CHECKING:
@@ -94,7 +94,12 @@ class MorphogeneticModel(SlottedModel):
     def _grow_with(self, growth: Growth) -> None:
         self.growth = growth
         for slot in self.slots.values():
-            slot._owner = growth
+            slot.owner = growth
+
+    @property
+    def slots(self) -> SlotMap[SeedSlot]:
+        """The slots by name, in the order in which they were asked for."""
+        return cast("SlotMap[SeedSlot]", super().slots)
 
     @property
     def epoch(self) -> int:

@@ -1,20 +1,28 @@
-"""What a slot writes down of itself beside the weights: plain data, read back with every doubt."""
+"""Record of a slot: everything but the weights as plain data, checked when it is read."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+import torch
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.plain_data import FORMAT_VERSION
+from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.verdicts import GateResult
 
+if TYPE_CHECKING:
+    from kasmina_core.slots.slot import SeedSlot
+
 _LARGEST_COUNT: Final = 1 << 63
+_NOTHING_MEASURED: Final = -1.0
 
 
 @final
@@ -58,6 +66,57 @@ class SlotRecord:
     look_is_counted: bool
     error_share: float
     host_losses: list[float] | None
+
+    @classmethod
+    def of(cls, slot: SeedSlot) -> SlotRecord:
+        """Return what a slot is now."""
+        notes = slot.notes
+        is_known = slot.device.type != "meta" and bool(slot.has_training_deviation)
+        return cls(
+            state=slot.state,
+            options=copy.deepcopy(slot.options),
+            schedule=slot.schedule,
+            germinations=slot.germinations,
+            gates=list(notes.answers.values()),
+            gains=list(notes.stage.gains),
+            evidence=cast("SeedEvidence | None", notes.evidence),
+            evidence_is_fresh=notes.epoch.evidence_is_fresh,
+            isolation_is_fresh=notes.epoch.isolation_is_fresh,
+            frozen_by_pause=list(notes.frozen_by_pause),
+            steps_since_isolation=notes.steps_since_isolation,
+            gradient_norms=notes.epoch.norms.record(),
+            incubations=notes.incubations,
+            deviation=float(slot.training_deviation) if is_known else _NOTHING_MEASURED,
+            looks=notes.stage.looks,
+            look_is_counted=notes.look_is_counted,
+            error_share=notes.error_share,
+            host_losses=notes.host_losses.tolist() if notes.host_losses is not None else None,
+        )
+
+    @property
+    def notes(self) -> SeedNotes:
+        """The slot's notes."""
+        return SeedNotes(
+            evidence=self.evidence,
+            host_losses=torch.tensor(self.host_losses) if self.host_losses is not None else None,
+            frozen_by_pause=self.frozen_by_pause,
+            error_share=self.error_share,
+            incubations=self.incubations,
+            steps_since_isolation=self.steps_since_isolation,
+            stage=StageNotes(self.gains, self.looks),
+            epoch=EpochNotes(
+                self.evidence_is_fresh,
+                self.isolation_is_fresh,
+                self.looks if self.look_is_counted else 0,
+                GradientNorms(*self.gradient_norms),
+            ),
+            answers={result.gate: result for result in self.gates if result.gate is not None},
+        )
+
+    @property
+    def has_deviation(self) -> bool:
+        """Whether the deviation was measured; NaN is one that was."""
+        return not self.deviation < 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the version of the format."""

@@ -34,7 +34,12 @@ class ModelBefore:
 
     def __init__(self, host: nn.Module, slots: Iterable[SeedSlot]) -> None:
         self._slots = [
-            (slot, dict(slot.__dict__), dict(slot._modules), slot.alpha, slot.training_deviation.clone())
+            (
+                slot,
+                dict(slot.__dict__),
+                dict(slot._modules),
+                [(b, b.clone()) for b in slot.buffers(recurse=False)],
+            )
             for slot in slots
         ]
         self._tensors = [(t, t.detach().clone()) for t in [*host.parameters(), *host.buffers()]]
@@ -72,11 +77,11 @@ class ModelBefore:
         for module, parameters, buffers in self._places:  # assign=True puts other tensors in their places
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for slot, attributes, modules, alpha, deviation in self._slots:
+        for slot, attributes, modules, own in self._slots:
             slot.__dict__.update(attributes)
             slot.__dict__["_modules"] = modules
-            slot.alpha_buffer.fill_(alpha)
-            slot.training_deviation.copy_(deviation)
+            for buffer, value in own:
+                buffer.copy_(value)
         while self._told:
             with suppress(Exception):  # what made the load fail is what the caller shall see
                 self._told.pop()()

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from kasmina_core.errors import DistributedError, GerminationError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.parallel.control import ControlGroup
 from kasmina_core.parallel.team import Team
 from kasmina_core.sharding import sharded_modules
-from kasmina_core.slots.slot import SeedSlot
 
 _T = TypeVar("_T", bound=Tensor)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # read by DistributedDataParallel when it is made

@@ -223,11 +223,11 @@ class Team:
             self._shard(seed)
 
     def _same_seed(self, what: str, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        entry = slot._blueprints().get(blueprint_id)
         structure = _structure(_tensors(seed))
-        judges = "".join(f", judged by {check.name}" for check in slot.pack_checks)
+        judges = "".join(f", judged by {check}" for check in slot.judge.joined)
         found = self._say(
-            what, (f"{entry.id} of {entry.origin}{judges}", structure, _checksum(_tensors(seed).values()))
+            what,
+            (f"{slot.maker.describe(blueprint_id)}{judges}", structure, _checksum(_tensors(seed).values())),
         )
         for told in ([origin for origin, _, _ in found], [text for _, text, _ in found]):
             if len(set(told)) > 1:

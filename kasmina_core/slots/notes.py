@@ -13,9 +13,8 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import whole_tensor
-from kasmina_core.verdicts import GateLevel, GateResult
+from kasmina_core.verdicts import Evidence, GateLevel, GateResult
 
 
 @final
@@ -125,7 +124,7 @@ class SeedNotes:
             changes what a gate looks at.
     """
 
-    evidence: SeedEvidence | None = None
+    evidence: Evidence | None = None
     host_losses: Tensor | None = None
     frozen_by_pause: list[str] = field(default_factory=list)
     error_share: float = 1.0

@@ -1,13 +1,207 @@
-"""What a slot asks of the model around it, and the commands on which the processes of a job agree."""
+"""What a slot asks of others: who makes seeds, who judges them, who examines them, and who takes part in a change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Protocol, TypeVar, final
+
+from torch import Tensor, nn
+
+from kasmina_core.events import TelemetryEvent
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.isolation import IsolationReading
+from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.topology import Topology
+from kasmina_core.verdicts import Evidence, GateLevel, GateResult
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
+
+
+@final
+@dataclass(slots=True)
+class Trial:
+    """A seed that was built, if it could be, and the findings for gate G0.
+
+    Attributes:
+        seed: The module in the slot's dtype and on its device; ``None`` if it could not be built or run.
+        findings: Whether each check held, and why, by name. A check that was not reached is not there.
+    """
+
+    seed: nn.Module | None = None
+    findings: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> str:
+        """The checks that did not hold, as text; empty if all held."""
+        return "; ".join(f"{name}: {text}" for name, (holds, text) in self.findings.items() if not holds)
+
+
+class SeedMaker(Protocol):
+    """Makes seeds from blueprints."""
+
+    def find(self, blueprint_id: str, topology: Topology) -> str:
+        """Return the full id of a blueprint.
+
+        Raises:
+            UnknownNameError: If nobody offers it.
+        """
+        ...
+
+    def describe(self, blueprint_id: str) -> str:
+        """Return the full id and the origin of a blueprint; processes that return the same text build the same."""
+        ...
+
+    def make(
+        self,
+        blueprint_id: str,
+        point: InjectionPoint,
+        options: Mapping[str, Any],
+        like: Tensor,
+        random_seed: int,
+        may_draw: bool,
+    ) -> Trial:
+        """Build a seed for a point and try it.
+
+        Args:
+            blueprint_id: Full id.
+            point: Where the seed will be.
+            options: Options of the blueprint.
+            like: An empty tensor with the shape of one sample's features, and the slot's dtype and device.
+            random_seed: From which the seed's weights are drawn.
+            may_draw: Whether its forward may draw from the global random numbers.
+
+        Raises:
+            UnknownNameError: If nobody offers the blueprint.
+        """
+        ...
+
+
+class Judge(Protocol):
+    """Judges a slot's seed at the gates."""
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Names of the checks that packs add to the configured gates."""
+        ...
+
+    def judge_trial(self, state: SeedState, trial: Trial) -> GateResult:
+        """Return the result of gate G0 for a seed that is not in its slot yet."""
+        ...
+
+    def judge(self, slot: SeedSlot, gate: GateLevel | int) -> GateResult:
+        """Return the result of a gate for the slot's seed."""
+        ...
+
+
+class Examiner(Protocol):
+    """Measures a slot's seed. What it cannot measure is ``None``, and a gate then answers "never measured"."""
+
+    def measure(self, slot: SeedSlot, host_losses: Tensor | None) -> tuple[Evidence, Tensor | None] | None:
+        """Measure the seed on held-out samples; return the losses without it too, where they can be kept.
+
+        ``host_losses`` are those of the host as blending began.
+        """
+        ...
+
+    def screen(self, slot: SeedSlot) -> object | None:
+        """Measure the first-order gain of the seed, for the judge."""
+        ...
+
+    def error_share(self, slot: SeedSlot) -> float:
+        """Return the part of the gates' error rate that the seed may spend, in (0, 1]."""
+        ...
+
+    def measure_isolation(self, slot: SeedSlot) -> IsolationReading | None:
+        """Measure the gradient that the seed sends into the host."""
+        ...
+
+
+class Council(Protocol):
+    """Takes part in a slot's changes: the model around it, and the other processes of a job."""
+
+    def emit(self, event: TelemetryEvent) -> None:
+        """Take an event."""
+        ...
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        """Carry out a command of the slot as the processes of a job agree."""
+        ...
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        """Return whether something holds in every process of a job."""
+        ...
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        """Return the largest value of all processes of a job; NaN if one is."""
+        ...
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        """Called before a stage change; may raise to prevent it."""
+        ...
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Called before anybody holds the parameters of a new seed; may replace them, or raise to prevent it."""
+        ...
+
+    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Called with new parameters while the seed is in its slot; may raise to prevent it."""
+        ...
+
+    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        """Called with parameters that are gone."""
+        ...
+
+
+class SlotOwner(Examiner, Council, Protocol):
+    """The model around a slot, as the slot sees it."""
+
+
+@final
+class Unowned:
+    """The owner of a slot outside of a model: it measures nothing and prevents nothing."""
+
+    def measure(self, slot: SeedSlot, host_losses: Tensor | None) -> None:
+        return None
+
+    def screen(self, slot: SeedSlot) -> None:
+        return None
+
+    def error_share(self, slot: SeedSlot) -> float:
+        return slot.notes.error_share
+
+    def measure_isolation(self, slot: SeedSlot) -> None:
+        return None
+
+    def emit(self, event: TelemetryEvent) -> None:
+        pass
+
+    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        return holds
+
+    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        return value
+
+    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
+        pass
+
+    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        pass
+
+    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        pass
+
+    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
+        pass
+
+
+UNOWNED: Final = Unowned()
 
 _Slot = TypeVar("_Slot", bound="SeedSlot")
 _Result = TypeVar("_Result")
@@ -20,12 +214,10 @@ def shared_command(
 
     @wraps(method)
     def agreed(self: _Slot, *args: Any, **kwargs: Any) -> _Result:
-        if self._owner is None:
-            return method(self, *args, **kwargs)
         name = method.__name__
         # An epoch's metric is each process's own; it is reduced by the model.
         given = [] if name == "step_epoch" else [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
-        with self._owner.command(self, f"{name}({', '.join([repr(self.name), *given])})"):
+        with self.owner.command(self, f"{name}({', '.join([repr(self.name), *given])})"):
             return method(self, *args, **kwargs)
 
     return agreed

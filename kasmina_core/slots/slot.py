@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kasmina_core.blending import AlphaSchedule, blend_with_isolation, like_host
-from kasmina_core.blueprints.catalogue import BlueprintRegistry
-from kasmina_core.blueprints.germination import Trial, try_seed
-from kasmina_core.errors import (
-    CheckpointError,
-    GerminationError,
-    SeedShapeError,
-    TransitionError,
-)
+from kasmina_core.blending import AlphaSchedule
+from kasmina_core.errors import GerminationError, TransitionError
 from kasmina_core.events import (
     EXPLODING_GRADIENT,
     VANISHING_GRADIENT,
@@ -36,183 +28,64 @@ from kasmina_core.events import (
     StageChanged,
     TelemetryEvent,
 )
-from kasmina_core.gates.checks import GateContext
-from kasmina_core.gates.paired import SeedEvidence
-from kasmina_core.gates.sequential import Look, PairedGain
-from kasmina_core.growth.config import GrowthConfig, Incubation, RampUnit
-from kasmina_core.growth.record import SlotRecord
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.isolation import (
-    IsolationReading,
-    bounded_straight_through,
-    note_largest,
-    relative_deviation,
-)
-from kasmina_core.lifecycle import (
-    VALID_TRANSITIONS,
-    SeedStage,
-    SeedState,
-    is_active_stage,
-    is_failure_stage,
-)
-from kasmina_core.plain_data import from_bytes, to_bytes
-from kasmina_core.quiet import derived_seed, kept_buffers, kept_modes
+from kasmina_core.isolation import IsolationReading
+from kasmina_core.lifecycle import VALID_TRANSITIONS, SeedStage, SeedState, is_active_stage, is_failure_stage
+from kasmina_core.quiet import derived_seed
 from kasmina_core.records import is_plain
 from kasmina_core.sharding import local_part
-from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
-from kasmina_core.slots.owner import shared_command
-from kasmina_core.topology import Topology
-from kasmina_core.verdicts import GATE_INTO, CheckVerdict, GateCheck, GateLevel, GateResult
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kasmina_core.gates.checks import GateCheckSpec
+from kasmina_core.slots.forward import ForwardMode, Slot
+from kasmina_core.slots.notes import SeedNotes
+from kasmina_core.slots.owner import UNOWNED, Judge, SeedMaker, SlotOwner, Trial, shared_command
+from kasmina_core.slots.settings import Incubation, RampUnit, SlotSettings
+from kasmina_core.verdicts import GATE_INTO, CheckVerdict, Evidence, GateCheck, GateLevel, GateResult
 
 
-@final
-class ForwardMode(IntEnum):
-    """What a slot's forward does; a plain int of these is assigned at each transition."""
+class SeedSlot(Slot):
+    """A slot whose seed lives through the stages.
 
-    PASS = 0
-    STRAIGHT_THROUGH = 1
-    BLEND_DETACHED = 2
-    BLEND = 3
-    SEED = 4
-    REPLACE = 5
-    MEASURE = 6
-
-
-_PASS: Final = int(ForwardMode.PASS)
-_STRAIGHT_THROUGH: Final = int(ForwardMode.STRAIGHT_THROUGH)
-_BLEND_DETACHED: Final = int(ForwardMode.BLEND_DETACHED)
-_BLEND: Final = int(ForwardMode.BLEND)
-_SEED: Final = int(ForwardMode.SEED)
-_REPLACE: Final = int(ForwardMode.REPLACE)
-
-_NOTHING_MEASURED: Final = -1.0
-
-
-class SlotOwner(Protocol):
-    """What a slot asks of the model around it."""
-
-    def emit(self, event: TelemetryEvent) -> None:
-        """Take an event."""
-        ...
-
-    def measure(
-        self, slot: SeedSlot, host_losses: Tensor | None
-    ) -> tuple[SeedEvidence, Tensor | None] | None:
-        """Measure the slot's seed on held-out samples; return the losses without it too, where they can be kept.
-
-        ``host_losses`` are those of the host as blending began.
-        """
-        ...
-
-    def screen(self, slot: SeedSlot) -> PairedGain | None:
-        """Measure the first-order gain of the slot's seed."""
-        ...
-
-    def error_share(self, slot: SeedSlot) -> float:
-        """Return the part of the gates' error rate that the slot's seed may spend."""
-        ...
-
-    def measure_isolation(self, slot: SeedSlot) -> IsolationReading:
-        """Measure what the slot's seed leaks into the host."""
-        ...
-
-    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
-        """Carry out a command of the slot as the processes of a job agree."""
-        ...
-
-    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
-        """Return whether something holds in every process of a job."""
-        ...
-
-    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
-        ...
-
-    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
-        """Return the largest of a number in every process of a job; NaN if one is."""
-        ...
-
-    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
-        """Hear of a stage change before it happens; may raise to prevent it."""
-        ...
-
-    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        """Hear of new parameters; the seed is in its slot meanwhile. May raise to prevent it."""
-        ...
-
-    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        """Hear of parameters that are gone."""
-        ...
-
-
-class SeedSlot(nn.Module):
-    """Holds at most one seed at an injection point.
-
-    ``forward`` reads one integer, ``mode``, and one 0-d buffer, ``alpha_buffer``; both change only at transitions and
-    ramp steps. The buffer has the host's dtype and device, so ``model.to(...)`` moves slot and seed like any module.
+    Commands change the stage through one transition; the stage says in which mode the slot computes. What a slot cannot
+    know by itself it asks of others: ``maker`` makes seeds, ``judge`` judges them at the gates, ``owner`` measures them
+    and takes part in changes.
 
     Args:
         point: Where the slot is.
         shape: Shape of the features seen there; its batch size is ignored.
         config: How seeds are treated.
-        registry: Where blueprints come from; ``None`` for the installed packs.
+        maker: Makes seeds.
+        judge: Judges them.
         dtype: Floating dtype of the host at this point.
         device: Device of the host at this point.
 
     Attributes:
-        seed: The seed's module, or ``None``.
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
-        mode: The present `ForwardMode`, as an int.
+        notes: What was measured and counted of the seed.
+        owner: The model around the slot; replaced by it.
     """
-
-    alpha_buffer: Tensor
-    deviation: Tensor
-    training_deviation: Tensor
 
     def __init__(
         self,
         point: InjectionPoint,
         shape: tuple[int, ...],
-        config: GrowthConfig | None = None,
-        registry: BlueprintRegistry | None = None,
+        config: SlotSettings,
+        maker: SeedMaker,
+        judge: Judge,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
-        if len(shape) != point.topology.ndim or shape[point.topology.feature_dim] != point.dim:
-            raise SeedShapeError(
-                (1, point.dim, 1, 1) if point.topology is Topology.CNN else (1, 1, point.dim), shape
-            )
-        self.point = point
-        self.shape = tuple(shape)
-        self.config = config or GrowthConfig()
-        self.seed: nn.Module | None = None
+        super().__init__(point, shape, config.max_deviation, dtype=dtype, device=device)
+        self.config = config
+        self.maker = maker
+        self.judge = judge
+        self.owner: SlotOwner = UNOWNED
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
         self.germinations = 0
-        self.mode: int = _PASS
-        self.register_buffer("alpha_buffer", torch.zeros((), dtype=dtype, device=device), persistent=False)
-        for name in ("deviation", "training_deviation"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
-        self._owner: SlotOwner | None = None
-        self._registry = registry
-        self._override: int | None = None
         self.notes = SeedNotes()
-        self.training_deviation.fill_(_NOTHING_MEASURED)
 
     # -- what one may ask ------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """Name of the slot: its injection point's."""
-        return self.point.name
 
     @property
     def stage(self) -> SeedStage:
@@ -230,17 +103,12 @@ class SeedSlot(nn.Module):
         return self.seed is not None and is_active_stage(self.stage)
 
     @property
-    def device(self) -> torch.device:
-        """Device of the slot."""
-        return self.alpha_buffer.device
-
-    @property
     def active_seed_params(self) -> int:
         """Number of parameters of the seed, if it is active; else 0."""
         return sum(p.numel() for p in self.seed_parameters()) if self.is_active else 0
 
     @property
-    def last_evidence(self) -> SeedEvidence | None:
+    def last_evidence(self) -> Evidence | None:
         """The seed's evidence as last measured, or ``None``."""
         return self.notes.evidence
 
@@ -249,77 +117,9 @@ class SeedSlot(nn.Module):
         """The gate result of this epoch, the latest if there are several."""
         return next(reversed(self.notes.answers.values()), None)
 
-    def seed_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the seed, each once; empty if there is no seed."""
-        return list(self.seed.parameters()) if self.seed is not None else []
-
-    def random_features(self) -> Tensor:
-        """Return one sample of random features for this slot, from the current generator: standard normal."""
-        return torch.randn((1, *self.shape[1:])).to(self.device, self.alpha_buffer.dtype)
-
     def extra_repr(self) -> str:
         """Show the point and the stage."""
         return f"{self.name}, {self.point.topology.value}, width {self.point.dim}, {self.stage.name}"
-
-    # -- forward ---------------------------------------------------------------------------------------------------
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features with what the seed does to them in its present stage.
-
-        Args:
-            features: The host's, ``(b, c, h, w)`` or ``(b, t, d)``.
-
-        Raises:
-            SeedShapeError: If the seed returns another shape.
-        """
-        mode = self.mode
-        if mode == _PASS:
-            return features
-        seed = cast("nn.Module", self.seed)
-        if mode == _SEED:
-            return like_host(seed(features), features)
-        if mode == _STRAIGHT_THROUGH:
-            output = seed(features.detach())
-            learned = bounded_straight_through(features, output, self.config.max_deviation)
-            note_largest(self.training_deviation, relative_deviation(features, output))
-            return learned
-        if mode == _BLEND_DETACHED:
-            return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
-        if mode == _BLEND:
-            return blend_with_isolation(features, seed(features), self.alpha_buffer)
-        apart = features.detach()
-        replaced = like_host(seed(apart), apart)
-        found = relative_deviation(apart, replaced)
-        if mode == _REPLACE:
-            note_largest(self.training_deviation, found)
-        elif torch.compiler.is_compiling():
-            # Nothing but what a graph writes tells afterwards that this ran in one: the sign does.
-            self.deviation.copy_(-torch.maximum(self.deviation.abs(), found))
-        else:
-            note_largest(self.deviation, found)
-        return replaced
-
-    def isolated_forward(self, features: Tensor) -> Tensor:
-        """Compute what TRAINING's straight-through forward computes, whatever the present mode; buffers are kept.
-
-        Raises:
-            TransitionError: If there is no seed.
-        """
-        if self.seed is None:
-            raise TransitionError(f"Slot '{self.name}' holds no seed.")
-        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
-            self.seed.eval()
-            return self.forward(features)
-
-    @property
-    def is_forced(self) -> bool:
-        """Whether somebody runs the slot in another forward mode than its stage's."""
-        return self._override is not None
-
-    @property
-    def was_compiled(self) -> bool:
-        """Whether the last measurement ran in a compiled graph."""
-        return bool(torch.signbit(self.deviation))
 
     @property
     def blending_mode(self) -> ForwardMode:
@@ -327,58 +127,20 @@ class SeedSlot(nn.Module):
         is_detached = self.config.gradient_policies[self.point.topology].detach_input_in_blending
         return ForwardMode.BLEND_DETACHED if is_detached else ForwardMode.BLEND
 
-    @contextmanager
-    def blend_weight(self, alpha: float) -> Iterator[None]:
-        """Run the block with another blend weight for the forward modes that blend."""
-        before = self.alpha_buffer.clone()
-        self.alpha_buffer.fill_(alpha)
-        try:
-            yield
-        finally:
-            self.alpha_buffer.copy_(before)
+    @property
+    def natural_mode(self) -> ForwardMode:
+        """The forward mode of the present stage.
 
-    @contextmanager
-    def forced(self, mode: ForwardMode) -> Iterator[None]:
-        """Run the block in another forward mode; without a seed nothing changes."""
-        before = self._override
-        self._override = int(mode)
-        self._refresh_mode()
-        try:
-            yield
-        finally:
-            self._override = before
-            self._refresh_mode()
-
-    def train(self, mode: bool = True) -> SeedSlot:
-        """Set training mode. In eval mode a seed in TRAINING does not run: its output would be the host's anyway."""
-        super().train(mode)
-        self._refresh_mode()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedSlot:
-        was_meta = self.alpha_buffer.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
-        # No file holds these buffers: `to_empty` leaves noise in them, and a way through bf16 a rounded alpha.
-        self.alpha_buffer.fill_(self.alpha)
-        if was_meta and not self.alpha_buffer.is_meta:
-            self.deviation.zero_()
-            self.training_deviation.fill_(_NOTHING_MEASURED)
-        return self
-
-    def _refresh_mode(self) -> None:
-        self.mode = self._natural_mode() if self._override is None or self.seed is None else self._override
-
-    def _natural_mode(self) -> int:
-        stage, config = self.stage, self.config
-        if self.seed is None or not is_active_stage(stage):
-            return _PASS
+        In eval mode a seed in TRAINING does not run: the output would be the host's anyway.
+        """
+        if self.seed is None or not is_active_stage(self.stage):
+            return ForwardMode.PASS
         if self.is_apart:
             # lerp at alpha 0 is NaN where the seed is infinite, so alpha 0 goes on as TRAINING does.
             learns = self.training and self.is_incubating
-            return _STRAIGHT_THROUGH if learns and config.incubation is Incubation.STRAIGHT_THROUGH else _PASS
-        if stage is SeedStage.BLENDING:
-            return int(self.blending_mode)
-        return _SEED
+            is_in_place = self.config.incubation is Incubation.STRAIGHT_THROUGH
+            return ForwardMode.STRAIGHT_THROUGH if learns and is_in_place else ForwardMode.PASS
+        return self.blending_mode if self.stage is SeedStage.BLENDING else ForwardMode.SEED
 
     @property
     def is_incubating(self) -> bool:
@@ -430,16 +192,15 @@ class SeedSlot(nn.Module):
                 f"Options of a seed must be plain data (numbers, text, booleans, lists, mappings), not {options!r}: "
                 "they are written to checkpoints."
             )
-        entry = self._blueprints().get(blueprint_id, self.point.topology)
+        found = self.maker.find(blueprint_id, self.point.topology)
         number = self.germinations + 1
-        state = SeedState(seed_id or f"{self.name}-{number}", entry.id, self.name)
+        state = SeedState(seed_id or f"{self.name}-{number}", found, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
-        trial = self._try_seed(entry.id, options, number, SeedStage.GERMINATED)
-        context = GateContext(state, germination=trial.findings)
-        result = self.config.gates.check(GateLevel.G0, context, self.pack_checks)
+        trial = self._make_seed(found, options, number, SeedStage.GERMINATED)
+        result = self.judge.judge_trial(state, trial)
         if not result.passed or trial.seed is None:
             raise GerminationError(
-                f"'{entry.id}' cannot germinate in slot '{self.name}' "
+                f"'{found}' cannot germinate in slot '{self.name}' "
                 f"({self.point.topology.value}, width {self.point.dim}).\n  {result}",
                 result,
             )
@@ -450,10 +211,10 @@ class SeedSlot(nn.Module):
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
         self._begin_notes()
         self._emit(
-            SeedGerminated, blueprint_id=entry.id, parameters=sum(p.numel() for p in self.seed_parameters())
+            SeedGerminated, blueprint_id=found, parameters=sum(p.numel() for p in self.seed_parameters())
         )
-        if self.pack_checks:
-            self._emit(GateChecksJoined, checks=tuple(check.name for check in self.pack_checks))
+        if joined := self.judge.joined:
+            self._emit(GateChecksJoined, checks=joined)
         self._emit_gate(result)
         self._transition(SeedStage.GERMINATED)
         return state
@@ -503,25 +264,14 @@ class SeedSlot(nn.Module):
         Raises:
             TransitionError: If there is no seed.
         """
-        state = self._require_seed("check a gate")
+        self._require_seed("check a gate")
         known = self.notes.answers.get(cast("GateLevel", gate))
         if known is not None:
             return known
         if gate in (GateLevel.G2, GateLevel.G5):
             self.check_isolation()
             self.check_deviation()
-        result = self.config.gates.check(
-            gate,
-            GateContext(
-                state,
-                self.measure,
-                self.notes.stage.gains,
-                parameters_finite=self._parameters_are_finite,
-                look=lambda: Look(self.notes.take_look(), self.notes.error_share),
-                screen=lambda: self._owner.screen(self) if self._owner is not None else None,
-            ),
-            self.pack_checks,
-        )
+        result = self.judge.judge(self, gate)
         if result.gate is not None:
             self.notes.answers[result.gate] = result
         self._emit_gate(result)
@@ -593,11 +343,13 @@ class SeedSlot(nn.Module):
 
     def _measure_isolation(self) -> IsolationReading | None:
         state = self.state
-        if state is None or state.stage is not SeedStage.TRAINING or self._owner is None:
+        if state is None or state.stage is not SeedStage.TRAINING:
+            return None
+        reading = self.owner.measure_isolation(self)
+        if reading is None:
             return None
         self.notes.epoch.isolation_is_fresh = True
         self.notes.steps_since_isolation = 0
-        reading = self._owner.measure_isolation(self)
         if reading.is_violation:
             state.metrics.isolation_violations += 1
             self._emit(
@@ -617,12 +369,11 @@ class SeedSlot(nn.Module):
         state = self.state
         if state is None or state.stage is not SeedStage.TRAINING or state.is_paused:
             return None
-        deviation = float(self.training_deviation)
-        if self._owner is not None:
-            deviation = self._owner.largest(self, "deviation", deviation)
-        if deviation == _NOTHING_MEASURED:
+        own = float(self.training_deviation) if self.has_training_deviation else -math.inf
+        deviation = self.owner.largest(self, "deviation", own)
+        if deviation == -math.inf:  # in no process
             return None
-        self.training_deviation.fill_(_NOTHING_MEASURED)
+        self.forget_training_deviation()
         state.metrics.deviation = deviation
         limit = self.config.max_incubation_deviation
         if not (math.isfinite(deviation) and deviation <= limit):
@@ -669,8 +420,7 @@ class SeedSlot(nn.Module):
             reverted=lost_epochs is not None,
             lost_epochs=lost_epochs or 0,
         )
-        if self._owner is not None:
-            self._owner.seed_removed(self, parameters)
+        self.owner.seed_removed(self, parameters)
 
     @shared_command
     def set_alpha(self, alpha: float) -> None:
@@ -712,7 +462,7 @@ class SeedSlot(nn.Module):
         self._freeze([name for name, p in self.seed.named_parameters() if p.requires_grad])
         state.is_paused = True
         self.notes.answers = {}
-        self._refresh_mode()
+        self.refresh_mode()
 
     @shared_command
     def resume(self) -> None:
@@ -731,7 +481,7 @@ class SeedSlot(nn.Module):
         self.notes.frozen_by_pause = []
         state.is_paused = state.is_stopped = False
         self.notes.answers = {}
-        self._refresh_mode()
+        self.refresh_mode()
 
     # -- the one way a stage changes -------------------------------------------------------------------------------
 
@@ -739,12 +489,11 @@ class SeedSlot(nn.Module):
         """Move to ``target``; every stage change comes through here. What can refuse comes before `move_to`."""
         state = self._require_seed("move")
         before = state.stage
-        if self._owner is not None:
-            self._owner.before_move(self, target)
+        self.owner.before_move(self, target)
         state.move_to(target)
         self.notes.begin_stage()
-        if target in (SeedStage.GERMINATED, SeedStage.TRAINING) and self._owner is not None:
-            self.notes.error_share = self._owner.error_share(self)
+        if target in (SeedStage.GERMINATED, SeedStage.TRAINING):
+            self.notes.error_share = self.owner.error_share(self)
         if target is SeedStage.BLENDING:
             self.schedule = self.config.make_schedule()
             state.metrics.blending_steps_done = 0
@@ -757,7 +506,7 @@ class SeedSlot(nn.Module):
             self.options = {}
             self._assign_alpha(0.0)
             self._begin_notes()
-        self._refresh_mode()
+        self.refresh_mode()
         self._emit(StageChanged, before=before.name, after=target.name)
         if target is SeedStage.FOSSILIZED:
             self._emit(
@@ -780,7 +529,7 @@ class SeedSlot(nn.Module):
     def _set_alpha(self, alpha: float, step: int) -> None:
         cast("SeedState", self.state).metrics.blending_steps_done = step
         self._assign_alpha(alpha)
-        self._refresh_mode()
+        self.refresh_mode()
         self._emit(AlphaChanged, alpha=alpha, progress=cast("SeedState", self.state).metrics.ramp_progress)
 
     def _assign_alpha(self, alpha: float) -> None:
@@ -801,9 +550,8 @@ class SeedSlot(nn.Module):
         before = self.state, self.seed
         self.state, self.seed = state, seed
         try:
-            if self._owner is not None:
-                self._owner.seed_made(self, seed, state.blueprint_id)
-                self._owner.seed_added(self, list(seed.parameters()))
+            self.owner.seed_made(self, seed, state.blueprint_id)
+            self.owner.seed_added(self, list(seed.parameters()))
         finally:
             self.state, self.seed = before
 
@@ -817,29 +565,17 @@ class SeedSlot(nn.Module):
     def _cooldown(self, stage: SeedStage) -> int:
         return self.config.embargo_epochs if stage is SeedStage.EMBARGOED else 1
 
-    def _blueprints(self) -> BlueprintRegistry:
-        if self._registry is not None:
-            return self._registry
-        from kasmina_core.packs.discovery import (
-            default_registry,
-        )  # packs are loaded when a blueprint is first asked for
-
-        return default_registry().blueprints
-
-    @property
-    def pack_checks(self) -> Sequence[GateCheckSpec]:
-        """The gate checks of packs that judge the seed besides the configured ones."""
-        return list(self._blueprints().gate_checks.values()) if self.config.pack_gate_checks else []
-
-    def _try_seed(
+    def _make_seed(
         self, blueprint_id: str, options: Mapping[str, Any], number: int, stage: SeedStage
     ) -> Trial:
-        apart = self.config.incubation is Incubation.COUNTERFACTUAL or stage > SeedStage.TRAINING
+        # In straight-through TRAINING the seed runs in the host's own pass, where it must not draw random numbers.
+        is_learning_in_place = stage in (SeedStage.GERMINATED, SeedStage.TRAINING)
+        may_draw = self.config.incubation is Incubation.COUNTERFACTUAL or not is_learning_in_place
         like = self.alpha_buffer.new_empty((1, *self.shape[1:]))
         random_seed = derived_seed(self.config.seed, self.name, number)
-        return try_seed(self._blueprints(), blueprint_id, self.point, options, like, random_seed, apart)
+        return self.maker.make(blueprint_id, self.point, options, like, random_seed, may_draw)
 
-    def measure(self) -> SeedEvidence | None:
+    def measure(self) -> Evidence | None:
         """Return the seed's evidence of this epoch, measuring it if nobody has yet.
 
         Returns:
@@ -847,10 +583,10 @@ class SeedSlot(nn.Module):
         """
         if self.notes.epoch.evidence_is_fresh:
             return self.notes.evidence
-        if self._owner is None or not self.is_active:
+        if not self.is_active:
             return None
         is_blending = self.stage is not SeedStage.TRAINING
-        measured = self._owner.measure(self, self.notes.host_losses if is_blending else None)
+        measured = self.owner.measure(self, self.notes.host_losses if is_blending else None)
         if measured is None:
             return None
         evidence, host_losses = measured
@@ -865,11 +601,10 @@ class SeedSlot(nn.Module):
         """Forget what the host's losses were as blending began: they are those of other samples."""
         self.notes.host_losses = None
 
-    def _parameters_are_finite(self) -> bool:
+    def parameters_are_finite(self) -> bool:
+        """Return whether every parameter of the seed is finite in every process of a job."""
         finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
-        if self._owner is None:
-            return finite
-        return self._owner.everywhere(self, "finite parameters", finite)
+        return self.owner.everywhere(self, "finite parameters", finite)
 
     def _collect_gradient_norms(self) -> None:
         norms = self.notes.epoch.norms
@@ -880,7 +615,7 @@ class SeedSlot(nn.Module):
     def _begin_notes(self) -> None:
         # A new object, not a cleared one: a load that fails puts the old one back.
         self.notes = SeedNotes()
-        self.training_deviation.fill_(_NOTHING_MEASURED)
+        self.forget_training_deviation()
 
     def _freeze(self, names: list[str]) -> None:
         named = dict(cast("nn.Module", self.seed).named_parameters())
@@ -890,8 +625,8 @@ class SeedSlot(nn.Module):
         self.notes.frozen_by_pause = names
 
     def _emit(self, kind: Callable[..., TelemetryEvent], **details: Any) -> None:
-        if self._owner is not None and self.state is not None:
-            self._owner.emit(kind(slot=self.name, seed_id=self.state.seed_id, **details))
+        if self.state is not None:
+            self.owner.emit(kind(slot=self.name, seed_id=self.state.seed_id, **details))
 
     def _emit_gate(self, result: GateResult) -> None:
         self._emit(
@@ -928,137 +663,22 @@ class SeedSlot(nn.Module):
             is_exploding=exploding,
         )
 
-    # -- persistence -----------------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""
-        notes = self.notes
-        return SlotRecord(
-            state=self.state,
-            options=copy.deepcopy(self.options),
-            schedule=self.schedule,
-            germinations=self.germinations,
-            gates=list(notes.answers.values()),
-            gains=list(notes.stage.gains),
-            evidence=notes.evidence,
-            evidence_is_fresh=notes.epoch.evidence_is_fresh,
-            isolation_is_fresh=notes.epoch.isolation_is_fresh,
-            frozen_by_pause=list(notes.frozen_by_pause),
-            steps_since_isolation=notes.steps_since_isolation,
-            gradient_norms=notes.epoch.norms.record(),
-            incubations=notes.incubations,
-            deviation=_NOTHING_MEASURED if self.device.type == "meta" else float(self.training_deviation),
-            looks=notes.stage.looks,
-            look_is_counted=notes.look_is_counted,
-            error_share=notes.error_share,
-            host_losses=notes.host_losses.tolist() if notes.host_losses is not None else None,
-        ).to_dict()
-
-    def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
-        """Rebuild the seed and its place in life from `get_extra_state`; its weights are loaded after that.
-
-        Args:
-            state: What `get_extra_state` returned, or the tensor that the ``state_dict`` holds of it.
-
-        Raises:
-            CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
-            UnknownNameError: If nobody offers the blueprint.
-        """
-        data = (
-            from_bytes(state, f"The saved state of slot '{self.name}'")
-            if isinstance(state, Tensor)
-            else state
-        )
-        record = SlotRecord.from_dict(data, self.name)
-        saved, seed = record.state, None
-        if saved is not None and not is_failure_stage(saved.stage):
-            trial = self._try_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
-            if trial.seed is None or trial.faults:
-                raise CheckpointError(
-                    f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
-                )
-            seed = trial.seed.train(self.training)
-            known = dict(seed.named_parameters())
-            if unknown := [name for name in record.frozen_by_pause if name not in known]:
-                raise CheckpointError(
-                    f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
-                    f"{', '.join(unknown)}."
-                )
-            self._announce(saved, seed)
-        self._clear()
-        self.germinations = record.germinations
-        if saved is None:
-            return
-        self.state, self.seed, self.schedule = saved, seed, record.schedule
-        self.options = record.options
-        self.notes = SeedNotes(
-            evidence=record.evidence,
-            host_losses=torch.tensor(record.host_losses) if record.host_losses is not None else None,
-            frozen_by_pause=record.frozen_by_pause,
-            error_share=record.error_share,
-            incubations=record.incubations,
-            steps_since_isolation=record.steps_since_isolation,
-            stage=StageNotes(record.gains, record.looks),
-            epoch=EpochNotes(
-                record.evidence_is_fresh,
-                record.isolation_is_fresh,
-                record.looks if record.look_is_counted else 0,
-                GradientNorms(*record.gradient_norms),
-            ),
-            answers={result.gate: result for result in record.gates if result.gate is not None},
-        )
-        self.training_deviation.fill_(record.deviation)
-        self.alpha_buffer.fill_(saved.metrics.alpha)
-        if seed is not None and saved.is_paused:
-            self._freeze(record.frozen_by_pause)
-        self._refresh_mode()
-
-    def _clear(self) -> None:
-        if self.seed is not None and self._owner is not None:
-            self._owner.seed_removed(self, self.seed_parameters())
+    def clear(self) -> None:
+        """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""
+        if self.seed is not None:
+            self.owner.seed_removed(self, self.seed_parameters())
         self.seed, self.state, self.schedule, self.options = None, None, None, {}
         self._begin_notes()
         self.alpha_buffer.zero_()
-        self._refresh_mode()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        key = prefix + "_extra_state"
-        record = destination.pop(key)
-        if self.state is not None:  # safetensors and distributed checkpoints take tensors alone
-            destination[key] = to_bytes(record, f"The state of slot '{self.name}'")
-        else:  # an empty slot leaves no key: the model then saves like its bare host
-            # Its next seed shall be another one than the last, also after a load.
-            metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
-            if metadata is not None:
-                metadata["germinations"] = self.germinations
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "_extra_state"
-        if key not in state_dict:
-            empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
-            state_dict = {**state_dict, key: self.get_extra_state() | empty}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self.refresh_mode()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_owner": None, "_registry": None}
+        return self.__dict__ | {"owner": UNOWNED}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeedSlot:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]  # torch
-        twin._registry = self._registry
         return twin
 
 

@@ -18,7 +18,7 @@ from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.testing.comparing import (
     Run,
     all_tensors,

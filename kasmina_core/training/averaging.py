@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from kasmina_core.errors import HostError, MisuseWarning
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.growth.watching.living import living
 from kasmina_core.hosts import SlotHook
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.slots.slot import SeedSlot
 
 Pairs = list[tuple[Tensor, Tensor]]
 AverageOne = Callable[[Tensor, Tensor, Tensor | int], Tensor]
@@ -142,7 +142,7 @@ class GrowingAveragedModel(AveragedModel):
                 twin.state, twin.schedule = copy.deepcopy(slot.state), slot.schedule
                 twin.options, twin.germinations = copy.deepcopy(slot.options), slot.germinations
                 twin.alpha_buffer.copy_(slot.alpha_buffer)
-                twin._refresh_mode()
+                twin.refresh_mode()
 
 
 def pairs_by_position(average: object, model: MorphogeneticModel) -> bool:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.lifecycle import SeedStage
-from kasmina_core.slots.slot import SeedSlot
 
 SeedSchedule = Callable[[int], float]
 """Returns the share of its base learning rate that a seed has after so many steps, at least 0."""

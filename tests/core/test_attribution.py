@@ -21,7 +21,7 @@ from numeric_helpers import (
 from torch import Tensor
 
 from kasmina_core import GateThresholds, MorphogeneticModel, PairedGain, QualityGates, SeedStage
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 X = images(40, seed=41)
 Y = (X.mean((1, 2, 3)) > 0).long()
@@ -45,13 +45,13 @@ def value(model: MorphogeneticModel, inside: set[str], names: tuple[str, ...]) -
     try:
         for name in names:
             model.slots[name]._override = int(ForwardMode.MEASURE if name in inside else ForwardMode.PASS)
-            model.slots[name]._refresh_mode()
+            model.slots[name].refresh_mode()
         with torch.no_grad():
             return -losses(model.eval()).double()
     finally:
         for name, mode in modes.items():
             model.slots[name]._override = mode
-            model.slots[name]._refresh_mode()
+            model.slots[name].refresh_mode()
         model.train()
 
 

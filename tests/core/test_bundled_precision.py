@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kasmina_core import GrowthConfig, HostError, MorphogeneticModel, SeedStage, tie_optimizer
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 every_stage = pytest.mark.parametrize("stage", ACTIVE_STAGES, ids=lambda s: s.name)
 every_host = pytest.mark.parametrize("kind", ["cnn", "transformer"])

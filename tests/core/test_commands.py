@@ -54,7 +54,7 @@ from kasmina_core import (
     tie_optimizer,
 )
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 S = SeedStage
 LIVING = WAY[:-1]

@@ -36,8 +36,8 @@ from kasmina_core import (
     export_model,
     tie_optimizer,
 )
+from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import SlotHook
-from kasmina_core.slots.slot import SeedSlot
 
 EXAMPLE = torch.zeros(2, 1, 5, 5)
 

@@ -278,7 +278,7 @@ def test_copies_do_not_take_along_evaluators_sinks_and_optimisers() -> None:
         twin = copied(model)
         assert twin.measure("norm") is None
         place = grow_to(twin, "norm", SeedStage.DORMANT)
-        place._registry = registry()
+        place.maker.registry = registry()
         twin.germinate("norm", "conv")
     assert events == []
     assert ledger.calls == 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kasmina_core import GrowthConfig, MorphogeneticModel, SeedStage
 from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 
 X, Y = images(9, seed=21), labels(9, seed=22)
 

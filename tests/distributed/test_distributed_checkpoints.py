@@ -292,7 +292,7 @@ def test_other_host_or_lack_of_a_blueprint_changes_nothing(folder: Path) -> None
     seeds = registry()
     seeds.unregister("tiny:mlp")
     for slot in poor.slots.values():
-        slot._registry = seeds
+        slot.maker.registry = seeds
     with pytest.raises(CheckpointError, match="blueprint: tiny:mlp"):
         load_distributed(folder / "one", poor)
     deep = causal_model(type(causal_host())(layers=3))

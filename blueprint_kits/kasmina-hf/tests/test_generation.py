@@ -10,7 +10,7 @@ import pytest
 import torch
 from hf_cases import CASES, Case
 from kasmina_core import HostError, MorphogeneticModel, SeedStage, default_registry
-from kasmina_core.slots.slot import ForwardMode
+from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.testing.lives import bring_to, open_config
 from torch import Tensor, nn
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Final, final
 
+from kasmina_core.growth import slot as growth
 from kasmina_core.lifecycle import SeedStage, is_active_stage
 from kasmina_core.slots.slot import SeedSlot
 
@@ -17,7 +18,7 @@ _GRAPHS_OF_A_MEASUREMENT: Final = 2
 """With the seed and without it."""
 
 _DYNAMO: Final = "torch._dynamo"
-_TYPE_OF_A_SLOT: Final = str(SeedSlot)
+_TYPE_OF_A_SLOT: Final = str(growth.SeedSlot)
 """What the guards of a frame name if it looks at a slot, whoever's function the frame is."""
 
 

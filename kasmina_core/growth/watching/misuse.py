@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates.thresholds import GateProfile
-from kasmina_core.growth.config import Incubation
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.sharding import local_part
+from kasmina_core.slots.settings import Incubation
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.verdicts import GateResult
 

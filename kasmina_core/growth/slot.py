@@ -1,0 +1,235 @@
+"""The slot as users get it: default settings, seeds from packs, and a record in the ``state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor
+
+from kasmina_core.blueprints.catalogue import BlueprintRegistry
+from kasmina_core.blueprints.germination import try_seed
+from kasmina_core.errors import CheckpointError
+from kasmina_core.gates.checks import GateCheckSpec, GateContext
+from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.gates.sequential import Look, PairedGain
+from kasmina_core.growth.config import GrowthConfig
+from kasmina_core.growth.record import SlotRecord
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.lifecycle import SeedState, is_failure_stage
+from kasmina_core.packs.discovery import default_registry
+from kasmina_core.plain_data import from_bytes, to_bytes
+from kasmina_core.slots import slot as core
+from kasmina_core.slots.owner import Trial
+from kasmina_core.topology import Topology
+from kasmina_core.verdicts import GateLevel, GateResult
+
+if TYPE_CHECKING:
+    from kasmina_core.slots.slot import SeedSlot as CoreSlot
+
+
+@final
+class PackSeeds:
+    """Makes seeds from blueprints of a registry.
+
+    A copy has the same registry; one that was pickled has the installed packs.
+
+    Args:
+        registry: The blueprints; ``None`` for the installed packs, which are loaded when one is first asked for.
+    """
+
+    def __init__(self, registry: BlueprintRegistry | None = None) -> None:
+        self._registry = registry
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackSeeds:
+        return PackSeeds(self._registry)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackSeeds, ()
+
+    @property
+    def registry(self) -> BlueprintRegistry:
+        """The blueprints."""
+        return self._registry if self._registry is not None else default_registry().blueprints
+
+    @registry.setter
+    def registry(self, registry: BlueprintRegistry) -> None:
+        self._registry = registry
+
+    def find(self, blueprint_id: str, topology: Topology) -> str:
+        return self.registry.get(blueprint_id, topology).id
+
+    def describe(self, blueprint_id: str) -> str:
+        entry = self.registry.get(blueprint_id)
+        return f"{entry.id} of {entry.origin}"
+
+    def make(
+        self,
+        blueprint_id: str,
+        point: InjectionPoint,
+        options: Mapping[str, Any],
+        like: Tensor,
+        random_seed: int,
+        may_draw: bool,
+    ) -> Trial:
+        return try_seed(self.registry, blueprint_id, point, options, like, random_seed, may_draw)
+
+
+@final
+class ConfiguredGates:
+    """Judges seeds at the gates of a configuration, with the gate checks of packs.
+
+    Args:
+        config: Holds the gates, and whether packs may add checks.
+        seeds: Whose registry holds the checks of packs.
+    """
+
+    def __init__(self, config: GrowthConfig, seeds: PackSeeds) -> None:
+        self._config = config
+        self._seeds = seeds
+
+    @property
+    def _pack_checks(self) -> Sequence[GateCheckSpec]:
+        return list(self._seeds.registry.gate_checks.values()) if self._config.pack_gate_checks else []
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        return tuple(check.name for check in self._pack_checks)
+
+    def judge_trial(self, state: SeedState, trial: Trial) -> GateResult:
+        context = GateContext(state, germination=trial.findings)
+        return self._config.gates.check(GateLevel.G0, context, self._pack_checks)
+
+    def judge(self, slot: CoreSlot, gate: GateLevel | int) -> GateResult:
+        context = GateContext(
+            cast("SeedState", slot.state),
+            lambda: cast("SeedEvidence | None", slot.measure()),
+            slot.notes.stage.gains,
+            parameters_finite=slot.parameters_are_finite,
+            look=lambda: Look(slot.notes.take_look(), slot.notes.error_share),
+            screen=lambda: cast("PairedGain | None", slot.owner.screen(slot)),
+        )
+        return self._config.gates.check(gate, context, self._pack_checks)
+
+
+class SeedSlot(core.SeedSlot):
+    """Holds at most one seed at an injection point and moves it through its life.
+
+    Its commands and stages are those of `kasmina_core.slots.slot.SeedSlot`.
+
+    Args:
+        point: Where the slot is.
+        shape: Shape of the features seen there; its batch size is ignored.
+        config: How seeds are treated.
+        registry: Where blueprints come from; ``None`` for the installed packs.
+        dtype: Floating dtype of the host at this point.
+        device: Device of the host at this point.
+    """
+
+    config: GrowthConfig
+    maker: PackSeeds
+
+    def __init__(
+        self,
+        point: InjectionPoint,
+        shape: tuple[int, ...],
+        config: GrowthConfig | None = None,
+        registry: BlueprintRegistry | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        config, seeds = config or GrowthConfig(), PackSeeds(registry)
+        super().__init__(
+            point, shape, config, seeds, ConfiguredGates(config, seeds), dtype=dtype, device=device
+        )
+
+    @property
+    def last_evidence(self) -> SeedEvidence | None:
+        """The seed's evidence as last measured, or ``None``."""
+        return cast("SeedEvidence | None", super().last_evidence)
+
+    def measure(self) -> SeedEvidence | None:
+        """Return the seed's evidence of this epoch, measuring it if nobody has yet.
+
+        Returns:
+            The evidence, or ``None`` if the seed is not active or the model has no evaluator.
+        """
+        return cast("SeedEvidence | None", super().measure())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""
+        return SlotRecord.of(self).to_dict()
+
+    def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
+        """Rebuild the seed and its place in life from `get_extra_state`; its weights are loaded after that.
+
+        Args:
+            state: What `get_extra_state` returned, or the tensor that the ``state_dict`` holds of it.
+
+        Raises:
+            CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
+            UnknownNameError: If nobody offers the blueprint.
+        """
+        what = f"The saved state of slot '{self.name}'"
+        data = from_bytes(state, what) if isinstance(state, Tensor) else state
+        record = SlotRecord.from_dict(data, self.name)
+        saved, seed = record.state, None
+        if saved is not None and not is_failure_stage(saved.stage):
+            trial = self._make_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
+            if trial.seed is None or trial.faults:
+                raise CheckpointError(
+                    f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
+                )
+            seed = trial.seed.train(self.training)
+            known = dict(seed.named_parameters())
+            if unknown := [name for name in record.frozen_by_pause if name not in known]:
+                raise CheckpointError(
+                    f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
+                    f"{', '.join(unknown)}."
+                )
+            self._announce(saved, seed)
+        self.clear()
+        self.germinations = record.germinations
+        if saved is None:
+            return
+        self.state, self.seed, self.schedule = saved, seed, record.schedule
+        self.options, self.notes = record.options, record.notes
+        if record.has_deviation:
+            self.training_deviation.fill_(record.deviation)
+            self.has_training_deviation.fill_(True)
+        self.alpha_buffer.fill_(saved.metrics.alpha)
+        if seed is not None and saved.is_paused:
+            self._freeze(record.frozen_by_pause)
+        self.refresh_mode()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = prefix + "_extra_state"
+        record = destination.pop(key)
+        if self.state is not None:  # safetensors and distributed checkpoints take tensors alone
+            destination[key] = to_bytes(record, f"The state of slot '{self.name}'")
+        else:  # an empty slot leaves no key: the model then saves like its bare host
+            # Its next seed shall be another one than the last, also after a load.
+            metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
+            if metadata is not None:
+                metadata["germinations"] = self.germinations
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "_extra_state"
+        if key not in state_dict:
+            empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
+            state_dict = {**state_dict, key: self.get_extra_state() | empty}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,236 @@
+"""The slot's forward: a module that computes a seed in one of a few modes, and knows nothing of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Final, Self, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_core.blending import blend_with_isolation, like_host
+from kasmina_core.errors import SeedShapeError, TransitionError
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.isolation import bounded_straight_through, note_largest, relative_deviation
+from kasmina_core.quiet import kept_buffers, kept_modes
+from kasmina_core.topology import Topology
+
+
+@final
+class ForwardMode(IntEnum):
+    """What a slot's forward does; a plain int of these is assigned at each transition."""
+
+    PASS = 0
+    STRAIGHT_THROUGH = 1
+    BLEND_DETACHED = 2
+    BLEND = 3
+    SEED = 4
+    REPLACE = 5
+    MEASURE = 6
+
+
+# Plain ints: a compiled graph guards on a constant, and an Enum member costs a lookup per call.
+_PASS: Final = int(ForwardMode.PASS)
+_STRAIGHT_THROUGH: Final = int(ForwardMode.STRAIGHT_THROUGH)
+_BLEND_DETACHED: Final = int(ForwardMode.BLEND_DETACHED)
+_BLEND: Final = int(ForwardMode.BLEND)
+_SEED: Final = int(ForwardMode.SEED)
+_REPLACE: Final = int(ForwardMode.REPLACE)
+
+
+class Slot(nn.Module):
+    """A seed's place in a host, and the modes of its forward.
+
+    ``forward`` reads one integer, ``mode``, and 0-d buffers that change in place: a compiled model needs one graph per
+    mode. The buffers have the host's device and ``alpha_buffer`` its dtype, so ``model.to(...)`` moves slot and seed like
+    any module. None of them is saved.
+
+    Args:
+        point: Where the slot is.
+        shape: Shape of the features seen there; its batch size is ignored.
+        max_deviation: Bound of the straight-through gradient, see `bounded_straight_through`.
+        dtype: Floating dtype of the host at this point.
+        device: Device of the host at this point.
+
+    Attributes:
+        seed: The seed's module, or ``None``.
+        mode: The present `ForwardMode`, as an int.
+        deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
+        ran_compiled: Whether a pass of the present measurement ran in a compiled graph.
+        training_deviation: Largest deviation since it was last read, of passes in which the seed learned.
+        has_training_deviation: Whether there was such a pass.
+    """
+
+    alpha_buffer: Tensor
+    deviation: Tensor
+    ran_compiled: Tensor
+    training_deviation: Tensor
+    has_training_deviation: Tensor
+
+    def __init__(
+        self,
+        point: InjectionPoint,
+        shape: tuple[int, ...],
+        max_deviation: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if len(shape) != point.topology.ndim or shape[point.topology.feature_dim] != point.dim:
+            raise SeedShapeError(
+                (1, point.dim, 1, 1) if point.topology is Topology.CNN else (1, 1, point.dim), shape
+            )
+        self.point = point
+        self.shape = tuple(shape)
+        self.max_deviation = max_deviation
+        self.seed: nn.Module | None = None
+        self.mode: int = _PASS
+        self._override: int | None = None
+        for name, kind in (
+            ("alpha_buffer", dtype),
+            ("deviation", torch.float32),
+            ("ran_compiled", torch.bool),
+            ("training_deviation", torch.float32),
+            ("has_training_deviation", torch.bool),
+        ):
+            self.register_buffer(name, torch.zeros((), dtype=kind, device=device), persistent=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the slot: its injection point's."""
+        return self.point.name
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the slot."""
+        return self.alpha_buffer.device
+
+    @property
+    def alpha(self) -> float:
+        """Blend weight in [0, 1], unrounded; 0 as long as nobody blends."""
+        return 0.0
+
+    @property
+    def natural_mode(self) -> ForwardMode:
+        """The forward mode where nobody forces another."""
+        return ForwardMode.PASS
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether somebody runs the slot in another forward mode than its natural one."""
+        return self._override is not None
+
+    def seed_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the seed, each once; empty if there is no seed."""
+        return list(self.seed.parameters()) if self.seed is not None else []
+
+    def random_features(self) -> Tensor:
+        """Return one sample of random features for this slot, from the current generator: standard normal."""
+        return torch.randn((1, *self.shape[1:])).to(self.device, self.alpha_buffer.dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features with what the seed does to them in the present mode.
+
+        Args:
+            features: The host's, ``(b, c, h, w)`` or ``(b, t, d)``.
+
+        Raises:
+            SeedShapeError: If the seed returns another shape.
+        """
+        mode = self.mode
+        if mode == _PASS:
+            return features
+        seed = cast("nn.Module", self.seed)
+        if mode == _SEED:
+            return like_host(seed(features), features)
+        if mode == _STRAIGHT_THROUGH:
+            output = seed(features.detach())
+            learned = bounded_straight_through(features, output, self.max_deviation)
+            self._note_training(relative_deviation(features, output))
+            return learned
+        if mode == _BLEND_DETACHED:
+            return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
+        if mode == _BLEND:
+            return blend_with_isolation(features, seed(features), self.alpha_buffer)
+        apart = features.detach()
+        replaced = like_host(seed(apart), apart)
+        found = relative_deviation(apart, replaced)
+        if mode == _REPLACE:
+            self._note_training(found)
+        else:
+            note_largest(self.deviation, found)
+            if torch.compiler.is_compiling():
+                # Of a compiled pass only writes to tensors remain.
+                self.ran_compiled.fill_(True)
+        return replaced
+
+    def _note_training(self, deviation: Tensor) -> None:
+        if note_largest(self.training_deviation, deviation):
+            self.has_training_deviation.fill_(True)
+
+    def isolated_forward(self, features: Tensor) -> Tensor:
+        """Compute the straight-through forward, whatever the present mode; buffers are kept.
+
+        Raises:
+            TransitionError: If there is no seed.
+        """
+        if self.seed is None:
+            raise TransitionError(f"Slot '{self.name}' holds no seed.")
+        with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
+            self.seed.eval()
+            return self.forward(features)
+
+    def begin_measurement(self) -> None:
+        """Forget the deviation of the measurement before."""
+        self.deviation.zero_()
+        self.ran_compiled.zero_()
+
+    def forget_training_deviation(self) -> None:
+        """Forget the deviation of passes in which the seed learned."""
+        self.training_deviation.zero_()
+        self.has_training_deviation.zero_()
+
+    @contextmanager
+    def blend_weight(self, alpha: float) -> Iterator[None]:
+        """Run the block with another blend weight for the forward modes that blend."""
+        before = self.alpha_buffer.clone()
+        self.alpha_buffer.fill_(alpha)
+        try:
+            yield
+        finally:
+            self.alpha_buffer.copy_(before)
+
+    @contextmanager
+    def forced(self, mode: ForwardMode) -> Iterator[None]:
+        """Run the block in another forward mode; without a seed nothing changes."""
+        before = self._override
+        self._override = int(mode)
+        self.refresh_mode()
+        try:
+            yield
+        finally:
+            self._override = before
+            self.refresh_mode()
+
+    def refresh_mode(self) -> None:
+        """Assign ``mode`` anew: the forced one if there is a seed, else the natural one."""
+        self.mode = int(self.natural_mode) if self._override is None or self.seed is None else self._override
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; the natural mode may depend on it."""
+        super().train(mode)
+        self.refresh_mode()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.alpha_buffer.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        # No file holds these buffers. `to_empty` leaves noise in them, and a cast through bf16 a rounded alpha.
+        self.alpha_buffer.fill_(self.alpha)
+        if was_meta and not self.alpha_buffer.is_meta:
+            self.begin_measurement()
+            self.forget_training_deviation()
+        return self
