@@ -28,6 +28,7 @@ from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
 from kasmina_core.growth.undo import AttributesBefore, OptimizerBefore
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.quiet import no_inference_mode
 from kasmina_core.state_keys import WRAPPER
 from kasmina_core.training.schedulers import unwrapped as without_accelerate
 
@@ -125,6 +126,7 @@ def collect(
     }
 
 
+@no_inference_mode()
 def apply(
     run: Run,
     data: Mapping[str, Any],
@@ -170,6 +172,7 @@ def apply(
     return data
 
 
+@no_inference_mode()
 def apply_beside_trainer(run: Run, data: Mapping[str, Any]) -> None:
     """Apply what a trainer does not load itself: its part are the model's tensors, optimisers, schedulers and scaler.
 

@@ -25,6 +25,7 @@ from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.probing import lookup
+from kasmina_core.quiet import no_inference_mode
 
 _KEY: Final = "kasmina_seeds"
 
@@ -67,6 +68,7 @@ def save_seeds(
     return target
 
 
+@no_inference_mode()
 def graft_seeds(
     file: str | os.PathLike[str], model: MorphogeneticModel, onto: Mapping[str, str] | None = None
 ) -> list[str]:

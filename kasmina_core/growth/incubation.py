@@ -35,9 +35,11 @@ def incubate(
                 if incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
                     continue
                 undo.callback(setattr, slot.notes, "incubations", slot.notes.incubations)
-                if not slot.begin_incubation() or not any(
-                    p.requires_grad for p in model.seed_parameters(name)
-                ):
+                learns = slot.begin_incubation()
+                if not learns or not any(p.requires_grad for p in model.seed_parameters(name)):
+                    for parameter in slot.seed_parameters():
+                        if parameter.grad is not None and not parameter.grad.any():
+                            parameter.grad = None  # on a gradient of zeros an optimiser still makes a step
                     continue
                 for noted in (slot.training_deviation, slot.has_training_deviation):
                     undo.callback(noted.copy_, noted.clone())

@@ -23,6 +23,7 @@ from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, Observation, Policy
 from kasmina_core.probing import ProbedPoint
+from kasmina_core.quiet import no_inference_mode
 from kasmina_core.slotted import SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
 
@@ -113,6 +114,7 @@ class MorphogeneticModel(SlottedModel):
 
     # -- commands --------------------------------------------------------------------------------------------------
 
+    @no_inference_mode()
     def germinate(self, slot: str, blueprint: str, seed_id: str | None = None, **options: Any) -> SeedState:
         """Make a seed in a slot. See `SeedSlot.germinate`.
 
@@ -122,11 +124,13 @@ class MorphogeneticModel(SlottedModel):
         self.follow_modules()
         return state
 
+    @no_inference_mode()
     def advance_stage(self, slot: str, target: SeedStage | None = None) -> GateResult:
         """Ask the gate for the next stage of a slot's seed. See `SeedSlot.advance_stage`."""
         self.follow_modules()
         return self.slots[slot].advance_stage(target)
 
+    @no_inference_mode()
     def regerminate(self, slot: str) -> SeedState:
         """Make the seed that was put aside in a slot again, with the weights it had; it starts at GERMINATED.
 
@@ -136,6 +140,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return commands.regerminate(self.growth, self.slots[slot])
 
+    @no_inference_mode()
     def cull(self, slot: str, reason: str = "asked to", *, revert: bool = False, keep: bool = False) -> None:
         """Remove a slot's seed. See `SeedSlot.cull`.
 
@@ -159,6 +164,7 @@ class MorphogeneticModel(SlottedModel):
         """Say whether culling a slot's seed now could put the host back."""
         return not self.growth.obstacle_to_revert(self.slots[slot])
 
+    @no_inference_mode()
     def step(self) -> None:
         """Let one optimiser step pass: after ``backward``, before the optimiser clears the gradients."""
         growth = self.growth
@@ -170,6 +176,7 @@ class MorphogeneticModel(SlottedModel):
             if slot.seed is not None:
                 slot.step()
 
+    @no_inference_mode()
     def step_epoch(self, metric: float | Tensor | None = None) -> dict[str, GateResult]:
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
@@ -201,6 +208,7 @@ class MorphogeneticModel(SlottedModel):
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 
+    @no_inference_mode()
     def execute(self, command: Command) -> SeedState | GateResult | None:
         """Carry out one command of a policy.
 
@@ -213,6 +221,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return commands.execute(self, command)
 
+    @no_inference_mode()
     def follow(self, policy: Policy) -> list[Command]:
         """Ask a policy once and carry out what it says; call it after `step_epoch`.
 
@@ -228,6 +237,7 @@ class MorphogeneticModel(SlottedModel):
 
     # -- learning and measuring ------------------------------------------------------------------------------------
 
+    @no_inference_mode()
     def incubate(self, closure: Callable[[], Tensor], scaler: Any = None) -> dict[str, Tensor]:
         """Run the counterfactual pass: each incubating seed learns from the loss its own output would give.
 
@@ -289,6 +299,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return self.growth.examiner.measurer.is_replaying
 
+    @no_inference_mode()
     def measure(
         self, slot: str, evaluator: Evaluator | None = None, *, higher_is_better: bool = False
     ) -> SeedEvidence | None:
@@ -315,6 +326,7 @@ class MorphogeneticModel(SlottedModel):
         samples = GateSamples(evaluator, higher_is_better)
         return self.growth.examiner.measurer.measure(chosen, samples, alphas).evidence
 
+    @no_inference_mode()
     def screen(self, evaluator: Evaluator | None = None) -> dict[str, PairedGain]:
         """Measure the first-order gain of every incubating seed, in one forward and backward. See `screening.screen`.
 
@@ -329,6 +341,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return self.growth.examiner.screen(evaluator)
 
+    @no_inference_mode()
     def attribute(
         self,
         slots: Iterable[str] | None = None,
@@ -383,6 +396,7 @@ class MorphogeneticModel(SlottedModel):
 
     # -- persistence -----------------------------------------------------------------------------------------------
 
+    @no_inference_mode()
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:

@@ -284,3 +284,16 @@ def test_host_may_use_gradient_checkpointing_that_is_not_reentrant() -> None:
         m.incubate(lambda m=m: loss_of(m))
     assert same_tensors(gradients(slot.seed), gradients(plain.slots["norm"].seed))
     assert all(g is None for g in gradients(model.host).values())
+
+
+def test_between_the_calls_in_which_it_learns_a_seed_stands_still_whatever_the_optimiser_finds() -> None:
+    model = incubating("norm", incubate_every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        learned = bool(model.incubate(lambda: loss_of(model)))
+        before = [p.detach().clone() for p in model.seed_parameters()]
+        optimizer.step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.seed_parameters(), strict=True)]
+        assert any(moved) is learned
