@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -247,7 +247,8 @@ class _Line:
     def begin(self) -> None:
         """Set what a new process starts with: a free lock, an empty queue, no thread."""
         self._changed = threading.Condition()  # on an RLock: a finalizer may emit while this thread holds it
-        self._queue: deque[tuple[int, TelemetryEvent]] = deque()
+        self._queue: OrderedDict[int, TelemetryEvent] = OrderedDict()  # by index, oldest first
+        self._droppable: dict[int, None] = {}  # indices of queued events that end no life
         self._in_flight: tuple[int, int] | None = None  # first index and length of the batch being written
         self._parked: list[_Parked] = []
         self._parked_requested = False
@@ -263,8 +264,11 @@ class _Line:
             if len(self._queue) >= self._queue_size and not self._make_room_for(event):
                 self._drop(event)
                 return
-            self._queue.append((self._next_index, event))
-            self._next_index += 1
+            index = self._next_index
+            self._next_index += 1  # first: a finalizer may emit between any two lines
+            self._queue[index] = event
+            if not _is_terminal(event):
+                self._droppable[index] = None
             self._ensure_thread()
             self._changed.notify_all()
 
@@ -279,7 +283,7 @@ class _Line:
 
     def wait_flushed(self, target: int, deadline: float) -> bool:
         def is_flushed() -> bool:
-            first = self._in_flight[0] if self._in_flight else self._queue[0][0] if self._queue else target
+            first = self._in_flight[0] if self._in_flight else next(iter(self._queue), target)
             return first >= target and not self._parked_requested
 
         with self._changed:
@@ -346,11 +350,9 @@ class _Line:
         """Drop the newest event that ends no life, for one that does; a queue of such alone may outgrow its size."""
         if not _is_terminal(event):
             return False
-        for place in range(len(self._queue) - 1, -1, -1):
-            if not _is_terminal(self._queue[place][1]):
-                del self._queue[place]
-                self._dropped += 1
-                break
+        if self._droppable:
+            del self._queue[self._droppable.popitem()[0]]
+            self._dropped += 1
         return True
 
     def _ensure_thread(self) -> None:
@@ -371,7 +373,11 @@ class _Line:
             with self._changed:
                 while not (self._queue or self._closing or self._parked_requested):
                     self._changed.wait()
-                taken = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
+                taken = [
+                    self._queue.popitem(last=False) for _ in range(min(self._batch_size, len(self._queue)))
+                ]
+                for index, _ in taken:
+                    self._droppable.pop(index, None)
                 if not taken and self._closing:
                     break
                 self._in_flight = (taken[0][0], len(taken)) if taken else None

@@ -479,3 +479,33 @@ def test_a_forked_child_delivers_its_own_events_only(tmp_path):
     from kasmina_core.telemetry import JsonLinesSink
 
     assert [event["sequence"] for event in JsonLinesSink.read(path)] == [100, 0, 1, 2]
+
+
+class CountsLooks:
+    """An event that counts how often somebody asks what it is."""
+
+    looks = 0
+
+    def __init__(self, event):
+        self._event = event
+
+    def __getattr__(self, name):
+        CountsLooks.looks += name == "type"
+        return getattr(self._event, name)
+
+
+def test_each_terminal_event_at_a_blocked_sink_costs_the_same_however_many_wait():
+    sink, number = GatedSink(), 500
+    telemetry = Telemetry([sink], queue_size=200)
+    telemetry.emit(culled(0))
+    assert sink.entered.wait(LONG)
+    for sequence in range(1, 100):
+        telemetry.emit(CountsLooks(alpha(sequence)))
+    CountsLooks.looks = 0
+    for sequence in range(100, 100 + number):
+        telemetry.emit(CountsLooks(culled(sequence)))
+    assert CountsLooks.looks <= 4 * number
+    sink.gate.set()
+    assert telemetry.close(LONG)
+    assert sequences(sink) == [0, *range(100, 100 + number)]
+    assert telemetry.dropped == (99,)
