@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from state_helpers import FIRST, make_batch, make_host, make_model, open_config
+from state_helpers import FIRST, make_batch, make_host, make_model, make_registry, open_config
+from torch import nn
 from torch.optim import SGD, AdamW
 
 from kasmina_core import (
@@ -314,3 +316,78 @@ def test_an_optimiser_that_waits_for_seeds_holds_nothing_and_is_tied():
     optimizer = tie_optimizer(model, SGD([{"params": []}], 0.1))
     model.germinate(FIRST, "scale")
     assert len(optimizer.param_groups[-1]["params"]) == 2
+
+
+class PartlyWithoutGradient(nn.Module):
+    """A backbone that runs under ``no_grad`` or is detached, and a part that learns."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+        self.rest = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+        self.cut = cut
+
+    def forward(self, x):
+        with torch.no_grad() if self.cut == "no_grad" else nullcontext():
+            x = self.backbone(x)
+        if self.cut == "detach":
+            x = x.detach()
+        x = self.rest(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("incubation", "learns"),
+    [
+        ("straight-through", "another seed"),
+        ("straight-through", "the head"),
+        ("straight-through", "nothing"),
+        ("counterfactual", "another seed"),
+        ("counterfactual", "the head"),
+    ],
+)
+@pytest.mark.parametrize("cut", ["no_grad", "detach", ""])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_seed_that_no_gradient_reaches_is_told_after_its_first_epoch(incubation, cut, tied, learns):
+    host = PartlyWithoutGradient(cut)
+    if learns == "nothing":
+        host.requires_grad_(False)
+    config = open_config(incubation=incubation)
+    slots = ["backbone.1", "rest.1"]
+    model = MorphogeneticModel(host, slots, example=X, config=config, registry=make_registry())
+    model.evaluate_with(lambda: F.cross_entropy(model(X), Y, reduction="none"))
+    optimizer = SGD([*model.host_parameters(), nn.Parameter(torch.ones(1))], 0.01)
+    if tied:
+        tie_optimizer(model, optimizer)
+    for slot in slots if learns == "another seed" else slots[:1]:
+        model.germinate(slot, "scale")
+        if not tied:
+            optimizer.add_param_group({"params": model.seed_parameters(slot)})
+
+    def loss():
+        return F.cross_entropy(model(X), Y)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            model.step_epoch(1.0)
+            for _ in range(2):
+                optimizer.zero_grad()
+                if (value := loss()).requires_grad:
+                    value.backward()
+                model.incubate(loss)
+                model.step()
+                optimizer.step()
+    told = [str(w.message) for w in said]
+    if not cut:
+        assert told == []
+        return
+    (message,) = told
+    assert "had no gradient in any step of a whole epoch" in message
+    assert "slot 'backbone_1'" in message
+    assert "rest_1" not in message
+
+
+def test_a_seed_that_learns_every_few_calls_of_incubate_is_not_told_to_learn_nothing():
+    assert Loop(incubation="counterfactual", incubate_every=5).epochs(8) == []

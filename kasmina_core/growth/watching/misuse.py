@@ -80,8 +80,6 @@ class Misuse:
             (p := of()) is not None and p._version != version for of, version in self._versions
         )
         self._pending = {}
-        if not self._trained:
-            return
         stayed = [
             slot
             for name, slot in model.slots.items()
@@ -93,6 +91,20 @@ class Misuse:
             for slot in stayed
             if counterfactual and slot.is_incubating and slot.notes.incubations == self._living[slot.name][1]
         ]
+        # Where something else is trained and no step saw a gradient of anything, zero_grad came first: told below.
+        seen = [] if self.awaits_step or (self._trained and not self._had_gradients) else stayed
+        dead = [
+            slot.name for slot in seen if self._should_have_learned(slot) and not slot.notes.epoch.norms.count
+        ]
+        if dead:
+            self._pending[f"no gradient: {dead}"] = (
+                "A seed had no gradient in any step of a whole epoch: it cannot learn where it is.\n"
+                f"{_listed((name, '') for name in dead)}"
+                "Its slot lies where the host computes without gradient (no_grad, detach, inference_mode), or the loss does "
+                "not depend on what comes from there. Let gradients through, or cull it and choose another slot."
+            )
+        if not self._trained:
+            return
         if lonely:
             self._pending["incubate"] = (
                 "An optimiser stepped for a whole epoch, and incubate() was never called: with "
@@ -120,6 +132,14 @@ class Misuse:
                     f"{_listed((name, '') for name in blind)}"
                     "Call model.step() after backward and before optimizer.zero_grad()."
                 )
+
+    def _should_have_learned(self, slot: SeedSlot) -> bool:
+        """Whether the epoch that is over had a backward pass for the seed."""
+        config = slot.config
+        if config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_apart:
+            return True
+        before, after = self._living[slot.name][1], slot.notes.incubations
+        return -(-after // config.incubate_every) > -(-before // config.incubate_every)
 
     def epoch_ended(
         self, model: MorphogeneticModel, results: Mapping[str, GateResult], tied: Collection[Optimizer]
