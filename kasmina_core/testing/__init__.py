@@ -8,8 +8,8 @@
 >>> print(report.verdict)
 passed
 
-The fixtures ``kasmina_registry``, ``kasmina_fake_distribution`` and ``kasmina_device`` come with the installed library:
-pytest finds them by itself.
+The fixtures ``kasmina_registry``, ``kasmina_fake_distribution``, ``kasmina_device`` and ``kasmina_repeatable`` come with
+the installed library: pytest finds them by itself.
 """
 
 from __future__ import annotations

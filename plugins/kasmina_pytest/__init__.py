@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
     from kasmina_core import PluginRegistry
 
-__all__ = ["FakeDistribution", "kasmina_device", "kasmina_fake_distribution", "kasmina_registry"]
+__all__ = [
+    "FakeDistribution",
+    "kasmina_device",
+    "kasmina_fake_distribution",
+    "kasmina_registry",
+    "kasmina_repeatable",
+]
 
 
 class FakeDistribution(Protocol):
@@ -62,6 +68,22 @@ def kasmina_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def kasmina_repeatable() -> Iterator[None]:
+    """Makes a test repeatable: one torch thread, and random numbers of torch from one seed. Both are put back.
+
+    For every test of a package: ``usefixtures = ["kasmina_repeatable"]`` in ``[tool.pytest.ini_options]``.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -125,12 +125,52 @@ def test_a_run_that_uses_no_fixture_imports_neither_torch_nor_the_library(tmp_pa
     assert "1 passed" in done.stdout
 
 
+def test_a_repeatable_test_draws_the_same_and_puts_back_what_was(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nusefixtures = kasmina_repeatable\n")
+    (tmp_path / "test_foreign.py").write_text(
+        dedent(
+            """
+            import torch
+
+            DRAWN = []
+
+            def test_one():
+                DRAWN.append(torch.rand(2).tolist())
+                assert torch.get_num_threads() == 1
+
+            def test_two():
+                assert DRAWN == [torch.rand(2).tolist()]
+            """
+        )
+    )
+    (tmp_path / "conftest.py").write_text(
+        dedent(
+            """
+            import torch
+
+            def pytest_sessionstart(session):
+                torch.set_num_threads(2)
+                torch.manual_seed(7)
+                session.before = torch.get_rng_state()
+
+            def pytest_sessionfinish(session):
+                assert torch.equal(torch.get_rng_state(), session.before)
+                assert torch.get_num_threads() == 2
+            """
+        )
+    )
+    done = foreign_run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
 def test_the_fixtures_are_found_by_name_and_documented(tmp_path: Path) -> None:
     done = foreign_run(tmp_path, "--fixtures")
     for name, sentence in (
         ("kasmina_registry", "nothing is registered"),
         ("kasmina_fake_distribution", "fake installed distributions"),
         ("kasmina_device", "else the CPU"),
+        ("kasmina_repeatable", "one torch thread"),
     ):
         assert name in done.stdout
         assert sentence in done.stdout
@@ -139,6 +179,7 @@ def test_the_fixtures_are_found_by_name_and_documented(tmp_path: Path) -> None:
         "kasmina_device",
         "kasmina_fake_distribution",
         "kasmina_registry",
+        "kasmina_repeatable",
     ]
 
 
