@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Final, final
+from typing import Annotated, Final, final
 
 from kasmina_core.errors import TransitionError
-from kasmina_core.records import Count, Record
+from kasmina_core.records import Count, Range, Record
 
 HISTORY_LENGTH: Final = 100
 
@@ -127,7 +127,7 @@ class SeedMetrics(Record):
     deviation: float | None = None
     gradient_norm: float | None = None
     gradient_norm_max: float | None = None
-    alpha: float = 0.0
+    alpha: Annotated[float, Range(0.0, 1.0)] = 0.0
     blending_steps_done: Count = 0
     blending_steps_total: Count = 0
 

@@ -202,7 +202,7 @@ def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[s
             raise CheckpointError(
                 f"The saved record of growth is damaged: slot '{name}' cannot be {saved!r:.80}."
             )
-        record = SlotRecord.from_dict(saved["record"], name)
+        record = SlotRecord.for_slot(saved["record"], name)
         if record.state is None and not record.germinations and name not in model.slots:
             continue  # an empty slot that was never used may be left out
         if name not in model.slots:

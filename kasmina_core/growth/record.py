@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, cast, final
 
 import torch
 
@@ -15,19 +14,19 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.plain_data import FORMAT_VERSION
+from kasmina_core.records import Count, Range, Record
 from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.verdicts import GateResult
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
 
-_LARGEST_COUNT: Final = 1 << 63
 _NOTHING_MEASURED: Final = -1.0
 
 
 @final
 @dataclass(slots=True)
-class SlotRecord:
+class SlotRecord(Record):
     """A slot's state, options, ramp and measurements.
 
     ``to_dict`` gives dicts, lists, text, numbers, booleans and ``None`` alone, which JSON and
@@ -48,23 +47,25 @@ class SlotRecord:
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
     """
 
+    derived: ClassVar = ("version",)
+
     state: SeedState | None
     options: dict[str, Any]
     schedule: AlphaSchedule | None
-    germinations: int
+    germinations: Count
     gates: list[GateResult]
     gains: list[float]
     evidence: SeedEvidence | None
     evidence_is_fresh: bool
     isolation_is_fresh: bool
     frozen_by_pause: list[str]
-    steps_since_isolation: int
-    gradient_norms: tuple[int, float, float]
-    incubations: int
+    steps_since_isolation: Count
+    gradient_norms: tuple[Count, float, float]
+    incubations: Count
     deviation: float
-    looks: int
+    looks: Count
     look_is_counted: bool
-    error_share: float
+    error_share: Annotated[float, Range(above=0.0, most=1.0)]
     host_losses: list[float] | None
 
     @classmethod
@@ -118,17 +119,13 @@ class SlotRecord:
         """Whether the deviation was measured; NaN is one that was."""
         return not self.deviation < 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, with the version of the format."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("state", "schedule", "evidence"):
-            plain[name] = plain[name].to_dict() if plain[name] is not None else None
-        plain["gates"] = [result.to_dict() for result in self.gates]
-        plain["gradient_norms"] = list(self.gradient_norms)
-        return {"version": FORMAT_VERSION} | plain
+    @property
+    def version(self) -> int:
+        """Version of the format."""
+        return FORMAT_VERSION
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], slot: str) -> SlotRecord:
+    def for_slot(cls, data: Any, slot: str) -> SlotRecord:
         """Rebuild from `to_dict`.
 
         Args:
@@ -138,70 +135,20 @@ class SlotRecord:
         Raises:
             CheckpointError: If the data is of another version, damaged, or belongs to another slot.
         """
+        what = f"The saved state of slot '{slot}'"
         version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"The saved state of slot '{slot}' has another version.\n"
-                f"  saved:    {version!r}\n  readable: {FORMAT_VERSION}"
+                f"{what} has another version.\n  saved:    {version!r:.200}\n  readable: {FORMAT_VERSION}"
             )
-        wanted = {f.name for f in fields(cls)}
-        if lacking := sorted(wanted - set(data)):
-            raise CheckpointError(f"The saved state of slot '{slot}' lacks: {', '.join(lacking)}.")
-        try:
-            record = cls(
-                state=SeedState.from_dict(data["state"]) if data["state"] is not None else None,
-                options=dict(data["options"]),
-                schedule=AlphaSchedule.from_dict(data["schedule"]) if data["schedule"] is not None else None,
-                germinations=_count(data["germinations"]),
-                gates=[GateResult.from_dict(result) for result in data["gates"]],
-                gains=[float(gain) for gain in data["gains"]],
-                evidence=SeedEvidence.from_dict(data["evidence"]) if data["evidence"] is not None else None,
-                evidence_is_fresh=bool(data["evidence_is_fresh"]),
-                isolation_is_fresh=bool(data["isolation_is_fresh"]),
-                frozen_by_pause=[str(name) for name in data["frozen_by_pause"]],
-                steps_since_isolation=_count(data["steps_since_isolation"]),
-                gradient_norms=_norms(*data["gradient_norms"]),
-                incubations=_count(data["incubations"]),
-                deviation=float(data["deviation"]),
-                looks=_count(data["looks"]),
-                look_is_counted=bool(data["look_is_counted"]),
-                error_share=_share(data["error_share"]),
-                host_losses=[float(loss) for loss in data["host_losses"]]
-                if data["host_losses"] is not None
-                else None,
-            )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"The saved state of slot '{slot}' cannot be read: {error}") from error
+        record = cls.from_dict(data, what)
         if (state := record.state) is not None:
             if state.stage in (SeedStage.UNKNOWN, SeedStage.DORMANT):
-                raise CheckpointError(
-                    f"The saved state of slot '{slot}' holds a seed that is {state.stage.name}; no seed can be."
-                )
-            alpha = state.metrics.alpha
+                raise CheckpointError(f"{what} holds a seed that is {state.stage.name}; no seed can be.")
             if state.slot != slot:
                 raise CheckpointError(
-                    f"The saved state belongs to another slot.\n  saved: '{state.slot}'\n  this:  '{slot}'"
+                    f"The saved state belongs to another slot.\n  saved: '{state.slot:.200}'\n  this:  '{slot}'"
                 )
-            if not (math.isfinite(alpha) and 0.0 <= alpha <= 1.0):
-                raise CheckpointError(f"The saved alpha of slot '{slot}' is {alpha!r}, not in [0, 1].")
             if state.stage is SeedStage.BLENDING and record.schedule is None:
-                raise CheckpointError(
-                    f"The saved state of slot '{slot}' is BLENDING but has no alpha schedule."
-                )
+                raise CheckpointError(f"{what} is BLENDING but has no alpha schedule.")
         return record
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _LARGEST_COUNT:
-        raise ValueError(f"expected a number of times, found {value!r:.40}")
-    return value
-
-
-def _share(value: float) -> float:
-    if not 0.0 < float(value) <= 1.0:
-        raise ValueError(f"expected a share of an error rate, found {value!r:.40}")
-    return float(value)
-
-
-def _norms(count: object, total: float, largest: float) -> tuple[int, float, float]:
-    return _count(count), float(total), float(largest)

@@ -174,7 +174,7 @@ class SeedSlot(core.SeedSlot):
         """
         what = f"The saved state of slot '{self.name}'"
         data = from_bytes(state, what) if isinstance(state, Tensor) else state
-        record = SlotRecord.from_dict(data, self.name)
+        record = SlotRecord.for_slot(data, self.name)
         saved, seed = record.state, None
         if saved is not None and not is_failure_stage(saved.stage):
             trial = self._make_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)

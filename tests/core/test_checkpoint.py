@@ -570,7 +570,7 @@ MANIFESTS = [
     (("topology", "slots", FIRST, "record", "state", "stage", 77), "stage must be a SeedStage .*, not 77"),
     (
         ("topology", "slots", FIRST, "record", "state", "metrics", "alpha", {"$float": "nan"}),
-        "alpha of slot '2' is nan",
+        "slot '2' cannot be read: state.metrics.alpha must be .*, not nan",
     ),
     (
         ("topology", "slots", FIRST, "record", "schedule", "total_steps", 10**30),

@@ -123,7 +123,11 @@ DAMAGE = [
     (["slots"], [], r"slots cannot be \[\]"),
     (["slots", FIRST], 3, "slot '2' cannot be 3"),
     (["slots", FIRST, "record", "state", "slot"], "7", "belongs to another slot"),
-    (["slots", FIRST, "record", "state", "metrics", "alpha"], float("nan"), "alpha of slot '2' is nan"),
+    (
+        ["slots", FIRST, "record", "state", "metrics", "alpha"],
+        float("nan"),
+        "slot '2' cannot be read: state.metrics.alpha must be .*, not nan",
+    ),
     (["slots", FIRST, "point", "dim"], 5, "another point than in the saved model.*\n.*'dim': 5"),
     (["slots", FIRST, "point", "path"], "3", "another point than in the saved model.*\n.*'path': '3'"),
     (["slots", FIRST, "point"], None, "another point"),

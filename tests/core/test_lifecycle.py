@@ -323,7 +323,7 @@ def test_a_damaged_state_says_what_is_wrong(key, value, says):
         ("epochs_total", True, "epochs_total must be a whole number of at least 0, not True"),
         ("higher_is_better", 1, "higher_is_better must be true or false, not 1"),
         ("current_metric", "low", "current_metric must be a number, not 'low'"),
-        ("alpha", None, "alpha must be a number, not None"),
+        ("alpha", None, "alpha must be a number of at least 0 and at most 1, not None"),
     ],
 )
 def test_damaged_metrics_say_what_is_wrong(field, value, says):
