@@ -53,15 +53,17 @@ VALID_TRANSITIONS: Final[Mapping[SeedStage, tuple[SeedStage, ...]]] = MappingPro
 )
 """Every stage change that may happen; the first target of a stage is the way forward."""
 
-_ACTIVE: Final = frozenset(
-    {
-        SeedStage.TRAINING,
-        SeedStage.BLENDING,
-        SeedStage.SHADOWING,
-        SeedStage.PROBATIONARY,
-        SeedStage.FOSSILIZED,
-    }
-)
+# Sets, never `<`: CULLED (8) comes after FOSSILIZED (7), so an order of stages says nothing of a life.
+REVERTIBLE: Final = frozenset({SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY})
+"""The seed contributes to the model's output and may still be culled."""
+
+CONTRIBUTING: Final = REVERTIBLE | {SeedStage.FOSSILIZED}
+"""The seed contributes to the model's output; in BLENDING from alpha above 0 on."""
+
+LIVING: Final = REVERTIBLE | {SeedStage.GERMINATED, SeedStage.TRAINING}
+"""The seed is on trial: it may move on or be culled."""
+
+_ACTIVE: Final = CONTRIBUTING | {SeedStage.TRAINING}
 _FAILURE: Final = frozenset({SeedStage.CULLED, SeedStage.EMBARGOED, SeedStage.RESETTING})
 
 

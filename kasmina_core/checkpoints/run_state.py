@@ -27,7 +27,7 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
 from kasmina_core.growth.undo import AttributesBefore, OptimizerBefore
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import REVERTIBLE, SeedStage
 from kasmina_core.quiet import no_inference_mode
 from kasmina_core.state_keys import WRAPPER
 from kasmina_core.training.schedulers import unwrapped as without_accelerate
@@ -271,7 +271,7 @@ def _snapshots(run: Run, saved: Any) -> dict[str, HostSnapshot]:
     model, found = run.model, {}
     for name, data in mapping("snapshots", saved).items():
         slot = model.slots.get(name)
-        if slot is None or not SeedStage.BLENDING <= slot.stage < SeedStage.FOSSILIZED:
+        if slot is None or slot.stage not in REVERTIBLE:
             raise CheckpointError(
                 f"The checkpoint has a host kept for slot '{name!s:.80}', where no seed blends in."
             )

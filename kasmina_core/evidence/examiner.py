@@ -15,7 +15,7 @@ from kasmina_core.evidence.screening import ScreenOfEpoch, screen
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.gates.thresholds import ErrorBudget
 from kasmina_core.isolation import IsolationReading
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel, held_weakly
 
@@ -48,7 +48,7 @@ class Examiner:
         """Let the gates decide on other samples from now on."""
         if samples is not None and self.samples is not None:  # others than those that were measured
             for slot in self._model().slots.values():
-                slot.forget_host_losses()
+                slot.notes.host_losses = None
         self.samples = samples
 
     def chosen(self, evaluator: Evaluator | None) -> GateSamples:
@@ -110,4 +110,4 @@ class Examiner:
                 return slot.notes.error_share
             number = sum(each.germinations for each in slots)
             return 1.0 / (number * (number + 1))
-        return 1.0 / sum(SeedStage.GERMINATED <= each.stage <= SeedStage.PROBATIONARY for each in slots)
+        return 1.0 / sum(each.stage in LIVING for each in slots)

@@ -11,7 +11,7 @@ from kasmina_core.events import GateEvaluated
 from kasmina_core.growth.arguments import decided
 from kasmina_core.growth.context import Growth
 from kasmina_core.growth.reverting import KeptSeed, contributing_tensors
-from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.lifecycle import REVERTIBLE, SeedState
 from kasmina_core.policies.protocol import (
     Advance,
     Command,
@@ -57,7 +57,7 @@ def cull(
 ) -> None:
     """Remove a slot's seed. See `MorphogeneticModel.cull`."""
     kept = KeptSeed.of(chosen) if keep else None
-    if revert and SeedStage.BLENDING <= chosen.stage < SeedStage.FOSSILIZED:
+    if revert and chosen.stage in REVERTIBLE:
         _cull_and_revert(model, growth, chosen, reason)
     else:
         chosen.cull(reason)

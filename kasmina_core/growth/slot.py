@@ -11,6 +11,7 @@ from torch import Tensor
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.blueprints.germination import try_seed
 from kasmina_core.errors import CheckpointError
+from kasmina_core.events import EXPLODING_GRADIENT, VANISHING_GRADIENT, SeedTelemetry
 from kasmina_core.gates.checks import GateCheckSpec, GateContext
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import Look, PairedGain
@@ -157,6 +158,32 @@ class SeedSlot(core.SeedSlot):
             The evidence, or ``None`` if the seed is not active or the model has no evaluator.
         """
         return cast("SeedEvidence | None", super().measure())
+
+    def telemetry(self, epoch: int = 0) -> SeedTelemetry | None:
+        """Return the seed's record as plain data, or ``None`` in a dormant slot."""
+        state = self.state
+        if state is None:
+            return None
+        norm = state.metrics.gradient_norm
+        exploding = norm is not None and not norm <= EXPLODING_GRADIENT
+        vanishing = norm is not None and norm < VANISHING_GRADIENT
+        return SeedTelemetry(
+            seed_id=state.seed_id,
+            slot=self.name,
+            blueprint_id=state.blueprint_id,
+            stage=state.stage.name,
+            epoch=epoch,
+            epochs_in_current_stage=state.metrics.epochs_in_current_stage,
+            alpha=self.alpha,
+            metric=state.metrics.current_metric,
+            delta=state.metrics.improvement_since_stage_start,
+            gain=self.notes.evidence.gain if self.notes.evidence is not None else None,
+            deviation=state.metrics.deviation,
+            gradient_norm=norm,
+            gradient_health=0.0 if norm is None or exploding or vanishing else 1.0,
+            is_vanishing=vanishing,
+            is_exploding=exploding,
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything but the weights as plain data; the ``state_dict`` holds it as bytes, in a tensor."""

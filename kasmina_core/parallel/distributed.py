@@ -17,7 +17,7 @@ from kasmina_core.errors import DistributedError, GerminationError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import CONTRIBUTING
 from kasmina_core.parallel.control import ControlGroup
 from kasmina_core.parallel.team import Team
 from kasmina_core.sharding import sharded_modules
@@ -272,7 +272,7 @@ class DistributedGrowth:
 
 def _contributes(slot: SeedSlot) -> bool:
     """Whether the host's own loss depends on the seed: only then it belongs into the wrapper."""
-    return slot.seed is not None and slot.stage > SeedStage.TRAINING and slot.alpha > 0.0
+    return slot.seed is not None and slot.stage in CONTRIBUTING and slot.alpha > 0.0
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

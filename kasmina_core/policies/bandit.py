@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any, final
 
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
 from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Observation
@@ -93,13 +93,13 @@ class BanditPolicy(GrowingPolicy):
             if slot is None:  # of another model
                 del self._growing[name]
                 continue
-            if slot.seed_id == seed_id and slot.stage < SeedStage.FOSSILIZED:
+            if slot.seed_id == seed_id and slot.stage in LIVING:
                 continue
             kept = slot.seed_id == seed_id and slot.stage is SeedStage.FOSSILIZED
             self._rewards.append((name, blueprint, gain if kept else min(gain, 0.0)))
             del self._growing[name]
         for slot in observation.slots:
-            if SeedStage.GERMINATED <= slot.stage < SeedStage.FOSSILIZED:
+            if slot.stage in LIVING:
                 before = self._growing.get(slot.slot, ("", "", 0.0))[2]
                 measured = slot.gain is not None and math.isfinite(slot.gain)
                 gain = slot.gain if measured and slot.gain is not None else before

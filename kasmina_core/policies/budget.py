@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final, final
 
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import CONTRIBUTING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare, living_seeds
 from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Command, Observation, SlotObservation
@@ -252,7 +252,7 @@ class BudgetPolicy(GrowingPolicy):
         """Note gains at the end of incubation, and the time."""
         living = living_seeds(observation)
         for slot in living:
-            passed = slot.stage >= SeedStage.BLENDING
+            passed = slot.stage in CONTRIBUTING
             measured = slot.gain is not None and math.isfinite(slot.gain)
             ends = passed or slot.is_stopped or slot.epochs_in_stage >= self.care.max_training_epochs
             if ends and slot.seed_id not in self._counted:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from kasmina_core.errors import MisuseWarning
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.policies.triggers import Trigger
@@ -254,9 +254,7 @@ class GrowingPolicy:
 
 def living_seeds(observation: Observation) -> list[SlotObservation]:
     """Return the slots whose seed's fate is not known yet."""
-    return [
-        slot for slot in observation.slots if SeedStage.GERMINATED <= slot.stage <= SeedStage.PROBATIONARY
-    ]
+    return [slot for slot in observation.slots if slot.stage in LIVING]
 
 
 def _from_mapping(blueprints: Mapping[Topology, Sequence[str]]) -> Callable[[SlotObservation], Sequence[str]]:

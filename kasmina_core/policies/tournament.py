@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import CONTRIBUTING, LIVING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
 from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import (
@@ -100,7 +100,7 @@ class TournamentPolicy(GrowingPolicy):
             place = slots[self._winner[0]]
             if place.stage is SeedStage.DORMANT:
                 commands.append(self._grow_winner(place))
-            elif SeedStage.GERMINATED <= place.stage <= SeedStage.FOSSILIZED:
+            elif place.stage in LIVING or place.stage is SeedStage.FOSSILIZED:
                 self._winner = None  # somebody else grew there meanwhile
         elif not (self._waiting or self._inside):
             self._winner = self._best(self._results)
@@ -120,15 +120,14 @@ class TournamentPolicy(GrowingPolicy):
     def _measure(self, slot: SlotObservation) -> Command | None:
         """Note a contender's gain and take it out, when it is time."""
         blueprint = self._inside[slot.slot]
-        alive = SeedStage.GERMINATED <= slot.stage <= SeedStage.PROBATIONARY
-        if not alive:  # refused, or culled by somebody else
+        if slot.stage not in LIVING:  # refused, or culled by somebody else
             del self._inside[slot.slot]
             return None
         if slot.is_paused and not slot.is_stopped:
             return None
         learned = slot.stage is SeedStage.TRAINING and slot.epochs_in_stage >= self.incubation_epochs
         stuck = slot.stage is SeedStage.GERMINATED and slot.epochs_in_stage >= self.care.max_training_epochs
-        if not (slot.is_stopped or learned or stuck or slot.stage >= SeedStage.BLENDING):
+        if not (slot.is_stopped or learned or stuck or slot.stage in CONTRIBUTING):
             return None
         del self._inside[slot.slot]
         if slot.is_stopped or slot.gain is None or not math.isfinite(slot.gain):

@@ -14,8 +14,6 @@ from torch import nn
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import GerminationError, TransitionError
 from kasmina_core.events import (
-    EXPLODING_GRADIENT,
-    VANISHING_GRADIENT,
     AlphaChanged,
     GateChecksJoined,
     GateEvaluated,
@@ -24,7 +22,6 @@ from kasmina_core.events import (
     SeedCulled,
     SeedFossilized,
     SeedGerminated,
-    SeedTelemetry,
     StageChanged,
     TelemetryEvent,
 )
@@ -185,7 +182,7 @@ class SeedSlot(Slot):
         if self.state is not None:
             raise GerminationError(
                 f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "
-                f"'{self.state.seed_id}'. {self._way_to_dormant()}"
+                f"'{self.state.seed_id}'. {_way_to_dormant(self.stage)}"
             )
         if not is_plain(options):
             raise GerminationError(
@@ -250,7 +247,8 @@ class SeedSlot(Slot):
         if state.is_paused:
             return _plain_result("not paused", False, state, "the seed is paused; resume it first")
         if is_failure_stage(state.stage):
-            waited, needed = state.metrics.epochs_in_current_stage, self._cooldown(state.stage)
+            waited = state.metrics.epochs_in_current_stage
+            needed = self.config.embargo_epochs if state.stage is SeedStage.EMBARGOED else 1
             result = _plain_result("epochs of cooldown", waited >= needed, state, f"{waited} of {needed}")
         else:
             result = self.check_gate(GATE_INTO[goal])
@@ -296,7 +294,9 @@ class SeedSlot(Slot):
         metrics = state.metrics
         if metric is not None:
             metrics.record(metric)
-        self._collect_gradient_norms()
+        norms = self.notes.epoch.norms
+        if norms.count:
+            metrics.gradient_norm, metrics.gradient_norm_max = norms.mean, norms.largest
         self.notes.begin_epoch()
         if state.is_paused:
             return None
@@ -536,13 +536,6 @@ class SeedSlot(Slot):
         cast("SeedState", self.state).metrics.alpha = alpha
         self.alpha_buffer.fill_(alpha)
 
-    def _way_to_dormant(self) -> str:
-        if self.stage is SeedStage.FOSSILIZED:
-            return "A fossil is part of the model and stays; use another slot."
-        if is_failure_stage(self.stage):
-            return "Its cooldown goes on with every step_epoch; germinate when it is over."
-        return "Cull it and let the cooldown pass, or use another slot."
-
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _announce(self, state: SeedState, seed: nn.Module) -> None:
@@ -561,9 +554,6 @@ class SeedSlot(Slot):
                 f"Slot '{self.name}' is dormant: there is no seed to {command}. Germinate one first."
             )
         return self.state
-
-    def _cooldown(self, stage: SeedStage) -> int:
-        return self.config.embargo_epochs if stage is SeedStage.EMBARGOED else 1
 
     def _make_seed(
         self, blueprint_id: str, options: Mapping[str, Any], number: int, stage: SeedStage
@@ -597,20 +587,10 @@ class SeedSlot(Slot):
             self.notes.host_losses = host_losses
         return evidence
 
-    def forget_host_losses(self) -> None:
-        """Forget what the host's losses were as blending began: they are those of other samples."""
-        self.notes.host_losses = None
-
     def parameters_are_finite(self) -> bool:
         """Return whether every parameter of the seed is finite in every process of a job."""
         finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
         return self.owner.everywhere(self, "finite parameters", finite)
-
-    def _collect_gradient_norms(self) -> None:
-        norms = self.notes.epoch.norms
-        if norms.count and self.state is not None:
-            self.state.metrics.gradient_norm = norms.mean
-            self.state.metrics.gradient_norm_max = norms.largest
 
     def _begin_notes(self) -> None:
         # A new object, not a cleared one: a load that fails puts the old one back.
@@ -637,32 +617,6 @@ class SeedSlot(Slot):
             checks=tuple(check.to_dict() for check in result.checks),
         )
 
-    def telemetry(self, epoch: int = 0) -> SeedTelemetry | None:
-        """Return the seed's record as plain data, or ``None`` in a dormant slot."""
-        state = self.state
-        if state is None:
-            return None
-        norm = state.metrics.gradient_norm
-        exploding = norm is not None and not norm <= EXPLODING_GRADIENT
-        vanishing = norm is not None and norm < VANISHING_GRADIENT
-        return SeedTelemetry(
-            seed_id=state.seed_id,
-            slot=self.name,
-            blueprint_id=state.blueprint_id,
-            stage=state.stage.name,
-            epoch=epoch,
-            epochs_in_current_stage=state.metrics.epochs_in_current_stage,
-            alpha=self.alpha,
-            metric=state.metrics.current_metric,
-            delta=state.metrics.improvement_since_stage_start,
-            gain=self.notes.evidence.gain if self.notes.evidence is not None else None,
-            deviation=state.metrics.deviation,
-            gradient_norm=norm,
-            gradient_health=0.0 if norm is None or exploding or vanishing else 1.0,
-            is_vanishing=vanishing,
-            is_exploding=exploding,
-        )
-
     def clear(self) -> None:
         """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""
         if self.seed is not None:
@@ -675,14 +629,16 @@ class SeedSlot(Slot):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"owner": UNOWNED}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SeedSlot:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]  # torch
-        return twin
-
 
 def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -> GateResult:
     verdict = CheckVerdict.PASSED if passed else CheckVerdict.FAILED
     check = GateCheck(name, float(passed), verdict, minimum=1.0, detail=detail)
     return GateResult(None, (check,), state.metrics.epochs_total)
+
+
+def _way_to_dormant(stage: SeedStage) -> str:
+    if stage is SeedStage.FOSSILIZED:
+        return "A fossil is part of the model and stays; use another slot."
+    if is_failure_stage(stage):
+        return "Its cooldown goes on with every step_epoch; germinate when it is over."
+    return "Cull it and let the cooldown pass, or use another slot."

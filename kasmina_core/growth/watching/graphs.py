@@ -113,7 +113,7 @@ def _mode(slot: SeedSlot, measured: SeedSlot | None) -> tuple[str, str, str] | N
         return None
     if slot is measured:
         return slot.name, "measured", state.blueprint_id
-    stage = min(state.stage, SeedStage.SHADOWING)
-    if stage is SeedStage.BLENDING and slot.alpha == 0.0:
-        stage = SeedStage.TRAINING
+    stage = SeedStage.TRAINING if slot.is_apart else state.stage
+    if stage not in (SeedStage.TRAINING, SeedStage.BLENDING):
+        stage = SeedStage.SHADOWING  # the seed's output alone, as in every later stage
     return slot.name, stage.name, state.blueprint_id

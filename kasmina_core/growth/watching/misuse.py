@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates.thresholds import GateProfile
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import LIVING
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.settings import Incubation
 from kasmina_core.slots.slot import SeedSlot
@@ -196,7 +196,7 @@ def _seed_of(slot: SeedSlot) -> str:
     state = slot.state
     if slot.seed is None or state is None or state.is_paused:
         return ""
-    return state.seed_id if SeedStage.TRAINING <= slot.stage <= SeedStage.PROBATIONARY else ""
+    return state.seed_id if slot.is_active and slot.stage in LIVING else ""
 
 
 def _can_learn(slot: SeedSlot) -> bool:
