@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from kasmina_core.blending import AlphaSchedule
-from kasmina_core.errors import GerminationError, TransitionError
+from kasmina_core.errors import GerminationError, KasminaError, TransitionError
 from kasmina_core.events import (
     AlphaChanged,
     GateChecksJoined,
@@ -57,7 +58,6 @@ class SeedSlot(Slot):
     Attributes:
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
         notes: What was measured and counted of the seed.
-        owner: The model around the slot; replaced by it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SeedSlot(Slot):
         self.config = config
         self.maker = maker
         self.judge = judge
-        self.owner: SlotOwner = UNOWNED
+        self._owner: weakref.ref[SlotOwner] | None = None
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -83,6 +83,27 @@ class SeedSlot(Slot):
         self.notes = SeedNotes()
 
     # -- what one may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def owner(self) -> SlotOwner:
+        """The model around the slot, as the slot sees it; a slot outside of a model has one that does nothing.
+
+        It is not kept alive: it refers to the slots, and to listeners and evaluators that may refer to the host.
+
+        Raises:
+            KasminaError: If the model is gone.
+        """
+        if self._owner is None:
+            return UNOWNED
+        if (owner := self._owner()) is None:
+            raise KasminaError(
+                f"The model of slot '{self.name}' is gone. Keep a reference to it as long as its slots."
+            )
+        return owner
+
+    @owner.setter
+    def owner(self, owner: SlotOwner) -> None:
+        self._owner = weakref.ref(owner)
 
     @property
     def stage(self) -> SeedStage:
@@ -627,7 +648,7 @@ class SeedSlot(Slot):
         self.refresh_mode()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"owner": UNOWNED}
+        return self.__dict__ | {"_owner": None}
 
 
 def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -> GateResult:
