@@ -197,12 +197,7 @@ def check_pack_apart(
 ) -> list[PackReport]:
     """Check one installed pack as `check_pack_here` does, in a process whose end is not the end of this one.
 
-    Args:
-        name: Name of the pack.
-        ids: Full ids of the blueprints to check; all if empty.
-        named: Whether the user asked for it.
-        device: See `check_blueprint_spec`.
-        tell: Is told each id before its checks run.
+    Args, besides those of `check_pack_here`:
         timeout: Seconds after which the process is ended.
         memory: Bytes of memory that it may use, where the system can limit that.
 
