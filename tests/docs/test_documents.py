@@ -93,12 +93,15 @@ def test_the_pack_of_contributing_passes_its_own_tests(contributed: Path) -> Non
 
 def test_the_tree_of_contributing_names_every_module_of_the_core() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tree = text[text.index("```text") : text.index("```\n", text.index("```text") + 5)]
+    tree = text[text.index("kasmina_core/ ") : text.index("plugins/ ")]
     core = ROOT / "kasmina_core"
-    modules = {path.name for path in core.glob("*.py")}
-    packages = {f"{path.parent.name}/" for path in core.glob("*/__init__.py")}
-    assert {word for word in tree.split() if word.endswith(".py")} == modules
-    assert packages <= set(tree.split())
+    assert set(re.findall(r"\w+\.py\b(?!i)", tree)) == {path.name for path in core.glob("*.py")}
+    rooms = dict(re.findall(r"^  (\w+)/ .*\n((?:      \S.*\n)*)", tree, re.MULTILINE))
+    assert rooms.keys() == {path.parent.name for path in core.glob("*/__init__.py")}
+    for room, modules in rooms.items():
+        found = [path.relative_to(core / room) for path in (core / room).rglob("*.py")]
+        named = {path.with_suffix("").as_posix() for path in found if path.name != "__init__.py"}
+        assert set(modules.split()) == named, room
 
 
 def test_readme_has_code_that_runs() -> None:
