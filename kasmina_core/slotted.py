@@ -135,6 +135,30 @@ class SlottedModel(nn.Module):
             self.follow_modules()
             return self.host(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # torch.func.functional_call finds and sets parts of the host by their names in the state_dict.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _parts_of(self.__dict__):
+                return getattr(self.host, name)
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = name in self.__dict__ or hasattr(type(self), name)
+        if is_own or name not in _parts_of(self.__dict__):
+            super().__setattr__(name, value)
+        elif name in self.host._parameters and isinstance(value, Tensor):
+            self.host._parameters[name] = cast(
+                "nn.Parameter", value
+            )  # functional_call puts plain tensors there
+        else:
+            setattr(self.host, name, value)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Return, for `torch.distributed.checkpoint.state_dict`, the attribute behind which each part of the host is."""
+        return dict.fromkeys(_parts_of(self.__dict__), "host")
+
     @property
     def slots(self) -> SlotMap[SeedSlot]:
         """The slots by name, in the order in which they were asked for."""
@@ -338,6 +362,11 @@ def _take_off_lost_slots(host: nn.Module) -> None:
                     MisuseWarning,
                     stacklevel=3,
                 )
+
+
+def _parts_of(attributes: Mapping[str, Any]) -> set[str]:
+    host = attributes.get("_modules", {}).get("host")
+    return set() if host is None else {*host._modules, *host._parameters, *host._buffers}
 
 
 _Model = TypeVar("_Model", bound=SlottedModel)

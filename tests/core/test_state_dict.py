@@ -21,6 +21,9 @@ from state_helpers import (
     same_picture,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict
+from torch.func import functional_call
+from torch.optim import SGD
 
 from kasmina_core import CheckpointError, MorphogeneticModel, SeedStage
 from kasmina_core.plain_data import to_bytes
@@ -303,3 +306,61 @@ def test_plain_data_comes_back_as_it_was(value):
 
     back = from_bytes(to_bytes({"x": [value]}, "x"), "x")
     assert repr(back) == repr({"x": [value]})
+
+
+class Bare(nn.Module):
+    """A host with a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 1, 1))
+        self.register_buffer("shift", torch.ones(4, 1, 1))
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x * self.weight + self.shift)
+
+
+def of_bare():
+    return MorphogeneticModel(
+        Bare(), ["act"], example=torch.randn(2, 4, 3, 3), registry=make_registry()
+    ), "act"
+
+
+@pytest.mark.parametrize("stage", [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING])
+@pytest.mark.parametrize("around", [lambda m: m, nn.Sequential], ids=["alone", "around"])
+def test_torchs_own_state_dicts_have_the_same_keys_and_can_be_set_again(stage, around):
+    model = grown(stage)
+    saved = get_model_state_dict(around(model))
+    keys = around(model).state_dict().keys()
+    assert keys == saved.keys()
+    assert get_state_dict(around(model), SGD(model.parameters(), 0.1))[0].keys() == saved.keys()
+    fresh, _ = make_model()
+    set_model_state_dict(around(fresh), saved)
+    loaded_equals(model, fresh)
+
+
+def test_torchs_own_state_dicts_find_parameters_of_the_host_itself():
+    model, _ = of_bare()
+    assert get_model_state_dict(model).keys() == Bare().state_dict().keys()
+
+
+@pytest.mark.parametrize("stage", [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING])
+def test_functional_call_takes_a_state_dict(stage):
+    model, (x, _) = grown(stage).eval(), make_batch()
+    state = model.state_dict()
+    assert torch.equal(functional_call(model, state, (x,)), model(x))
+    other = {k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in state.items()}
+    assert not functional_call(model, other, (x,)).any()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_functional_call_swaps_what_a_host_holds_itself():
+    model, _ = of_bare()
+    x, parameter = torch.rand(2, 4, 3, 3), model.host.weight
+    given = {"weight": torch.zeros(4, 1, 1), "shift": torch.full((4, 1, 1), 2.0)}
+    assert torch.equal(functional_call(model, given, (x,)), torch.full_like(x, 2.0))
+    assert torch.equal(model(x), x + 1)
+    assert model.host.weight is parameter
+    assert not {"weight", "shift"} & vars(model).keys()
