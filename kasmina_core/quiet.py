@@ -175,6 +175,11 @@ class Turns:
                 self._alone = before
                 self._changed.notify_all()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the calling thread has the object alone."""
+        return self._alone == threading.get_ident()
+
     def _wait(self, until: Callable[[], bool]) -> None:
         if not self._changed.wait_for(until, PATIENCE):
             raise KasminaError(

@@ -203,6 +203,11 @@ class SlottedModel(nn.Module):
         """Let forwards of other threads wait while the block changes how slots compute."""
         return self._turns.alone()
 
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether the calling thread is inside of `evaluation`: in an evaluator, or a closure of ``incubate``."""
+        return self._turns.is_alone
+
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def detach_slots(self) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import Tensor
 
+from kasmina_core.gates.paired import require_paired
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.records import Record
 from kasmina_core.slots.forward import ForwardMode
@@ -100,8 +101,8 @@ def attribute(
             permutations lack a generator.
     """
     names = _chosen(model, slots, permutations, generator)
-    value = _Values(model, samples, names, processes)
     with processes.attempt("attribution"):
+        value = _Values(model, samples, names, processes)
         if permutations is None:
             shapley = _exact(value, names)
         else:
@@ -155,14 +156,27 @@ class _Values:
         self, model: SlottedModel, samples: GateSamples, names: Sequence[str], processes: Processes
     ) -> None:
         self._model, self._samples, self._names, self._processes = model, samples, names, processes
-        self._known: dict[frozenset[str], Tensor] = {}
-        self.passes = 0
+        ends = [frozenset[str](), frozenset(names)]
+        losses = [self._measured(subset) for subset in ends]
+        self._counts = processes.counts(losses)
+        self._without = self._gathered(losses[0])
+        self._known = {s: self._worth(found) for s, found in zip(ends, losses, strict=True)}
+        self.passes = 2
 
     def __call__(self, subset: frozenset[str]) -> Tensor:
         if subset not in self._known:
-            self._known[subset] = self._measured(subset)
+            self._known[subset] = self._worth(self._measured(subset))
             self.passes += 1
         return self._known[subset]
+
+    def _gathered(self, losses: Tensor) -> Tensor:
+        return self._processes.samples(losses if self._counts else losses[:0])
+
+    def _worth(self, losses: Tensor) -> Tensor:
+        found = self._gathered(losses)
+        require_paired(found, self._without)
+        sign = 1.0 if self._samples.higher_is_better else -1.0
+        return sign * found.detach().double().cpu()
 
     def _measured(self, subset: frozenset[str]) -> Tensor:
         model = self._model
@@ -170,9 +184,7 @@ class _Values:
             for name in self._names:
                 mode = ForwardMode.MEASURE if name in subset else ForwardMode.PASS
                 stack.enter_context(model.slots[name].forced(mode))
-            losses = self._processes.samples(self._samples.losses())
-        sign = 1.0 if self._samples.higher_is_better else -1.0
-        return sign * losses.detach().double().cpu()
+            return self._samples.losses()
 
 
 def _exact(value: Callable[[frozenset[str]], Tensor], names: Sequence[str]) -> dict[str, PairedGain]:

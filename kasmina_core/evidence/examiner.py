@@ -48,7 +48,7 @@ class Examiner:
         """Let the gates decide on other samples from now on."""
         if samples is not None and self.samples is not None:  # others than those that were measured
             for slot in self._model().slots.values():
-                slot.notes.host_losses = None
+                slot.notes.host_losses, slot.notes.epoch.failure = None, ""
         self.samples = samples
 
     def chosen(self, evaluator: Evaluator | None) -> GateSamples:

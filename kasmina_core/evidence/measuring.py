@@ -55,6 +55,10 @@ class GateSamples:
                 "An evaluator must return a tensor (n,), one loss per held-out sample: reduction='none'.\n"
                 f"  returned: {type(found).__name__} {found!r:.80}"
             )
+        if found.is_complex():
+            raise TypeError(
+                f"An evaluator must return real numbers or booleans, one per held-out sample, not {found.dtype}."
+            )
         return found
 
 
@@ -73,6 +77,14 @@ class Processes(Protocol):
         """Return the per-sample losses of all processes."""
         ...
 
+    def counts(self, losses: Sequence[Tensor]) -> bool:
+        """Return whether this process's samples count: not if those of an earlier process are the same.
+
+        Args:
+            losses: Per-sample losses of all passes, which are compared bit for bit.
+        """
+        ...
+
 
 class OneProcess:
     """The answers of a process that measures by itself."""
@@ -85,6 +97,9 @@ class OneProcess:
 
     def samples(self, losses: Tensor) -> Tensor:
         return losses
+
+    def counts(self, losses: Sequence[Tensor]) -> bool:
+        return True
 
 
 @final
@@ -180,7 +195,11 @@ class SeedMeasurer:
         for alpha in alphas:
             with slot.blend_weight(alpha):
                 smaller[alpha] = self._again(slot, evaluator, tape, slot.blending_mode)
-        gather = self.processes.samples
+        counts = self.processes.counts([with_seed, without, *smaller.values()])
+
+        def gather(losses: Tensor) -> Tensor:
+            return self.processes.samples(losses if counts else losses[:0])
+
         with_seed, without = gather(with_seed), gather(without)
         evidence = SeedEvidence.from_losses(
             with_seed,
@@ -192,7 +211,8 @@ class SeedMeasurer:
         )
         kept = without.detach().float().cpu() if samples.is_fixed else None
         sign = -1.0 if samples.higher_is_better else 1.0
-        return Measurement(evidence, kept, sign * (without - with_seed).detach().float().cpu())
+        differences = sign * (without.double() - with_seed.double()).detach().float().cpu()
+        return Measurement(evidence, kept, differences)
 
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:

@@ -68,7 +68,9 @@ def screen(
                 f"First-order gains need one loss for each sample that passes slot '{slot.name}'.\n"
                 f"  samples: {gradient.numel()}\n  losses:  {losses.numel()}"
             )
-        gains[slot.name] = PairedGain.of(processes.samples(sign * gradient.detach().float()))
+        gain = sign * gradient.detach().float()
+        counts = processes.counts([losses.detach(), gain])
+        gains[slot.name] = PairedGain.of(processes.samples(gain if counts else gain[:0]))
     return gains
 
 

@@ -105,14 +105,8 @@ class SeedEvidence(Record):
         1.3333333333333333
         """
         vectors = [with_seed, *smaller.values()]
-        odd = next((v for v in vectors if v.shape != without_seed.shape), with_seed)
-        if odd.dim() != 1 or odd.shape != without_seed.shape or odd.numel() < 2:
-            raise ValueError(
-                "Evidence needs two vectors of per-sample losses of the same samples, at least two of them.\n"
-                f"  with the seed:    {tuple(odd.shape)}\n"
-                f"  without the seed: {tuple(without_seed.shape)}\n"
-                "The evaluator must return one loss per held-out sample: reduction='none'."
-            )
+        for vector in vectors:
+            require_paired(vector, without_seed)
         sign = -1.0 if higher_is_better else 1.0
         is_bounded = all(v.dtype == torch.bool for v in (without_seed, *vectors))
         a, b = _wide(with_seed), _wide(without_seed)
@@ -135,6 +129,21 @@ class SeedEvidence(Record):
             smaller=tuple((float(alpha), gain(b, _wide(losses))) for alpha, losses in smaller.items()),
             since_blending=since,
             informative=found.informative,
+        )
+
+
+def require_paired(with_seed: Tensor, without_seed: Tensor) -> None:
+    """Check that two tensors can be the losses of the same samples.
+
+    Raises:
+        ValueError: If they are not vectors of one length of at least 2.
+    """
+    if with_seed.dim() != 1 or with_seed.shape != without_seed.shape or with_seed.numel() < 2:
+        raise ValueError(
+            "Evidence needs two vectors of per-sample losses of the same samples, at least two of them.\n"
+            f"  with the seed:    {tuple(with_seed.shape)}\n"
+            f"  without the seed: {tuple(without_seed.shape)}\n"
+            "The evaluator must return one loss per held-out sample: reduction='none'."
         )
 
 

@@ -72,7 +72,7 @@ def _cull_and_revert(model: SlottedModel, growth: Growth, chosen: SeedSlot, reas
         )
     snapshot = growth.snapshots[chosen.name]
     lost = growth.epoch - snapshot.epoch
-    with growth.agreement.command(chosen, f"revert({chosen.name!r})"):
+    with growth.command(chosen, f"revert({chosen.name!r})"):
         chosen.cull(reason, lost_epochs=lost)
         growth.misuse.restart()
         snapshot.restore(contributing_tensors(model.host, model.slots.values(), chosen))
@@ -107,7 +107,7 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
     """Ask a policy once and carry out what it says. See `MorphogeneticModel.follow`."""
     growth = model.growth
     done = []
-    with growth.agreement.command(None, "follow"):
+    with growth.command(None, "follow"):
         for command in growth.agreement.commands(decided(policy, model.observe())):
             try:
                 model.execute(command)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.errors import TransitionError
 from kasmina_core.events import AlphaChanged, StageChanged, TelemetryEvent
 from kasmina_core.evidence.examiner import Examiner
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
@@ -217,8 +218,17 @@ class Growth:
         return self.agreement.isolation(slot, self.examiner.isolation(slot))
 
     @contextmanager
-    def command(self, slot: SeedSlot, text: str) -> Iterator[None]:
-        """Carry out a command of a slot as the processes of a job agree; an epoch that does not end is undone."""
+    def command(self, slot: SeedSlot | None, text: str) -> Iterator[None]:
+        """Carry out a command as the processes of a job agree; an epoch of a slot that does not end is undone.
+
+        Raises:
+            TransitionError: If it is given within an evaluator.
+        """
+        if self._model().is_evaluating:
+            raise TransitionError(
+                f"{text} was called within an evaluator, or a closure of incubate: it would measure while it is measured.\n"
+                "An evaluator returns losses and leaves the model as it is; give commands after it has returned."
+            )
         whole = self.whole_epoch() if text.startswith("step_epoch(") else nullcontext()
         with whole, self.agreement.command(slot, text):
             yield

@@ -199,7 +199,7 @@ class MorphogeneticModel(SlottedModel):
         growth.untracked.look(self, growth.tied_optimizers)
         results = {}
         growth.misuse.epoch_ends(self)
-        with growth.whole_epoch(), growth.agreement.command(None, "step_epoch"):
+        with growth.whole_epoch(), growth.command(None, "step_epoch"):
             growth.last_metric = value = growth.agreement.metric(value)
             growth.epoch += 1
             for name, slot in self.slots.items():

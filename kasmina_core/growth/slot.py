@@ -105,7 +105,7 @@ class ConfiguredGates:
     def judge(self, slot: CoreSlot, gate: GateLevel | int) -> GateResult:
         context = GateContext(
             cast("SeedState", slot.state),
-            lambda: cast("SeedEvidence | None", slot.measure()),
+            lambda: cast("SeedEvidence | None", slot.measure_once()),
             slot.notes.stage.gains,
             parameters_finite=slot.parameters_are_finite,
             look=lambda: Look(slot.notes.take_look(), slot.notes.error_share),

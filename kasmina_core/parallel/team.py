@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kasmina_core.errors import DistributedError, GerminationError, KasminaError
+from kasmina_core.errors import DistributedError, GerminationError, KasminaError, MisuseWarning
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.parallel.control import ControlGroup, FailedSomewhere, by_rank
@@ -54,6 +55,7 @@ class Team:
         self._shard = shard
         self._average = average
         self._depth = 0
+        self._same_samples = False
         self._attempted = ""
         self._kind: type[KasminaError] = KasminaError
         self._failed: Exception | None = None
@@ -191,6 +193,26 @@ class Team:
         """Return the per-sample losses of all ranks, rank after rank; each may have another number."""
         found = self._say("losses of samples", losses.detach().cpu())
         return torch.cat(found).to(losses.device)
+
+    def counts(self, losses: Sequence[Tensor]) -> bool:
+        """Return whether this rank's samples count: not if an earlier rank's losses are the same, bit for bit.
+
+        Warns once if ranks hold the same samples.
+        """
+        own = ([tuple(each.shape) for each in losses], _checksum(losses))
+        found = self._say("whose samples are the same", own)
+        first = [found.index(each) for each in found]
+        if first != list(range(len(found))) and not self._same_samples:
+            self._same_samples = True
+            repeated = next(rank for rank, earlier in enumerate(first) if rank != earlier)
+            warnings.warn(
+                f"Ranks {first[repeated]} and {repeated} return the same held-out losses, bit for bit: the same samples "
+                "count once.\nLet the evaluator of each rank return its own part of the samples; if it gathers them from "
+                "all ranks itself, all is well.",
+                MisuseWarning,
+                stacklevel=2,
+            )
+        return first[self.rank] == self.rank
 
     def largest(self, what: str, value: float) -> float:
         """Return the largest value of all ranks; NaN if any is NaN."""

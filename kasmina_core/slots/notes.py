@@ -83,6 +83,7 @@ class EpochNotes:
         evidence_is_fresh: Whether the evidence is of this epoch.
         isolation_is_fresh: Whether isolation was measured in this epoch.
         look: Number of the look that was counted in this epoch; 0 for none.
+        failure: What the measurement for the gates raised in this epoch, as text; empty if nothing.
         norms: Gradient norms of the epoch's steps.
     """
 
@@ -90,6 +91,7 @@ class EpochNotes:
     isolation_is_fresh: bool = False
     look: int = 0
     norms: GradientNorms = field(default_factory=GradientNorms)
+    failure: str = ""
 
 
 @final

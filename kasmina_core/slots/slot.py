@@ -327,7 +327,7 @@ class SeedSlot(Slot):
             return None
         if state.stage is SeedStage.PROBATIONARY:
             with suppress(Exception):  # the gate asks again and says what an evaluator raised
-                self.measure()  # every epoch of probation counts for G5's stability, not only those past the dwell
+                self.measure_once()  # every epoch of probation counts for G5's stability, not only those past the dwell
             return self.check_gate(GateLevel.G5)
         if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.EPOCH:
             self._step_ramp()
@@ -607,6 +607,20 @@ class SeedSlot(Slot):
         if not is_blending:
             self.notes.host_losses = host_losses
         return evidence
+
+    def measure_once(self) -> Evidence | None:
+        """Measure for a gate; if that fails, every check of the epoch gets the failure, without another pass.
+
+        Raises:
+            KasminaError: If it failed before in this epoch; the first call raises what failed.
+        """
+        if self.notes.epoch.failure and not self.notes.epoch.evidence_is_fresh:
+            raise KasminaError(f"the measurement of this epoch failed: {self.notes.epoch.failure}")
+        try:
+            return self.measure()
+        except Exception as error:
+            self.notes.epoch.failure = f"{error!r:.1000}"
+            raise
 
     def parameters_are_finite(self) -> bool:
         """Return whether every parameter of the seed is finite in every process of a job."""

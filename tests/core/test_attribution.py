@@ -187,6 +187,18 @@ def test_losses_without_a_graph_or_a_sample_each_are_refused(evaluate, says) -> 
         model.screen(lambda: evaluate(model))
 
 
+def test_a_changing_number_of_samples_is_refused_as_a_measurement_does() -> None:
+    model = grown(SeedStage.TRAINING, SeedStage.SHADOWING)
+    sizes = itertools.cycle([40, 39, 40, 38])
+
+    def changing() -> Tensor:
+        return losses(model)[: next(sizes)]
+
+    for ask in (lambda: model.attribute(evaluator=changing), lambda: model.measure(CNN_SLOTS[0], changing)):
+        with pytest.raises(ValueError, match="Evidence needs two vectors of per-sample losses of the same"):
+            ask()
+
+
 class Counting:
     """Counts passes with and without gradients, and turns the losses round to make every seed harmful."""
 

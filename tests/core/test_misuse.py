@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from state_helpers import FIRST, make_batch, make_host, make_model, make_registry, open_config
+from state_helpers import FIRST, SECOND, make_batch, make_host, make_model, make_registry, open_config
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -26,6 +26,7 @@ from kasmina_core import (
     SeedStage,
     Topology,
     TournamentPolicy,
+    TransitionError,
     clip_gradients,
     distribute,
     export_model,
@@ -106,6 +107,80 @@ def test_an_evaluator_that_cannot_work_is_told_with_the_reason(evaluator, reason
     assert f"slot '{FIRST}'" in said
     assert "evaluate_with" in said
     assert loop.model.slots[FIRST].stage is SeedStage.TRAINING
+
+
+def test_an_evaluator_that_fails_runs_once_an_epoch_and_each_check_says_why():
+    calls = []
+
+    def fails(model):
+        calls.append(1)
+        raise RuntimeError("no such file")
+
+    loop = Loop(evaluator=fails)
+    loop.epochs(6)
+    result = loop.model.slots[FIRST].last_gate
+    waiting = [check for check in result.checks if check.name in ("gain", "gain over its error")]
+    assert len(waiting) == 2
+    assert all("no such file" in check.detail for check in waiting)
+    before = len(calls)
+    loop.epochs(1)
+    assert len(calls) == before + 1
+    with pytest.raises(RuntimeError, match="no such file"):
+        loop.model.measure(FIRST)  # asks again
+
+
+def test_a_new_evaluator_is_asked_in_the_epoch_in_which_the_old_one_failed():
+    loop = Loop(evaluator=lambda model: 1 / 0)
+    loop.epochs(6)
+    loop.model.evaluate_with(lambda: F.cross_entropy(loop.model(X), Y, reduction="none"))
+    slot = loop.model.slots[FIRST]
+    slot.pause()
+    slot.resume()  # asks the gate anew
+    result = slot.check_gate(2)
+    assert not any("raised" in check.detail for check in result.checks)
+
+
+COMMANDS = {
+    "step_epoch": lambda model: model.step_epoch(1.0),
+    "advance_stage": lambda model: model.advance_stage(FIRST),
+    "germinate": lambda model: model.germinate(SECOND, "scale"),
+    "cull": lambda model: model.cull(FIRST),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_within_an_evaluator_are_refused(command):
+    def commands(model):
+        COMMANDS[command](model)
+        return F.cross_entropy(model(X), Y, reduction="none")
+
+    loop = Loop(evaluator=commands)
+    loop.epochs(2)
+    epoch, stage = loop.model.epoch, loop.model.slots[FIRST].stage
+    with pytest.raises(TransitionError, match=f"{command}.* was called within an evaluator"):
+        loop.model.measure(FIRST)
+    assert (loop.model.epoch, loop.model.slots[FIRST].stage) == (epoch, stage)
+    assert any("within an evaluator" in text for text in loop.epochs(6))
+
+
+def test_right_and_wrong_answers_are_numbers():
+    loop = Loop()
+    loop.epochs(2)
+    for dtype in (torch.bool, torch.uint8, torch.int64):
+
+        def right(dtype=dtype):
+            return (loop.model(X).argmax(1) == Y).to(dtype)
+
+        found = loop.model.measure(FIRST, right, higher_is_better=True)
+        expected = loop.model.measure(FIRST, lambda: right().float(), higher_is_better=True)
+        assert (found.gain, found.loss_with, found.loss_without) == (
+            expected.gain,
+            expected.loss_with,
+            expected.loss_without,
+        )
+        assert loop.model.attribute([FIRST], right).joint.gain == pytest.approx(-found.gain)
+    with pytest.raises(TypeError, match="real numbers or booleans"):
+        loop.model.measure(FIRST, lambda: loop.model(X)[:, 0].to(torch.complex64))
 
 
 def test_some_losses_that_are_nan_are_no_broken_evaluator():

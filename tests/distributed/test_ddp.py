@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,27 @@ def evidence_is_that_of_the_samples_of_both_ranks(rank: int) -> None:
     expected = alone.measure("norm", lambda: torch.cat([losses(slice(0, 6)), losses(slice(6, 9))]))
     assert found.samples == 9
     assert found == expected == everywhere(found)[1 - rank]
+
+
+@on_each_rank
+def the_same_samples_count_once(rank: int) -> None:
+    x, y = images(9, seed=31), labels(9, seed=32)
+    model, _, _ = pair()
+    grow_to(model, "norm", SeedStage.TRAINING)
+
+    def losses(part: slice) -> Tensor:
+        return F.cross_entropy(model(x[part]), y[part], reduction="none")
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = model.measure("norm", lambda: losses(slice(0, 9)))
+        shares = model.attribute(["norm"], lambda: losses(slice(0, 9)))
+        apart = model.measure("norm", lambda: losses(slice(0, 5) if rank == 0 else slice(5, 9)))
+    (same,) = [str(w.message) for w in said if w.category is MisuseWarning]
+    assert "Ranks 0 and 1 return the same held-out losses" in same
+    assert found.samples == shares.joint.samples == apart.samples == 9
+    assert found.gain == pytest.approx(apart.gain, abs=1e-7)
+    assert found.standard_error == pytest.approx(apart.standard_error, rel=1e-4)
 
 
 @on_each_rank

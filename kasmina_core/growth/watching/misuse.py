@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import Measurement
     from kasmina_core.growth.model import MorphogeneticModel
 
-LEVEL_OF_CALLER: Final = 4
+LEVEL_OF_CALLER: Final = 5
 """Of `Misuse._warn`, from where a warning is raised: the caller of the model's method."""
 
 
