@@ -7,11 +7,11 @@ from .blueprints.catalogue import HostRegistry as HostRegistry
 from .blueprints.declarations import BlueprintSpec as BlueprintSpec
 from .blueprints.declarations import HostSpec as HostSpec
 from .blueprints.declarations import RegisteredBlueprint as RegisteredBlueprint
-from .checkpoints.checkpoint import InterruptedSave as InterruptedSave
 from .checkpoints.checkpoint import LoadedCheckpoint as LoadedCheckpoint
 from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
 from .checkpoints.checkpoint import save_checkpoint as save_checkpoint
 from .checkpoints.export import export_model as export_model
+from .checkpoints.files import InterruptedSave as InterruptedSave
 from .checkpoints.growth_state import OtherBlueprintVersion as OtherBlueprintVersion
 from .checkpoints.growth_state import growth_of as growth_of
 from .checkpoints.growth_state import rebuild_growth as rebuild_growth

@@ -45,7 +45,8 @@ def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # elsewhere a folder cannot be opened
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes no handle that is read-only.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over processes, by what FSDP2 and DTensor offer; torch.distributed is not imported."""
+"""Parameters that are sharded over processes, by what FSDP2 and DTensor offer; torch.distributed is imported for sharded ones alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """Return all of a tensor that may be sharded; then every process has to ask."""
     full_tensor = getattr(tensor, "full_tensor", None)
     return cast("Tensor", full_tensor()) if full_tensor is not None else tensor
+
+
+def sharded_like(tensor: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor sharded as another one of its shape is; then every process has to ask."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements)
 
 
 def sharded_modules(module: nn.Module) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,10 @@ from kasmina_core.checkpoints.files import (
     WEIGHTS,
     NewFolder,
     Unchanged,
+    as_checkpoint_error,
     new_id,
-    previous_of,
     read_manifest,
+    read_one_version,
     read_tensors,
     with_shared,
     write_manifest,
@@ -41,10 +41,6 @@ from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.plain_data import meaning, to_json
 from kasmina_core.state_keys import plain_name
-
-
-class InterruptedSave(UserWarning):
-    """A save was interrupted just before its last step; the checkpoint before it is loaded."""
 
 
 @final
@@ -169,28 +165,16 @@ def load_checkpoint(
     run = Run(
         unwrapped(model), optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {}
     )
-    place = present(Path(folder))
-    raw = read_manifest(place)
-    if not isinstance(identity := raw.get("id"), str):
-        raise CheckpointError(f"The manifest in {place} is damaged: id cannot be {identity!r:.80}.")
-    metadata = {"checkpoint": identity}
-    unchanged = Unchanged(place, raw["crc32"])
-    shared = _shared(raw)
-    tensors = {}
-    if TRAINING in raw["files"]:
-        tensors = with_shared(read_tensors(place / TRAINING, metadata, apart=True), shared.get(TRAINING, {}))
-    data: dict[str, Any] = meaning(raw, f"The manifest in {place}", tensors.pop)  # each is used once
-    weights = with_shared(read_tensors(place / WEIGHTS, metadata), shared[WEIGHTS])
+    place, data, weights, unchanged = read_one_version(Path(folder), _opened)
     host = data.get("host")
     if not isinstance(host, dict) or not isinstance(host.get("other_state"), dict):
         raise CheckpointError(f"The manifest in {place} is damaged: host cannot be {host!r:.80}.")
 
     def load_weights(records: dict[str, Any]) -> dict[str, Any]:
         _load_weights(run.model, {**weights, **host["other_state"], **records})
-        unchanged.demand()  # within apply: what was loaded of a damaged file is undone
         return data
 
-    apply(run, data, load_weights, rng=rng)
+    apply(run, data, load_weights, unchanged.demand, rng=rng)
     return LoadedCheckpoint(
         place,
         data.get("data_position"),
@@ -202,22 +186,25 @@ def load_checkpoint(
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
+def _opened(place: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor], Unchanged]:
+    """Open all files of a checkpoint; their tensors stay what they are if it is replaced."""
+    raw = read_manifest(place)
+    if not isinstance(identity := raw.get("id"), str):
+        raise CheckpointError(f"The manifest in {place} is damaged: id cannot be {identity!r:.80}.")
+    metadata = {"checkpoint": identity}
+    with as_checkpoint_error(f"The checkpoint {place}", "read"):
+        unchanged = Unchanged(place, raw["crc32"])
+    shared = _shared(raw)
+    tensors = {}
+    if TRAINING in raw["files"]:
+        tensors = with_shared(read_tensors(place / TRAINING, metadata, apart=True), shared.get(TRAINING, {}))
+    data: dict[str, Any] = meaning(raw, f"The manifest in {place}", tensors.pop)  # each is used once
+    return place, data, with_shared(read_tensors(place / WEIGHTS, metadata), shared[WEIGHTS]), unchanged
+
+
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in state.items() if name not in tensors}
-
-
-def present(folder: Path) -> Path:
-    """Return the folder, or the one before it if the process ended while it was being replaced."""
-    previous = previous_of(Path(os.path.realpath(folder)))
-    if os.path.lexists(folder) or not previous.is_dir():
-        return folder
-    warnings.warn(
-        f"{folder} was being replaced when the process ended; {previous}, the checkpoint before it, is loaded.",
-        InterruptedSave,
-        stacklevel=3,
-    )
-    return previous
 
 
 def _shared(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:

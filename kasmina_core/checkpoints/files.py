@@ -6,17 +6,20 @@ import itertools
 import json
 import mmap
 import os
+import re
 import shutil
 import socket
 import stat
 import threading
+import time
 import uuid
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, BinaryIO, Final, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -26,12 +29,30 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.files import flush
 from kasmina_core.plain_data import FORMAT_VERSION, LARGEST_TEXT, parse
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT: Final = "kasmina checkpoint"
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 TRAINING: Final = "training.safetensors"
 
 _NUMBERS: Final = itertools.count()
+DISTRIBUTED: Final = "kasmina distributed checkpoint"
+
+_OWN_NAME: Final = re.compile(r"manifest\.json|(weights|training)\.safetensors|\.metadata|__\d+_\d+\.distcp")
+"""Names of a checkpoint's own files; no other is ever removed or renamed."""
+
+_Read = TypeVar("_Read")
+
+_POSIX: Final = os.name == "posix"
+
+_HELD: Final[set[str]] = set()
+"""Folders in which this process puts a checkpoint in place now."""
+
 _AT_WORK: Final[set[str]] = set()
 """Names of the folders that this process is filling now, in whatever thread."""
 
@@ -133,12 +154,16 @@ def with_shared(tensors: dict[str, Tensor], shared: Mapping[str, Any]) -> dict[s
     return tensors | {name: tensors[other].clone() for name, other in shared.items()}
 
 
+class InterruptedSave(UserWarning):
+    """A save was interrupted just before its last step; the checkpoint before it is loaded."""
+
+
 class NewFolder:
     """A folder that is filled under another name and put in place at once.
 
     As a context: `path` is where to write; when the block ends well the files are flushed to the disk and the folder
     takes its place; otherwise it is removed. At every instant the target, or ``<target>.previous`` while it is being
-    replaced, is a whole checkpoint.
+    replaced, is a whole checkpoint. Files in the target that are none of a checkpoint's keep their place.
 
     Args:
         target: The folder's name in the end. What is there becomes ``<target>.previous``.
@@ -150,16 +175,26 @@ class NewFolder:
 
     def __init__(self, target: Path, keep_previous: bool) -> None:
         self._named = target
-        self._target = Path(os.path.realpath(target))
-        self._previous = previous_of(self._target)
         self._keep_previous = keep_previous
         self._number = next(_NUMBERS)
         with _SWAP, as_checkpoint_error(f"The checkpoint {target}"):
+            self._target = Path(os.path.realpath(target))
+            if not self._target.name:
+                raise CheckpointError(f"{target} has no name, so a checkpoint cannot take its place.")
+            self._previous = previous_of(self._target)
             for folder in (self._target, self._previous):
-                if os.path.lexists(folder) and not _is_checkpoint(folder):
+                if os.path.lexists(folder) and _foreign(folder) is None:
                     raise CheckpointError(
                         f"{folder} is there and is no checkpoint, so it is not replaced. "
                         "Choose another folder, or remove it."
+                    )
+            both = os.path.lexists(self._target)
+            for entry in (_foreign(self._previous) if both else None) or []:
+                # An interrupted save may have left a second name of it here.
+                _drop_second_name(entry, self._target / entry.name)
+                if os.path.lexists(entry):
+                    raise CheckpointError(
+                        f"{entry} is none of a checkpoint's files, and its folder has to go. Put it elsewhere."
                     )
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._clear_away()
@@ -183,7 +218,7 @@ class NewFolder:
                 for file in sorted(self.path.iterdir()):
                     flush(file)
                 flush(self.path)
-                with _SWAP:
+                with _alone_in(self._target.parent):
                     self._put_in_place()
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -193,16 +228,25 @@ class NewFolder:
 
     def _put_in_place(self) -> None:
         gone = self._beside("removing")
-        if self._target.exists() and _is_checkpoint(self._target) and any(self._target.iterdir()):
+        # Without a target an interrupted save left the previous one alone, with what others had put there.
+        source = self._target if os.path.lexists(self._target) else self._previous
+        foreign = _foreign(source) or []
+        for entry in foreign:
+            _give_second_name(entry, self.path / entry.name)
+        if self._target.is_dir() and (foreign or any(self._target.iterdir())):
             # The previous one is out of the way before the present one takes its name: one of them is always there.
             if os.path.lexists(self._previous):
                 os.rename(self._previous, gone)
             os.rename(self._target, self._previous)
+        elif self._target.is_dir():
+            self._target.rmdir()
         os.rename(self.path, self._target)
         flush(self._target.parent)
-        shutil.rmtree(gone, ignore_errors=True)
+        for entry in foreign:
+            _drop_second_name(self._previous / entry.name, self._target / entry.name)
+        _remove(gone)
         if not self._keep_previous:
-            shutil.rmtree(self._previous, ignore_errors=True)
+            _remove(self._previous)
 
     def _beside(self, what: str) -> Path:
         name = f".{self._target.name}.{what}-{socket.gethostname()}-{os.getpid()}-{self._number}"
@@ -210,20 +254,117 @@ class NewFolder:
 
     def _clear_away(self) -> None:
         """Remove what saves of this machine that go on no more left behind."""
-        for what in ("writing", "removing"):
-            start = f".{self._target.name}.{what}-{socket.gethostname()}-"
-            for left in self._target.parent.glob(f"{_literal(start)}*"):
-                number = left.name.removeprefix(start).partition("-")[0]
-                if number.isdecimal() and not _goes_on(left.name, int(number)):
-                    shutil.rmtree(left, ignore_errors=True)
+        for left in _saves_of(self._target, "writing"):
+            shutil.rmtree(left, ignore_errors=True)  # other people's files in it have another name elsewhere
+        for left in _saves_of(self._target, "removing"):
+            _remove(left)
+
+
+def being_replaced(target: Path) -> bool:
+    """Whether a save to this folder seems to be going on."""
+    start = f".{target.name}.writing-"
+    dead = {left.name for left in _saves_of(target, "writing")}
+    return any(one.name.startswith(start) and one.name not in dead for one in target.parent.iterdir())
+
+
+def _saves_of(target: Path, what: str) -> list[Path]:
+    """Return the folders that dead processes of this machine left beside a folder."""
+    start = f".{target.name}.{what}-{socket.gethostname()}-"
+    found = []
+    for left in target.parent.iterdir():
+        number = left.name.removeprefix(start).partition("-")[0]
+        if left.name.startswith(start) and number.isdecimal() and not _goes_on(left.name, int(number)):
+            found.append(left)
+    return found
 
 
 def _goes_on(name: str, process: int) -> bool:
     return name in _AT_WORK if process == os.getpid() else _lives(process)
 
 
+def _foreign(folder: Path) -> list[Path] | None:
+    """Return what lies in a checkpoint's folder and is none of its files; ``None`` if the folder is no checkpoint."""
+    if not folder.is_dir():
+        return None
+    entries = sorted(folder.iterdir())
+    if not entries:
+        return []
+    try:
+        data = parse((folder / MANIFEST).read_bytes(), MANIFEST)
+    except (OSError, CheckpointError):
+        return None
+    if not isinstance(data, dict) or data.get("format") not in (FORMAT, DISTRIBUTED):
+        return None
+    files = data.get("files")
+    own = {MANIFEST, *(files if isinstance(files, dict) else [one.name for one in entries])}
+    return [one for one in entries if one.name not in own or not _OWN_NAME.fullmatch(one.name)]
+
+
+def _give_second_name(entry: Path, name: Path) -> None:
+    """Let a file, or all in a folder, be found under a second name too: a hard link."""
+    if entry.is_dir() and not entry.is_symlink():
+        name.mkdir()
+        for inside in entry.iterdir():
+            _give_second_name(inside, name / inside.name)
+    else:
+        os.link(entry, name, follow_symlinks=False)
+
+
+def _drop_second_name(entry: Path, name: Path) -> None:
+    """Undo `_give_second_name`: what has no other name stays where it is."""
+    if entry.is_dir() and not entry.is_symlink():
+        for inside in entry.iterdir():
+            _drop_second_name(inside, name / inside.name)
+        with suppress(OSError):  # something has come since
+            entry.rmdir()
+    elif os.path.lexists(name) and os.path.lexists(entry) and os.path.samestat(entry.lstat(), name.lstat()):
+        entry.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint's own files, and its folder if nothing else is in it."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if _OWN_NAME.fullmatch(entry.name):
+                entry.unlink()
+        folder.rmdir()
+
+
 @contextmanager
-def as_checkpoint_error(what: str) -> Iterator[None]:
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Run the block while no other thread, or process that asks too, is in it.
+
+    Raises:
+        OSError: If another process stays in it for a long time.
+    """
+    with _SWAP:
+        if str(folder) in _HELD or fcntl is None:  # a signal's handler that saves in the midst of a save
+            yield
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        _HELD.add(str(folder))
+        try:
+            _lock(handle)
+            yield
+        finally:
+            _HELD.discard(str(folder))
+            os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    for _ in range(1000):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return  # a file system without locks
+    raise TimeoutError("another process has been putting a checkpoint in place for ten seconds")
+
+
+@contextmanager
+def as_checkpoint_error(what: str, done: str = "written") -> Iterator[None]:
     """Say of what the user named that it cannot be written, and not of a file beside that the user never saw.
 
     Raises:
@@ -233,12 +374,12 @@ def as_checkpoint_error(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{what} cannot be written: {reason}.") from error
+        raise CheckpointError(f"{what} cannot be {done}: {reason}.") from error
 
 
 def previous_of(folder: Path) -> Path:
     """Return where the checkpoint before the one in ``folder`` is kept."""
-    return folder.with_name(f"{folder.name}.previous")
+    return folder.parent / f"{folder.name}.previous"
 
 
 def new_id() -> str:
@@ -246,25 +387,39 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def write_manifest(folder: Path, text: str) -> None:
-    """Write the manifest, with the sizes and checksums of the files that are there, which are flushed meanwhile."""
+def write_manifest(folder: Path, text: str, kind: str = FORMAT) -> None:
+    """Write the manifest, with the sizes of the files that are there, which are flushed meanwhile, and checksums.
+
+    Those of a distributed checkpoint, which one process would have to read, have none.
+    """
     written = sorted(folder.iterdir())
     with ThreadPoolExecutor(1) as beside:  # neither the disk nor the sum waits for the other
-        sums = [beside.submit(checksum, file) for file in written]
+        sums = {one.name: beside.submit(checksum, one.open("rb")) for one in written if kind == FORMAT}
         for file in written:
             flush(file)
-    sizes = {file.name: file.stat().st_size for file in written}
-    checksums = {file.name: found.result() for file, found in zip(written, sums, strict=True)}
-    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": sizes, "crc32": checksums})
-    (folder / MANIFEST).write_text(f"{head[:-1]}, {text[1:]}\n", encoding="utf-8")
+    head: dict[str, Any] = {"format": kind, "version": FORMAT_VERSION}
+    head["files"] = {file.name: file.stat().st_size for file in written}
+    if sums:
+        head["crc32"] = {name: found.result() for name, found in sums.items()}
+    (folder / MANIFEST).write_bytes(sealed(f"{json.dumps(head)[:-1]}, {text[1:]}"))
 
 
-def checksum(file: Path) -> int:
-    """Return the CRC-32 of a file, which a bit that turned on the disk or on the way changes."""
-    if not file.stat().st_size:
-        return 0
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return zlib.crc32(content)
+def sealed(text: str) -> bytes:
+    """Return the text of a JSON object with a checksum over itself as its last entry."""
+    above = text.rstrip()[:-1].encode()
+    return above + f', "crc32_of_the_above": {zlib.crc32(above)}}}\n'.encode()
+
+
+_SEAL: Final = re.compile(rb', "crc32_of_the_above": (\d+)\}\n\Z')
+
+
+def checksum(opened: BinaryIO) -> int:
+    """Return the CRC-32 of a file, which a bit that turned on the disk or on the way changes; closes it."""
+    with opened:
+        if not os.fstat(opened.fileno()).st_size:
+            return 0
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return zlib.crc32(content)
 
 
 @final
@@ -272,14 +427,15 @@ class Unchanged:
     """Computes in a thread whether files are as they were written, while they are read.
 
     Args:
-        folder: Where the files are.
+        folder: Where the files are; they are opened at once.
         sums: Their checksums as the manifest has them, by name.
     """
 
     def __init__(self, folder: Path, sums: Mapping[str, object]) -> None:
         beside = ThreadPoolExecutor(1)
         self._sums = [
-            (folder / name, sum_, beside.submit(checksum, folder / name)) for name, sum_ in sums.items()
+            (folder / name, sum_, beside.submit(checksum, (folder / name).open("rb")))
+            for name, sum_ in sums.items()
         ]
         beside.shutdown(wait=False)
 
@@ -298,26 +454,96 @@ class Unchanged:
                 )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_one_version(folder: Path, read: Callable[[Path], _Read]) -> _Read:
+    """Return what is read from a checkpoint, all of it of one version, whoever replaces it meanwhile.
+
+    Args:
+        folder: The checkpoint.
+        read: Opens all its files; what it returns must not open them again.
+
+    Raises:
+        CheckpointError: What ``read`` raises, if the checkpoint was not replaced meanwhile.
+    """
+    for _ in range(1000):
+        place = present(folder)
+        before = identity(place)
+        try:
+            found = read(place)
+        except CheckpointError:
+            if place == present(folder) and before == identity(place):
+                raise
+        else:
+            if before == identity(place):
+                return found
+        time.sleep(0.002)
+    raise CheckpointError(f"The checkpoint {folder} is replaced faster than it can be read.")
+
+
+def present(folder: Path) -> Path:
+    """Return the folder, or the one before it if the process ended while it was being replaced."""
+    target = Path(os.path.realpath(folder))
+    previous = previous_of(target)
+    for _ in range(500):
+        if target.exists():
+            return folder if os.path.lexists(folder) else target
+        if not previous.is_dir():
+            return folder
+        if not being_replaced(target):
+            break
+        time.sleep(0.002)
+    if target.exists():
+        return folder
+    warnings.warn(
+        f"{folder} was being replaced when the process ended; {previous}, the checkpoint before it, is loaded.",
+        InterruptedSave,
+        stacklevel=4,
+    )
+    return previous
+
+
+def identity(folder: Path) -> tuple[Any, ...]:
+    """Return what differs between two checkpoints that were at one place one after the other."""
+    try:
+        stats = [os.stat(folder), *(entry.stat() for entry in sorted(folder.iterdir()))]
+    except OSError:
+        return ()
+    return tuple((one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size) for one in stats)
+
+
+def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose files are all there and whole, as `plain_data.parse` gives it.
 
     Raises:
-        CheckpointError: If there is none, or it is truncated, foreign, newer or leads elsewhere.
+        CheckpointError: If there is none, or it is truncated, changed, foreign, newer or leads elsewhere.
     """
     file = folder / MANIFEST
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint at {folder}.")
-    if not os.path.lexists(file):
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
-    size = _size_of(file)
-    if size > LARGEST_TEXT:
-        raise CheckpointError(f"{file} is {size:,} bytes long; at most {LARGEST_TEXT:,} are read.")
-    data = parse(file.read_bytes(), str(file))
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is no manifest of a {FORMAT}.")
-    data = dict(upgraded("checkpoint", data, f"The checkpoint in {folder}"))
-    files = data.get("files")
-    if not isinstance(files, dict) or not files.keys() <= {WEIGHTS, TRAINING} or WEIGHTS not in files:
+    with as_checkpoint_error(f"The checkpoint {folder}", "read"):
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no checkpoint at {folder}.")
+        if not os.path.lexists(file):
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+        size = _size_of(file)
+        if size > LARGEST_TEXT:
+            raise CheckpointError(f"{file} is {size:,} bytes long; at most {LARGEST_TEXT:,} are read.")
+        content = file.read_bytes()
+    seal = _SEAL.search(content, max(0, len(content) - 64))
+    if seal is not None and int(seal[1]) != (found := zlib.crc32(content[: seal.start()])):
+        raise CheckpointError(
+            f"{file} is not as it was written: its bytes have changed since.\n"
+            f"  crc32 written: {seal[1].decode():.40}\n"
+            f"  crc32 found:   {found}"
+        )
+    raw = parse(content, str(file))
+    if not isinstance(raw, dict) or raw.get("format") != kind:
+        raise CheckpointError(f"{file} is no manifest of a {kind}.")
+    name = "checkpoint" if kind == FORMAT else "distributed"
+    data = dict(upgraded(name, raw, f"The checkpoint in {folder}"))
+    if seal is None and raw.get("version") != 1:
+        raise CheckpointError(f"{file} is damaged: its checksum is missing.")
+    files, needed = data.get("files"), WEIGHTS if kind == FORMAT else ".metadata"
+    if files is None and raw.get("version") == 1 and kind == DISTRIBUTED:
+        return data
+    if not isinstance(files, dict) or needed not in files or not all(map(_OWN_NAME.fullmatch, files)):
         raise CheckpointError(f"{file} names other files than a checkpoint has: {files!r:.160}.")
     for name, bytes_ in files.items():
         if not os.path.lexists(folder / name):
@@ -329,7 +555,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"  found:   {found} bytes"
             )
     sums = data.get("crc32")
-    if not isinstance(sums, dict) or sums.keys() != files.keys():
+    if kind == FORMAT and (not isinstance(sums, dict) or sums.keys() != files.keys()):
         raise CheckpointError(f"{file} is damaged: crc32 cannot be {sums!r:.80}.")
     return data
 
@@ -343,12 +569,9 @@ def _size_of(file: Path) -> int:
     return found.st_size
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder may be replaced: it has a manifest, or nothing at all."""
-    return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
-
-
 def _lives(process: int) -> bool:
+    if not _POSIX:
+        return True  # there signal 0 is Ctrl-C
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -356,9 +579,3 @@ def _lives(process: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)

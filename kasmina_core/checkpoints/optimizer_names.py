@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -132,7 +133,7 @@ def load_named_optimizer_state(
             )
         number, parameter = numbers[name]
         for key, value in values.items():
-            if key == "step" and not _is_number(value):
+            if key == "step" and not (_is_number(value) and 0 <= float(value) < math.inf):
                 raise CheckpointError(f"The saved step of '{name}' cannot be {value!r:.80}.")
             if key in _LIKE_THE_PARAMETER and (value is None or _shape(value) != tuple(parameter.shape)):
                 if value is None and key == "momentum_buffer":

@@ -131,6 +131,7 @@ def apply(
     run: Run,
     data: Mapping[str, Any],
     load_weights: Callable[[dict[str, Any]], Mapping[str, Any]],
+    confirm: Callable[[], None],
     *,
     rng: bool = True,
 ) -> Mapping[str, Any]:
@@ -141,6 +142,7 @@ def apply(
         data: What `collect` returned; its tensors need no values yet.
         load_weights: Loads the model's tensors. It is given the records of the slots, which belong into the same
             ``load_state_dict``, and returns the data with all tensors in it.
+        confirm: Called last; if it raises, all is undone.
         rng: Whether to restore the global random numbers that were saved.
 
     Returns:
@@ -166,9 +168,9 @@ def apply(
             load_scheduler_states(run.schedulers, data.get("schedulers"), orders)
         _recall("scaler", run.scaler, data.get("scaler"))
         kept = _restore_rest(run, data, rng)
-    run.model.growth.kept_seeds, run.model.growth.snapshots = (
-        kept  # last: a load forgets those that were here
-    )
+        confirm()
+    growth = run.model.growth
+    growth.kept_seeds, growth.snapshots = kept  # last: a load forgets those that were here
     return data
 
 

@@ -42,7 +42,7 @@ def regerminate(growth: Growth, chosen: SeedSlot) -> SeedState:
         )
     state = chosen.germinate(kept.blueprint_id, **kept.options)
     try:
-        cast("nn.Module", chosen.seed).load_state_dict(kept.weights)
+        kept.load_into(cast("nn.Module", chosen.seed))
     except RuntimeError as error:
         chosen.clear()
         raise GerminationError(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError
 from kasmina_core.records import Count, Record
-from kasmina_core.sharding import reshard
+from kasmina_core.sharding import reshard, sharded_like
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
@@ -140,7 +140,10 @@ class HostSnapshot:
                     f"{what} does not fit this one at '{name!s:.80}'.\n"
                     f"  kept: {tuple(tensor.shape)}\n  here: {here}"
                 )
-        copies = {name: tensor.to(tensors[name]) for name, tensor in saved.tensors.items()}
+        copies = {
+            name: tensor.to(tensors[name].device, tensors[name].dtype)
+            for name, tensor in saved.tensors.items()
+        }
         kept = [
             KeptOptimizerState(
                 one,
@@ -191,6 +194,20 @@ class KeptSeed(Record):
             return None
         state = slot.state
         return cls(state.seed_id, state.blueprint_id, copy.deepcopy(slot.options), slot.seed.state_dict())
+
+    def load_into(self, seed: nn.Module) -> None:
+        """Give a seed the weights; where it is sharded, each process its shards.
+
+        Raises:
+            RuntimeError: If they do not fit.
+        """
+        own = seed.state_dict()
+        seed.load_state_dict(
+            {
+                name: sharded_like(value, own[name]) if isinstance(value, Tensor) and name in own else value
+                for name, value in self.weights.items()
+            }
+        )
 
 
 def contributing_tensors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, cast, final
@@ -19,25 +19,39 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from kasmina_core.checkpoints.checkpoint import present
-from kasmina_core.checkpoints.files import MANIFEST, NewFolder
-from kasmina_core.checkpoints.growth_state import growth_of, rebuilding
-from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
-from kasmina_core.checkpoints.run_state import unwrapped
+from kasmina_core.checkpoints.files import (
+    DISTRIBUTED,
+    NewFolder,
+    identity,
+    present,
+    read_manifest,
+    write_manifest,
+)
+from kasmina_core.checkpoints.random_states import InexactResume
+from kasmina_core.checkpoints.run_state import (
+    Remembers,
+    Run,
+    apply,
+    collect,
+    optimizers_in,
+    several,
+    unwrapped,
+)
 from kasmina_core.errors import CheckpointError, DistributedError
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.growth.undo import OptimizerBefore
+from kasmina_core.growth.reverting import contributing_tensors
 from kasmina_core.parallel.checkpoint_reader import CheckpointReader
 from kasmina_core.parallel.distributed import DistributedGrowth
 from kasmina_core.parallel.team import Team
-from kasmina_core.plain_data import from_json, to_json
+from kasmina_core.plain_data import from_json, meaning, to_json
 from kasmina_core.sharding import reshard
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 
-FORMAT: Final = "kasmina distributed checkpoint"
-FORMAT_VERSION: Final = 1
+_PER_RANK: Final = ("rng", "generators")
+"""Parts that differ between the processes."""
 
 
 def save_distributed(
@@ -45,19 +59,30 @@ def save_distributed(
     model: nn.Module | DistributedGrowth,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
+    schedulers: LRScheduler | Iterable[LRScheduler] = (),
+    policy: object = None,
+    scaler: Remembers | None = None,
+    rng: Collection[str] = ("torch",),
+    generators: Mapping[str, torch.Generator] | None = None,
     extra: object = None,
     keep_previous: bool = True,
 ) -> Path:
     """Write a checkpoint of a model that grows in many processes; every process calls it and writes its part.
 
     The folder, which all must see, holds the tensors as ``torch.distributed.checkpoint`` writes them and a manifest
-    with the topology. It is written beside and renamed, so that an interrupted save leaves what was there.
+    with all else that `save_checkpoint` saves. It is written beside and renamed, so that an interrupted save leaves
+    what was there.
 
     Args:
         folder: Where to. What is there becomes ``<folder>.previous``.
         model: What `distribute` returned, or the model.
         optimizer: The optimiser, or several; saved by the names of its parameters.
-        extra: Anything else of plain data, as rank 0 has it.
+        schedulers: Learning-rate schedulers, as rank 0 has them.
+        policy: What decides on growth, as rank 0 has it.
+        scaler: A ``torch.amp.GradScaler``, as rank 0 has it.
+        rng: Whose global random numbers to save, for each process; see `save_checkpoint`.
+        generators: Generators of your own, for each process; all give the same names.
+        extra: Anything else of plain data and tensors, as rank 0 has it, such as where the data loader is.
         keep_previous: Whether the checkpoint that was there is kept.
 
     Returns:
@@ -69,7 +94,8 @@ def save_distributed(
     """
     inner = _inner(model)
     team = _team(inner)
-    first = team is None or team.rank == 0
+    rank = 0 if team is None else team.rank
+    run = Run(inner, optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {})
     with team.attempt("save_distributed()") if team is not None else nullcontext():
         reshard(inner)
         tensors = {f"model/{name}": tensor for name, tensor in _tensors(inner).items()}
@@ -77,15 +103,13 @@ def save_distributed(
         def keep(name: str, tensor: Tensor) -> None:
             tensors[f"training/{name}"] = tensor
 
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "topology": growth_of(inner),
-            "optimizers": [named_optimizer_state(inner, one) for one in _several(optimizer)],
-            "extra": extra if first else None,
-        }
-        text = to_json(manifest, "The checkpoint", keep)
-        with NewFolder(Path(folder), keep_previous) if first else nullcontext() as path:
+        data = collect(run, rng=rng, extra=extra if rank == 0 else None)
+        own = to_json({name: data.pop(name) for name in _PER_RANK}, f"ranks[{rank}]", keep)
+        data["ranks"] = (
+            [own] if team is None else team.everyone("what each rank of save_distributed() has", own)
+        )
+        text = to_json(data, "The checkpoint", keep)
+        with NewFolder(Path(folder), keep_previous) if rank == 0 else nullcontext() as path:
             # Nobody writes before all have come.
             path = team.first("the folder of save_distributed()", path) if team is not None else path
             with _as_checkpoint_error(f"The checkpoint cannot be written to {folder}"):
@@ -95,8 +119,8 @@ def save_distributed(
                     process_group=team.process_group if team is not None else None,
                     no_dist=team is None,
                 )
-            if first:
-                (cast("Path", path) / MANIFEST).write_text(text, encoding="utf-8")
+            if rank == 0:
+                write_manifest(cast("Path", path), text, DISTRIBUTED)
         if team is not None:
             team.first("the end of save_distributed()")
     return Path(folder)
@@ -107,6 +131,11 @@ def load_distributed(
     model: nn.Module | DistributedGrowth,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
+    schedulers: LRScheduler | Iterable[LRScheduler] = (),
+    policy: object = None,
+    scaler: Remembers | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    rng: bool = True,
 ) -> Any:
     """Make a model, and its optimiser, what they were when `save_distributed` was called, in any number of processes.
 
@@ -118,6 +147,11 @@ def load_distributed(
         folder: The checkpoint.
         model: What `distribute` returned, or the model; of the same host and points, fresh or grown.
         optimizer: The optimiser, or several in the order in which they were saved.
+        schedulers: In the order in which they were saved.
+        policy: What decided on growth.
+        scaler: A ``torch.amp.GradScaler``.
+        generators: Generators by the names under which they were saved; only in as many processes as saved them.
+        rng: Whether each process restores the global random numbers that it saved.
 
     Returns:
         What was given as ``extra``.
@@ -126,30 +160,30 @@ def load_distributed(
         CheckpointError: If the checkpoint is missing, damaged, foreign or newer, or does not fit; in one process or in
             all. Model and optimisers are then as before.
         DistributedError: If a process is missing.
+
+    Warns:
+        InexactResume: If random numbers were saved by another number of processes; they are then left as they are.
     """
     inner = _inner(model)
     team = _team(inner)
+    run = Run(inner, optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {})
     with team.attempt("load_distributed()") if team is not None else nullcontext():
         place = present(Path(folder))
+        before = identity(place)
+        raw = read_manifest(place, DISTRIBUTED)
         reader = CheckpointReader(place)
         with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
             wanted = _Wanted(reader.stored_tensors())
-        manifest = _manifest(place, wanted.stand_in)
-        optimizers, saved = _several(optimizer), manifest["optimizers"]
-        if len(saved) < len(optimizers):
-            raise CheckpointError(
-                "The checkpoint holds fewer optimisers than are to be loaded.\n"
-                f"  saved: {len(saved)}\n  here:  {len(optimizers)}"
-            )
-        with _undone_on_error(inner, optimizers), rebuilding(inner, manifest["topology"]) as records:
+        data = _meaning(place, raw, wanted.stand_in)
+        data |= _of_this_rank(data["ranks"], team, run.generators, rng, wanted.stand_in)
+
+        def load_weights(records: dict[str, Any]) -> Mapping[str, Any]:
             inner.load_state_dict(records, strict=False)
             reshard(inner)
             own = {f"model/{name}": tensor for name, tensor in _tensors(inner).items()}
             wanted.compare(own, "model/")
             wanted.read |= {name: torch.empty_like(tensor) for name, tensor in own.items()}
-            parameters = {plain_name(name): p for name, p in inner.named_parameters()}
-            states = [wanted.of_optimizer(state, parameters) for state in saved[: len(optimizers)]]
-            extra = wanted.filled(manifest["extra"])
+            filled: Mapping[str, Any] = wanted.filled(data, _known(inner))
             if team is not None:
                 team.first("reading in load_distributed()")  # torch's words take the same way as ours
             with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
@@ -162,11 +196,17 @@ def load_distributed(
             with torch.no_grad():
                 for name, tensor in own.items():
                     tensor.copy_(wanted.read[name])
-            for one, state in zip(optimizers, states, strict=True):
-                load_named_optimizer_state(inner, one, state)
+            return filled
+
+        def agree() -> None:
+            if identity(place) != before:
+                raise CheckpointError(
+                    f"The checkpoint {folder} was replaced while it was read: load it again."
+                )
             if team is not None:
                 team.first("the end of load_distributed()")
-    return extra
+
+        return apply(run, data, load_weights, agree, rng=rng)["extra"]
 
 
 @final
@@ -192,37 +232,28 @@ class _Wanted:
         self._stand_ins[id(tensor)] = tensor, name
         return tensor
 
-    def filled(self, value: Any, parameter: Tensor | None = None) -> Any:
+    def filled(self, value: Any, known: Mapping[str, Tensor], like: Tensor | None = None) -> Any:
         """Return data with tensors that will be read for the stand-ins in it.
 
         Args:
             value: The data.
-            parameter: Tensors of its shape are placed, and sharded, as it is; others are whole and on the CPU.
+            known: The model's tensors by name.
+            like: A tensor of its shape is placed, and sharded, as it is; others are whole and on the CPU. Below a key
+                that names one of ``known`` it is that one.
         """
         if isinstance(value, dict):
-            return {key: self.filled(item, parameter) for key, item in value.items()}
+            return {key: self.filled(item, known, known.get(key, like)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.filled(item, parameter) for item in value)
+            return type(value)(self.filled(item, known, like) for item in value)
         if id(value) not in self._stand_ins:
             return value
         stand_in, name = self._stand_ins[id(value)]
-        like = parameter if parameter is not None and parameter.shape == stand_in.shape else None
         self.read[name] = (
             torch.empty_like(like, dtype=stand_in.dtype, requires_grad=False)
-            if like is not None
+            if like is not None and like.shape == stand_in.shape
             else torch.empty_like(stand_in, device="cpu")
         )
         return self.read[name]
-
-    def of_optimizer(self, saved: Any, parameters: Mapping[str, Tensor]) -> Any:
-        """Return an optimiser's state, each parameter's tensors where the parameter is."""
-        if not isinstance(saved, dict) or not isinstance(state := saved.get("state"), dict):
-            return saved
-        rest = self.filled({key: value for key, value in saved.items() if key != "state"})
-        return {
-            **rest,
-            "state": {name: self.filled(values, parameters.get(name)) for name, values in state.items()},
-        }
 
     def compare(self, own: Mapping[str, Tensor], prefix: str) -> None:
         """Require that the checkpoint holds exactly these tensors under a prefix.
@@ -242,22 +273,46 @@ class _Wanted:
             raise CheckpointError("The checkpoint is of another host.\n" + "\n".join(faults[:6]) + more)
 
 
-def _manifest(folder: Path, fetch: Callable[[str], Tensor]) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        data = from_json(file.read_bytes(), str(file), fetch)
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is no manifest of a {FORMAT}.")
-    if data.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"The checkpoint in {folder} has another version.\n"
-            f"  saved:    {data.get('version')!r:.40}\n  readable: {FORMAT_VERSION}"
-        )
-    if not isinstance(data.get("topology"), dict) or not isinstance(data.get("optimizers"), list):
-        raise CheckpointError(f"{file} is damaged: it lacks the topology or the optimisers.")
+def _meaning(folder: Path, raw: dict[str, Any], fetch: Callable[[str], Tensor]) -> dict[str, Any]:
+    data: dict[str, Any] = meaning(raw, f"The manifest in {folder}", fetch)
+    if not all(isinstance(data.get(key), kind) for key, kind in (("topology", dict), ("ranks", list))):
+        raise CheckpointError(f"The manifest in {folder} is damaged: it lacks the topology or the ranks.")
     return {"extra": None} | data
+
+
+def _of_this_rank(
+    ranks: list[Any],
+    team: Team | None,
+    generators: Mapping[str, torch.Generator],
+    rng: bool,
+    fetch: Callable[[str], Tensor],
+) -> dict[str, Any]:
+    """Return what each process has of its own: random numbers and generators."""
+    rank, size = (0, 1) if team is None else (team.rank, team.process_group.size())
+    if ranks and len(ranks) != size:
+        numbers = f"  saved by: {len(ranks)} processes\n  here:     {size}"
+        if generators:
+            raise CheckpointError(
+                f"Each process saved its own generators, and there are others now.\n{numbers}\n"
+                "Leave generators= out, and seed them anew."
+            )
+        if rng:
+            warnings.warn(
+                f"The random numbers of each process go on otherwise than in the saved run.\n{numbers}",
+                InexactResume,
+                stacklevel=3,
+            )
+        return {name: {} for name in _PER_RANK}
+    own = from_json(ranks[rank], f"ranks[{rank}]", fetch) if ranks and isinstance(ranks[rank], str) else {}
+    return {name: own.get(name, {}) for name in _PER_RANK}
+
+
+def _known(model: MorphogeneticModel) -> dict[str, Tensor]:
+    """Return the tensors of a model by all names under which an optimiser's state or a copy of the host has them."""
+    named: dict[str, Tensor] = {plain_name(name): p for name, p in model.named_parameters()}
+    for slot in model.slots.values():
+        named |= contributing_tensors(model.host, model.slots.values(), slot)
+    return named
 
 
 def _tensors(model: MorphogeneticModel) -> dict[str, Tensor]:
@@ -277,22 +332,6 @@ def _team(model: MorphogeneticModel) -> Team | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise DistributedError("The processes do not know each other yet: call distribute(model) first.")
     return None
-
-
-def _several(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    return list(given) if isinstance(given, Iterable) else [given]
-
-
-@contextmanager
-def _undone_on_error(model: MorphogeneticModel, optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    undo = [OptimizerBefore(one).put_back for one in optimizers]
-    try:
-        with model.growth.undone_on_error():
-            yield
-    except BaseException:
-        for put_back in undo:
-            put_back()
-        raise
 
 
 @contextmanager

@@ -105,6 +105,10 @@ class Team:
         """Return rank 0's value, when all have come here."""
         return self._say(what, value)[0]
 
+    def everyone(self, what: str, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order."""
+        return self._say(what, value)
+
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Do something that leaves no trace if it fails; if it fails on one rank it fails on all.
 

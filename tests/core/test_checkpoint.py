@@ -9,8 +9,13 @@ import json
 import os
 import random
 import shutil
+import socket
+import stat
+import subprocess
+import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy
 import pytest
@@ -26,6 +31,7 @@ from state_helpers import (
     make_registry,
     open_config,
     picture,
+    rewrite,
     same_picture,
     train_once,
 )
@@ -313,6 +319,155 @@ def test_what_is_no_checkpoint_is_not_replaced(content, tmp_path):
     assert target.read_text() == "mine" if content == "a file" else (target / "photos").is_dir()
 
 
+def test_what_others_put_into_a_checkpoints_folder_survives_any_number_of_saves(tmp_path):
+    whole, folder = grown(), tmp_path / "point"
+    save(folder, whole)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "logs" / "deep").mkdir(parents=True)
+    with open(folder / "logs" / "deep" / "open.txt", "w") as opened:
+        (folder / "shortcut").symlink_to("notes.txt")
+        inode = (folder / "notes.txt").stat().st_ino
+        for number in range(3):
+            save(folder, whole, data_position=number, keep_previous=number != 1)
+            opened.write(f"{number}")
+    assert (folder / "notes.txt").read_text() == (folder / "shortcut").read_text() == "mine"
+    assert (folder / "notes.txt").stat().st_ino == inode
+    assert (folder / "logs" / "deep" / "open.txt").read_text() == "012"
+    assert load(folder, parts()).data_position == 2
+    assert sorted(one.name for one in (tmp_path / "point.previous").iterdir()) == sorted(
+        [W, T, "manifest.json"]
+    )
+
+
+def test_what_others_put_into_the_checkpoint_before_is_not_removed_with_it(tmp_path):
+    whole, folder = grown(), tmp_path / "point"
+    save(folder, whole)
+    save(folder, whole, data_position=1)
+    (tmp_path / "point.previous" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        CheckpointError, match=r"notes\.txt is none of a checkpoint's files.*Put it elsewhere"
+    ):
+        save(folder, whole)
+    assert (tmp_path / "point.previous" / "notes.txt").read_text() == "mine"
+    assert load(folder, parts()).data_position == 1
+
+
+@pytest.mark.parametrize("content", ['{"name": "my app"}', "no JSON", '["kasmina checkpoint"]'])
+def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(content, tmp_path):
+    (tmp_path / "point").mkdir()
+    (tmp_path / "point" / "manifest.json").write_text(content)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="is there and is no checkpoint"):
+            save(tmp_path / "point", grown())
+    assert (tmp_path / "point" / "manifest.json").read_text() == content
+
+
+def test_a_manifest_that_claims_other_peoples_files_gets_none_of_them_removed(tmp_path):
+    whole, folder = grown(), tmp_path / "point"
+    save(folder, whole)
+    (folder / "photo.jpg").write_text("mine")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rewrite(folder / "manifest.json", manifest | {"files": manifest["files"] | {"photo.jpg": 4}})
+    for _ in range(2):
+        save(folder, whole)
+    assert (folder / "photo.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["/", "a/../b", "."])
+def test_odd_names_of_folders_are_one_clear_error_or_work(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("mine")
+    model = parts()[0]
+    if place == "a/../b":
+        save_checkpoint(place, model)
+        load_checkpoint(place, model)
+        assert sorted(os.listdir(tmp_path)) == ["b", "here.txt"]
+        return
+    with pytest.raises(CheckpointError, match=r"has no name|is there and is no checkpoint"):
+        save_checkpoint(place, model)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
+        load_checkpoint(place, model)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_one_clear_error(saved, target, monkeypatch):
+    def denied(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    says = refused(saved, target, f"The checkpoint {saved} cannot be read: Permission denied")
+    assert "\n" not in says
+
+
+def test_where_signal_0_is_ctrl_c_no_process_is_sent_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("kasmina_core.checkpoints.files._POSIX", False)
+    monkeypatch.setattr("kasmina_core.checkpoints.files.fcntl", None)
+    monkeypatch.setattr(os, "kill", None)
+    model = parts()[0]
+    left = tmp_path / f".point.writing-{socket.gethostname()}-4194305-0"
+    left.mkdir()
+    for _ in range(3):
+        save_checkpoint(tmp_path / "point", model)
+    load_checkpoint(tmp_path / "point", model)
+    assert left.is_dir()
+
+
+def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch):
+    import fcntl
+
+    flushed, fsync = [], os.fsync
+
+    def noted(handle):
+        mode = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE
+        flushed.append(mode == os.O_RDWR or stat.S_ISDIR(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    save_checkpoint(tmp_path / "point", parts()[0])
+    assert flushed
+    assert all(flushed)
+
+
+SAVER = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_checkpoint import parts
+from kasmina_core import save_checkpoint
+model = parts()[0]
+number = int(sys.argv[1])
+while True:
+    number += 10
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.fill_(number)
+    save_checkpoint({folder!r}, model, data_position=number)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("savers", [1, 3])
+def test_loads_beside_savers_read_one_consistent_version_always(savers, tmp_path):
+    model, folder = parts()[0], tmp_path / "point"
+    code = SAVER.format(here=str(Path(__file__).parent), folder=str(folder))
+    saving = [
+        subprocess.Popen([sys.executable, "-c", code, str(i)], stdout=subprocess.PIPE) for i in range(savers)
+    ]
+    try:
+        for one in saving:
+            assert one.stdout.readline()
+        seen = set()
+        for _ in range(60 // savers):
+            number = load_checkpoint(folder, model).data_position
+            assert all(bool((tensor == number).all()) for tensor in model.parameters())
+            seen.add(number)
+        assert len(seen) > 3
+        assert all(one.poll() is None for one in saving)
+    finally:
+        for one in saving:
+            one.kill()
+            one.communicate()
+    load_checkpoint(folder, model)
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "point").symlink_to(tmp_path / "disk")
@@ -435,7 +590,9 @@ def interrupt_at(number, monkeypatch):
         (checkpoint, "write_tensors"),
         (checkpoint, "write_manifest"),
         (checkpoint_files, "flush"),
+        (checkpoint_files, "_remove"),
         (checkpoint_files.os, "rename"),
+        (checkpoint_files.os, "link"),
     ):
         monkeypatch.setattr(place, name, counting(getattr(place, name)))
     remove = shutil.rmtree
@@ -444,13 +601,16 @@ def interrupt_at(number, monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("earlier", [0, 1, 2])
-def test_a_save_that_ends_at_any_call_leaves_a_whole_checkpoint(earlier, tmp_path):
+@pytest.mark.parametrize(("earlier", "foreign"), [(0, False), (1, False), (2, False), (2, True)])
+def test_a_save_that_ends_at_any_call_leaves_a_whole_checkpoint(earlier, foreign, tmp_path):
     whole = grown()
-    for number in range(30):
+    for number in range(40):
         folder = tmp_path / str(number) / "point"
         for position in range(earlier):
             save(folder, whole, data_position=position)
+        if foreign:
+            (folder / "notes").mkdir()
+            (folder / "notes" / "mine.txt").write_text("mine")
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at(number, patch)
             try:
@@ -464,6 +624,8 @@ def test_a_save_that_ends_at_any_call_leaves_a_whole_checkpoint(earlier, tmp_pat
                 assert load(folder, parts()).data_position in (earlier - 1, "new")
             save(folder, whole, data_position="later")
             assert load(folder, parts()).data_position == "later"
+        assert not foreign or (folder / "notes" / "mine.txt").read_text() == "mine"
+        assert {one.name for one in folder.parent.iterdir()} <= {"point", "point.previous"}
         if ended:
             break
     assert ended
@@ -542,7 +704,7 @@ def damaged(saved, tmp_path):
             del inside[last]
         else:
             inside[last] = value
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        rewrite(folder / "manifest.json", manifest)
         return folder
 
     return change
@@ -646,7 +808,7 @@ def with_tensors(folder, file, change):
     save_file(tensors, folder / file, {"checkpoint": manifest["id"]})
     manifest["files"][file] = (folder / file).stat().st_size
     manifest["crc32"][file] = zlib.crc32((folder / file).read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(folder / "manifest.json", manifest)
 
 
 @pytest.mark.parametrize("file", [W, T])
@@ -770,7 +932,7 @@ def test_any_damage_of_the_manifest_is_refused_as_a_whole_or_harmless(saved, tar
             del inside[last]
         else:
             inside[last] = chance.choice(VALUES)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        rewrite(folder / "manifest.json", manifest)
         try:
             load(folder, whole, generators={"loader": generator})
         except CheckpointError:
@@ -784,6 +946,19 @@ def test_any_damage_of_the_manifest_is_refused_as_a_whole_or_harmless(saved, tar
             whole = parts()
             before = everything(whole, generator)
     assert refusals > 150
+
+
+def test_a_changed_byte_of_a_manifest_never_loads(saved, target, tmp_path):
+    chance = random.Random(6)
+    folder = tmp_path / "point"
+    shutil.copytree(saved, folder)
+    content = (saved / "manifest.json").read_bytes()
+    for _ in range(276):
+        data = bytearray(content)
+        data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+        (folder / "manifest.json").write_bytes(data)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(folder, target[0][0])
 
 
 def test_any_damaged_byte_is_refused_as_a_whole_or_harmless(saved, target, tmp_path):
@@ -865,7 +1040,7 @@ def test_a_policy_that_an_older_manifest_does_not_name_is_refused_by_its_own_cla
     manifest = tmp_path / "point" / "manifest.json"
     data = json.loads(manifest.read_text())
     del data["policy_class"]
-    manifest.write_text(json.dumps(data))
+    rewrite(manifest, data)
     with pytest.raises(
         CheckpointError, match="cannot be loaded into this Other: its saved state does not fit"
     ) as no:

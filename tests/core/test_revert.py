@@ -18,6 +18,7 @@ from numeric_helpers import (
     snapshot,
     walk_to,
 )
+from state_helpers import rewrite
 
 from kasmina_core import (
     CheckpointError,
@@ -30,6 +31,7 @@ from kasmina_core import (
     save_checkpoint,
     tie_optimizer,
 )
+from kasmina_core.checkpoints.run_state import Run
 from kasmina_core.integrations.growing import GrowthClock
 
 S = SeedStage
@@ -336,7 +338,7 @@ def test_a_damaged_copy_of_the_host_is_refused_and_nothing_is_changed(path, valu
             kept = kept[step]
         assert last in kept or last == "host.stem.weight"
         kept[last] = value
-    file.write_text(json.dumps(manifest))
+    rewrite(file, manifest)
     twin = Training()
     before = twin.host(), snapshot(twin.model)
     with pytest.raises(CheckpointError, match=says):
@@ -365,5 +367,5 @@ def test_what_a_trainers_checkpoint_keeps_of_growth_holds_the_epochs_that_were_g
     assert run.model.lost_epochs == 1
     clock = GrowthClock(NoGrowthPolicy())
     fresh = Training()
-    clock.load_state_dict(fresh.model, clock.state_dict(run.model))
+    clock.load_state_dict(Run(fresh.model), clock.state_dict(Run(run.model)))
     assert fresh.model.observe().lost_epochs == 1

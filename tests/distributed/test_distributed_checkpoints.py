@@ -23,13 +23,17 @@ from kasmina_core import (
     CheckpointError,
     DistributedError,
     DistributedGrowth,
+    InexactResume,
     KasminaError,
+    PlateauPolicy,
     SeedStage,
+    Topology,
     distribute,
     load_distributed,
     save_distributed,
     tie_optimizer,
 )
+from kasmina_core.checkpoints.files import sealed
 
 ONE_GROUP = True
 
@@ -112,11 +116,54 @@ def loaded_run_goes_on_as_the_one_that_was_saved(rank: int) -> None:
 
 
 @on_each_rank
+def all_that_a_run_needs_is_in_the_checkpoint_sharded_or_not(rank: int) -> None:
+    for sharded in (False, True):
+        folder = folder_of_checks() / f"whole-{sharded}"
+        runs = [start(sharded=sharded, keep_snapshot=True, embargo_epochs=0) for _ in range(2)]
+        model, optimizer = runs[0][0].model, runs[0][1]
+        rests = [
+            {
+                "schedulers": torch.optim.lr_scheduler.StepLR(run[1], 2, gamma=0.5),
+                "policy": PlateauPolicy({Topology.TRANSFORMER: ["mlp"]}),
+                "scaler": torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + i)),
+                "generators": {"loader": torch.Generator().manual_seed(10 * i + rank)},
+            }
+            for i, run in enumerate(runs)
+        ]
+        train(runs[0], rank, 0)
+        grow_to(model, "blocks.1", SeedStage.TRAINING, "mlp")
+        train(runs[0], rank, 2)
+        model.cull("blocks.1", keep=True)
+        grow_to(model, "blocks.0", SeedStage.BLENDING, "mlp", alpha=0.25)
+        train(runs[0], rank, 4)
+        rests[0]["schedulers"].step()
+        rests[0]["policy"].decide(model.observe())
+        rests[0]["scaler"].scale(torch.ones(()))
+        torch.manual_seed(100 + rank)
+        save_distributed(folder, runs[0][0], optimizer=optimizer, **rests[0])
+        drawn = [torch.rand(()), torch.rand((), generator=rests[0]["generators"]["loader"])]
+        load_distributed(folder, runs[1][0], optimizer=runs[1][1], **rests[1])
+        assert [torch.rand(()), torch.rand((), generator=rests[1]["generators"]["loader"])] == drawn
+        for name in ("schedulers", "policy", "scaler"):
+            assert rests[1][name].state_dict() == rests[0][name].state_dict(), name
+        for run in runs:
+            train(run, rank, 6)
+            assert run[0].model.can_revert("blocks.0")
+            run[0].model.cull("blocks.0", revert=True)
+            while run[0].model.slots["blocks.1"].state is not None:
+                run[0].model.step_epoch(1.0)
+            run[0].model.regerminate("blocks.1")
+            train(run, rank, 8)
+        assert same_tensors(picture(runs[1]), picture(runs[0]))
+
+
+@on_each_rank
 def checkpoint_of_one_process_is_read_by_two(rank: int) -> None:
     expected = torch.load(folder_of_checks() / "one.pt", weights_only=True)
     for sharded in (False, True):
         fresh = start(sharded=sharded)
-        load_distributed(folder_of_checks() / "one", fresh[0], optimizer=fresh[1])
+        with pytest.warns(InexactResume, match=r"(?s)saved by: 1 processes.*here:     2"):
+            load_distributed(folder_of_checks() / "one", fresh[0], optimizer=fresh[1])
         assert same_tensors(picture(fresh)[:2], expected)
         train(fresh, rank, 6)
         assert fresh[0].model.slots["blocks.0"].stage is SeedStage.BLENDING
@@ -175,7 +222,7 @@ def damaged_tensors_change_nothing(rank: int) -> None:
     everywhere(None)
     run = grown(rank, sharded=True)
     before = picture(run)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cut off or replaced"):
         load_distributed(broken, run[0], optimizer=run[1])
     assert same_tensors(picture(run), before)
     train(run, rank, 9)
@@ -213,7 +260,9 @@ def test_in_two_processes(outcomes: Outcomes, check: str) -> None:
 def test_checkpoint_of_two_processes_is_read_by_one(outcomes: Outcomes, folder: Path, sharded: bool) -> None:
     outcomes.require("loaded_run_goes_on_as_the_one_that_was_saved")
     fresh = start()
-    assert load_distributed(folder / f"two-{sharded}", fresh[0], optimizer=fresh[1]) == {"sharded": sharded}
+    assert load_distributed(folder / f"two-{sharded}", fresh[0], optimizer=fresh[1], rng=False) == {
+        "sharded": sharded
+    }
     assert same_tensors(picture(fresh)[:2], torch.load(folder / f"two-{sharded}.pt", weights_only=True))
     train(fresh, 0, 6)
     assert fresh[0].model.slots["blocks.0"].stage is SeedStage.BLENDING
@@ -235,30 +284,41 @@ def manifest_without(part: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         data = json.loads((folder / "manifest.json").read_text())
         del data[part]
-        (folder / "manifest.json").write_text(json.dumps(data))
+        del data["crc32_of_the_above"]
+        (folder / "manifest.json").write_bytes(sealed(json.dumps(data)))
 
     return damage
+
+
+def with_metadata(folder: Path, content: bytes) -> None:
+    """Replace torch's description, and its size in the manifest, as somebody with bad intentions would."""
+    (folder / ".metadata").write_bytes(content)
+    data = json.loads((folder / "manifest.json").read_text())
+    del data["crc32_of_the_above"]
+    data["files"][".metadata"] = len(content)
+    (folder / "manifest.json").write_bytes(sealed(json.dumps(data)))
 
 
 def leads_elsewhere(folder: Path) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     for stored in metadata.storage_data.values():
         stored.relative_path = "../one/__0_0.distcp"
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with_metadata(folder, pickle.dumps(metadata))
 
 
 def of_a_newer_version(folder: Path) -> None:
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"version":1', '"version":99', 1))
+    text = (folder / "manifest.json").read_text().replace('"version": 3', '"version": 99', 1)
+    (folder / "manifest.json").write_bytes(sealed(text.partition(', "crc32_of_the_above"')[0] + "}"))
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Evil())), "asks for posix.system"),
-        (lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:200]), "cannot be read"),
-        (lambda f: (f / ".metadata").unlink(), "cannot be read"),
-        (lambda f: (f / "__0_0.distcp").unlink(), "cannot be read"),
+        (lambda f: with_metadata(f, pickle.dumps(Evil())), "asks for posix.system"),
+        (lambda f: with_metadata(f, (f / ".metadata").read_bytes()[:200]), "cannot be read"),
+        (lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:200]), "cut off"),
+        (lambda f: (f / ".metadata").unlink(), r"lacks \.metadata"),
+        (lambda f: (f / "__0_0.distcp").unlink(), r"lacks __0_0\.distcp"),
         (leads_elsewhere, "leads elsewhere"),
         (lambda f: (f / "manifest.json").write_text("{}"), "no manifest of a"),
         (lambda f: (f / "manifest.json").unlink(), "is no checkpoint"),
