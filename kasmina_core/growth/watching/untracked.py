@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kasmina_core.growth.watching.living import living
 
-LEVEL_OF_CALLER: Final = 3
+LEVEL_OF_CALLER: Final = 4
 """Of `UntrackedSeeds.look`, from where a warning is raised: the caller of the model's method."""
 
 
