@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -95,7 +96,7 @@ class MorphogeneticModel(SlottedModel):
     def _grow_with(self, growth: Growth) -> None:
         self.growth = growth
         for slot in self.slots.values():
-            slot.owner = growth
+            slot.owned_by = weakref.ref(growth)
 
     @property
     def slots(self) -> SlotMap[SeedSlot]:

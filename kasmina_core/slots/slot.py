@@ -58,6 +58,7 @@ class SeedSlot(Slot):
     Attributes:
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
         notes: What was measured and counted of the seed.
+        owned_by: A weak reference to the model around the slot, as the slot sees it; set by the model.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SeedSlot(Slot):
         self.config = config
         self.maker = maker
         self.judge = judge
-        self._owner: weakref.ref[SlotOwner] | None = None
+        self.owned_by: weakref.ref[SlotOwner] | None = None
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -93,17 +94,13 @@ class SeedSlot(Slot):
         Raises:
             KasminaError: If the model is gone.
         """
-        if self._owner is None:
+        if self.owned_by is None:
             return UNOWNED
-        if (owner := self._owner()) is None:
+        if (owner := self.owned_by()) is None:
             raise KasminaError(
                 f"The model of slot '{self.name}' is gone. Keep a reference to it as long as its slots."
             )
         return owner
-
-    @owner.setter
-    def owner(self, owner: SlotOwner) -> None:
-        self._owner = weakref.ref(owner)
 
     @property
     def stage(self) -> SeedStage:
@@ -662,7 +659,7 @@ class SeedSlot(Slot):
         self.refresh_mode()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_owner": None}
+        return self.__dict__ | {"owned_by": None}
 
 
 def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -> GateResult:
