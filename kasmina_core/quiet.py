@@ -131,25 +131,34 @@ class Turns:
         self._sharing: dict[int, int] = {}
         self._alone: int | None = None
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Run the block beside others that share.
+    def enter(self) -> None:
+        """Begin to share; every call is paired with one of `leave`.
 
         Raises:
             KasminaError: After `PATIENCE` seconds.
         """
+        # No lock: this is in every forward. Each side writes first and then looks at the other, so one of them waits.
         me = threading.get_ident()
+        inside = self._sharing.get(me, 0)
+        self._sharing[me] = inside + 1
+        if inside or self._alone is None or self._alone == me:
+            return
+        self.leave()
         with self._changed:
-            self._wait(lambda: self._alone in (None, me) or me in self._sharing)
-            self._sharing[me] = self._sharing.get(me, 0) + 1
-        try:
-            yield
-        finally:
+            self._wait(lambda: self._alone in (None, me))
+            self._sharing[me] = 1
+
+    def leave(self) -> None:
+        """End to share."""
+        me = threading.get_ident()
+        left = self._sharing[me] - 1
+        if left:
+            self._sharing[me] = left
+            return
+        del self._sharing[me]
+        if self._alone is not None:
             with self._changed:
-                self._sharing[me] -= 1
-                if not self._sharing[me]:
-                    del self._sharing[me]
-                    self._changed.notify_all()
+                self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -162,13 +171,9 @@ class Turns:
         with self._changed:
             self._wait(lambda: self._alone in (None, me))
             before, self._alone = self._alone, me
-            try:
-                self._wait(lambda: self._sharing.keys() <= {me})
-            except KasminaError:
-                self._alone = before
-                self._changed.notify_all()
-                raise
         try:
+            with self._changed:
+                self._wait(lambda: all(thread == me for thread in list(self._sharing)))
             yield
         finally:
             with self._changed:

@@ -131,9 +131,12 @@ class SlottedModel(nn.Module):
         # A graph must hold neither locks nor walks over modules; in one, commands and saves look after the slots.
         if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
             return self.host(*args, **kwargs)
-        with self._turns.shared():
+        self._turns.enter()
+        try:
             self.follow_modules()
             return self.host(*args, **kwargs)
+        finally:
+            self._turns.leave()
 
     def __getattr__(self, name: str) -> Any:
         # torch.func.functional_call finds and sets parts of the host by their names in the state_dict.
