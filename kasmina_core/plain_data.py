@@ -25,6 +25,9 @@ DEEPEST: Final = 64
 LARGEST_TEXT: Final = 1 << 28
 """Bytes beyond which a text is refused."""
 
+LARGEST_RECORD: Final = 1 << 25
+"""Bytes beyond which a text in a tensor is refused."""
+
 _LARGEST_NUMBER: Final = 1 << 128
 _NOT_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _MARKS: Final = ("$float", "$tuple", "$map", "$counter", "$tensor")
@@ -107,7 +110,10 @@ def to_bytes(data: object, what: str) -> Tensor:
     Raises:
         CheckpointError: As `to_json`.
     """
-    return torch.tensor(list(to_json(data, what).encode()), dtype=torch.uint8, device="cpu")
+    text = to_json(data, what).encode()
+    if len(text) > LARGEST_RECORD:
+        raise CheckpointError(f"{what} has {len(text):,} bytes; at most {LARGEST_RECORD:,} are written.")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def from_bytes(tensor: Tensor, what: str) -> Any:
@@ -122,9 +128,9 @@ def from_bytes(tensor: Tensor, what: str) -> Any:
             f"  found:    {tensor.dtype}, shape {tuple(tensor.shape)}, on {tensor.device}\n"
             "  expected: torch.uint8, one dimension, on a device that holds values"
         )
-    if tensor.numel() > LARGEST_TEXT:
-        raise CheckpointError(f"{what} has {tensor.numel():,} bytes; at most {LARGEST_TEXT:,} are read.")
-    return from_json(bytes(tensor.detach().cpu().tolist()), what)
+    if tensor.numel() > LARGEST_RECORD:
+        raise CheckpointError(f"{what} has {tensor.numel():,} bytes; at most {LARGEST_RECORD:,} are read.")
+    return from_json(tensor.detach().cpu().numpy().tobytes(), what)
 
 
 def _marked(value: Any, where: str, keep: Keep | None, depth: int) -> Any:
@@ -193,11 +199,11 @@ def _unmarked(value: Any, where: str, fetch: Fetch | None, depth: int) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it names {twice!r:.80} twice")
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"it names {name!r:.80} twice")
+        made[name] = value
     return made
 
 

@@ -100,3 +100,18 @@ def _random_states(device: torch.device) -> list[Tensor]:
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
+
+
+def size_unbuilt(
+    registry: BlueprintRegistry, blueprint_id: str, point: InjectionPoint, options: Mapping[str, Any]
+) -> int:
+    """Return how many values a seed's parameters and buffers have, without room for them.
+
+    0 if its factory cannot work without: that a blueprint is unknown, or refuses its options, is for `try_seed` to say.
+    """
+    try:
+        with torch.device("meta"), private_rng(0):
+            seed = registry.create(blueprint_id, point.dim, causal=point.causal, options=options)
+            return sum(t.numel() for t in (*seed.parameters(), *seed.buffers()))
+    except Exception:
+        return 0

@@ -20,6 +20,7 @@ from kasmina_core.checkpoints.files import (
     Unchanged,
     as_checkpoint_error,
     new_id,
+    plain_refusals,
     read_manifest,
     read_one_version,
     read_tensors,
@@ -123,6 +124,7 @@ def save_checkpoint(
     return target
 
 
+@plain_refusals()
 def load_checkpoint(
     folder: str | os.PathLike[str],
     model: nn.Module,

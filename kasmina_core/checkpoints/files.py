@@ -364,6 +364,19 @@ def _lock(handle: int) -> None:
 
 
 @contextmanager
+def plain_refusals() -> Iterator[None]:
+    """Let nothing that a file made up reach a terminal: control characters are escaped, long lines and lists are cut."""
+    try:
+        yield
+    except CheckpointError as error:
+        lines = str(error).replace("\t", "    ").split("\n")
+        clean = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:500]) for line in lines[:40]]
+        cut = [line if len(line) <= 320 else f"{line[:319]}…" for line in clean]
+        error.args = ("\n".join([*cut, *(["…"] if len(lines) > 40 else [])]),)
+        raise
+
+
+@contextmanager
 def as_checkpoint_error(what: str, done: str = "written") -> Iterator[None]:
     """Say of what the user named that it cannot be written, and not of a file beside that the user never saw.
 

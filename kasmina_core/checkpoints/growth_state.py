@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -163,15 +163,19 @@ def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None
 
 
 @contextmanager
-def rebuilding(model: MorphogeneticModel, data: Mapping[str, Any]) -> Iterator[OrderedDict[str, Any]]:
+def rebuilding(
+    model: MorphogeneticModel, data: Mapping[str, Any], room: Callable[[str], int] | None = None
+) -> Iterator[OrderedDict[str, Any]]:
     """Check what has grown, and give what `load_state_dict` needs of it; in the block that is called, once.
 
-    A seed that was built but does not fit makes it fail. The counters are set when the block ends well.
+    A seed that is larger than ``room``, if given, says of its slot is refused before it is built. A seed that was built but does not fit makes it fail. The counters are set when the block ends well.
     """
     slots, counters = _checked(model, data)
     records: OrderedDict[str, Any] = OrderedDict()
     for name, saved in slots.items():
         if name in model.slots:
+            if room is not None:
+                model.slots[name].demand_room(saved["record"], room(name))
             records[f"{SLOTS_KEY}.{name}._extra_state"] = saved["record"]
     others: list[str] = []
 

@@ -128,7 +128,7 @@ def load_named_optimizer_state(
     for name, values in state.items():
         if name not in numbers or not isinstance(values, Mapping):
             raise CheckpointError(
-                f"The saved optimiser has state for '{name!s:.80}', which is none of its parameters."
+                f"The saved optimiser has state for {name!r:.80}, which is none of its parameters."
                 f"{did_you_mean(str(name), list(numbers)[:200])}"
             )
         number, parameter = numbers[name]

@@ -134,6 +134,7 @@ def apply(
     confirm: Callable[[], None],
     *,
     rng: bool = True,
+    room: Callable[[str], int] | None = None,
 ) -> Mapping[str, Any]:
     """Make a run what it was when `collect` was called; if that fails, what it was before.
 
@@ -144,6 +145,7 @@ def apply(
             ``load_state_dict``, and returns the data with all tensors in it.
         confirm: Called last; if it raises, all is undone.
         rng: Whether to restore the global random numbers that were saved.
+        room: Returns how many values were saved of a slot's seed, where ``load_weights`` does not know.
 
     Returns:
         What ``load_weights`` returned.
@@ -151,7 +153,7 @@ def apply(
     Raises:
         CheckpointError: If the data is damaged, does not fit, or lacks a part that the run has.
     """
-    with _undone_on_error(run), rebuilding(run.model, data.get("topology", {})) as records:
+    with _undone_on_error(run), rebuilding(run.model, data.get("topology", {}), room) as records:
         data = load_weights(records)
         saved = data.get("optimizers")
         saved = saved if isinstance(saved, list) else []
@@ -244,10 +246,10 @@ def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
     found = mapping("kept_seeds", saved)
     if unknown := [name for name in found if name not in model.slots]:
         raise CheckpointError(
-            f"The checkpoint has a seed put aside in slot '{unknown[0]!s:.80}', and this model has no such slot."
+            f"The checkpoint has a seed put aside in slot {unknown[0]!r:.80}, and this model has no such slot."
         )
     return {
-        str(name): KeptSeed.from_dict(data, f"The seed that was put aside in slot '{name!s:.80}'")
+        str(name): KeptSeed.from_dict(data, f"The seed that was put aside in slot {name!r:.80}")
         for name, data in found.items()
     }
 
@@ -275,7 +277,7 @@ def _snapshots(run: Run, saved: Any) -> dict[str, HostSnapshot]:
         slot = model.slots.get(name)
         if slot is None or slot.stage not in REVERTIBLE:
             raise CheckpointError(
-                f"The checkpoint has a host kept for slot '{name!s:.80}', where no seed blends in."
+                f"The checkpoint has a host kept for slot {name!r:.80}, where no seed blends in."
             )
         tensors = contributing_tensors(model.host, model.slots.values(), slot)
         found[name] = HostSnapshot.from_dict(data, tensors, run.optimizers, name)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from kasmina_core.checkpoints.files import as_checkpoint_error, write_tensors
+from kasmina_core.checkpoints.files import as_checkpoint_error, plain_refusals, write_tensors
 from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
     compare_seed,
@@ -69,6 +69,7 @@ def save_seeds(
 
 
 @no_inference_mode()
+@plain_refusals()
 def graft_seeds(
     file: str | os.PathLike[str], model: MorphogeneticModel, onto: Mapping[str, str] | None = None
 ) -> list[str]:
@@ -106,12 +107,13 @@ def graft_seeds(
     with model.growth.undone_on_error():
         try:
             for (slot, data, record), source in zip(plans, pairs, strict=True):
+                start = f"{source}."
+                own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+                slot.demand_room(record, sum(t.numel() for t in own.values()))
                 grafted.append(slot)
                 slot.set_extra_state(record)
                 compare_seed(slot, data, others)
                 if slot.seed is not None:
-                    start = f"{source}."
-                    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
                     slot.seed.load_state_dict(own)
             for text in others:
                 warnings.warn(text, OtherBlueprintVersion, stacklevel=2)

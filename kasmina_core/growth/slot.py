@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
-from kasmina_core.blueprints.germination import try_seed
+from kasmina_core.blueprints.germination import size_unbuilt, try_seed
 from kasmina_core.errors import CheckpointError
 from kasmina_core.events import EXPLODING_GRADIENT, VANISHING_GRADIENT, SeedTelemetry
 from kasmina_core.gates.checks import GateCheckSpec, GateContext
@@ -28,6 +28,10 @@ from kasmina_core.verdicts import GateLevel, GateResult
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot as CoreSlot
+
+
+_HARMLESS_SIZE = 1 << 20
+"""Values up to which a seed may be built that does not fit what was saved of it; torch then says where."""
 
 
 @final
@@ -199,9 +203,7 @@ class SeedSlot(core.SeedSlot):
             CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
             UnknownNameError: If nobody offers the blueprint.
         """
-        what = f"The saved state of slot '{self.name}'"
-        data = from_bytes(state, what) if isinstance(state, Tensor) else state
-        record = SlotRecord.for_slot(data, self.name)
+        record = self._record(state)
         saved, seed = record.state, None
         if saved is not None and not is_failure_stage(saved.stage):
             trial = self._make_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
@@ -243,6 +245,31 @@ class SeedSlot(core.SeedSlot):
             if metadata is not None:
                 metadata["germinations"] = self.germinations
 
+    def demand_room(self, state: Mapping[str, Any] | Tensor, room: int) -> None:
+        """Refuse a saved state whose seed has more values than were saved of it, before it is built.
+
+        Args:
+            state: As for `set_extra_state`.
+            room: How many values were saved.
+
+        Raises:
+            CheckpointError: If so, or the data is damaged.
+        """
+        record = self._record(state)
+        if record.state is None or is_failure_stage(record.state.stage):
+            return
+        asked = size_unbuilt(self.maker.registry, record.state.blueprint_id, self.point, record.options)
+        if asked > max(room, _HARMLESS_SIZE):
+            raise CheckpointError(
+                f"The saved seed '{record.state.seed_id}' of slot '{self.name}' is larger than what was saved of it.\n"
+                f"  its options ask for: {asked:,} values\n"
+                f"  saved:               {room:,}"
+            )
+
+    def _record(self, state: Mapping[str, Any] | Tensor) -> SlotRecord:
+        what = f"The saved state of slot '{self.name}'"
+        return SlotRecord.for_slot(from_bytes(state, what) if isinstance(state, Tensor) else state, self.name)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -257,6 +284,15 @@ class SeedSlot(core.SeedSlot):
         if key not in state_dict:
             empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
             state_dict = {**state_dict, key: self.get_extra_state() | empty}
+        else:
+            start, record = f"{prefix}seed.", state_dict[key]
+            saved = [
+                t.numel()
+                for name, t in state_dict.items()
+                if name.startswith(start) and isinstance(t, Tensor)
+            ]
+            if saved or strict or isinstance(record, Tensor):  # else weights are loaded later, from elsewhere
+                self.demand_room(record, sum(saved))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

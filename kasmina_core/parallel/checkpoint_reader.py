@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -50,9 +51,26 @@ class CheckpointReader(FileSystemReader):
         return metadata
 
     def stored_tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return what tensors the checkpoint holds, by name."""
-        stored = self.read_metadata().state_dict_metadata
-        return {name: found for name, found in stored.items() if isinstance(found, TensorStorageMetadata)}
+        """Return what tensors the checkpoint holds, by name.
+
+        Raises:
+            CheckpointError: If it describes more than its files hold.
+        """
+        metadata = self.read_metadata()
+        described = metadata.state_dict_metadata.items()
+        tensors = {name: found for name, found in described if isinstance(found, TensorStorageMetadata)}
+        held: Counter[str] = Counter()
+        for index, stored in (metadata.storage_data or {}).items():
+            held[index.fqn] += max(0, stored.length)
+        files = sum(file.stat().st_size for file in Path(self.path).glob("*.distcp"))
+        for name, found in tensors.items():
+            size = found.size.numel() * found.properties.dtype.itemsize
+            if size > held[name] or held.total() > files:
+                raise CheckpointError(
+                    f"The checkpoint in {self.path} describes more than its files hold.\n"
+                    f"  {name:.80}: {size:,} bytes\n  saved: {held[name]:,} bytes, in files of {files:,}"
+                )
+        return tensors
 
 
 class _Harmless(pickle.Unpickler):

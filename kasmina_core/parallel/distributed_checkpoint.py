@@ -25,6 +25,7 @@ from kasmina_core.checkpoints.files import (
     DISTRIBUTED,
     NewFolder,
     identity,
+    plain_refusals,
     present,
     read_manifest,
     write_manifest,
@@ -126,6 +127,7 @@ def save_distributed(
     return Path(folder)
 
 
+@plain_refusals()
 def load_distributed(
     folder: str | os.PathLike[str],
     model: nn.Module | DistributedGrowth,
@@ -206,7 +208,10 @@ def load_distributed(
             if team is not None:
                 team.first("the end of load_distributed()")
 
-        return apply(run, data, load_weights, agree, rng=rng)["extra"]
+        def room(slot: str) -> int:
+            return wanted.values_under(f"model/{SLOTS_KEY}.{slot}.seed.")
+
+        return apply(run, data, load_weights, agree, rng=rng, room=room)["extra"]
 
 
 @final
@@ -254,6 +259,10 @@ class _Wanted:
             else torch.empty_like(stand_in, device="cpu")
         )
         return self.read[name]
+
+    def values_under(self, prefix: str) -> int:
+        """Return how many values the checkpoint holds in tensors with this prefix."""
+        return sum(found.size.numel() for name, found in self._stored.items() if name.startswith(prefix))
 
     def compare(self, own: Mapping[str, Tensor], prefix: str) -> None:
         """Require that the checkpoint holds exactly these tensors under a prefix.
