@@ -30,15 +30,20 @@ from kasmina_core import (
     MorphogeneticModel,
     QualityGates,
     RampUnit,
+    SeedSlot,
     SeedStage,
-    isolation,
-    replay,
+    bound_deviation,
+    straight_through,
     tie_optimizer,
 )
 from kasmina_core.evidence.replay import ReplayTape
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.tasks import Task, load_task
+from kasmina_core.lifecycle import SeedState
+from kasmina_core.quiet import kept_buffers
 from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.owner import Judge, Trial
+from kasmina_core.verdicts import CheckVerdict, GateCheck, GateLevel, GateResult
 
 SLOT, BATCH = "block2", 32
 OPEN = QualityGates(
@@ -46,6 +51,19 @@ OPEN = QualityGates(
         min_training_epochs=0, min_shadowing_epochs=0, min_probation_epochs=10**6, max_output_deviation=1e30
     )
 )
+
+
+class Open:
+    """A judge that lets a seed move whenever it is asked to, whatever a gate would say."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.joined, self._judge = judge.joined, judge
+
+    def judge_trial(self, state: SeedState, trial: Trial) -> GateResult:
+        return self._judge.judge_trial(state, trial)
+
+    def judge(self, slot: SeedSlot, gate: GateLevel | int) -> GateResult:
+        return GateResult(GateLevel(gate), (GateCheck("open", 1.0, CheckVerdict.PASSED),))
 
 
 @dataclass(frozen=True)
@@ -135,9 +153,9 @@ class Curvature:
             self.coefficient = 0.7 * self.coefficient + 0.3 * found if self.coefficient else found
 
 
-def not_pulled_back(gradient: Tensor, *_: Tensor) -> Tensor:
-    """Leave the bounded gradient as it is, in place of what pulls a seed back from beyond the bound."""
-    return gradient
+def not_pulled_back(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+    """Bound what the loss sees of a seed, and leave a seed that is beyond the bound there."""
+    return straight_through(host, bound_deviation(host.detach(), seed, bound))
 
 
 class Run:
@@ -160,7 +178,12 @@ class Run:
 
     def go(self, way: Way | None) -> Result:
         """Train from the plateau, with a seed that is incubated in a way, or without one."""
-        isolation._pulled_back = PULLED_BACK if way is None or way.pull else not_pulled_back
+        if way is None or way.pull:
+            return self._go(way)
+        with patch("kasmina_core.slots.forward.bounded_straight_through", not_pulled_back):
+            return self._go(way)
+
+    def _go(self, way: Way | None) -> Result:
         steps = -(-len(self.task.train.inputs) // BATCH)
         config = GrowthConfig(
             incubation=Incubation.COUNTERFACTUAL
@@ -208,7 +231,8 @@ class Run:
                 with model.bypassed(SLOT):
                     without = self._loss(model, "val")
                 result.gain = without - with_seed
-            slot._transition(SeedStage.BLENDING)  # whatever a gate would say
+            slot.judge = Open(slot.judge)
+            slot.advance_stage(SeedStage.BLENDING)
             slot.set_alpha(0.5)
             with model.evaluation():
                 result.at_half = without - self._loss(model, "val")
@@ -219,7 +243,7 @@ class Run:
         for epoch in range(self.epochs["after"]):
             self._epoch(model, optimizer, order, ledger, way, None)
             if way is not None and slot.alpha == 1.0 and slot.stage is SeedStage.BLENDING:
-                slot._transition(SeedStage.SHADOWING)
+                slot.advance_stage(SeedStage.SHADOWING)
             if epoch >= self.epochs["after"] - 4:
                 with model.evaluation():
                     tests.append(self._loss(model, "test"))
@@ -258,41 +282,28 @@ class Run:
         slot, whole = model.slots[SLOT], len(inputs)
         share = max(2, round(whole * way.share)) if way else whole
         tape = ReplayTape(model.host, slot) if way and way.replay and slot.is_incubating else None
-        copies = patch("kasmina_core.evidence.replay._copied", without_gradient)
 
         def loss(n: int = whole) -> Tensor:
             return self.task.loss(model(inputs[:n]), targets[:n]).mean()
 
-        def learn() -> None:
-            if tape is None:
-                loss().backward()
-                return
-            with copies, tape.recording():
-                value = loss()
-            value.backward()
+        if tape is not None:  # tapes are for passes without gradient; what the main pass computes is the same
+            with torch.no_grad(), kept_buffers(model), tape.recording():
+                loss()
 
         def incubate() -> None:
             if tape is None:
                 model.incubate(lambda: loss(share))
                 return
-            with copies, tape.replaying():
+            with tape.replaying():
                 model.incubate(loss)
 
         key = (slot.mode, whole)
-        ledger.charge(("learn", *key), learn)
+        ledger.charge(("learn", *key), lambda: loss().backward())
         turn = slot.notes.incubations % model.growth_config.incubate_every == 0 and slot.is_incubating
         ledger.charge(("incubate", turn, share, *key), incubate)
         if curvature is not None:
             due = curvature.calls % curvature.every == 0
             ledger.charge(("curvature", due, *key), lambda: curvature.measure(loss))
-
-
-PULLED_BACK, PLAIN_COPY = isolation._pulled_back, replay._copied
-
-
-def without_gradient(value: Any) -> Any:
-    """Copy what a tape keeps, also of a pass that builds a graph: evaluation, for which tapes are, builds none."""
-    return PLAIN_COPY(value.detach() if isinstance(value, Tensor) else value)
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
