@@ -45,6 +45,7 @@ from .errors import TransitionError as TransitionError
 from .errors import UnknownNameError as UnknownNameError
 from .events import AlphaChanged as AlphaChanged
 from .events import BlueprintRegistered as BlueprintRegistered
+from .events import CommandRefused as CommandRefused
 from .events import GateChecksJoined as GateChecksJoined
 from .events import GateEvaluated as GateEvaluated
 from .events import IncubationStopped as IncubationStopped
@@ -117,6 +118,7 @@ from .policies.plateau import FixedTimesPolicy as FixedTimesPolicy
 from .policies.plateau import PlateauPolicy as PlateauPolicy
 from .policies.protocol import Advance as Advance
 from .policies.protocol import Command as Command
+from .policies.protocol import CommandOutcome as CommandOutcome
 from .policies.protocol import Continue as Continue
 from .policies.protocol import Cull as Cull
 from .policies.protocol import Germinate as Germinate

@@ -22,6 +22,7 @@ class TelemetryEventType(Enum):
     ISOLATION_VIOLATION = "isolation_violation"
     INCUBATION_STOPPED = "incubation_stopped"
     GATE_CHECKS_JOINED = "gate_checks_joined"
+    COMMAND_REFUSED = "command_refused"
     SEED_FOSSILIZED = "seed_fossilized"
     SEED_CULLED = "seed_culled"
 
@@ -132,6 +133,16 @@ class IncubationStopped(TelemetryEvent):
     type: ClassVar[TelemetryEventType] = TelemetryEventType.INCUBATION_STOPPED
     deviation: float
     limit: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRefused(TelemetryEvent):
+    """A command of a policy was not carried out; ``command`` is the name of its class, such as ``Advance``."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.COMMAND_REFUSED
+    command: str
+    reason: str
 
 
 @final

@@ -207,6 +207,8 @@ def _restore_rest(
     kept_seeds = _kept_seeds(run.model, data.get("kept_seeds"))
     snapshots = _snapshots(run, data.get("snapshots", {}))
     _recall("policy", run.policy, data.get("policy"), data.get("policy_class"))
+    if run.policy is not None:
+        run.model.growth.misuse.awaits_memory = False
     _load_generators(run.generators, data.get("generators"))
     if rng:
         restore_random_states(mapping("rng", data.get("rng")))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import import_factory
-from kasmina_core.errors import BlueprintError, GerminationError, UnknownNameError, did_you_mean
+from kasmina_core.errors import BlueprintError, UnknownNameError, did_you_mean
 from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.record import (
@@ -41,7 +41,15 @@ from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.hosts import HostProtocol
 from kasmina_core.packs.discovery import PluginRegistry
 from kasmina_core.policies.bundled import BUNDLED, build_policy
-from kasmina_core.policies.protocol import NoGrowthPolicy, Observation, Policy, SlotObservation
+from kasmina_core.policies.protocol import (
+    Advance,
+    Germinate,
+    NoGrowthPolicy,
+    Observation,
+    Policy,
+    Regerminate,
+    SlotObservation,
+)
 from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, private_rng
 from kasmina_core.records import Record
@@ -159,6 +167,10 @@ class SeedLog:
 
     def emit(self, event: TelemetryEvent) -> None:
         """Take an event."""
+        if self.onward is not None:
+            self.onward.emit(event)
+        if not event.seed_id:
+            return
         life = self._lives.setdefault(event.seed_id, {"stages": [], "outcome": "unfinished", "ended": None})
         if isinstance(event, SeedGerminated):
             life |= {"slot": event.slot, "blueprint": event.blueprint_id, "parameters": event.parameters}
@@ -171,8 +183,6 @@ class SeedLog:
         elif isinstance(event, SeedCulled):
             reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
             life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason + reverted}
-        if self.onward is not None:
-            self.onward.emit(event)
 
     def records(self) -> list[SeedRecord]:
         """Return the seeds in the order in which they germinated."""
@@ -465,13 +475,12 @@ class GrowthRun:
         self._finish_arm(GROWN, model, ledger, len(self.record.epochs), last, time.perf_counter() - started)
 
     def _follow(self) -> None:
-        """Carry out what the policy says; a seed that gate G0 refuses is noted, and the run goes on."""
-        for command in self._policy.decide(self.model.observe()):
-            try:
-                self.model.execute(command)
-            except GerminationError as error:
-                self._refused = True
-                self.record.notes.append(str(error))
+        """Carry out what the policy says; a refused command is noted, unless it asked a gate, which the record has."""
+        self.model.follow(self._policy)
+        for outcome in self.model.outcomes:
+            if not outcome.done and not isinstance(outcome.command, Advance):
+                self._refused |= isinstance(outcome.command, Germinate | Regerminate)
+                self.record.notes.append(outcome.refusal)
 
     def _why_no_seed(self) -> str:
         """Say in a line why no seed germinated."""

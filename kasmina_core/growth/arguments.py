@@ -33,7 +33,7 @@ def decided(policy: object, observation: Observation) -> Sequence[Command]:
     """Return what a policy decides.
 
     Raises:
-        TypeError: If it is no policy, or that is no list of commands.
+        TypeError: If it is no policy, or that is something else than a list of commands.
     """
     if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
         hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
@@ -43,7 +43,14 @@ def decided(policy: object, observation: Observation) -> Sequence[Command]:
         raise TypeError(
             f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."
         )
-    return list(chosen)
+    commands: list[Any] = list(chosen)
+    for command in commands:
+        if not isinstance(command, Command):
+            raise TypeError(
+                f"{type(policy).__name__}.decide must return a list of commands: {command!r:.200} is not a command. "
+                "None of the list was carried out."
+            )
+    return commands
 
 
 def one_number(metric: object) -> float:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from kasmina_core.errors import GerminationError, TransitionError
-from kasmina_core.events import GateEvaluated
+from kasmina_core.errors import DistributedError, GerminationError, HostError, KasminaError, TransitionError
+from kasmina_core.events import CommandRefused, GateEvaluated
 from kasmina_core.growth.arguments import decided
 from kasmina_core.growth.context import Growth
 from kasmina_core.growth.reverting import KeptSeed, contributing_tensors
@@ -15,6 +15,7 @@ from kasmina_core.lifecycle import REVERTIBLE, SeedState
 from kasmina_core.policies.protocol import (
     Advance,
     Command,
+    CommandOutcome,
     Continue,
     Cull,
     Germinate,
@@ -104,29 +105,40 @@ def execute(model: MorphogeneticModel, command: Command) -> SeedState | GateResu
 
 
 def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
-    """Ask a policy once and carry out what it says. See `MorphogeneticModel.follow`."""
+    """Ask a policy once and carry out its commands. See `MorphogeneticModel.follow`."""
     growth = model.growth
-    done = []
+    growth.outcomes = ()
     with growth.command(None, "follow"):
         for command in growth.agreement.commands(decided(policy, model.observe())):
-            try:
-                model.execute(command)
-            except GerminationError as error:
-                if not (isinstance(error.result, GateResult) and isinstance(command, Germinate)):
-                    raise
-                _report_refusal(growth, command, error.result)
-            else:
-                done.append(command)
-    return done
+            growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)
+    return [outcome.command for outcome in growth.outcomes if outcome.done]
 
 
-def _report_refusal(growth: Growth, command: Germinate, result: GateResult) -> None:
-    growth.emit(
-        GateEvaluated(
-            slot=command.slot,
-            gate="G0",
-            passed=False,
-            reason=f"{command.blueprint}: {result.reason}",
-            checks=tuple(check.to_dict() for check in result.checks),
-        )
-    )
+def _refusal(model: MorphogeneticModel, command: Command) -> str:
+    """Carry out a command; return why it was refused, or nothing."""
+    growth, refusal = model.growth, ""
+    slot = "" if isinstance(command, Continue) else command.slot
+    try:
+        result = model.execute(command)
+        if isinstance(result, GateResult) and not result.passed:
+            refusal = str(result)
+    except (DistributedError, HostError):  # not the command's fault: no other one could be carried out
+        raise
+    except (KasminaError, ValueError) as error:
+        refusal = str(error) or type(error).__name__
+        result = getattr(error, "result", None)
+        if isinstance(result, GateResult) and isinstance(command, Germinate):
+            growth.emit(
+                GateEvaluated(
+                    slot=slot,
+                    gate="G0",
+                    passed=False,
+                    reason=f"{command.blueprint}: {result.reason}",
+                    checks=tuple(check.to_dict() for check in result.checks),
+                )
+            )
+        else:
+            growth.misuse.note_refusal(command, slot, refusal)
+    if refusal:
+        growth.emit(CommandRefused(slot=slot, command=type(command).__name__, reason=refusal))
+    return refusal

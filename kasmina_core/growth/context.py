@@ -25,6 +25,7 @@ from kasmina_core.growth.watching.misuse import Misuse
 from kasmina_core.growth.watching.untracked import UntrackedSeeds
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.policies.protocol import CommandOutcome
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel, held_weakly
 
@@ -64,6 +65,7 @@ class Growth:
     Attributes:
         epoch: Epochs the model has stepped.
         lost_epochs: Epochs of the host that reverts gave up.
+        outcomes: See `MorphogeneticModel.outcomes`.
         sequence: Events so far.
         last_metric: Metric of the last epoch.
         agreement: How the processes of a job decide together; set with `decide_with`.
@@ -88,6 +90,7 @@ class Growth:
         self._config = config
         self.epoch = self.lost_epochs = self.sequence = 0
         self.last_metric: float | None = None
+        self.outcomes: tuple[CommandOutcome, ...] = ()
         self.agreement: Agreement = ALONE
         self.examiner = Examiner(model, samples)
         self.untracked = UntrackedSeeds(slot.name for slot in model.slots.values() if slot.seed is not None)

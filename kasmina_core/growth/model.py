@@ -22,7 +22,7 @@ from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListen
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
-from kasmina_core.policies.protocol import Command, Observation, Policy
+from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
 from kasmina_core.probing import ProbedPoint
 from kasmina_core.quiet import no_inference_mode
 from kasmina_core.slotted import SlotMap, SlottedModel
@@ -112,6 +112,11 @@ class MorphogeneticModel(SlottedModel):
     def lost_epochs(self) -> int:
         """Epochs of the host that reverts gave up."""
         return self.growth.lost_epochs
+
+    @property
+    def outcomes(self) -> tuple[CommandOutcome, ...]:
+        """What became of each command of the policy at the last `follow`, in order."""
+        return self.growth.outcomes
 
     # -- commands --------------------------------------------------------------------------------------------------
 
@@ -224,16 +229,24 @@ class MorphogeneticModel(SlottedModel):
 
     @no_inference_mode()
     def follow(self, policy: Policy) -> list[Command]:
-        """Ask a policy once and carry out what it says; call it after `step_epoch`.
+        """Ask a policy once and carry out its commands, in order; call it after `step_epoch`.
 
-        A germination that gate G0 refuses is reported in an event and skipped.
+        A command is refused if a gate does not pass, or the command is not allowed or not possible now. It changes
+        nothing then, and the next one is carried out. `outcomes` and a `CommandRefused` event say why.
 
         Returns:
             The commands that were carried out.
 
         Raises:
-            TypeError: If it is no policy, or decides on something else than a list of commands.
+            TypeError: If it is no policy, or decides on something else than a list of commands; nothing is carried out.
+            HostError: If the host lacks the module of a slot.
+            DistributedError: If the processes of a job do not agree.
+
+        Warns:
+            MisuseWarning: If something else than a gate refused a command, once per kind of command and slot; or if
+                the policy remembers nothing of a model that was loaded.
         """
+        self.growth.misuse.note_policy(policy)
         return commands.follow(self, policy)
 
     # -- learning and measuring ------------------------------------------------------------------------------------
@@ -416,6 +429,7 @@ class MorphogeneticModel(SlottedModel):
             finally:
                 growth.listeners = listeners
             before.tell(listeners)
+        growth.misuse.awaits_memory = any(slot.seed is not None for slot in self.slots.values())
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -89,6 +89,20 @@ Command = Germinate | Regerminate | Advance | Cull | SetAlpha | Pause | Resume |
 
 @final
 @dataclass(frozen=True, slots=True)
+class CommandOutcome:
+    """What became of a command; ``refusal`` says why it was not carried out, and is empty if it was."""
+
+    command: Command
+    refusal: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether it was carried out."""
+        return not self.refusal
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class SlotObservation:
     """One slot as a policy sees it; ``None`` means never measured.
 

@@ -20,6 +20,7 @@ from kasmina_core import (
     GateThresholds,
     MisuseWarning,
     MorphogeneticModel,
+    NoGrowthPolicy,
     PlateauPolicy,
     QualityGates,
     SeedCost,
@@ -30,6 +31,8 @@ from kasmina_core import (
     clip_gradients,
     distribute,
     export_model,
+    load_checkpoint,
+    save_checkpoint,
     tie_optimizer,
 )
 
@@ -307,6 +310,46 @@ def test_a_policy_whose_candidates_fit_no_slot_says_so_once(make, reason):
     assert [w.category for w in said] == [MisuseWarning]
     assert reason in str(said[0].message)
     assert f"slot '{FIRST}': cnn, width 4" in str(said[0].message)
+
+
+def loaded(model):
+    """Another model that has what grew in this one, by a plain state_dict."""
+    other = make_model(open_config())[0]
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    return other
+
+
+def warned(model, policy):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.step_epoch(1.0)
+            model.follow(policy)
+    return [str(w.message) for w in said if "remembers nothing" in str(w.message)]
+
+
+def test_a_policy_that_starts_anew_in_a_loaded_model_is_told_once():
+    model, policy = Loop().model, PlateauPolicy(CNN)
+    model.step_epoch(1.0)
+    model.follow(policy)
+    (said,) = warned(loaded(model), PlateauPolicy(CNN))
+    assert "PlateauPolicy remembers nothing" in said
+    assert "save_checkpoint(policy=...)" in said
+
+
+def test_a_policy_is_not_told_to_start_anew_where_nothing_is_lost(tmp_path):
+    model, policy = Loop().model, PlateauPolicy(CNN)
+    assert warned(model, policy) == []  # it was grown here
+    again = PlateauPolicy(CNN)
+    again.load_state_dict(policy.state_dict())
+    assert warned(loaded(model), again) == []
+    assert warned(loaded(make_model(open_config())[0]), PlateauPolicy(CNN)) == []  # nothing has grown
+    assert warned(loaded(model), NoGrowthPolicy()) == []  # it has nothing to remember
+    save_checkpoint(tmp_path / "run", model, policy=policy)
+    for memory, number in ((PlateauPolicy(CNN), 0), (None, 1)):
+        other = make_model(open_config())[0]
+        load_checkpoint(tmp_path / "run", other, policy=memory)
+        assert len(warned(other, memory or PlateauPolicy(CNN))) == number
 
 
 def test_a_policy_that_has_spent_what_it_had_says_nothing():

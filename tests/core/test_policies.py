@@ -497,6 +497,7 @@ def test_following_a_policy_passes_over_what_g0_refuses_and_tells():
     assert [e.reason for e in refused] == [
         "picky: width failed: 0 (needs >= 1): 4 is not a multiple of 8"
     ] * 2  # in either slot
+    assert sum(e.type.value == "command_refused" for e in recorder.events) == 2
 
 
 def test_a_tournament_in_a_model_grows_the_winner():

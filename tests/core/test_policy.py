@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -22,11 +23,14 @@ from state_helpers import (
 
 from kasmina_core import (
     Advance,
+    CommandOutcome,
+    CommandRefused,
     Continue,
     Cull,
     GateResult,
     Germinate,
     GerminationError,
+    HostError,
     MisuseWarning,
     NoGrowthPolicy,
     Observation,
@@ -34,6 +38,7 @@ from kasmina_core import (
     PlateauPolicy,
     Policy,
     QualityGates,
+    Regerminate,
     Resume,
     SeedStage,
     SeedState,
@@ -304,7 +309,77 @@ def test_follow_carries_out_what_a_policy_says_in_order():
     commands = [Germinate(SECOND, "scale"), Germinate(FIRST, "normed"), Advance(FIRST)]
     assert model.follow(Script(commands)) == commands
     assert [s.stage for s in model.slots.values()] == [S.TRAINING, S.GERMINATED]
+    assert [outcome.command for outcome in model.outcomes if outcome.done] == commands
     assert model.follow(NoGrowthPolicy()) == []
+    assert model.outcomes == ()
+
+
+REFUSED = {
+    "not allowed": (Cull(FIRST, "no use"), "Slot '2' is dormant"),
+    "an occupied slot": (Germinate(SECOND, "normed"), "is not dormant but TRAINING"),
+    "an unknown slot": (Pause("nowhere"), "nowhere"),
+    "an unknown blueprint": (Germinate(FIRST, "nobody's"), "No blueprint 'nobody's'"),
+    "no seed put aside": (Regerminate(FIRST), "No seed was put aside"),
+    "out of range": (SetAlpha(SECOND, 1.5), "Alpha of slot"),
+}
+
+
+@pytest.mark.parametrize(("command", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_command_that_is_refused_stops_nothing_that_is_legal_and_is_reported(command, reason):
+    model, recorder = make_model()
+    bring_to(model, S.TRAINING, SECOND)
+    recorder.events.clear()
+    legal = Germinate(FIRST, "scale")
+    with pytest.warns(MisuseWarning, match=f"{type(command).__name__} was refused") as said:
+        assert model.follow(Script([command, legal])) == [legal]
+    assert reason in str(said[0].message)
+    assert said[0].filename == __file__
+    refused, done = model.outcomes
+    assert (refused.command, refused.done, done) == (command, False, CommandOutcome(legal))
+    assert reason in refused.refusal
+    (event,) = (e for e in recorder.events if isinstance(e, CommandRefused))
+    assert (event.slot, event.command, event.reason) == (
+        command.slot,
+        type(command).__name__,
+        refused.refusal,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same once more is said in events alone
+        model.follow(Script([command]))
+
+
+def test_an_alpha_out_of_range_is_a_refused_command():
+    model, _ = make_model()
+    bring_to(model, S.BLENDING)
+    with pytest.warns(MisuseWarning, match=r"alpha must be in \[0, 1\], not 1.5"):
+        assert model.follow(Script([SetAlpha(FIRST, 1.5), Pause(FIRST)])) == [Pause(FIRST)]
+
+
+def test_an_advance_that_its_gate_refuses_was_not_carried_out():
+    model, recorder = make_model()
+    bring_to(model, S.TRAINING)
+    assert model.follow(Script([Advance(FIRST), Germinate(SECOND, "scale")])) == [Germinate(SECOND, "scale")]
+    assert model.slots[FIRST].stage is S.TRAINING
+    assert model.outcomes[0].refusal == str(model.slots[FIRST].last_gate)
+    assert [e.reason for e in recorder.events if isinstance(e, CommandRefused)] == [model.outcomes[0].refusal]
+
+
+@pytest.mark.parametrize("command", [None, "cull", Cull, ("2", "why"), 3])
+def test_a_list_with_something_else_than_commands_is_refused_before_any_is_carried_out(command):
+    model, recorder = make_model()
+    before = picture(model)
+    with pytest.raises(TypeError, match=r"Script.decide .* is not a command"):
+        model.follow(Script([Germinate(FIRST, "scale"), command]))
+    assert same_picture(before, picture(model))
+    assert recorder.events == []
+
+
+def test_a_lost_module_is_no_refusal_but_an_error():
+    model, _ = make_model()
+    bring_to(model, S.TRAINING)
+    del model.host[2:]
+    with pytest.raises(HostError, match="is gone"):
+        model.follow(Script([Advance(FIRST)]))
 
 
 def test_an_observation_tells_what_the_model_knows():

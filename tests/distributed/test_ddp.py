@@ -265,6 +265,21 @@ def policy_of_rank_zero_decides(rank: int) -> None:
 
 
 @on_each_rank
+def refused_command_is_refused_everywhere_and_the_others_go_on(rank: int) -> None:
+    from kasmina_core import Cull, Germinate, MisuseWarning
+
+    class Hasty:
+        def decide(self, observation: Any) -> list[Any]:
+            return [Cull("norm", "dormant"), Germinate("norm", "nobody's"), Germinate("norm", "conv")]
+
+    model, _, _ = pair()
+    with pytest.warns(MisuseWarning, match="was refused"):
+        assert model.follow(Hasty()) == [Germinate("norm", "conv")]
+    assert everywhere([outcome.done for outcome in model.outcomes]) == [[False, False, True]] * 2
+    assert_alike(model)
+
+
+@on_each_rank
 def seed_that_draws_on_the_process_gets_the_weights_of_rank_zero(rank: int) -> None:
     class Own(ConvSeed):
         def __init__(self, dim: int) -> None:

@@ -36,10 +36,12 @@ class Misuse:
 
     Attributes:
         awaits_step: Whether `MorphogeneticModel.step` was not called yet in this epoch.
+        awaits_memory: Whether a ``state_dict`` with seeds was loaded, and no policy was loaded or followed since.
     """
 
     def __init__(self) -> None:
         self.awaits_step = True
+        self.awaits_memory = False
         self._said: set[str] = set()
         self._had_gradients = False
         self._versions: list[tuple[weakref.ref[nn.Parameter], int]] = []
@@ -72,6 +74,25 @@ class Misuse:
             self._fault = (
                 f"  slot '{slot.name}': every number that it returned is NaN, also without the seed\n"
             )
+
+    def note_policy(self, policy: object) -> None:
+        """Look at a policy before it decides: one that could remember a loaded model, and does not, starts anew."""
+        awaits, self.awaits_memory = self.awaits_memory, False
+        save = getattr(policy, "state_dict", None)
+        if awaits and not isinstance(policy, type) and callable(save) and not _holds_anything(save()):
+            self._warn(
+                "policy",
+                f"The model was loaded with its seeds, and {type(policy).__name__} remembers nothing of the time before: "
+                "it starts anew.\n"
+                "To go on with a run, keep the policy too: save_checkpoint(policy=...) and load_checkpoint(policy=...), or "
+                "policy.state_dict() and policy.load_state_dict(). In a new run nothing is missing.",
+            )
+
+    def note_refusal(self, command: object, slot: str, reason: str) -> None:
+        """Take a command of a policy that was refused, and by no gate."""
+        name = type(command).__name__
+        message = f"A policy's {name} was refused; its other commands go on.\n  slot '{slot}': {reason}"
+        self._warn(f"{name} {slot}", message, LEVEL_OF_CALLER + 2)
 
     def epoch_ends(self, model: MorphogeneticModel) -> None:
         """Look at the epoch that is over, before the slots forget it."""
@@ -185,10 +206,10 @@ class Misuse:
         for kind, message in pending.items():
             self._warn(kind, message)
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str, level: int = LEVEL_OF_CALLER) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(message, MisuseWarning, stacklevel=LEVEL_OF_CALLER)
+            warnings.warn(message, MisuseWarning, stacklevel=level)
 
 
 def _seed_of(slot: SeedSlot) -> str:
@@ -210,6 +231,15 @@ def _waits(slot: SeedSlot, result: GateResult) -> bool:
         return False
     on_evidence = {s.name for s in gates.checks if s.needs_evidence and result.gate in s.gates}
     return all(check.name in on_evidence and check.value is None for check in result.failed_checks)
+
+
+def _holds_anything(state: object) -> bool:
+    """Whether a policy's state has anything in it that is not empty, zero or ``None``."""
+    if isinstance(state, Mapping):
+        return any(map(_holds_anything, state.values()))
+    if isinstance(state, list | tuple | set):
+        return any(map(_holds_anything, state))
+    return bool(state) if isinstance(state, str | int | float | None) else True
 
 
 def _listed(slots: Iterable[tuple[str, str]]) -> str:
