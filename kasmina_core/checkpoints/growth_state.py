@@ -61,7 +61,7 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
         raise CheckpointError(
             f"The saved record of growth is damaged: germinations cannot be {germinations!r:.80}."
         )
-    _set_counters(model, counters)
+    set_counters(model, counters)
     for name, slot in model.slots.items():
         if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
             slot.germinations = germinations.get(name, slot.germinations)
@@ -93,7 +93,8 @@ def _checked_counters(data: Any) -> Counters:
     return saved["epoch"], saved["events"], saved["lost_epochs"], metric
 
 
-def _set_counters(model: MorphogeneticModel, counters: Counters) -> None:
+def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
+    """Set epochs, events, lost epochs and the last metric."""
     growth = model.growth
     growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
 
@@ -192,7 +193,7 @@ def rebuilding(
         handle.remove()
     for text in others:
         warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
-    _set_counters(model, counters)  # last: a warning may be an error
+    set_counters(model, counters)  # last: a warning may be an error
 
 
 def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[str, Any], Counters]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError, did_you_mean
-from kasmina_core.growth.undo import OptimizerBefore
+from kasmina_core.growth.undo import undo_of_optimizer
 from kasmina_core.state_keys import plain_name
 
 _LIKE_THE_PARAMETER: Final = frozenset(
@@ -145,11 +145,11 @@ def load_named_optimizer_state(
                 )
         numbered[number] = dict(values)
     _same_state_in_a_group(saved, state)
-    before = OptimizerBefore(optimizer)
+    put_back = undo_of_optimizer(optimizer)
     try:
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
     except Exception as error:
-        before.put_back()
+        put_back()
         raise CheckpointError(f"The saved optimiser state cannot be loaded: {error}") from error
     return [
         group

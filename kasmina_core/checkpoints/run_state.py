@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core._version import __version__
-from kasmina_core.checkpoints.growth_state import growth_of, rebuilding, restore_counters
+from kasmina_core.checkpoints.growth_state import growth_of, rebuilding, restore_counters, set_counters
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
 from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
 from kasmina_core.errors import CheckpointError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
-from kasmina_core.growth.undo import AttributesBefore, OptimizerBefore
+from kasmina_core.growth.undo import undo_of_attributes, undo_of_optimizer
 from kasmina_core.lifecycle import REVERTIBLE, SeedStage
 from kasmina_core.quiet import no_inference_mode
 from kasmina_core.state_keys import WRAPPER
@@ -301,26 +301,27 @@ def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> N
 
 @contextmanager
 def _undone_on_error(run: Run) -> Iterator[None]:
-    numbers = random_states(["torch", "python", *(["numpy"] if "numpy" in sys.modules else [])])
-    states = [(one, one.get_state()) for one in run.generators.values()]
-    undo: list[Callable[[], None]] = [OptimizerBefore(one).put_back for one in run.optimizers]
-    undo.append(AttributesBefore(run.schedulers, _inside_a_scheduler).put_back)
-    things = [one for one in (run.policy, run.scaler) if one is not None]
-    undo.append(AttributesBefore(things, _what_remembers).put_back)
     growth = run.model.growth
     counters = growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric
-    try:
+    numbers = random_states(["torch", "python", *(["numpy"] if "numpy" in sys.modules else [])])
+    things = [one for one in (run.policy, run.scaler) if one is not None]
+    with ExitStack() as undo:
+        undo.callback(_put_back_numbers, numbers)
+        for generator in run.generators.values():
+            undo.callback(generator.set_state, generator.get_state())
+        undo.callback(undo_of_attributes(things, _what_remembers))
+        undo.callback(undo_of_attributes(run.schedulers, _inside_a_scheduler))
+        for one in run.optimizers:
+            undo.callback(undo_of_optimizer(one))
+        undo.callback(set_counters, run.model, counters)
         with growth.undone_on_error():
             yield
-    except BaseException:
-        growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
-        for put_back in undo:
-            put_back()
-        for generator, state in states:
-            generator.set_state(state)
-        with suppress(CheckpointError):
-            restore_random_states(numbers)
-        raise
+        undo.pop_all()  # it ended well
+
+
+def _put_back_numbers(numbers: Mapping[str, Any]) -> None:
+    with suppress(CheckpointError):
+        restore_random_states(numbers)
 
 
 def _what_remembers(thing: Any) -> list[Any]:

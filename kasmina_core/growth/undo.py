@@ -126,57 +126,48 @@ def _assign(target: Any, source: Any) -> None:
         setattr(target, each.name, getattr(source, each.name))
 
 
-@final
-class OptimizerBefore:
-    """An optimiser's groups and state as they are now; its tensors are noted, not copied: a load replaces them."""
+def undo_of_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    """Return what makes an optimiser's groups and state what they are now; its tensors are noted, for a load replaces them."""
+    state, items = optimizer.state, [(key, dict(value)) for key, value in optimizer.state.items()]
+    groups, copies = optimizer.param_groups, [(group, dict(group)) for group in optimizer.param_groups]
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state, self._items = (
-            optimizer.state,
-            [(key, dict(value)) for key, value in optimizer.state.items()],
-        )
-        self._groups = optimizer.param_groups
-        self._copies = [(group, dict(group)) for group in optimizer.param_groups]
-
-    def put_back(self) -> None:
-        """Make the optimiser what it was."""
-        self._state.clear()
-        self._state.update(self._items)
-        for group, before in self._copies:
+    def put_back() -> None:
+        state.clear()
+        state.update(items)
+        for group, before in copies:
             group.clear()
             group.update(before)
-        self._groups[:] = [group for group, _ in self._copies]
-        self._optimizer.state, self._optimizer.param_groups = self._state, self._groups
+        groups[:] = [group for group, _ in copies]
+        optimizer.state, optimizer.param_groups = state, groups
+
+    return put_back
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return list(module.parameters()) if module is not None else []
 
 
-@final
-class AttributesBefore:
-    """The attributes of objects, such as schedulers, and of those inside of them, as they are now.
+def undo_of_attributes(objects: Iterable[Any], inside: Callable[[Any], Iterable[Any]]) -> Callable[[], None]:
+    """Return what makes the attributes of objects, such as schedulers, what they are now.
 
     Args:
         objects: The objects.
         inside: Returns the objects inside of one that change with it.
     """
+    kept: dict[int, tuple[Any, dict[str, Any]]] = {}
+    waiting = list(objects)
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in kept and hasattr(one, "__dict__"):
+            kept[id(one)] = one, {key: _copied(value) for key, value in vars(one).items()}
+            waiting += inside(one)
 
-    def __init__(self, objects: Iterable[Any], inside: Callable[[Any], Iterable[Any]]) -> None:
-        self._kept: dict[int, tuple[Any, dict[str, Any]]] = {}
-        waiting = list(objects)
-        while waiting:
-            one = waiting.pop()
-            if id(one) not in self._kept and hasattr(one, "__dict__"):
-                self._kept[id(one)] = one, {key: _copied(value) for key, value in vars(one).items()}
-                waiting += inside(one)
-
-    def put_back(self) -> None:
-        """Make the objects what they were."""
-        for one, attributes in self._kept.values():
+    def put_back() -> None:
+        for one, attributes in kept.values():
             vars(one).clear()
             vars(one).update(attributes)
+
+    return put_back
 
 
 def _copied(value: Any) -> Any:

@@ -10,7 +10,17 @@ import pytest
 import torch
 from older_files import SLOTS, Run
 
-from kasmina_core import graft_seeds, load_checkpoint, load_distributed, rebuild_growth
+from kasmina_core import (
+    graft_seeds,
+    growth_of,
+    load_checkpoint,
+    load_distributed,
+    rebuild_growth,
+    rebuild_topology,
+    topology_of,
+)
+from kasmina_core.checkpoints.run_state import Run as Parts
+from kasmina_core.integrations.growing import GrowthClock
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VERSIONS = sorted(folder.name for folder in FIXTURES.iterdir())
@@ -81,3 +91,25 @@ def test_a_file_of_seeds_is_grafted(folder: Path) -> None:
     seen = run.seen()
     for name in grafted:
         assert seen["stages"][name] == expected(folder)["seen"]["stages"][name]
+
+
+def test_a_trainers_record_of_the_first_format_loads() -> None:
+    run = Run()
+    memory = run.policy.state_dict()
+    record = {"version": 1, "noted": 0.5, "policy": memory, "epoch": 4, "sequence": 9, "lost_epochs": 1}
+    record |= {"last_metric": 0.25, "germinations": dict.fromkeys(SLOTS.values(), 2)}
+    clock = GrowthClock(run.policy)
+    clock.load_state_dict(Parts(run.model, [run.optimizer], policy=run.policy), record)
+    assert clock.noted == 0.5
+    assert run.model.epoch == 4
+    assert run.model.lost_epochs == 1
+    assert [slot.germinations for slot in run.model.slots.values()] == [2] * 5
+
+
+def test_the_older_names_for_what_has_grown_warn_and_work() -> None:
+    model = Run().model
+    with pytest.warns(DeprecationWarning, match="now called growth_of"):
+        data = topology_of(model)
+    assert data == growth_of(model)
+    with pytest.warns(DeprecationWarning, match="now called rebuild_growth"):
+        rebuild_topology(model, data)
