@@ -230,7 +230,7 @@ class SeedSlot(Slot):
         )
         if joined := self.judge.joined:
             self._emit(GateChecksJoined, checks=joined)
-        self._emit_gate(result)
+        self._emit(GateEvaluated, **_as_event(result))
         self._transition(SeedStage.GERMINATED)
         return state
 
@@ -290,7 +290,7 @@ class SeedSlot(Slot):
         result = self.judge.judge(self, gate)
         if result.gate is not None:
             self.notes.answers[result.gate] = result
-        self._emit_gate(result)
+        self._emit(GateEvaluated, **_as_event(result))
         return result
 
     @shared_command
@@ -517,12 +517,14 @@ class SeedSlot(Slot):
             state.metrics.blending_steps_done = 0
             state.metrics.blending_steps_total = self.schedule.total_steps
         if target is SeedStage.SHADOWING:
-            self._assign_alpha(1.0)
+            state.metrics.alpha = 1.0
+            self.alpha_buffer.fill_(1.0)
         if target is SeedStage.CULLED:
             self.seed = None
             self.schedule = None
             self.options = {}
-            self._assign_alpha(0.0)
+            state.metrics.alpha = 0.0
+            self.alpha_buffer.fill_(0.0)
             self._begin_notes()
         self.refresh_mode()
         self._emit(StageChanged, before=before.name, after=target.name)
@@ -545,14 +547,11 @@ class SeedSlot(Slot):
             self._set_alpha(schedule(done), done)
 
     def _set_alpha(self, alpha: float, step: int) -> None:
-        cast("SeedState", self.state).metrics.blending_steps_done = step
-        self._assign_alpha(alpha)
-        self.refresh_mode()
-        self._emit(AlphaChanged, alpha=alpha, progress=cast("SeedState", self.state).metrics.ramp_progress)
-
-    def _assign_alpha(self, alpha: float) -> None:
-        cast("SeedState", self.state).metrics.alpha = alpha
+        metrics = cast("SeedState", self.state).metrics
+        metrics.blending_steps_done, metrics.alpha = step, alpha
         self.alpha_buffer.fill_(alpha)
+        self.refresh_mode()
+        self._emit(AlphaChanged, alpha=alpha, progress=metrics.ramp_progress)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -640,15 +639,6 @@ class SeedSlot(Slot):
         if self.state is not None:
             self.owner.emit(kind(slot=self.name, seed_id=self.state.seed_id, **details))
 
-    def _emit_gate(self, result: GateResult) -> None:
-        self._emit(
-            GateEvaluated,
-            gate=result.gate.name if result.gate is not None else "unknown",
-            passed=result.passed,
-            reason=result.reason,
-            checks=tuple(check.to_dict() for check in result.checks),
-        )
-
     def clear(self) -> None:
         """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""
         if self.seed is not None:
@@ -674,3 +664,12 @@ def _way_to_dormant(stage: SeedStage) -> str:
     if is_failure_stage(stage):
         return "Its cooldown goes on with every step_epoch; germinate when it is over."
     return "Cull it and let the cooldown pass, or use another slot."
+
+
+def _as_event(result: GateResult) -> dict[str, Any]:
+    return {
+        "gate": result.gate.name if result.gate is not None else "unknown",
+        "passed": result.passed,
+        "reason": result.reason,
+        "checks": tuple(check.to_dict() for check in result.checks),
+    }
