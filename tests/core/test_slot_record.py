@@ -283,6 +283,8 @@ def in_shadowing():
     return model, optimizer, model.slots[FIRST].get_extra_state()
 
 
+# A harmless change, such as one of the stage, may leave a seed that does not learn, of which a model warns.
+@pytest.mark.filterwarnings("ignore:A seed had no gradient:kasmina_core.MisuseWarning")
 @given(data=st.data(), value=BAD)
 @settings(max_examples=300)
 def test_any_damage_is_refused_as_a_whole_or_harmless(in_shadowing, data, value):
