@@ -1,4 +1,4 @@
-"""Checks of the gates: their declaration, what they look at, and the bundled ones."""
+"""Gate checks: declaration, context and the bundled ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kasmina_core.foreign import shown
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge
 from kasmina_core.gates.thresholds import GateThresholds, StartComparison
-from kasmina_core.lifecycle import SeedStage, SeedState
+from kasmina_core.lifecycle import SeedMetrics, SeedStage, SeedState
 from kasmina_core.verdicts import CheckVerdict, Finding, GateCheck, GateLevel
 
 SCREEN_T: Final = 3.0
@@ -27,12 +27,12 @@ class GateContext:
 
     Attributes:
         state: The seed's state with its metrics.
-        measure: Measures the seed on held-out samples; returns the same evidence within an epoch, and ``None`` where
-            nobody gave an evaluator.
-        gains: Gains measured since the stage began, one an epoch, oldest first.
+        measure: Measures the seed on held-out samples; returns the same evidence within an epoch, and ``None`` without
+            an evaluator.
+        gains: Gains measured since the stage began, one per epoch, oldest first.
         germination: Findings at germination by name, for G0.
-        parameters_finite: Says whether all of the seed's parameters are finite.
-        look: Counts a look of the sequential test, once a measurement, and says which it is.
+        parameters_finite: Returns whether all of the seed's parameters are finite.
+        look: Counts a look of the sequential test, once per measurement, and returns which it is.
         screen: Measures the seed's first-order gain; ``None`` where that cannot be done.
     """
 
@@ -57,7 +57,7 @@ class GateCheckSpec:
         gates: The gates that ask it.
         measure: ``measure(context) -> float | bool | GateCheck | None``; ``None``, NaN and infinity mean never
             measured. A `GateCheck` is taken as it is: its bounds depend on the context. If it raises or returns
-            anything else, the check fails and says so.
+            anything else, the check fails with the reason.
         minimum: Smallest value that passes.
         maximum: Largest value that passes.
         needs_evidence: Whether it asks for ``context.measure()``; such checks run only when the cheap ones passed.
@@ -94,14 +94,8 @@ class GateCheckSpec:
                 return raw
             value = None if raw is None else float(raw)
         except Exception as error:
-            return GateCheck(
-                self.name,
-                None,
-                CheckVerdict.FAILED,
-                self.minimum,
-                self.maximum,
-                f"the check raised {shown(error)}",
-            )
+            why = f"the check raised {shown(error, 1000)}"
+            return GateCheck(self.name, None, CheckVerdict.FAILED, self.minimum, self.maximum, why)
         if value is None:
             advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""
             return self.not_measured(f"no measurement{advice}")
@@ -144,22 +138,36 @@ def _germination_check(name: str) -> GateCheckSpec:
     return GateCheckSpec(name, (GateLevel.G0,), measure, minimum=1.0)
 
 
+def _metric_check(
+    name: str, gate: GateLevel, value: Callable[[SeedMetrics], float | None], minimum: float
+) -> GateCheckSpec:
+    return GateCheckSpec(name, (gate,), lambda c: value(c.state.metrics), minimum)
+
+
+def _dwell(stage: str, gate: GateLevel, epochs: int) -> GateCheckSpec:
+    return _metric_check(f"epochs in {stage}", gate, lambda m: m.epochs_in_current_stage, epochs)
+
+
 def _evidence_check(
     name: str,
     gate: GateLevel,
-    value: Callable[[SeedEvidence], float],
+    value: Callable[[GateContext, SeedEvidence], float | GateCheck],
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> GateCheckSpec:
-    def measure(context: GateContext) -> float | None:
+    def measure(context: GateContext) -> float | GateCheck | None:
         evidence = context.measure()
-        return None if evidence is None else value(evidence)
+        return None if evidence is None else value(context, evidence)
 
     return GateCheckSpec(name, (gate,), measure, minimum, maximum, needs_evidence=True)
 
 
+def _harm_check(name: str, gate: GateLevel, t: GateThresholds) -> GateCheckSpec:
+    return _evidence_check(name, gate, lambda _, e: _bounded(e.t), minimum=-t.max_harm_t)
+
+
 def _bounded(statistic: float) -> float:
-    """A statistic; a seed that saves exactly the same on every sample counts as large, not as unmeasured."""
+    """Cut a statistic: a seed that saves the same on every sample, infinite, counts as large, not as unmeasured."""
     return max(-1e6, min(1e6, statistic)) if not math.isnan(statistic) else math.nan
 
 
@@ -178,11 +186,10 @@ def finding_of(gate: GateLevel, context: GateContext, t: GateThresholds) -> Find
 
 
 def _gain_check(gate: GateLevel, t: GateThresholds) -> GateCheckSpec:
-    def measure(context: GateContext) -> float | None:
-        finding = finding_of(gate, context, t)
-        return None if finding is None else finding.effect
+    def effect(context: GateContext, evidence: SeedEvidence) -> float:
+        return judge(_weighed(gate, evidence), context.look(), t.spending).effect
 
-    return GateCheckSpec("gain", (gate,), measure, minimum=t.min_gain, needs_evidence=True)
+    return _evidence_check("gain", gate, effect, minimum=t.min_gain)
 
 
 def _test_check(
@@ -192,16 +199,14 @@ def _test_check(
     of: Callable[[SeedEvidence], Mapping[float, PairedGain] | None],
 ) -> GateCheckSpec:
     """The sequential test, or a fixed threshold in its place; gains that ``of`` does not find are not required."""
+    bound = t.min_t if t.min_t is not None else 0.0
 
-    def measure(context: GateContext) -> GateCheck | None:
-        evidence = context.measure()
-        if evidence is None:
-            return None
+    def test(context: GateContext, evidence: SeedEvidence) -> GateCheck:
         gains = of(evidence)
         if gains is None:
-            return _unknown_start(name, t.min_t or 0.0)
+            return _not_required(name, bound, _UNKNOWN_START)
         if any(not gain.is_finite for gain in gains.values()):
-            return _judged(name, math.nan, minimum=t.min_t or 0.0)
+            return _judged(name, math.nan, minimum=bound)
         finding = judge(gains, context.look(), t.spending)
         best = gains[finding.alpha]
         if t.min_t is not None:
@@ -214,8 +219,7 @@ def _test_check(
         value = best.t if best.is_sparse else best.statistic
         return _judged(name, _bounded(value), minimum=best.critical(finding.level), detail=detail)
 
-    bound = t.min_t if t.min_t is not None else 0.0
-    return GateCheckSpec(name, (gate,), measure, minimum=bound, needs_evidence=True)
+    return _evidence_check(name, gate, test, minimum=bound)
 
 
 def _too_few(gain: PairedGain) -> str:
@@ -223,6 +227,13 @@ def _too_few(gain: PairedGain) -> str:
         f"only {gain.informative} samples differ, of {gain.samples}, and {LEAST_INFORMATIVE} must: a large loss may be too "
         "rare to be among them. Give more samples, a loss that differs on most of them, or right and wrong as booleans"
     )
+
+
+_UNKNOWN_START: Final = "never measured: the host's losses as blending began are not known for these samples"
+
+
+def _not_required(name: str, minimum: float, why: str) -> GateCheck:
+    return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum, detail=why)
 
 
 def _start_check(t: GateThresholds) -> GateCheckSpec:
@@ -234,67 +245,54 @@ def _start_check(t: GateThresholds) -> GateCheckSpec:
         )
     least = -t.max_harm_t
 
-    def measure(context: GateContext) -> GateCheck | None:
-        evidence = context.measure()
-        if evidence is None:
-            return None
-        since = evidence.since_blending
-        return (
-            _unknown_start(name, least) if since is None else _judged(name, _bounded(since.t), minimum=least)
-        )
+    def harm(_: GateContext, evidence: SeedEvidence) -> GateCheck:
+        if (since := evidence.since_blending) is None:
+            return _not_required(name, least, _UNKNOWN_START)
+        return _judged(name, _bounded(since.t), minimum=least)
 
-    return GateCheckSpec(name, (GateLevel.G5,), measure, minimum=least, needs_evidence=True)
+    return _evidence_check(name, GateLevel.G5, harm, minimum=least)
 
 
-def _unknown_start(name: str, minimum: float) -> GateCheck:
-    why = "never measured: the host's losses as blending began are not known for these samples"
-    return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=minimum, detail=why)
-
-
-def _screen_check(t: GateThresholds) -> GateCheckSpec:
+def _screen_check() -> GateCheckSpec:
     name = "first-order gain over its error"
 
     def measure(context: GateContext) -> GateCheck:
         found = context.screen()
         if found is None or not found.is_finite:
             why = "never measured: the evaluator's losses carry no graph back to the slot"
-            return GateCheck(name, None, CheckVerdict.NOT_REQUIRED, minimum=-SCREEN_T, detail=why)
+            return _not_required(name, -SCREEN_T, why)
         return _judged(name, _bounded(found.t), minimum=-SCREEN_T)
 
     return GateCheckSpec(name, (GateLevel.G2,), measure, minimum=-SCREEN_T, screens=True)
 
 
-def _smallest(gains: Sequence[float]) -> float | None:
-    """The smallest gain; NaN if any is not finite, which ``min`` could pass over."""
-    return (min(gains) if all(map(math.isfinite, gains)) else math.nan) if gains else None
+def _smallest_gain_check(t: GateThresholds) -> GateCheckSpec:
+    def smallest(context: GateContext) -> float | None:
+        gains = context.gains[-max(1, t.min_probation_epochs) :]
+        if context.measure() is None or not gains:
+            return None
+        return min(gains) if all(map(math.isfinite, gains)) else math.nan  # min could pass over a NaN
 
-
-def _dwell(name: str, gate: GateLevel, epochs: int) -> GateCheckSpec:
-    return GateCheckSpec(name, (gate,), lambda c: c.state.metrics.epochs_in_current_stage, minimum=epochs)
+    name = "smallest gain in probation"
+    return GateCheckSpec(name, (GateLevel.G5,), smallest, minimum=t.min_gain, needs_evidence=True)
 
 
 def common_checks(t: GateThresholds) -> list[GateCheckSpec]:
     """Return the checks of both profiles."""
     g2_g5 = (GateLevel.G2, GateLevel.G5)
+    is_new = "just germinated"
+    leaks = "isolation violations"
     return [
         *map(_germination_check, _GERMINATION_CHECKS),
+        GateCheckSpec(is_new, (GateLevel.G1,), lambda c: c.state.stage is SeedStage.GERMINATED, minimum=1.0),
+        _dwell("training", GateLevel.G2, t.min_training_epochs),
+        _dwell("shadowing", GateLevel.G4, t.min_shadowing_epochs),
+        _dwell("probation", GateLevel.G5, t.min_probation_epochs),
         GateCheckSpec(
-            "just germinated", (GateLevel.G1,), lambda c: c.state.stage is SeedStage.GERMINATED, minimum=1.0
-        ),
-        _dwell("epochs in training", GateLevel.G2, t.min_training_epochs),
-        _dwell("epochs in shadowing", GateLevel.G4, t.min_shadowing_epochs),
-        _dwell("epochs in probation", GateLevel.G5, t.min_probation_epochs),
-        GateCheckSpec(
-            "finite parameters",
-            (GateLevel.G1, GateLevel.G2, GateLevel.G3, GateLevel.G4, GateLevel.G5),
-            lambda c: c.parameters_finite(),
-            minimum=1.0,
+            "finite parameters", tuple(GateLevel)[1:], lambda c: c.parameters_finite(), minimum=1.0
         ),
         GateCheckSpec(
-            "isolation violations",
-            g2_g5,
-            lambda c: c.state.metrics.isolation_violations,
-            maximum=t.max_isolation_violations,
+            leaks, g2_g5, lambda c: c.state.metrics.isolation_violations, maximum=t.max_isolation_violations
         ),
         GateCheckSpec("stopped in incubation", (GateLevel.G2,), lambda c: c.state.is_stopped, maximum=0.0),
     ]
@@ -303,65 +301,38 @@ def common_checks(t: GateThresholds) -> list[GateCheckSpec]:
 def evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     """Return the checks of `GateProfile.EVIDENCE`."""
     checks = [
-        GateCheckSpec("alpha", (GateLevel.G3,), lambda c: c.state.metrics.alpha, minimum=1.0),
-        GateCheckSpec("ramp progress", (GateLevel.G3,), lambda c: c.state.metrics.ramp_progress, minimum=1.0),
+        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, 1.0),
+        _metric_check("ramp progress", GateLevel.G3, lambda m: m.ramp_progress, 1.0),
     ]
     for gate in (GateLevel.G2, GateLevel.G4, GateLevel.G5):
-        checks.append(_evidence_check("held-out samples", gate, lambda e: e.samples, minimum=t.min_samples))
+        checks.append(
+            _evidence_check("held-out samples", gate, lambda _, e: e.samples, minimum=t.min_samples)
+        )
     if t.screen:
-        checks.append(_screen_check(t))
+        checks.append(_screen_check())
     for gate in (GateLevel.G2, GateLevel.G5) if t.prove_before_blending else (GateLevel.G5,):
         if t.min_gain > -math.inf:
             checks.append(_gain_check(gate, t))
         checks.append(_test_check("gain over its error", gate, t, partial(_weighed, gate)))
-    checks.append(
-        _evidence_check(
-            "harm at alpha 1 over its error", GateLevel.G2, lambda e: _bounded(e.t), minimum=-t.max_harm_t
-        )
-    )
-    checks.append(
-        _evidence_check("gain over its error", GateLevel.G4, lambda e: _bounded(e.t), minimum=-t.max_harm_t)
-    )
+    checks.append(_harm_check("harm at alpha 1 over its error", GateLevel.G2, t))
+    checks.append(_harm_check("gain over its error", GateLevel.G4, t))
     if t.against_start is not StartComparison.NOT_ASKED:
         checks.append(_start_check(t))
-    checks.append(
-        _evidence_check(
-            "output deviation", GateLevel.G4, lambda e: e.deviation, maximum=t.max_output_deviation
-        )
-    )
+    most = t.max_output_deviation
+    checks.append(_evidence_check("output deviation", GateLevel.G4, lambda _, e: e.deviation, maximum=most))
     if t.min_gain > -math.inf:
-        checks.append(
-            GateCheckSpec(
-                "smallest gain in probation",
-                (GateLevel.G5,),
-                lambda c: (
-                    _smallest(c.gains[-max(1, t.min_probation_epochs) :]) if c.measure() is not None else None
-                ),
-                minimum=t.min_gain,
-                needs_evidence=True,
-            )
-        )
+        checks.append(_smallest_gain_check(t))
     return checks
 
 
 def report_checks(t: GateThresholds) -> list[GateCheckSpec]:
     """Return the checks of `GateProfile.REPORT`."""
+    since_start = "improvement since stage start"
+    least, total = t.min_training_improvement, t.min_total_improvement
     return [
-        GateCheckSpec(
-            "improvement since stage start",
-            (GateLevel.G2,),
-            lambda c: c.state.metrics.improvement_since_stage_start,
-            minimum=t.min_training_improvement,
-        ),
-        _dwell("epochs in blending", GateLevel.G3, t.min_blending_epochs),
-        GateCheckSpec(
-            "alpha", (GateLevel.G3,), lambda c: c.state.metrics.alpha, minimum=t.min_blending_alpha
-        ),
-        GateCheckSpec("metric", (GateLevel.G4,), lambda c: c.state.metrics.current_metric, minimum=-math.inf),
-        GateCheckSpec(
-            "total improvement",
-            (GateLevel.G5,),
-            lambda c: c.state.metrics.total_improvement,
-            minimum=t.min_total_improvement,
-        ),
+        _metric_check(since_start, GateLevel.G2, lambda m: m.improvement_since_stage_start, least),
+        _dwell("blending", GateLevel.G3, t.min_blending_epochs),
+        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, t.min_blending_alpha),
+        _metric_check("metric", GateLevel.G4, lambda m: m.current_metric, -math.inf),
+        _metric_check("total improvement", GateLevel.G5, lambda m: m.total_improvement, total),
     ]

@@ -1,4 +1,4 @@
-"""Quality gates G0-G5: named checks on what was measured of a seed, and the verdict they give together."""
+"""Quality gates G0-G5: named checks of one seed and the verdict they give together."""
 
 from __future__ import annotations
 
@@ -69,20 +69,16 @@ class QualityGates:
         try:
             level = GateLevel(gate)
         except ValueError:
-            known = ", ".join(member.name for member in GateLevel)
-            unknown = GateCheck(
-                "gate exists", 0.0, CheckVerdict.FAILED, minimum=1.0, detail=f"{gate!r} is none of {known}"
-            )
+            detail = f"{gate!r} is none of {', '.join(member.name for member in GateLevel)}"
+            unknown = GateCheck("gate exists", 0.0, CheckVerdict.FAILED, minimum=1.0, detail=detail)
             return GateResult(None, (unknown,), epoch)
         asked = [spec for spec in (*self.checks, *pack_checks) if level in spec.gates]
         done: dict[int, GateCheck] = {}
         may_go_on = True
         for cost in (0, 1, 2):
-            for spec in asked:
-                if spec.cost == cost:
-                    done[id(spec)] = (
-                        spec.run(context) if may_go_on else spec.not_measured("an earlier check failed")
-                    )
+            for spec in [one for one in asked if one.cost == cost]:
+                early = None if may_go_on else spec.not_measured("an earlier check failed")
+                done[id(spec)] = early or spec.run(context)
             if cost < 2:
                 may_go_on = not any(check.verdict.stops for check in done.values())
         checks = tuple(done[id(spec)] for spec in asked)

@@ -1,4 +1,4 @@
-"""What one can know of a seed: the same samples, with it and without it."""
+"""Paired evidence: losses of the same samples with and without a seed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SeedEvidence(Record):
     With ``d_i = loss_i without - loss_i with`` over ``n`` samples (``with - without`` for a metric that grows with
     quality), ``gain`` is the mean of ``d``, ``standard_error`` its standard deviation over ``sqrt(n)`` and
     ``t = gain / standard_error``. Pairing removes the spread between samples, so that a small gain shows in few of
-    them. Any loss or metric will do that gives a number a sample; samples must not depend on each other, so of text a
-    sequence is a sample, not a token.
+    them. Any loss or metric with one number per sample will do. Samples must be independent: in text a sample is a
+    sequence, not a token.
 
     Attributes:
         samples: ``n``.

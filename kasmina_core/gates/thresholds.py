@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import final
 
@@ -122,23 +122,14 @@ class GateThresholds:
     min_total_improvement: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "error_budget", chosen("error_budget", ErrorBudget, self.error_budget))
-        object.__setattr__(
-            self, "against_start", chosen("against_start", StartComparison, self.against_start)
-        )
+        for name, kind in (("error_budget", ErrorBudget), ("against_start", StartComparison)):
+            object.__setattr__(self, name, chosen(name, kind, getattr(self, name)))
         object.__setattr__(self, "smaller_alphas", tuple(map(float, self.smaller_alphas)))
         if wrong := [a for a in self.smaller_alphas if not 0.0 < a < 1.0]:
             raise ValueError(f"smaller_alphas must be between 0 and 1, not {wrong[0]!r}.")
         if len(set(self.smaller_alphas)) < len(self.smaller_alphas):
             raise ValueError(f"smaller_alphas names one twice: {self.smaller_alphas!r}.")
-        for name in (
-            "min_training_epochs",
-            "min_shadowing_epochs",
-            "min_probation_epochs",
-            "min_blending_epochs",
-            "max_isolation_violations",
-            "min_samples",
-        ):
+        for name in [f.name for f in fields(self) if f.type == "int" and f.name != "planned_looks"]:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)!r}.")
         LevelSpending(self.error_rate, self.planned_looks)
