@@ -49,6 +49,14 @@ def private_rng(seed: int | None, *devices: torch.device) -> Iterator[None]:
         yield
 
 
+def generator_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the CPU's global generator and of the device's."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
 @contextmanager
 def no_inference_mode() -> Iterator[None]:
     """Run the block, or the decorated function, under ``no_grad`` where ``torch.inference_mode`` is on.

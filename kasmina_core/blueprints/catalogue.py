@@ -1,4 +1,4 @@
-"""What packs offer, by id ``pack:name`` or by a short name that is unique."""
+"""Catalogues of what packs offer, by id ``pack:name`` or by a unique short name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from kasmina_core.blueprints.declarations import (
     NAME_PATTERN,
+    NAME_RULE,
     BlueprintSpec,
     HostSpec,
     RegisteredBlueprint,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@final
 class Catalogue(Mapping[str, T], Generic[T]):
     """Things by id ``pack:name``; a short name resolves when it is unique.
 
@@ -135,7 +135,7 @@ class BlueprintRegistry:
             NameConflictError: If the id is taken; the message names both claimants.
         """
         if not NAME_PATTERN.fullmatch(pack):
-            raise BlueprintError(f"{pack!r} is not a pack name: use lower case letters, digits, '_' and '-'.")
+            raise BlueprintError(f"{pack!r} is not a pack name: {NAME_RULE}")
         entry = RegisteredBlueprint(spec, pack, distribution, version)
         if entry.id in self._entries:
             present = self._entries[entry.id]
@@ -237,47 +237,23 @@ class BlueprintRegistry:
 
 
 @final
-class HostRegistry:
-    """Hosts by id. Ids are ``pack:name``; a short name resolves when it is unique."""
+class HostRegistry(Catalogue[HostSpec]):
+    """Hosts by id; see `Catalogue`."""
 
     def __init__(self, unavailable: Mapping[str, PluginError]) -> None:
-        self._specs: Catalogue[HostSpec] = Catalogue("host", unavailable)
+        super().__init__("host", unavailable)
 
-    def __len__(self) -> int:
-        return len(self._specs)
-
-    def __contains__(self, host_id: object) -> bool:
-        return host_id in self._specs
-
-    def get(self, host_id: str) -> HostSpec:
-        """Return the declaration of a host.
-
-        Raises:
-            PluginError: If it belongs to a pack that is not available: the cause of that.
-            UnknownNameError: If nobody offers it.
-            AmbiguousNameError: If a short name fits more than one id.
-        """
-        return self._specs[host_id]
-
-    def resolve(self, host_id: str) -> str:
-        """Return the full id of a host; raises as `get`."""
-        return self._specs.resolve(host_id)
+    def get(self, host_id: str) -> HostSpec:  # type: ignore[override]  # a default would hide a misspelt id
+        """Return the declaration of a host; raises as `resolve`."""
+        return self[host_id]
 
     def ids(self) -> list[str]:
         """Return every full id, sorted."""
-        return list(self._specs)
+        return list(self)
 
     def list_all(self) -> list[HostSpec]:
         """Return every declaration, sorted by id."""
-        return [self._specs[full] for full in self._specs]
-
-    def add(self, full: str, spec: HostSpec) -> None:
-        """Put a declaration under its full id."""
-        self._specs.add(full, spec)
-
-    def discard(self, full: str) -> None:
-        """Take a declaration away, if it is there."""
-        self._specs.discard(full)
+        return list(self.values())
 
     def create(self, host_id: str, **options: Any) -> nn.Module:
         """Build a host. The caller owns the random number generator it draws from.
@@ -288,7 +264,7 @@ class HostRegistry:
             HostError: If the factory does not take the options; the cause is chained.
         """
         full = self.resolve(host_id)
-        factory = import_factory(f"Host '{full}'", self._specs[full].factory)
+        factory = import_factory(f"Host '{full}'", self[full].factory)
         try:
             with contained():
                 host: nn.Module = factory(**options)

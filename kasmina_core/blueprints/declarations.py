@@ -1,4 +1,4 @@
-"""What a pack author declares of a seed, and the registry that finds it again. Needs no torch until a seed is made."""
+"""Declarations of blueprints and hosts. They need no torch until a seed is made."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from kasmina_core.errors import (
-    BlueprintError,
-    HostError,
-    PluginError,
-)
+from kasmina_core.errors import BlueprintError, HostError, KasminaError, PluginError
 from kasmina_core.foreign import contained
 from kasmina_core.topology import Topology
 
@@ -20,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME_PATTERN: Final = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
+NAME_RULE: Final = "use lower case letters, digits, '_' and '-', a letter first."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +57,23 @@ class BlueprintSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
-            raise BlueprintError(
-                f"{self.name!r} is not a blueprint name: use lower case letters, digits, '_' and '-', a letter first."
-            )
-        if not isinstance(self.topology, Topology):
-            raise BlueprintError(
-                f"Blueprint '{self.name}': topology must be a Topology, not {self.topology!r}."
-            )
-        if isinstance(self.factory, str):
-            module, _, attribute = self.factory.partition(":")
-            if not (module and attribute):
-                raise BlueprintError(
-                    f"Blueprint '{self.name}': factory {self.factory!r} must read 'package.module:attribute'."
+        _demand_name_and_topology(self, "blueprint", BlueprintError)
+        factory, estimate, problem = self.factory, self.param_estimate, ""
+        if isinstance(factory, str):
+            if not all(factory.partition(":")):
+                problem = f"factory {factory!r} must read 'package.module:attribute'."
+        elif not callable(factory):
+            problem = f"factory {factory!r} is neither callable nor text."
+        if not problem and isinstance(estimate, int):
+            if self.estimate_dim is None:
+                problem = (
+                    f"param_estimate={estimate} is a number, so say at which width it was counted: estimate_dim=64, "
+                    "or give a function of the width."
                 )
-        elif not callable(self.factory):
-            raise BlueprintError(
-                f"Blueprint '{self.name}': factory {self.factory!r} is neither callable nor text."
-            )
-        if isinstance(self.param_estimate, int) and self.estimate_dim is None:
-            raise BlueprintError(
-                f"Blueprint '{self.name}': param_estimate={self.param_estimate} is a number, so say at which width "
-                "it was counted: estimate_dim=64, or give a function of the width."
-            )
-        if not isinstance(self.param_estimate, int) and not callable(self.param_estimate):
-            raise BlueprintError(
-                f"Blueprint '{self.name}': param_estimate must be an int or a function of the width, "
-                f"not {self.param_estimate!r}."
-            )
+        elif not problem and not callable(estimate):
+            problem = f"param_estimate must be an int or a function of the width, not {estimate!r}."
+        if problem:
+            raise BlueprintError(f"Blueprint '{self.name}': {problem}")
 
     def declared_params(self, dim: int) -> int | None:
         """Return the declared number of parameters at width ``dim``; ``None`` where an int says nothing about it.
@@ -158,10 +144,14 @@ class HostSpec:
     description: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
-            raise HostError(f"{self.name!r} is not a host name: use lower case letters, digits, '_' and '-'.")
-        if not isinstance(self.topology, Topology):
-            raise HostError(f"Host '{self.name}': topology must be a Topology, not {self.topology!r}.")
+        _demand_name_and_topology(self, "host", HostError)
+
+
+def _demand_name_and_topology(spec: BlueprintSpec | HostSpec, kind: str, error: type[KasminaError]) -> None:
+    if not isinstance(spec.name, str) or not NAME_PATTERN.fullmatch(spec.name):
+        raise error(f"{spec.name!r} is not a {kind} name: {NAME_RULE}")
+    if not isinstance(spec.topology, Topology):
+        raise error(f"{kind.capitalize()} '{spec.name}': topology must be a Topology, not {spec.topology!r}.")
 
 
 @dataclass(frozen=True, slots=True)

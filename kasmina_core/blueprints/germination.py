@@ -1,4 +1,4 @@
-"""Building a seed, and trying it once before anything depends on it."""
+"""Building a seed and trying it once before anything depends on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.foreign import contained, shown
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.quiet import kept_buffers, private_rng
+from kasmina_core.quiet import generator_states, kept_buffers, private_rng
 from kasmina_core.slots.owner import Trial
 
 
@@ -65,11 +65,11 @@ def try_seed(
             return trial
         findings["builds"] = (True, "")
         features = torch.randn((2, *like.shape[1:])).to(like)  # batch statistics need more than one value
-        given, numbers = features.clone(), _random_states(like.device)
+        given, numbers = features.clone(), generator_states(like.device)
         try:
             with contained(), torch.no_grad(), kept_buffers(seed):
                 seed.train()(given)
-                drew = not all(map(torch.equal, numbers, _random_states(like.device)))
+                drew = not all(map(torch.equal, numbers, generator_states(like.device)))
                 output = seed.eval()(given)
         except Exception as error:
             findings["shape"] = (False, f"its forward raised {shown(error)}")
@@ -93,13 +93,6 @@ def try_seed(
     )
     trial.seed = seed
     return trial
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
 
 
 def size_unbuilt(

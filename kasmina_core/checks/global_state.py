@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def preserved_global_state() -> Iterator[None]:
     been imported is not touched, and CUDA is not initialised.
     """
     torch = sys.modules.get("torch")
-    streams = _read_streams()
-    settings = read_settings() if torch is not None else {}
+    settings = read_settings()
     torch_state = torch.get_rng_state() if torch is not None else None
     cuda_states = (
         torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
@@ -35,10 +35,8 @@ def preserved_global_state() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, state in streams.items():
-            _set_stream(name, state)
+        restore_settings(settings)
         if torch is not None:
-            restore_settings(settings)
             torch.set_rng_state(torch_state)
             if cuda_states is not None:
                 torch.cuda.set_rng_state_all(cuda_states)
@@ -46,62 +44,62 @@ def preserved_global_state() -> Iterator[None]:
                 waiting.update(before)
 
 
-def read_settings() -> dict[str, Any]:
-    """Return torch's settings of the whole program and the random numbers of Python and numpy, by name."""
-    import torch
+def _settings() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Return by name how each setting is read, as a value that compares, and how it is put back."""
+    streams: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+        STREAMS[0]: (random.getstate, random.setstate)
+    }
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
 
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "number of threads": torch.get_num_threads(),
-        "gradient mode": torch.is_grad_enabled(),
-        "deterministic mode": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "precision of matrix products": torch.get_float32_matmul_precision(),
-        "cuDNN benchmark mode": torch.backends.cudnn.benchmark,
-        "seed of the random numbers": torch.initial_seed(),
-    } | _read_streams()
+        def numpy_state() -> tuple[Any, ...]:
+            kind, keys, *rest = numpy_random.get_state()
+            return (kind, tuple(keys.tolist()), *rest)
 
-
-def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the settings back and return those that had been changed, with the values found."""
+        streams[STREAMS[1]] = (numpy_state, numpy_random.set_state)
+    if "torch" not in sys.modules:
+        return streams
     import torch
 
     def set_deterministic(value: tuple[bool, bool]) -> None:
         torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
-    def set_benchmark(value: bool) -> None:
-        torch.backends.cudnn.benchmark = value
-
     def set_device(value: torch.device) -> None:
         torch.set_default_device(None if value.type == "cpu" else value)
 
-    def set_grad(value: bool) -> None:
-        torch.set_grad_enabled(value)
-
-    def set_seed(value: int) -> None:
-        torch.default_generator.manual_seed(value)
-
-    setters: dict[str, Callable[[Any], None]] = {
-        "default dtype": torch.set_default_dtype,
-        "default device": set_device,
-        "number of threads": torch.set_num_threads,
-        "gradient mode": set_grad,
-        "deterministic mode": set_deterministic,
-        "precision of matrix products": torch.set_float32_matmul_precision,
-        "cuDNN benchmark mode": set_benchmark,
-        "seed of the random numbers": set_seed,
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled,
+    )
+    cudnn = torch.backends.cudnn
+    return {
+        "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "default device": (torch.get_default_device, set_device),
+        "number of threads": (torch.get_num_threads, torch.set_num_threads),
+        "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+        "deterministic mode": (lambda: tuple(read() for read in deterministic), set_deterministic),
+        "precision of matrix products": (
+            torch.get_float32_matmul_precision,
+            torch.set_float32_matmul_precision,
+        ),
+        "cuDNN benchmark mode": (lambda: cudnn.benchmark, partial(setattr, cudnn, "benchmark")),
+        "seed of the random numbers": (torch.initial_seed, torch.default_generator.manual_seed),
+        **streams,
     }
-    found = read_settings()
-    # A generator that was imported since then has no state to be put back.
-    changed = {name: value for name, value in found.items() if value != settings.get(name, value)}
-    for name in changed:
-        if name in STREAMS:
-            _set_stream(name, settings[name])
-        else:
-            setters[name](settings[name])
+
+
+def read_settings() -> dict[str, Any]:
+    """Return by name the random numbers of Python and numpy, and torch's settings of the whole program if it is imported."""
+    return {name: read() for name, (read, _) in _settings().items()}
+
+
+def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the settings back and return those that had been changed, with the values found."""
+    changed = {}
+    for name, (read, put_back) in _settings().items():
+        # A generator that was imported since then has no state to be put back.
+        if name in settings and (found := read()) != settings[name]:
+            changed[name] = found
+            put_back(settings[name])
     return changed
 
 
@@ -155,22 +153,3 @@ def _cuda_seeds(torch: Any) -> dict[str, Any]:
     """Return what keeps the seeds that wait for CUDA to be initialised; torch has no public name for it."""
     tracker = getattr(torch.cuda, "_lazy_seed_tracker", None) if torch is not None else None
     return vars(tracker) if tracker is not None else {}
-
-
-def _read_streams() -> dict[str, Any]:
-    """Return the state of Python's random numbers, and of numpy's if it has been imported, as values that compare."""
-    states: dict[str, Any] = {STREAMS[0]: random.getstate()}
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        kind, keys, *rest = numpy_random.get_state()
-        states[STREAMS[1]] = (kind, keys.tobytes(), *rest)
-    return states
-
-
-def _set_stream(name: str, state: Any) -> None:
-    if name == STREAMS[0]:
-        random.setstate(state)
-        return
-    import numpy
-
-    kind, keys, *rest = state
-    numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))

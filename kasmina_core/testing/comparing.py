@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kasmina_core.hosts import InjectionPoint, features_in, submodule
 from kasmina_core.probing import call_with
-from kasmina_core.quiet import private_rng
+from kasmina_core.quiet import generator_states, private_rng
 
 SEED = 0x686F7374
 """Where the random numbers of every compared run start."""
@@ -153,10 +153,7 @@ def _backward(outputs: Mapping[str, Tensor]) -> None:
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Return the state of Python's generator, the CPU's and the device's."""
     numbers = torch.tensor(list(random.getstate()[1]), dtype=torch.int64)
-    states = {"python": numbers, "cpu": torch.get_rng_state()}
-    if device.type not in ("cpu", "meta"):
-        states[str(device)] = torch.get_device_module(device).get_rng_state(device)
-    return states
+    return {"python": numbers, **dict(zip(("cpu", str(device)), generator_states(device), strict=False))}
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
