@@ -73,6 +73,12 @@ class GateCheck(Record):
     maximum: float | None = None
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        # A number that is read back is a float: so is one that was not, or a resumed run's records differ from its own.
+        for name in ("value", "minimum", "maximum"):
+            if type(number := getattr(self, name)) is int:
+                object.__setattr__(self, name, float(number))
+
     @property
     def threshold(self) -> str:
         """The bounds as text, such as ``>= 3``."""

@@ -25,7 +25,7 @@ from kasmina_core.checkpoints.run_state import Run as Parts
 from kasmina_core.integrations.growing import GrowthClock
 
 PARTS: dict[str, Callable[[Run], Any]] = {
-    "weights": lambda run: {k: v for k, v in run.model.state_dict().items() if "_extra_state" not in k},
+    "weights and records, to the byte": lambda run: dict(run.model.state_dict()),
     "growth": lambda run: growth_of(run.model),
     "optimiser": lambda run: named_optimizer_state(run.model, run.optimizer),
     "schedulers": lambda run: run.scheduler.state_dict(),
