@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Final, Protocol, final
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast, final
 
 import torch
 from torch import nn
 
 from kasmina_core.evidence.measuring import OneProcess, Processes
 from kasmina_core.isolation import IsolationReading
+from kasmina_core.quiet import no_inference_mode
 
 if TYPE_CHECKING:
+    from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.policies.protocol import Command
     from kasmina_core.slots.slot import SeedSlot
 
@@ -22,6 +25,10 @@ class Agreement(Processes, Protocol):
 
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
         """Carry out a command of a slot, or of the model, here as everywhere or not at all."""
+        ...
+
+    def refusals(self, text: str) -> AbstractContextManager[None]:
+        """Report an error of the block to the processes that wait for this one to begin a command."""
         ...
 
     def metric(self, value: float | None) -> float | None:
@@ -56,6 +63,9 @@ class Alone(OneProcess):
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def refusals(self, text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def metric(self, value: float | None) -> float | None:
         return value
 
@@ -76,6 +86,20 @@ class Alone(OneProcess):
 
 
 ALONE: Final = Alone()
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def verb(method: _Method) -> _Method:
+    """Let a model's method run in inference mode, and report a wrong argument to every process of a job."""
+
+    @wraps(method)
+    def told(model: MorphogeneticModel, *args: Any, **kwargs: Any) -> Any:
+        # One frame, not two: warnings find the caller of the method by counting frames.
+        with no_inference_mode(), model.growth.agreement.refusals(method.__name__):
+            return method(model, *args, **kwargs)
+
+    return cast("_Method", told)
 
 
 def _warn_of_other_processes() -> None:

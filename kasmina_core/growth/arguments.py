@@ -29,16 +29,24 @@ def require_model(model: object, what: str) -> MorphogeneticModel:
     return cast("MorphogeneticModel", model)
 
 
-def decided(policy: object, observation: Observation) -> Sequence[Command]:
-    """Return what a policy decides.
+def require_policy(policy: object) -> None:
+    """Check that something is a policy.
 
     Raises:
-        TypeError: If it is no policy, or that is something else than a list of commands.
+        TypeError: If it is none.
     """
     if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
         hint = f" Make one of the class: {policy.__name__}(...)." if isinstance(policy, type) else ""
         raise TypeError(f"follow takes a policy, with decide(observation), not {policy!r:.200}.{hint}")
-    chosen: object = cast("Policy", policy).decide(observation)
+
+
+def decided(policy: Policy, observation: Observation) -> Sequence[Command]:
+    """Return what a policy decides.
+
+    Raises:
+        TypeError: If that is something else than a list of commands.
+    """
+    chosen: object = policy.decide(observation)
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(
             f"{type(policy).__name__}.decide must return a list of commands, empty for none, not {chosen!r:.200}."

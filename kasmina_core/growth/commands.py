@@ -8,7 +8,7 @@ from torch import nn
 
 from kasmina_core.errors import DistributedError, GerminationError, HostError, KasminaError, TransitionError
 from kasmina_core.events import CommandRefused, GateEvaluated
-from kasmina_core.growth.arguments import decided
+from kasmina_core.growth.arguments import decided, require_policy
 from kasmina_core.growth.context import Growth
 from kasmina_core.growth.reverting import KeptSeed, contributing_tensors
 from kasmina_core.lifecycle import REVERTIBLE, SeedState
@@ -108,6 +108,7 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
     """Ask a policy once and carry out its commands. See `MorphogeneticModel.follow`."""
     growth = model.growth
     growth.outcomes = ()
+    require_policy(policy)
     with growth.command(None, "follow"):
         for command in growth.agreement.commands(decided(policy, model.observe())):
             growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)

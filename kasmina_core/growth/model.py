@@ -16,6 +16,7 @@ from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.growth import commands, incubation, observing
+from kasmina_core.growth.agreement import verb
 from kasmina_core.growth.arguments import event_target, one_number
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
@@ -120,7 +121,7 @@ class MorphogeneticModel(SlottedModel):
 
     # -- commands --------------------------------------------------------------------------------------------------
 
-    @no_inference_mode()
+    @verb
     def germinate(self, slot: str, blueprint: str, seed_id: str | None = None, **options: Any) -> SeedState:
         """Make a seed in a slot. See `SeedSlot.germinate`.
 
@@ -130,13 +131,13 @@ class MorphogeneticModel(SlottedModel):
         self.follow_modules()
         return state
 
-    @no_inference_mode()
+    @verb
     def advance_stage(self, slot: str, target: SeedStage | None = None) -> GateResult:
         """Ask the gate for the next stage of a slot's seed. See `SeedSlot.advance_stage`."""
         self.follow_modules()
         return self.slots[slot].advance_stage(target)
 
-    @no_inference_mode()
+    @verb
     def regerminate(self, slot: str) -> SeedState:
         """Make the seed that was put aside in a slot again, with the weights it had; it starts at GERMINATED.
 
@@ -146,7 +147,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return commands.regerminate(self.growth, self.slots[slot])
 
-    @no_inference_mode()
+    @verb
     def cull(self, slot: str, reason: str = "asked to", *, revert: bool = False, keep: bool = False) -> None:
         """Remove a slot's seed. See `SeedSlot.cull`.
 
@@ -182,7 +183,7 @@ class MorphogeneticModel(SlottedModel):
             if slot.seed is not None:
                 slot.step()
 
-    @no_inference_mode()
+    @verb
     def step_epoch(self, metric: float | Tensor | None = None) -> dict[str, GateResult]:
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
@@ -214,7 +215,7 @@ class MorphogeneticModel(SlottedModel):
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 
-    @no_inference_mode()
+    @verb
     def execute(self, command: Command) -> SeedState | GateResult | None:
         """Carry out one command of a policy.
 
@@ -227,7 +228,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return commands.execute(self, command)
 
-    @no_inference_mode()
+    @verb
     def follow(self, policy: Policy) -> list[Command]:
         """Ask a policy once and carry out its commands, in order; call it after `step_epoch`.
 
@@ -313,7 +314,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return self.growth.examiner.measurer.is_replaying
 
-    @no_inference_mode()
+    @verb
     def measure(
         self, slot: str, evaluator: Evaluator | None = None, *, higher_is_better: bool = False
     ) -> SeedEvidence | None:
@@ -340,7 +341,7 @@ class MorphogeneticModel(SlottedModel):
         samples = GateSamples(evaluator, higher_is_better)
         return self.growth.examiner.measurer.measure(chosen, samples, alphas).evidence
 
-    @no_inference_mode()
+    @verb
     def screen(self, evaluator: Evaluator | None = None) -> dict[str, PairedGain]:
         """Measure the first-order gain of every incubating seed, in one forward and backward. See `screening.screen`.
 
@@ -355,7 +356,7 @@ class MorphogeneticModel(SlottedModel):
         """
         return self.growth.examiner.screen(evaluator)
 
-    @no_inference_mode()
+    @verb
     def attribute(
         self,
         slots: Iterable[str] | None = None,

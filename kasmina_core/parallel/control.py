@@ -91,6 +91,11 @@ class ControlGroup:
             ) from error
         self._store = _shared_store(f"kasmina/{'-'.join(map(str, _members(group)))}/{next(_numbers)}")
 
+    @property
+    def number(self) -> int:
+        """Exchanges so far."""
+        return self._number
+
     def exchange(self, step: str, payload: Any = None, *, attempt: str = "", failure: str = "") -> list[Any]:
         """Say a word, hear those of all, and return their payloads by rank.
 

@@ -22,6 +22,7 @@ from kasmina_core.policies.protocol import Command
 from kasmina_core.slots.slot import SeedSlot
 
 _MIXER: Final = 0x9E3779B97F4A7C15 - 2**64
+_BEGINNING: Final = "the beginning of a command"
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -70,12 +71,13 @@ class Team:
         Raises:
             DistributedError: If a process is missing, stands elsewhere, or came to another end.
             GerminationError: If a germination was refused on another rank.
+            KasminaError: If another command was refused there before it began; nothing is changed then.
         """
         outermost = self._depth == 0
-        if outermost:
-            self._compare(text, _standing(self._model))
-        self._depth += 1
         germinates = text.startswith("germinate(")
+        if outermost:
+            self._begin(text, GerminationError if germinates else KasminaError)
+        self._depth += 1
         try:
             with self._attempt(text, GerminationError) if germinates else nullcontext():
                 yield
@@ -90,6 +92,37 @@ class Team:
                 self._end(text, None)
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def refusals(self, text: str) -> Iterator[None]:
+        """Report an error that was raised before the first exchange of a command: the others wait in theirs.
+
+        Raises:
+            DistributedError: If the others do not begin a command.
+        """
+        number = self._control.number
+        try:
+            yield
+        except DistributedError:
+            raise
+        except Exception as error:
+            if self._depth == 0 and not self._attempted and self._control.number == number:
+                with suppress(FailedSomewhere):
+                    self._control.exchange(text, attempt=_BEGINNING, failure=_described(error))
+            raise
+
+    def _begin(self, text: str, kind: type[KasminaError]) -> None:
+        standing = _standing(self._model)
+        if self._attempted:
+            self._compare(text, standing)
+            return
+        try:
+            standings = self._control.exchange(text, standing, attempt=_BEGINNING)
+        except FailedSomewhere as failure:
+            raise kind(
+                f"{text} was refused on another rank; nothing was changed on any.\n{failure}"
+            ) from None
+        self._require_equal(text, standings)
 
     @property
     def rank(self) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numeric_helpers import ConvSeed, cnn_host, cnn_model, grow_to, images, labels
-from ranks import Outcomes, checks_in, environment, everywhere, on_each_rank, run_checks
+from ranks import PATIENCE, Outcomes, checks_in, environment, everywhere, on_each_rank, run_checks
 
 from kasmina_core import (
     BlueprintRegistry,
@@ -23,6 +23,7 @@ from kasmina_core import (
     DistributedError,
     GateThresholds,
     GerminationError,
+    KasminaError,
     QualityGates,
     SeedStage,
     Topology,
@@ -163,6 +164,60 @@ def command_that_no_rank_may_give_fails_as_in_one_process(rank: int) -> None:
     with pytest.raises(GerminationError, match="not dormant"):
         model.germinate("norm", "conv")
     assert model.advance_stage("norm")
+
+
+@on_each_rank
+def wrong_argument_on_one_rank_is_refused_on_both_and_the_job_goes_on(rank: int) -> None:
+    class Waiting:
+        def decide(self, observation: object) -> list[object]:
+            return []
+
+    model = cnn_model()
+    distribute(model)
+    for right, wrong, error, kind in (
+        (lambda: model.step_epoch(0.5), lambda: model.step_epoch("x"), ValueError, KasminaError),
+        (
+            lambda: model.germinate("norm", "conv"),
+            lambda: model.germinate("no-such-slot", "conv"),
+            KeyError,
+            GerminationError,
+        ),
+        (
+            lambda: model.germinate("norm", "conv"),
+            lambda: model.germinate("norm"),
+            TypeError,
+            GerminationError,
+        ),
+        (lambda: model.follow(Waiting()), lambda: model.follow(Waiting), TypeError, KasminaError),
+        (lambda: model.step_epoch(), lambda: model.cull("no-such-slot"), KeyError, KasminaError),
+    ):
+        for culprit in range(2):
+            began = time.monotonic()
+            with pytest.raises(error if rank == culprit else kind) as caught:
+                (wrong if rank == culprit else right)()
+            assert not isinstance(caught.value, DistributedError)
+            if rank != culprit:
+                assert re.search(
+                    rf"refused on another rank; nothing was changed on any.\n  rank {culprit}: {error.__name__}",
+                    str(caught.value).replace("UnknownNameError", "KeyError"),
+                )
+            assert time.monotonic() - began < PATIENCE / 2
+            assert model.epoch == 0
+            assert model.slots["norm"].stage is SeedStage.DORMANT
+    model.germinate("norm", "conv")
+    model.step_epoch(0.5)
+    assert everywhere((model.epoch, model.slots["norm"].stage)) == [(1, SeedStage.TRAINING)] * 2
+
+
+@on_each_rank
+def wrong_argument_while_the_other_measures_ends_both_at_once(rank: int) -> None:
+    model = cnn_model()
+    distribute(model)
+    grow_to(model, "norm", SeedStage.TRAINING)
+    began = time.monotonic()
+    with pytest.raises(KasminaError, match="no-such-slot"):
+        model.measure("no-such-slot" if rank else "norm")
+    assert time.monotonic() - began < PATIENCE / 2
 
 
 @on_each_rank
