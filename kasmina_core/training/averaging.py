@@ -27,16 +27,16 @@ AverageMany = Callable[[list[Tensor], list[Tensor], Tensor | int], None]
 class GrowingAveragedModel(AveragedModel):
     """torch's `AveragedModel` whose average grows, and loses seeds, with the model.
 
-    torch's own pairs the two models' parameters by position, so after a germination it averages wrong pairs without a
-    word. Here each `update_parameters` first brings the average's slots to where the model's are: seeds, stages and
-    alphas. A new seed's average starts at its present weights and counts its updates from there, so that an equal
-    average (SWA) is that over the seed's life and not over the host's.
+    torch's own pairs the two models' parameters by position, so after a germination it silently averages wrong pairs.
+    Here each `update_parameters` first copies seeds, stages and alphas to the average's slots. A new seed's average
+    starts at its present weights and counts its updates from there, so that an equal average (SWA) covers the seed's
+    life and not the host's.
 
     ``state_dict`` and a strict ``load_state_dict`` rebuild the average with its seeds.
 
     Args:
         model: A `MorphogeneticModel`, or a module that holds one.
-        device: Where the average is kept; default where the model is.
+        device: Device of the average; default that of the model.
         avg_fn: ``(average, present, updates) -> average`` of one tensor. Default the equal average.
         multi_avg_fn: The same in place on lists, such as ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``.
         use_buffers: Whether buffers are averaged; if not, they are the model's.
@@ -57,7 +57,7 @@ class GrowingAveragedModel(AveragedModel):
         super().__init__(
             model, cast("Any", device), cast("Any", avg_fn), cast("Any", multi_avg_fn), use_buffers
         )
-        # One number a slot, whether it holds a seed or not: the keys do not change as the model grows.
+        # One number per slot, whether it holds a seed or not: the keys do not change as the model grows.
         self.register_buffer(
             "seed_updates", torch.zeros(len(_slots(model)), dtype=torch.long, device=self.n_averaged.device)
         )
@@ -74,28 +74,21 @@ class GrowingAveragedModel(AveragedModel):
         """
         self._follow(model)
         parts: dict[int | None, Pairs] = {}
-        for (index, average), (_, present) in zip(
-            _tensors(self.module, self.use_buffers), _tensors(model, self.use_buffers), strict=True
-        ):
-            pair = average.detach(), present.detach().to(average.device)
-            parts.setdefault(index, []).append(pair)
+        both = (_tensors(module, self.use_buffers) for module in (self.module, model))
+        for (index, average), (_, present) in zip(*both, strict=True):
+            parts.setdefault(index, []).append((average.detach(), present.detach().to(average.device)))
         for index, pairs in parts.items():
             count = self.n_averaged if index is None else self.seed_updates[index]
             if int(count) == 0:
                 _copy(pairs)
             else:
                 self._average(pairs, count)
-        # A slot's own buffers say where its seed is: they are never averaged.
-        parents = (
-            zip(_slots(self.module), _slots(model), strict=True)
-            if self.use_buffers
-            else [(self.module, model)]
-        )
-        for ours, theirs in parents:
+        # A slot's own buffers hold its seed's stage and alpha: they are never averaged.
+        copied = [_slots(module) if self.use_buffers else [module] for module in (self.module, model)]
+        for ours, theirs in zip(*copied, strict=True):
             _copy(zip(ours.buffers(not self.use_buffers), theirs.buffers(not self.use_buffers), strict=True))
         for index, slot in enumerate(_slots(self.module)):
-            if slot.seed is not None:
-                self.seed_updates[index] += 1
+            self.seed_updates[index] += slot.seed is not None
         self.n_averaged += 1
 
     def _average(self, pairs: Pairs, count: Tensor) -> None:
@@ -115,7 +108,6 @@ class GrowingAveragedModel(AveragedModel):
                 )
 
     def _follow(self, model: nn.Module) -> None:
-        """Bring the average's slots to where the model's are."""
         ours, theirs = _slots(self.module), _slots(model)
         if [slot.point for slot in ours] != [slot.point for slot in theirs]:
             raise HostError(
@@ -146,14 +138,14 @@ class GrowingAveragedModel(AveragedModel):
 
 
 def pairs_by_position(average: object, model: MorphogeneticModel) -> bool:
-    """Whether it is torch's own average of this model, of a module around it or of its host: it does not grow."""
+    """Whether it is torch's own average of this model, of a module around it or of its host."""
     if not isinstance(average, AveragedModel) or isinstance(average, GrowingAveragedModel):
         return False
     return not _origins(average).isdisjoint(_origins(model))
 
 
 def warn_of_averages(model: MorphogeneticModel) -> None:
-    """Warn if torch's own average of a model that is about to grow is alive: a model does not know who copied it."""
+    """Warn if torch's own average of a model that is about to grow is alive."""
     if any(pairs_by_position(average, model) for average in living(AveragedModel)):
         warnings.warn(
             "torch's AveragedModel holds an average of this model, and the model grows: parameters are paired by "

@@ -1,4 +1,4 @@
-"""Gradients of host and seeds, clipped apart: what a seed does to its gradient never reaches the host's."""
+"""Gradient clipping for host and seeds separately: no seed changes the host's gradient."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.sharding import whole_tensor
 
 
 @final
@@ -20,7 +21,7 @@ class ClippedGradients:
     Attributes:
         host_norm: Norm of the host's gradient before clipping, a 0-d tensor.
         seed_norms: The same of each seed that had a gradient, by slot.
-        dropped: Slots whose seed had a gradient that is not finite; it is gone, and the seed sits this step out.
+        dropped: Slots whose seed had a non-finite gradient; it is set to ``None``, so the seed skips this step.
     """
 
     host_norm: Tensor
@@ -37,7 +38,7 @@ def clip_gradients(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> ClippedGradients:
-    """Clip the host's gradient and each seed's by norms of their own.
+    """Clip the host's gradient and each seed's by separate norms.
 
     The host's gradient becomes what ``clip_grad_norm_(host.parameters(), max_norm)`` makes of it, bit for bit, whatever
     the seeds' are. Clipped together, one large or infinite seed gradient would shrink the host's or make it NaN.
@@ -66,62 +67,48 @@ def clip_gradients(
             f"  max_norm:      {max_norm!r}\n  seed_max_norm: {seed_max_norm!r}"
         )
     host_norm = clip_grad_norm_(model.host_parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
-    gradients = _seed_gradients(model)
-    norms = {
-        slot: get_total_norm([_gradient(p) for p in ps], norm_type, foreach=foreach)
-        for slot, ps in gradients.items()
-    }
-    finite = _finite(norms)
-    dropped = tuple(slot for slot in gradients if not finite[slot])
-    for slot, parameters in gradients.items():
-        if slot in dropped:
-            _drop(parameters)
-        else:
+    seeds = _learning(model)
+    norms = _norms(seeds, norm_type, foreach)
+    dropped = _drop_nonfinite(seeds, norms)
+    for slot, parameters in seeds.items():
+        if slot not in dropped:
             clip_grads_with_norm_(parameters, limit, norms[slot], foreach)
     return ClippedGradients(host_norm.detach(), norms, dropped)
 
 
 def drop_nonfinite_seed_gradients(model: MorphogeneticModel) -> tuple[str, ...]:
-    """Drop the gradient of each seed that has an element which is not finite; the seed sits this step out.
+    """Drop the gradient of each seed that has a non-finite element; the seed skips this step.
 
-    For training with a GradScaler: call it before ``scaler.unscale_`` and ``scaler.step``. A scaler skips the step of
-    everything in an optimiser if anything in it overflowed, and lowers its scale; a seed's overflow would so change the
-    host's run. Dropped first, it does neither.
+    For training with a GradScaler: call it before ``scaler.unscale_`` and ``scaler.step``. If anything in an optimiser
+    overflowed, a scaler skips the whole step and lowers its scale; without this a seed's overflow changes the host's run.
 
     Returns:
         The slots whose gradients were dropped.
     """
-    gradients = _seed_gradients(model)
+    seeds = _learning(model)
     # The largest element, and not a sum of squares: that overflows where a scaled gradient does not.
-    finite = _finite(
-        {slot: get_total_norm([_gradient(p) for p in ps], torch.inf) for slot, ps in gradients.items()}
-    )
-    for slot, parameters in gradients.items():
-        if not finite[slot]:
-            _drop(parameters)
-    return tuple(slot for slot in gradients if not finite[slot])
+    return _drop_nonfinite(seeds, _norms(seeds, torch.inf, None))
 
 
-def _seed_gradients(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
-    model.growth.agreement.gradients(is_step=False)  # what is clipped shall be what the optimiser will see
+def _learning(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters with a gradient of each seed that has some, by slot."""
+    model.growth.agreement.gradients(is_step=False)  # clip what the optimiser will see
     found = {slot: [p for p in model.seed_parameters(slot) if p.grad is not None] for slot in model.slots}
     return {slot: parameters for slot, parameters in found.items() if parameters}
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+def _norms(seeds: dict[str, list[nn.Parameter]], norm_type: float, foreach: bool | None) -> dict[str, Tensor]:
+    gradients = {slot: [p.grad for p in ps if p.grad is not None] for slot, ps in seeds.items()}
+    return {slot: get_total_norm(found, norm_type, foreach=foreach) for slot, found in gradients.items()}
 
 
-def _finite(norms: dict[str, Tensor]) -> dict[str, bool]:
-    """Whether each norm is finite; one wait for the device for all of them."""
+def _drop_nonfinite(seeds: dict[str, list[nn.Parameter]], norms: dict[str, Tensor]) -> tuple[str, ...]:
     if not norms:
-        return {}
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms.values()]
-    flags = torch.stack([norm.detach().to(whole[0].device).isfinite() for norm in whole]).tolist()
-    return dict(zip(norms, flags, strict=True))
-
-
-def _drop(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
+        return ()
+    whole = [whole_tensor(norm).detach() for norm in norms.values()]
+    # Stacked, so that the device is waited for once.
+    finite = torch.stack([norm.to(whole[0].device).isfinite() for norm in whole]).tolist()
+    dropped = tuple(slot for slot, is_finite in zip(norms, finite, strict=True) if not is_finite)
+    for parameter in [p for slot in dropped for p in seeds[slot]]:
         parameter.grad = None
+    return dropped

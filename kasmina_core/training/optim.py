@@ -43,9 +43,7 @@ class _TiedOptimizer:
         self._schedulers = schedulers
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        own = self._without_host(parameters)
-        if self._takes is not None:
-            own = [p for p in own if self._takes(p)]
+        own = [p for p in self._without_host(parameters) if self._takes is None or self._takes(p)]
         if not own:
             return
         groups = self.optimizer.param_groups
@@ -131,7 +129,7 @@ def tie_optimizer(
     Its settings (betas, momentum, weight decay) are those of the first group. An optimiser of named parameters gets a
     seed's names as ``model.named_parameters()`` has them.
 
-    Schedulers go on as if the group had always been there: a seed's learning rate, and its bounds where the scheduler
+    Schedulers continue as if the group had always been there: a seed's learning rate, and its bounds where the scheduler
     keeps them per group, are those of the first group times ``lr_factor``. A bound that all groups share, such as
     ``eta_min``, stays shared. A germination that a scheduler could not follow is refused. Schedulers of torch need no
     name: those made for the optimiser, also after it was tied, are found while they are alive.
@@ -145,8 +143,8 @@ def tie_optimizer(
             and blueprint id.
         weight_decay: Weight decay of seeds, at least 0; a number, or a function of slot and blueprint id. Default that
             of the first group.
-        takes: Which of a seed's parameters this optimiser holds; default all. With two optimisers, such as Muon for
-            matrices and AdamW for the rest, tie each to its share.
+        takes: Returns whether this optimiser holds a parameter of a seed; default all. With two optimisers, such as
+            Muon for matrices and AdamW for the rest, tie each to its share.
         schedulers: Learning-rate schedulers of this optimiser that must be followed, of torch's classes or made of what
             those keep per group. Others that are found are followed as far as what they keep is known. ``None``
             requires it of all that are found; ``()`` of none.
@@ -204,13 +202,10 @@ def _check_what_is_tied(model: object, optimizer: object) -> None:
 
 
 def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:
-    """Let an optimiser go its own way: it keeps its groups, and follows the model's seeds no more."""
-    optimizer = unwrapped(optimizer)
-    model.growth.listeners[:] = [
-        listener
-        for listener in model.growth.listeners
-        if not (isinstance(listener, _TiedOptimizer) and listener.optimizer is optimizer)
-    ]
+    """Stop an optimiser from following the model's seeds; it keeps its groups."""
+    listeners, optimizer = model.growth.listeners, unwrapped(optimizer)
+    tied = [one for one in listeners if isinstance(one, _TiedOptimizer) and one.optimizer is optimizer]
+    listeners[:] = [one for one in listeners if one not in tied]
 
 
 def _checked(name: str, value: Any) -> float:
@@ -220,15 +215,14 @@ def _checked(name: str, value: Any) -> float:
 
 
 def _begin_adagrad(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Give a new group the state that Adagrad makes when it is made itself; torch 2.11 steps no group without it."""
+    """Give a new group the state that Adagrad's constructor makes; torch 2.11 steps no group without it."""
     if isinstance(optimizer, torch.optim.Adagrad):
         settings = {name: group[name] for name in optimizer.defaults}
-        begun = torch.optim.Adagrad(group["params"], **settings)
-        optimizer.state.update(begun.state)
+        optimizer.state.update(torch.optim.Adagrad(group["params"], **settings).state)
 
 
 def _refuse_what_muon_refuses(slot: str, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Raise if Muon, which looks at its parameters only when it is made, would fail at its next step."""
+    """Raise if Muon, which checks parameters only in its constructor, would fail at its next step."""
     others = [tuple(p.shape) for p in parameters if p.ndim != 2]
     if isinstance(optimizer, torch.optim.Muon) and others:
         raise GerminationError(

@@ -22,12 +22,7 @@ _NOT_PER_GROUP = ("milestones", "_milestones", "_schedule_phases")
 
 
 def group_settings(first: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Return the settings with which a new group takes part in the schedule of the first one.
-
-    Args:
-        first: The first group of the optimiser.
-        factor: Learning rates of the new group over those of the first.
-    """
+    """Return a new group's schedule settings: those of the ``first`` group, learning rates times ``factor``."""
     settings = {name: first[name] * factor for name in _GROUP_RATES if name in first}
     # A scheduler that cycles the momentum has moved it away from the optimiser's default.
     copies = (*_GROUP_COPIES, *_CYCLED) if "max_momentum" in first else _GROUP_COPIES
@@ -38,12 +33,12 @@ def group_settings(first: Mapping[str, Any], factor: float) -> dict[str, Any]:
 class FollowingSchedulers:
     """Schedulers whose lists per group are kept in the order of their optimiser's groups.
 
-    Named ones must be followable. The others are found among the objects that are alive: one that nobody named would
-    fail in torch's words at the first step after a germination.
+    Others than those that are named are found among the objects that are alive: unfollowed, one would fail with an error
+    of torch at the first step after a germination.
 
     Args:
-        schedulers: Named schedulers, plain or as accelerate prepares them; those inside of them (`ChainedScheduler`,
-            `SequentialLR`) follow too. ``None`` if all that are found shall be followable.
+        schedulers: Named schedulers, plain or as accelerate prepares them, which must be followable; those inside of them
+            (`ChainedScheduler`, `SequentialLR`) follow too. ``None`` if all that are found must be followable.
         optimizer: The optimiser they were made for.
 
     Raises:
@@ -76,19 +71,15 @@ class FollowingSchedulers:
 
     @property
     def are_expected(self) -> bool:
-        """Whether a scheduler has left its mark on the optimiser, the rate from which a group began."""
+        """Whether a scheduler was made for the optimiser: its groups have the rate from which they began."""
         return any("initial_lr" in group for group in self._optimizer.param_groups)
 
     def now(self, slot: str | None = None) -> list[LRScheduler]:
         """Return all that follow a change of the groups, those that were made since the last one included.
 
-        Args:
-            slot: Name of the slot that gets a group, which is refused if a scheduler could not follow it; changes
-                nothing. ``None`` if a group goes.
-
         Raises:
-            GerminationError: If a scheduler keeps a list per group that is not known, or has lost count of the groups,
-                or was made for the optimiser and is not to be found.
+            GerminationError: If ``slot`` is to get a group, and a scheduler keeps a list per group that is not known, has
+                lost count of the groups, or was made for the optimiser and is not found.
         """
         named = with_inner(self._named)
         count = len(self._optimizer.param_groups)
@@ -132,7 +123,7 @@ class FollowingSchedulers:
 
 
 def unfound(optimizer: Optimizer) -> str:
-    """Return the message about a scheduler that left its mark on an optimiser and is no scheduler of torch."""
+    """Return the message about a scheduler that was made for an optimiser and is not found."""
     return (
         f"A scheduler was made for the {type(optimizer).__name__}, whose groups have 'initial_lr', and none of torch's "
         "is to be found: the groups of seeds cannot follow it.\n"
@@ -147,13 +138,9 @@ def follow(
     after: Sequence[Mapping[str, Any]],
     factor: float = 1.0,
 ) -> None:
-    """Bring schedulers' lists into the order of ``after``; new groups get the first group's values.
+    """Bring schedulers' lists from the order of the groups ``before`` into that of ``after``.
 
-    Args:
-        schedulers: The schedulers, those inside of others included.
-        before: The groups that the lists describe.
-        after: The groups now; one that stayed is the same object.
-        factor: Learning rates of new groups over those of the first.
+    New groups, which are no object of ``before``, get the first group's values, learning rates times ``factor``.
     """
     for scheduler in schedulers:
         for key in _KNOWN:

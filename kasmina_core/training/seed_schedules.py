@@ -1,4 +1,4 @@
-"""A learning-rate schedule for each seed, from the step at which it begins to learn."""
+"""Learning-rate schedules of seeds, from the step at which each begins to learn."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ def schedule_seeds(
     the ``lr_factor`` of `tie_optimizer`. Once it is fossilised it goes over to the host's schedule without a jump: its
     rate over the scheduler's stays what it was then. Steps in which the seed is paused do not count.
 
-    The rate is put in for the time of ``optimizer.step()`` and the scheduler's is put back after it, so that every
-    scheduler, chained ones too, computes as if this were not here. Steps and ratio are kept in the group, under
+    The rate is set only during ``optimizer.step()`` and the scheduler's is put back after it, so that every scheduler,
+    chained ones too, computes as without it. Steps and ratio are kept in the group, under
     ``kasmina_steps`` and ``kasmina_ratio``, so that the optimiser's ``state_dict`` carries them. A learning rate that is
     a tensor stays the same tensor; use one if you compile ``optimizer.step``.
 
     Args:
         model: The model.
         optimizer: An optimiser tied to it with `tie_optimizer`; load its ``state_dict`` before or after this.
-        schedule: What share of its base a seed gets, such as `WarmupCosine`; asked once a step and seed.
+        schedule: Share of its base rate that a seed gets, such as `WarmupCosine`; called once per step and seed.
 
     Returns:
-        The handles of both hooks; ``remove()`` ends it.
+        The handles of both hooks; ``remove()`` them to end it.
     """
     schedulers: list[tuple[dict[str, Any], float | Tensor]] = []
 
@@ -105,7 +105,7 @@ def schedule_seeds(
             _set_rate(*schedulers.pop())
 
     def before(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[Any, Any]) -> None:
-        put_back()  # a step that raised did not come to its end
+        put_back()  # after a step that raised
         for group in optimizer.param_groups:
             slot = model.slots[group["kasmina_slot"]] if "kasmina_slot" in group else None
             if slot is None or not slot.is_active:
