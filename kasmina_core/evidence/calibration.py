@@ -1,4 +1,4 @@
-"""What chance alone gives on a user's own task: seeds that can have learned nothing, judged as seeds are judged."""
+"""Calibration on a user's own task: seeds that cannot have learned anything, judged as seeds are judged."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Calibration:
         proportion. With ``effect`` given, ``min_samples`` is what that takes.
 
         Args:
-            effect: Gain per sample that shall be found; see `samples_for`.
+            effect: Gain per sample that is to be found; see `samples_for`.
         """
         t = self.thresholds
         largest = [max(f.effect for f in p.findings) for p in self.placebos]
@@ -276,21 +276,22 @@ def calibrate(
         slot.advance_stage()
         findings: list[Finding] = []
         differences: list[Tensor] = []
-        for learn in _learning(twin, slot, placebo_loss, lr, source):
+        learn = _learner(twin, slot, placebo_loss, lr, source)
+        for look in range(1, looks + 1):
             for _ in range(steps):
                 learn()
             try:
                 measured = measurer.measure(slot, samples, thresholds.smaller_alphas)
             except ValueError as error:
                 raise CalibrationError(str(error)) from error
-            findings.append(judge(measured.evidence.gains, Look(len(findings) + 1), thresholds.spending))
+            findings.append(judge(measured.evidence.gains, Look(look), thresholds.spending))
             differences.append(measured.differences)
-            if len(findings) == looks:
-                break
         placebos.append(_placebo(slot, findings, differences, thresholds))
         wrong += _resampled(torch.stack(differences), thresholds.spending, source)
         drawn += RESAMPLES
-        _make_room(slot)
+        slot.cull("a placebo")
+        while slot.stage is not SeedStage.DORMANT:
+            slot.step_epoch()
         if progress is not None:
             progress(number + 1, seeds)
     return Calibration(tuple(placebos), Rate(wrong, drawn), placebos[0].findings[0].samples, thresholds)
@@ -301,14 +302,14 @@ def shuffled(targets: Tensor, generator: torch.Generator) -> Tensor:
     return targets[torch.randperm(len(targets), generator=generator).to(targets.device)]
 
 
-def _learning(
+def _learner(
     model: _Model,
     slot: SeedSlot,
     placebo_loss: Callable[[_Model, torch.Generator], Tensor],
     lr: float,
     source: torch.Generator,
-) -> Any:
-    """Yield, without end, a function that makes one optimiser step of a seed alone."""
+) -> Callable[[], None]:
+    """Return a function that makes one optimiser step of a seed alone."""
     parameters = [p for p in slot.seed_parameters() if p.requires_grad]
     _require(bool(parameters), f"The seed in slot '{slot.name}' has nothing to learn.")
     optimizer = torch.optim.Adam(parameters, lr)
@@ -322,8 +323,7 @@ def _learning(
             loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]  # torch
         optimizer.step()
 
-    while True:
-        yield step
+    return step
 
 
 def _placebo(
@@ -349,12 +349,6 @@ def _resampled(differences: Tensor, spending: LevelSpending, source: torch.Gener
         gains = PairedGain.of_rows(picked)
         count += any(gain.p_value <= spending.at(k) for k, gain in enumerate(gains, 1))
     return count
-
-
-def _make_room(slot: SeedSlot) -> None:
-    slot.cull("a placebo")
-    while slot.stage is not SeedStage.DORMANT:
-        slot.step_epoch()
 
 
 def _require(holds: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model asks of its held-out samples: evidence for the gates, screens, shares, isolation, error budgets."""
+"""Questions of a model about its seeds: evidence for the gates, screens, shares, isolation, error budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from kasmina_core.evidence.attribution import Attribution, attribute
 from kasmina_core.evidence.isolation import GradientIsolationMonitor
 from kasmina_core.evidence.measuring import Evaluator, GateSamples, Processes, SeedMeasurer
-from kasmina_core.evidence.screening import ScreenOfEpoch, screen
+from kasmina_core.evidence.screening import screen
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.gates.thresholds import ErrorBudget
 from kasmina_core.isolation import IsolationReading
@@ -37,7 +37,8 @@ class Examiner:
         self._model = held_weakly(model)
         self.samples = samples
         self.measurer = SeedMeasurer(model)
-        self._screens = ScreenOfEpoch()
+        self._screens: dict[tuple[str, str], PairedGain] = {}
+        self._screened = -1
 
     @property
     def processes(self) -> Processes:
@@ -72,14 +73,20 @@ class Examiner:
         """Return the first-order gain of a slot's seed in this epoch; ``None`` where it cannot be had."""
         if self.samples is None:
             return None
-        # What cannot be screened is measured in full.
-        with suppress(Exception), self.processes.attempt("first-order screen"):
-            return self._screens.of(self._model(), slot, self.samples, self.processes, epoch)
-        return None
+        if self._screened != epoch or _seed(slot) not in self._screens:
+            self._screens = {}
+            model = self._model()
+            waiting = [one for one in model.slots.values() if one.is_apart]
+            # What cannot be screened is measured in full.
+            with suppress(Exception), self.processes.attempt("first-order screen"):
+                found = screen(model, self.samples, [one.name for one in waiting], self.processes)
+                self._screens = {_seed(one): found[one.name] for one in waiting}
+                self._screened = epoch
+        return self._screens.get(_seed(slot))
 
     def forget_screens(self) -> None:
         """Measure first-order gains anew when next asked for: the epoch in which they were measured was undone."""
-        self._screens = ScreenOfEpoch()
+        self._screened, self._screens = -1, {}
 
     def attribute(
         self,
@@ -111,3 +118,7 @@ class Examiner:
             number = sum(each.germinations for each in slots)
             return 1.0 / (number * (number + 1))
         return 1.0 / sum(each.stage in LIVING for each in slots)
+
+
+def _seed(slot: SeedSlot) -> tuple[str, str]:
+    return slot.name, slot.state.seed_id if slot.state is not None else ""

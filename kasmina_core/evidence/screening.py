@@ -1,10 +1,10 @@
-"""First-order evidence: what seeds would gain at a small alpha, all of them in one forward and one backward."""
+"""First-order evidence: the gains of all seeds at a small alpha, in one forward and one backward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,13 @@ def screen(
 ) -> dict[str, PairedGain]:
     """Return the first-order gain of the seeds in some slots.
 
-    Each slot's output becomes ``host + eps * (seed(host) - host)`` with one ``eps = 0`` a sample, so the forward is that
-    of the host; with ``g`` the gradient of a sample's loss at the slot and ``f`` the seed's change there::
+    Each slot's output becomes ``host + eps * (seed(host) - host)`` with one ``eps = 0`` per sample, so the forward is
+    that of the host; with ``g`` the gradient of a sample's loss at the slot and ``f`` the seed's change there::
 
         gain = -d loss / d eps = -<g, f>
 
-    That is what the seed gains per unit of alpha as it begins to blend. Where the loss is convex along the way, the
-    gain at any alpha is at most alpha times that: a seed that is harmful to first order cannot help.
+    That is what the seed gains per unit of alpha as it begins to blend. Where the loss is convex in alpha, the gain
+    at any alpha is at most alpha times that: a seed that is harmful to first order cannot help.
 
     The graph from the first slot to the loss is kept for all samples until the backward. No parameter gets a gradient.
 
@@ -42,7 +42,7 @@ def screen(
         processes: The processes that measure together.
 
     Raises:
-        ValueError: If the losses carry no graph back to the slots, or are not one a sample.
+        ValueError: If the losses carry no graph back to the slots, or are not one per sample.
     """
     chosen = [model.slots[name] for name in slots]
     if sharded_modules(model):
@@ -52,7 +52,7 @@ def screen(
         losses = samples.losses()
     if not losses.requires_grad or losses.dim() != 1:
         raise ValueError(
-            "First-order gains need one loss a sample, with its graph.\n"
+            "First-order gains need one loss per sample, with its graph.\n"
             f"  losses: shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}\n"
             "The evaluator must not detach them, nor run under torch.no_grad()."
         )
@@ -76,7 +76,7 @@ def screen(
 
 @contextmanager
 def _weighed(slot: SeedSlot) -> Iterator[list[Tensor]]:
-    """Let the slot add its seed's change with a weight of 0 a sample; give the weights, a tensor a forward."""
+    """Let the slot add its seed's change with a weight of 0 per sample; give the weights, one tensor per forward."""
     weights: list[Tensor] = []
 
     def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -104,30 +104,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
-
-
-@final
-class ScreenOfEpoch:
-    """The first-order gains of all incubating seeds of a model, measured at most once an epoch."""
-
-    def __init__(self) -> None:
-        self._epoch = -1
-        self._gains: dict[tuple[str, str], PairedGain] = {}
-
-    def of(
-        self, model: SlottedModel, slot: SeedSlot, samples: GateSamples, processes: Processes, epoch: int
-    ) -> PairedGain | None:
-        """Return the gain of one slot's seed in this epoch.
-
-        Raises:
-            ValueError: As `screen`.
-        """
-        key = (slot.name, slot.state.seed_id if slot.state is not None else "")
-        if self._epoch != epoch or key not in self._gains:
-            waiting = {
-                s.name: s.state.seed_id for s in model.slots.values() if s.is_apart and s.state is not None
-            }
-            found = screen(model, samples, list(waiting), processes)
-            self._gains = {(name, waiting[name]): gain for name, gain in found.items()}
-            self._epoch = epoch
-        return self._gains.get(key)

@@ -1,7 +1,8 @@
-"""How the processes of a job decide together: what a model asks of them, and the answers of one that is alone."""
+"""Decisions of the processes of a job: the questions of a model, and the answers of a process that is alone."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Agreement(Processes, Protocol):
-    """What a model asks before and while it decides; every process of a job is asked the same, in the same order."""
+    """Answers of all processes to what a model asks before and while it decides; each asks the same, in the same order."""
 
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
-        """Carry out a command of a slot, or of the model, here as everywhere or not at all."""
+        """Carry out a command of a slot, or of the model, in every process or in none."""
         ...
 
     def refusals(self, text: str) -> AbstractContextManager[None]:
@@ -44,11 +45,11 @@ class Agreement(Processes, Protocol):
         ...
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        """Hear of a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
+        """Take a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
         ...
 
     def seed_accepted(self, slot: SeedSlot) -> None:
-        """Hear that nothing here prevents the new seed; may raise to prevent it."""
+        """Accept the new seed for this process; may raise to prevent it."""
         ...
 
     def gradients(self, *, is_step: bool) -> None:
@@ -76,7 +77,17 @@ class Alone(OneProcess):
         return chosen
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        _warn_of_other_processes()
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if (size := distributed.get_world_size()) > 1:
+            warnings.warn(
+                f"A seed germinates in one of {size} processes, and they do not decide together: "
+                "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
+                "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps "
+                "the model, distribute(model, wrap='outside'). See docs/distributed.md.",
+                stacklevel=3,
+            )
 
     def seed_accepted(self, slot: SeedSlot) -> None:
         pass
@@ -100,18 +111,3 @@ def verb(method: _Method) -> _Method:
             return method(model, *args, **kwargs)
 
     return cast("_Method", told)
-
-
-def _warn_of_other_processes() -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
-        return
-    import warnings
-
-    warnings.warn(
-        f"A seed germinates in one of {distributed.get_world_size()} processes, and they do not decide together: "
-        "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
-        "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps the "
-        "model, distribute(model, wrap='outside'). See docs/distributed.md.",
-        stacklevel=2,
-    )

@@ -58,26 +58,22 @@ def cull(
 ) -> None:
     """Remove a slot's seed. See `MorphogeneticModel.cull`."""
     kept = KeptSeed.of(chosen) if keep else None
-    if revert and chosen.stage in REVERTIBLE:
-        _cull_and_revert(model, growth, chosen, reason)
-    else:
+    if not revert or chosen.stage not in REVERTIBLE:
         chosen.cull(reason)
-    if kept is not None:
-        growth.kept_seeds[chosen.name] = kept
-
-
-def _cull_and_revert(model: SlottedModel, growth: Growth, chosen: SeedSlot, reason: str) -> None:
-    if obstacle := growth.obstacle_to_revert(chosen):
+    elif obstacle := growth.obstacle_to_revert(chosen):
         raise TransitionError(
             f"The seed in slot '{chosen.name}' cannot be culled with revert=True: {obstacle}"
         )
-    snapshot = growth.snapshots[chosen.name]
-    lost = growth.epoch - snapshot.epoch
-    with growth.command(chosen, f"revert({chosen.name!r})"):
-        chosen.cull(reason, lost_epochs=lost)
-        growth.misuse.restart()
-        snapshot.restore(contributing_tensors(model.host, model.slots.values(), chosen))
-        growth.lost_epochs += lost
+    else:
+        snapshot = growth.snapshots[chosen.name]
+        lost = growth.epoch - snapshot.epoch
+        with growth.command(chosen, f"revert({chosen.name!r})"):
+            chosen.cull(reason, lost_epochs=lost)
+            growth.misuse.restart()
+            snapshot.restore(contributing_tensors(model.host, model.slots.values(), chosen))
+            growth.lost_epochs += lost
+    if kept is not None:
+        growth.kept_seeds[chosen.name] = kept
 
 
 def execute(model: MorphogeneticModel, command: Command) -> SeedState | GateResult | None:

@@ -429,7 +429,7 @@ class MorphogeneticModel(SlottedModel):
                 result = super().load_state_dict(state_dict, strict, assign)
             finally:
                 growth.listeners = listeners
-            before.tell(listeners)
+            before.call(listeners)
         growth.misuse.awaits_memory = any(slot.seed is not None for slot in self.slots.values())
         return result
 

@@ -41,7 +41,7 @@ class SlotRecord(Record):
         looks: Looks of the gates' test since the stage began.
         look_is_counted: Whether one of them is at the evidence of this epoch.
         error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
-        host_losses: Held-out losses of the host as last measured in TRAINING, a sample each; ``None`` if never.
+        host_losses: Held-out losses of the host as last measured in TRAINING, one per sample; ``None`` if never.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
         incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
@@ -113,11 +113,6 @@ class SlotRecord(Record):
             ),
             answers={result.gate: result for result in self.gates if result.gate is not None},
         )
-
-    @property
-    def has_deviation(self) -> bool:
-        """Whether the deviation was measured; NaN is one that was."""
-        return not self.deviation < 0.0
 
     @property
     def version(self) -> int:

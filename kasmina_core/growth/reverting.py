@@ -1,9 +1,9 @@
-"""What is kept in memory to go back to: the host before a seed began to contribute, a seed that was put aside."""
+"""Copies in memory to go back to: the host before a seed began to contribute, a seed that was put aside."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, final, runtime_checkable
 
@@ -38,27 +38,21 @@ class _SavedHost(Record):
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
 class HostSnapshot:
-    """Copies of the host and of the seeds that contribute besides one, and what listeners know of their parameters.
+    """Copies of the host and of the other seeds that contribute, and what listeners know of their parameters.
 
-    Args:
+    Attributes:
         epoch: Epochs the model had stepped.
         contributors: Ids of the other seeds that contributed.
         copies: The tensors by name, as `contributing_tensors` names them.
         kept: What puts back what the listeners knew.
     """
 
-    def __init__(
-        self,
-        epoch: int,
-        contributors: Iterable[str],
-        copies: Mapping[str, Tensor],
-        kept: Sequence[Callable[[], None]],
-    ) -> None:
-        self.epoch = epoch
-        self.contributors = frozenset(contributors)
-        self._copies = dict(copies)
-        self._kept = list(kept)
+    epoch: int
+    contributors: frozenset[str]
+    copies: Mapping[str, Tensor]
+    kept: Sequence[Callable[[], None]]
 
     @classmethod
     def take(
@@ -75,7 +69,7 @@ class HostSnapshot:
         parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
         return cls(
             epoch,
-            _contributors(others, slot),
+            frozenset(_contributors(others, slot)),
             {name: tensor.detach().clone() for name, tensor in tensors.items()},
             [keeper.keep(parameters) for keeper in keepers],
         )
@@ -93,14 +87,14 @@ class HostSnapshot:
             tensors: Those of `contributing_tensors` now.
             optimizers: Those whose state is saved too.
         """
-        known = {id(kept.optimizer): kept for kept in self._kept if isinstance(kept, KeptOptimizerState)}
-        if len(known) < len(self._kept) or not self._copies.keys() <= tensors.keys():
+        known = {id(kept.optimizer): kept for kept in self.kept if isinstance(kept, KeptOptimizerState)}
+        if len(known) < len(self.kept) or not self.copies.keys() <= tensors.keys():
             return None
         names = {id(tensor): name for name, tensor in tensors.items()}
         return {
             "epoch": self.epoch,
             "contributors": sorted(self.contributors),
-            "tensors": dict(self._copies),
+            "tensors": dict(self.copies),
             "optimizers": [
                 {names[id(p)]: state for p, state in known[id(one)].states.items() if id(p) in names}
                 if id(one) in known
@@ -153,11 +147,11 @@ class HostSnapshot:
             for one, states in zip(optimizers, saved.optimizers, strict=False)
             if states is not None
         ]
-        return cls(saved.epoch, saved.contributors, copies, kept)
+        return cls(saved.epoch, frozenset(saved.contributors), copies, kept)
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str:
-        """Return, a line a tensor, where the copies do not fit these tensors; empty if they do."""
-        here, kept = _forms(tensors), _forms(self._copies)
+        """Return, one line per tensor, where the copies do not fit these tensors; empty if they do."""
+        here, kept = _forms(tensors), _forms(self.copies)
         odd = sorted(name for name in {*here, *kept} if here.get(name) != kept.get(name))
         return "\n".join(
             f"  {name}: kept {kept.get(name, 'nothing')}, now {here.get(name, 'nothing')}" for name in odd
@@ -171,9 +165,9 @@ class HostSnapshot:
         """
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(self._copies[name])
+                tensor.copy_(self.copies[name])
                 tensor.grad = None
-        for put_back in self._kept:
+        for put_back in self.kept:
             put_back()
 
 
@@ -256,26 +250,21 @@ def _contributors(slots: Iterable[SeedSlot], apart_from: SeedSlot) -> dict[str, 
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
 class KeptOptimizerState:
     """An optimiser's state of some parameters; calling it puts it back.
 
     Learning rates and other settings of groups are not part of it: they belong to the schedule, which goes on.
 
-    Args:
+    Attributes:
         optimizer: The optimiser.
         parameters: All that are to be put back; those without a state then have none.
         states: States by parameter.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        parameters: Iterable[nn.Parameter],
-        states: Mapping[nn.Parameter, dict[str, Any]],
-    ) -> None:
-        self.optimizer = optimizer
-        self.parameters = list(parameters)
-        self.states = dict(states)
+    optimizer: Optimizer
+    parameters: Collection[nn.Parameter]
+    states: Mapping[nn.Parameter, dict[str, Any]]
 
     @classmethod
     def of(cls, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> KeptOptimizerState:

@@ -225,7 +225,7 @@ class SeedSlot(core.SeedSlot):
             return
         self.state, self.seed, self.schedule = saved, seed, record.schedule
         self.options, self.notes = record.options, record.notes
-        if record.has_deviation:
+        if not record.deviation < 0.0:  # NaN was measured too
             self.training_deviation.fill_(record.deviation)
             self.has_training_deviation.fill_(True)
         self.alpha_buffer.fill_(saved.metrics.alpha)
@@ -240,7 +240,7 @@ class SeedSlot(core.SeedSlot):
         if self.state is not None:  # safetensors and distributed checkpoints take tensors alone
             destination[key] = to_bytes(record, f"The state of slot '{self.name}'")
         else:  # an empty slot leaves no key: the model then saves like its bare host
-            # Its next seed shall be another one than the last, also after a load.
+            # Its next seed must differ from the last one, after a load too.
             metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
             if metadata is not None:
                 metadata["germinations"] = self.germinations

@@ -1,4 +1,4 @@
-"""Undo for loads and epochs: restores model, optimisers and schedulers if one of them does not end well."""
+"""Undo for loads and epochs: restores model, optimisers and schedulers if one of them fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from typing import Any, Protocol, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -14,13 +15,8 @@ from torch.optim import Optimizer
 
 from kasmina_core.slots.slot import SeedSlot
 
-
-class SeedListener(Protocol):
-    """Hears of seeds' parameters; see `SeedParameterListener`."""
-
-    def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None: ...
-
-    def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None: ...
+if TYPE_CHECKING:
+    from kasmina_core.growth.context import SeedParameterListener
 
 
 @final
@@ -45,29 +41,23 @@ class ModelBefore:
         self._tensors = [(t, t.detach().clone()) for t in [*host.parameters(), *host.buffers()]]
         parts = [*host.modules(), *(slot for slot, *_ in self._slots)]
         self._places = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
-        self._told: list[Callable[[], None]] = []
+        self._called: list[Callable[[], None]] = []
 
-    def tell(self, listeners: Sequence[SeedListener]) -> None:
-        """Tell of the seeds that went and came since; `put_back` takes it back."""
+    def call(self, listeners: Sequence[SeedParameterListener]) -> None:
+        """Call listeners with the parameters that went and came since; `put_back` takes it back."""
         for slot, _, modules, *_ in self._slots:
             if slot.seed is modules.get("seed"):
                 continue
-            gone, come = _parameters(modules.get("seed")), slot.seed_parameters()
+            before = modules.get("seed")
+            gone = list(before.parameters()) if before is not None else []
+            come = slot.seed_parameters()
             for listener in listeners:
                 if gone:
-                    self._tell(listener.seed_removed, listener.seed_added, slot.name, gone)
+                    listener.seed_removed(slot.name, gone)
+                    self._called.append(partial(listener.seed_added, slot.name, gone))
                 if slot.seed is not None:
-                    self._tell(listener.seed_added, listener.seed_removed, slot.name, come)
-
-    def _tell(
-        self,
-        news: Callable[[str, list[nn.Parameter]], None],
-        takes_back: Callable[[str, list[nn.Parameter]], None],
-        slot: str,
-        parameters: list[nn.Parameter],
-    ) -> None:
-        news(slot, parameters)
-        self._told.append(lambda: takes_back(slot, parameters))
+                    listener.seed_added(slot.name, come)
+                    self._called.append(partial(listener.seed_removed, slot.name, come))
 
     def put_back(self) -> None:
         """Make host and slots what they were."""
@@ -82,9 +72,9 @@ class ModelBefore:
             slot.__dict__["_modules"] = modules
             for buffer, value in own:
                 buffer.copy_(value)
-        while self._told:
-            with suppress(Exception):  # what made the load fail is what the caller shall see
-                self._told.pop()()
+        while self._called:
+            with suppress(Exception):  # the caller must see what made the load fail
+                self._called.pop()()
 
 
 @final
@@ -127,7 +117,7 @@ def _assign(target: Any, source: Any) -> None:
 
 
 def undo_of_optimizer(optimizer: Optimizer) -> Callable[[], None]:
-    """Return what makes an optimiser's groups and state what they are now; its tensors are noted, for a load replaces them."""
+    """Return what makes an optimiser's groups and state what they are now; a load replaces its tensors."""
     state, items = optimizer.state, [(key, dict(value)) for key, value in optimizer.state.items()]
     groups, copies = optimizer.param_groups, [(group, dict(group)) for group in optimizer.param_groups]
 
@@ -141,10 +131,6 @@ def undo_of_optimizer(optimizer: Optimizer) -> Callable[[], None]:
         optimizer.state, optimizer.param_groups = state, groups
 
     return put_back
-
-
-def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
-    return list(module.parameters()) if module is not None else []
 
 
 def undo_of_attributes(objects: Iterable[Any], inside: Callable[[Any], Iterable[Any]]) -> Callable[[], None]:
