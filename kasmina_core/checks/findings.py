@@ -1,9 +1,10 @@
-"""What the checks of a blueprint share: building and running its modules, and keeping what was found."""
+"""Shared parts of the checks of a blueprint: building and running its modules, and keeping the results."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
@@ -180,6 +181,17 @@ class NotRepeatableError(Exception):
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How a check is reported: what was expected, and of a failure what is wrong and what to do."""
+
+    expected: str
+    claim: str
+    hint: str
+    tolerance: str = "none"
+
+
+@final
 class Tally:
     """For each check of a device: how often it ran, the first failure, what to report of a pass or of no run.
 
@@ -191,8 +203,9 @@ class Tally:
         farthest: The largest distance from the identity, as a part of the RMS of the input.
     """
 
-    def __init__(self) -> None:
-        self.runs: dict[str, int] = {}
+    def __init__(self, words: Mapping[str, Words]) -> None:
+        self._words = words
+        self.runs: Counter[str] = Counter()
         self.failures: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, str] = {}
         self.problems: dict[str, str] = {}
@@ -200,38 +213,19 @@ class Tally:
 
     def ran(self, name: str) -> None:
         """Count a run that found nothing wrong."""
-        self.runs[name] = self.runs.get(name, 0) + 1
+        self.runs[name] += 1
 
-    def judge(self, name: str, ok: bool, where: str, *failure: Any) -> bool:
-        """Count a run; keep the first failure. The rest is that of `fail`."""
+    def judge(self, name: str, ok: bool, where: str, measured: object, **changes: Any) -> None:
+        """Count a run; if it failed, as `fail`."""
         if ok:
             self.ran(name)
         else:
-            self.fail(name, where, *failure)
-        return ok
+            self.fail(name, where, measured, **changes)
 
-    def fail(
-        self,
-        name: str,
-        where: str,
-        claim: str,
-        expected: object,
-        measured: object,
-        hint: str,
-        error: BaseException | None = None,
-        tolerance: str = "none",
-    ) -> None:
-        """Count a run that failed, and keep it if it is the first."""
+    def fail(self, name: str, where: str, measured: object, **changes: Any) -> None:
+        """Count a run that failed, and keep it if it is the first; ``changes`` that are not empty replace its `Words`."""
         self.ran(name)
-        self.failures.setdefault(
-            name,
-            {
-                "claim": claim,
-                "where": where,
-                "expected": list(expected) if isinstance(expected, tuple) else expected,
-                "measured": list(measured) if isinstance(measured, tuple) else measured,
-                "hint": hint,
-                "error": error,
-                "tolerance": tolerance,
-            },
-        )
+        facts = {"where": where, "measured": measured, **asdict(self._words[name])}
+        facts |= {key: value for key, value in changes.items() if value}
+        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+        self.failures.setdefault(name, listed)
