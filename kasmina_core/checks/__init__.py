@@ -1,1 +1,1 @@
-"""What a blueprint must show when it registers."""
+"""Checks of blueprints at registration, and reports."""

@@ -1,10 +1,11 @@
-"""What a blueprint must show before it is registered: its size, shapes, gradient and manners, measured on a device."""
+"""Registration checks of a blueprint: size, shapes, gradient and side effects, measured on a device."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -178,41 +179,42 @@ class _Examination:
     def _check_declaration(self) -> None:
         """Look at what the declaration says of itself; nothing foreign runs."""
         spec = self.spec
-        wrong: list[tuple[str, str, object]] = []
-        for name in ("description", "source"):
-            if not isinstance(getattr(spec, name), str):
-                wrong.append((name, "text", getattr(spec, name)))
-        if spec.estimate_dim is not None and not (_is_whole(spec.estimate_dim) and spec.estimate_dim > 0):
-            wrong.append(("estimate_dim", "a width of at least 1, or None", spec.estimate_dim))
-        estimate = spec.param_estimate
-        if isinstance(estimate, bool) or (isinstance(estimate, int) and estimate < 0):
-            wrong.append(("param_estimate", "a count of 0 or more", estimate))
-        if spec.accepts_width is not None and not callable(spec.accepts_width):
-            wrong.append(("accepts_width", "a function of the width, or None", spec.accepts_width))
-        if not isinstance(spec.takes_causal, bool):
-            wrong.append(("takes_causal", "True or False", spec.takes_causal))
-        if not isinstance(spec.options, Mapping):
-            wrong.append(("options", "a mapping from names to defaults", spec.options))
-        else:
-            for name, default in spec.options.items():
-                if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
-                    wrong.append(("options", "names that can be keyword arguments of germinate", name))
-                elif name == "causal" and spec.takes_causal:
-                    wrong.append(("options", "no 'causal': takes_causal=True passes it already", name))
-                elif not is_plain(default):
-                    wrong.append((f"options[{name!r}]", "plain data, which a checkpoint can hold", default))
+        estimate, options, dim = spec.param_estimate, spec.options, spec.estimate_dim
+        is_width = dim is None or (isinstance(dim, int) and not isinstance(dim, bool) and dim > 0)
+        is_count = not isinstance(estimate, int) or (not isinstance(estimate, bool) and estimate >= 0)
+        is_function = spec.accepts_width is None or callable(spec.accepts_width)
+        is_mapping = isinstance(options, Mapping)
+        rules: list[tuple[bool, str, str, object]] = [
+            (isinstance(spec.description, str), "description", "text", spec.description),
+            (isinstance(spec.source, str), "source", "text", spec.source),
+            (is_width, "estimate_dim", "a width of at least 1, or None", dim),
+            (is_count, "param_estimate", "a count of 0 or more", estimate),
+            (is_function, "accepts_width", "a function of the width, or None", spec.accepts_width),
+            (isinstance(spec.takes_causal, bool), "takes_causal", "True or False", spec.takes_causal),
+            (is_mapping, "options", "a mapping from names to defaults", options),
+        ]
+        for name, default in options.items() if is_mapping else ():
+            usable = isinstance(name, str) and name.isidentifier() and name not in _RESERVED
+            free = name != "causal" or not spec.takes_causal
+            plain = "plain data, which a checkpoint can hold"
+            rules += [
+                (usable, "options", "names that can be keyword arguments of germinate", name),
+                (free, "options", "no 'causal': takes_causal=True passes it already", name),
+                (is_plain(default), f"options[{name!r}]", plain, default),
+            ]
+        wrong = [rule for ok, *rule in rules if not ok]
         if not wrong:
             self.bench.passed("declaration", measured="complete")
             return
         where, expected, found = wrong[0]
+        also = ", ".join(str(field) for field, _, _ in wrong[1:])
         self.bench.failed(
             "declaration",
             "is declared with a field that cannot be used",
             where=where,
             expected=expected,
             measured=repr(found),
-            hint="Correct it in the BlueprintSpec."
-            + (f" Also: {', '.join(field for field, _, _ in wrong[1:])}." if wrong[1:] else ""),
+            hint="Correct it in the BlueprintSpec." + (f" Also: {also}." if also else ""),
         )
 
     def _choose_widths(self, widths: Sequence[int] | None) -> list[int]:
@@ -275,11 +277,11 @@ class _Examination:
         failed = False
         built = []
         for width, causal in variants:
-            made, failure = self.bench.build(width, causal)
-            if made is not None:
+            made = self.bench.build(width, causal)
+            if not isinstance(made, CheckResult):
                 built.append(made)
-            elif not failed and failure is not None:
-                self.bench.results.append(failure)
+            elif not failed:
+                self.bench.results.append(made)
                 failed = True
         if built and not failed:
             self.bench.passed("factory", measured=f"built at {len(built)} widths or variants")
@@ -291,19 +293,13 @@ class _Examination:
         """Build once more with every option at its declared default."""
         if not self.spec.options or not built:
             return
-        _, failure = self.bench.build(built[0].width, options=self.spec.options)
-        if failure is None:
+        made = self.bench.build(built[0].width, options=self.spec.options)
+        if not isinstance(made, CheckResult):
             self.bench.passed("options", measured=f"takes {', '.join(self.spec.options)}")
             return
-        self.bench.failed(
-            "options",
-            "does not take the options it declares",
-            where=failure.where,
-            expected=failure.expected,
-            measured=failure.measured,
-            hint="Declare in options the keyword arguments of the factory, each with a default that it accepts.",
-            error=failure.error,
-        )
+        hint = "Declare in options the keyword arguments of the factory, each with a default that it accepts."
+        claim = "does not take the options it declares"
+        self.bench.results.append(replace(made, name="options", claim=claim, hint=hint))
 
     def _check_size(self, built: Sequence[Built]) -> None:
         """Compare ``param_estimate`` with fvcore's count at every width that it speaks of."""
@@ -362,10 +358,9 @@ class _Examination:
                 break
             try:
                 if candidate not in more and self.spec.refusal(candidate) is None:
-                    made, _ = self.bench.build(candidate)
-                    more |= {candidate: count(made.module)} if made is not None else {}
+                    more[candidate] = count(self.bench.need(candidate))
             except (Exception, SystemExit):  # the estimate is wrong already; this only helps to correct it
-                break
+                continue
         if formula := _polynomial(more):
             return f"Set param_estimate=lambda dim: {formula}."
         return f"Set param_estimate={counts[width]}, estimate_dim={width}, or correct the function."
@@ -381,32 +376,28 @@ def _devices(
     import torch
 
     wanted = torch.device(device) if device is not None else None
+    kind = wanted.type if wanted is not None else ""
     asked, runnable, absent = [], [], {}
-    if wanted is None or wanted.type == "cpu":
+    if kind in ("", "cpu"):
         asked.append("cpu")
         runnable.append("cpu")
     else:
         absent["cpu"] = "not asked for"
-    if wanted is not None and wanted.type == "cpu":
+    if kind not in ("", "cuda"):
         absent["cuda"] = "not asked for"
-    elif wanted is not None and wanted.type != "cuda":
-        asked.append(wanted.type)
-        absent[str(wanted)] = "the registration checks run on cpu and cuda"
-        absent["cuda"] = "not asked for"
+        if kind != "cpu":
+            asked.append(kind)
+            absent[str(wanted)] = "the registration checks run on cpu and cuda"
     elif not torch.cuda.is_available():
         absent["cuda"] = "this machine has no CUDA device"
-        if wanted is not None:
-            asked.append("cuda")
+        asked += ["cuda"] * bool(kind)
     else:
         asked.append("cuda")
         try:
-            index = (
-                wanted.index
-                if wanted is not None and wanted.index is not None
-                else torch.cuda.current_device()
-            )
-            torch.zeros((), device=f"cuda:{index}")
-            runnable.append(f"cuda:{index}")
+            index = wanted.index if wanted is not None else None
+            place = f"cuda:{torch.cuda.current_device() if index is None else index}"
+            torch.zeros((), device=place)
+            runnable.append(place)
         except (RuntimeError, AssertionError) as error:
             absent["cuda"] = f"the CUDA device cannot be used: {error}"
     return tuple(asked), runnable, absent
@@ -458,7 +449,3 @@ def _order(check: CheckResult) -> tuple[int, int]:
 
 def _kind(device: str) -> str:
     return device.partition(":")[0]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -52,6 +52,13 @@ class Bench:
         """Keep that a check failed; ``claim`` is read after the name of the blueprint."""
         self.results.append(CheckResult(name, CheckStatus.FAILED, claim=claim, **facts))
 
+    def judge(self, name: str, ok: bool, claim: str, hint: str, **facts: Any) -> None:
+        """Keep that a check passed, or failed with this claim and hint."""
+        if ok:
+            self.passed(name, **facts)
+        else:
+            self.failed(name, claim, hint=hint, **facts)
+
     def not_run(self, name: str, why: str, **facts: Any) -> None:
         """Keep that a check did not run."""
         self.results.append(CheckResult(name, CheckStatus.NOT_RUN, hint=why, **facts))
@@ -77,30 +84,26 @@ class Bench:
     def judge_settings(self, ran: bool) -> None:
         """Say whether foreign code left the settings of the program alone."""
         self.note_settings()
-        if self._changed:
-            told = {
-                name: "as they were" if name in STREAMS else str(self._settings[name])
-                for name in self._changed
-            }
-            found = {
-                name: "moved" if name in STREAMS else str(value) for name, value in self._changed.items()
-            }
-            self.failed(
-                "global_state",
-                "changes settings of the whole program",
-                expected=told,
-                measured=found,
-                hint="Leave them alone in the factory and in forward; they were put back. "
-                "Initial values are drawn with torch's functions.",
-            )
-        elif ran:
-            self.passed("global_state", measured="unchanged")
-        else:
+        if not self._changed and not ran:
             self.not_run("global_state", "no module was built")
+            return
+
+        def shown(values: Mapping[str, Any], stream: str) -> dict[str, str]:
+            return {name: stream if name in STREAMS else str(values[name]) for name in self._changed}
+
+        self.judge(
+            "global_state",
+            not self._changed,
+            "changes settings of the whole program",
+            "Leave them alone in the factory and in forward; they were put back. Initial values are drawn with torch's "
+            "functions.",
+            expected=shown(self._settings, "as they were") or None,
+            measured=shown(self._changed, "moved") or "unchanged",
+        )
 
     def build(
         self, width: int, causal: bool = False, options: Mapping[str, Any] | None = None
-    ) -> tuple[Built | None, CheckResult | None]:
+    ) -> Built | CheckResult:
         """Return a module on the CPU, or the failed check that says why there is none.
 
         Args:
@@ -142,9 +145,9 @@ class Bench:
                 hint = "Give every layer its size: the width is known, and optimisers need the parameters."
             else:
                 self.note_settings()
-                return Built(width, causal, module), None
+                return Built(width, causal, module)
         self.note_settings()
-        return None, CheckResult(
+        return CheckResult(
             "factory",
             CheckStatus.FAILED,
             where=where,
@@ -161,9 +164,9 @@ class Bench:
         Raises:
             NotRepeatableError: If it cannot be built again.
         """
-        made, failure = self.build(width)
-        if made is None:
-            raise NotRepeatableError(failure.measured if failure is not None else "")
+        made = self.build(width)
+        if isinstance(made, CheckResult):
+            raise NotRepeatableError(made.measured)
         return made.module
 
 

@@ -1,4 +1,4 @@
-"""The checks of what a module is beside its numbers: its own, in both modes, kept by a copy, at every size."""
+"""Checks of a module as a whole: independent builds, sizes, modes, copies, operations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.checks.devices import example_shapes, rms
 from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, told
+from kasmina_core.checks.reports import CheckResult
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -26,41 +27,42 @@ GRID_WIDTHS: Final = (1, 2, 3, 5, 12, 33, 96)
 MODE_TOLERANCE: Final = 1e-4
 """How far outputs may differ between modes and between copies, as a part of their RMS."""
 
+_TOLERANCE: Final = f"{MODE_TOLERANCE:g} of the output's RMS"
+
 
 def check_independence(bench: Bench, built: Sequence[Built]) -> None:
     """Build a second module and see whether any two hold one parameter."""
+    name = "independent_builds"
     if not built:
-        bench.not_run("independent_builds", "no module was built")
+        bench.not_run(name, "no module was built")
         return
-    second, failure = bench.build(built[0].width, built[0].causal)
-    if second is None:
+    second = bench.build(built[0].width, built[0].causal)
+    if isinstance(second, CheckResult):
         bench.failed(
-            "independent_builds",
+            name,
             "cannot be built twice",
             where=built[0].where,
             expected="a second module",
-            measured=failure.measured if failure is not None else None,
+            measured=second.measured,
             hint="Every germination builds a module of its own with the same factory.",
-            error=failure.error if failure is not None else None,
+            error=second.error,
         )
         return
     owners: dict[tuple[Any, ...], int] = {}
     shared: set[str] = set()
     for number, made in enumerate([*built, second]):
-        for name, parameter in made.module.named_parameters():
+        for path, parameter in made.module.named_parameters():
             if parameter.numel() and owners.setdefault(_memory(parameter), number) != number:
-                shared.add(name)
-    if shared:
-        bench.failed(
-            "independent_builds",
-            "shares parameters between modules that were built apart",
-            where=built[0].where,
-            expected="0 shared parameters",
-            measured=", ".join(sorted(shared)),
-            hint="Create every parameter inside the factory: a module-level or cached one is trained by every seed.",
-        )
-    else:
-        bench.passed("independent_builds", expected="0 shared parameters", measured=0)
+                shared.add(path)
+    bench.judge(
+        name,
+        not shared,
+        "shares parameters between modules that were built apart",
+        "Create every parameter inside the factory: a module-level or cached one is trained by every seed.",
+        where=built[0].where if shared else "",
+        expected="0 shared parameters",
+        measured=", ".join(sorted(shared)) or 0,
+    )
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -77,37 +79,33 @@ def check_grid(bench: Bench, widths: Sequence[int], home: torch.device) -> None:
     if not widths:
         bench.not_run("shape_grid", "no module was built")
         return
-    meta = torch.device("meta")
-    try:
-        problem = _first_misfit(bench, widths, meta)
-    except (Exception, SystemExit) as error:
-        problem = ("", error)
-    reason = told(problem[1]) if problem is not None else ""
-    device = meta
-    if problem is not None:  # many modules cannot run there, so a failure there says nothing
-        device = home
+    problem, because = None, ""
+    for device in (
+        torch.device("meta"),
+        home,
+    ):  # many modules cannot run on meta: a failure there says nothing
         try:
-            problem = _first_misfit(bench, widths, home)
+            problem = _first_misfit(bench, widths, device)
         except torch.OutOfMemoryError as error:
             bench.not_run("shape_grid", f"{home} has too little memory free: {error}", device=str(home))
             return
+        except (Exception, SystemExit) as error:
+            problem = ("", error)
+        if problem is None:
+            break
+        because = f"; not on meta: {told(problem[1]).strip().partition(chr(10))[0][:120]}"
     sizes = len(grid_shapes(bench.spec.topology, 1))
     said = f"{len(widths) * sizes} inputs at widths {', '.join(map(str, widths))}, batch 1 and odd sizes among them"
-    if problem is None:
-        because = f"; not on meta: {reason.strip().partition(chr(10))[0][:120]}" if device != meta else ""
-        bench.passed(
-            "shape_grid", device=str(device), expected="the shape of the input", measured=said + because
-        )
-        return
-    where, found = problem
-    bench.failed(
+    where, found = problem or ("", said + because)
+    bench.judge(
         "shape_grid",
+        problem is None,
         "does not take every size of features",
+        "A host gives features of any batch, height, width or length. Refuse widths by accepts_width.",
         device=str(device),
         where=where,
         expected="the shape of the input",
         measured=told(found) if isinstance(found, BaseException) else found,
-        hint="A host gives features of any batch, height, width or length. Refuse widths by accepts_width.",
         error=found if isinstance(found, BaseException) else None,
     )
 
@@ -130,9 +128,9 @@ def _first_misfit(bench: Bench, widths: Sequence[int], device: torch.device) -> 
 
     for width in widths:
         # Built on the CPU and moved: a factory that sets the default device would tangle with a context of one.
-        made, failure = bench.build(width)
-        if made is None:
-            return (f"dim={width}", failure.error or failure.measured if failure is not None else "not built")
+        made = bench.build(width)
+        if isinstance(made, CheckResult):
+            return (f"dim={width}", made.error or made.measured)
         module = made.module.to(device)
         for shape, training in grid_shapes(bench.spec.topology, width):
             where = f"dim={width}, input {shape}" + ("" if training else ", eval mode")
@@ -235,11 +233,8 @@ def _check_copy(
     import torch
 
     claim, hint = _LOST[name]
-    facts: dict[str, Any] = {
-        "device": str(x.device),
-        "where": f"dim={width}",
-        "expected": "a copy that computes the same",
-    }
+    facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}"}
+    facts["expected"] = "a copy that computes the same"
     try:
         twin = make(module)
         module.eval()
@@ -253,72 +248,60 @@ def _check_copy(
     except (torch.OutOfMemoryError, NotRepeatableError):
         raise
     except (Exception, SystemExit) as error:
-        found = told(error)
-        bench.failed(name, claim, measured=found, hint=hint, error=error, **facts)
+        bench.failed(name, claim, measured=told(error), hint=hint, error=error, **facts)
         return
+    same = distance <= MODE_TOLERANCE
+    found = "the same output" if same else f"outputs differ by {distance:.3g} of their RMS"
     if shared:
         found = "the copy shares parameters with the module"
-    elif not distance <= MODE_TOLERANCE:
-        found = f"outputs differ by {distance:.3g} of their RMS"
-    else:
-        bench.passed(name, measured="the same output", tolerance=_mode_tolerance(), **facts)
-        return
-    bench.failed(name, claim, measured=found, hint=hint, tolerance=_mode_tolerance(), **facts)
+    bench.judge(name, same and not shared, claim, hint, measured=found, tolerance=_TOLERANCE, **facts)
 
 
 def _check_modes(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None:
     """Compare the outputs of eval and of training mode."""
-    name = "eval_and_train"
+    name, hint = "eval_and_train", "A host is trained in one mode and measured in the other."
     facts: dict[str, Any] = {"device": str(x.device), "where": f"dim={width}"}
     outputs: list[Any] = []
     for training in (False, True):
-        mode = "training" if training else "eval"
         module.train(training)
         try:
-            y = bench.call(module, x.clone())  # one may write to it
-            outputs.append(y.detach())
+            outputs.append(bench.call(module, x.clone()).detach())  # one may write to it
         except (Exception, SystemExit) as error:
             bench.failed(
                 name,
-                f"does not run in {mode} mode",
+                f"does not run in {'training' if training else 'eval'} mode",
                 expected="features in both modes",
                 measured=told(error),
-                hint="A host is trained in one mode and measured in the other.",
+                hint=hint,
                 error=error,
                 **facts,
             )
             return
     kept, trained = outputs
-    varying = _varies_by_mode(module)
     if kept.shape != trained.shape or kept.shape != x.shape:
         bench.failed(
             name,
             "returns other shapes in eval than in training mode",
             expected=list(x.shape),
             measured=f"{tuple(kept.shape)} in eval, {tuple(trained.shape)} in training mode",
-            hint="A host is trained in one mode and measured in the other.",
+            hint=hint,
             **facts,
         )
-    elif varying:
-        bench.passed(
-            name,
-            expected="one shape in both modes",
-            measured=f"one shape; outputs may differ by {varying}",
-            **facts,
-        )
-    elif not (distance := _distance(trained, kept)) <= MODE_TOLERANCE:
-        bench.failed(
-            name,
-            "computes something else in eval than in training mode, and holds no dropout and no batch norm",
-            expected="equal outputs",
-            measured=f"{distance:.3g} of the output's RMS apart",
-            hint="Do not read self.training: what is measured would not be what was trained.",
-            tolerance=_mode_tolerance(),
-            **facts,
-        )
+    elif varying := _varies_by_mode(module):
+        found = f"one shape; outputs may differ by {varying}"
+        bench.passed(name, expected="one shape in both modes", measured=found, **facts)
     else:
-        bench.passed(
-            name, expected="equal outputs", measured="equal outputs", tolerance=_mode_tolerance(), **facts
+        distance = _distance(trained, kept)
+        same = distance <= MODE_TOLERANCE
+        bench.judge(
+            name,
+            same,
+            "computes something else in eval than in training mode, and holds no dropout and no batch norm",
+            "Do not read self.training: what is measured would not be what was trained.",
+            expected="equal outputs",
+            measured="equal outputs" if same else f"{distance:.3g} of the output's RMS apart",
+            tolerance=_TOLERANCE,
+            **facts,
         )
 
 
@@ -344,10 +327,6 @@ def _distance(y: Tensor, z: Tensor) -> float:
         return 0.0
     apart, size = rms(y - z), rms(z)
     return apart / size if size else apart
-
-
-def _mode_tolerance() -> str:
-    return f"{MODE_TOLERANCE:g} of the output's RMS"
 
 
 def _count_flops(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None:
