@@ -53,7 +53,6 @@ from .events import IsolationViolation as IsolationViolation
 from .events import SeedCulled as SeedCulled
 from .events import SeedFossilized as SeedFossilized
 from .events import SeedGerminated as SeedGerminated
-from .events import SeedTelemetry as SeedTelemetry
 from .events import StageChanged as StageChanged
 from .events import TelemetryEvent as TelemetryEvent
 from .events import TelemetryEventType as TelemetryEventType
@@ -77,6 +76,7 @@ from .growth.model import MorphogeneticModel as MorphogeneticModel
 from .growth.observing import SlotSummary as SlotSummary
 from .growth.reverting import HostStateKeeper as HostStateKeeper
 from .growth.slot import SeedSlot as SeedSlot
+from .growth.slot import SeedTelemetry as SeedTelemetry
 from .growth.watching.graphs import RecompileLimitWarning as RecompileLimitWarning
 from .growth.watching.untracked import UntrackedSeedWarning as UntrackedSeedWarning
 from .hosts import HookedHost as HookedHost

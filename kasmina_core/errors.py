@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from enum import Enum
-from typing import TypeVar
 
 
 class KasminaError(Exception):
@@ -118,22 +116,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near := difflib.get_close_matches(name, names, n=1):
         return f" Did you mean '{near[0]}'?"
     return f" Known: {', '.join(names)}." if names else ""
-
-
-_Choice = TypeVar("_Choice", bound=Enum)
-
-
-def chosen(name: str, kind: type[_Choice], value: object) -> _Choice:
-    """Return the member of an Enum that ``value`` is, or is the value of.
-
-    Raises:
-        ValueError: If it is none; the message has the values there are.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        values = [str(member.value) for member in kind]
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, values))}, not {value!r}."
-            f"{did_you_mean(value, values) if isinstance(value, str) else ''}"
-        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, final
 
 from kasmina_core.records import Record
 
@@ -175,40 +175,3 @@ class SeedCulled(TelemetryEvent):
     total_improvement: float | None = None
     reverted: bool = False
     lost_epochs: int = 0
-
-
-VANISHING_GRADIENT: Final = 1e-7
-EXPLODING_GRADIENT: Final = 1e2
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeedTelemetry(Record):
-    """A seed's record at one moment, as plain data.
-
-    Attributes:
-        metric: Last metric of the whole model.
-        delta: Improvement of the whole model since the stage began.
-        gain: Last paired gain of the seed itself.
-        deviation: How far the seed was from the host while it learned apart, relative to the host's RMS.
-        gradient_norm: L2 norm of the seed's gradient, mean over the last epoch.
-        gradient_health: 1 for a healthy gradient, 0 for none, a vanishing, an exploding or a NaN one.
-        is_vanishing: Norm below 1e-7.
-        is_exploding: Norm above 1e2, infinite or NaN.
-    """
-
-    seed_id: str
-    slot: str
-    blueprint_id: str
-    stage: str
-    epoch: int
-    epochs_in_current_stage: int
-    alpha: float
-    metric: float | None
-    delta: float | None
-    gain: float | None
-    deviation: float | None
-    gradient_norm: float | None
-    gradient_health: float
-    is_vanishing: bool
-    is_exploding: bool

@@ -13,6 +13,7 @@ from kasmina_core.blueprints.declarations import (
     RegisteredBlueprint,
     import_factory,
 )
+from kasmina_core.blueprints.foreign import contained
 from kasmina_core.errors import (
     AmbiguousNameError,
     BlueprintError,
@@ -22,7 +23,6 @@ from kasmina_core.errors import (
     UnknownNameError,
     did_you_mean,
 )
-from kasmina_core.foreign import contained
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:

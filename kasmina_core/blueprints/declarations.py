@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from kasmina_core.blueprints.foreign import contained
 from kasmina_core.errors import BlueprintError, HostError, KasminaError, PluginError
-from kasmina_core.foreign import contained
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:

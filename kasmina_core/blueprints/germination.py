@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
+from kasmina_core.blueprints.foreign import contained, shown
 from kasmina_core.errors import BlueprintError, KasminaError
-from kasmina_core.foreign import contained, shown
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.quiet import generator_states, kept_buffers, private_rng
 from kasmina_core.slots.owner import Trial

@@ -40,7 +40,7 @@ from kasmina_core.checkpoints.run_state import (
 )
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.plain_data import meaning, to_json
+from kasmina_core.growth.plain_data import meaning, to_json
 from kasmina_core.state_keys import plain_name
 
 

@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, Final, TypeVar, final
 import torch
 from torch import Tensor
 
+from kasmina_core.checkpoints.atomic import flush
 from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError
-from kasmina_core.files import flush
-from kasmina_core.plain_data import FORMAT_VERSION, LARGEST_TEXT, parse
+from kasmina_core.growth.plain_data import FORMAT_VERSION, LARGEST_TEXT, parse
 
 fcntl: Any
 try:

@@ -15,11 +15,11 @@ from kasmina_core.blueprints.declarations import RegisteredBlueprint
 from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.growth.record import SlotRecord
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
-from kasmina_core.plain_data import FORMAT_VERSION
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 

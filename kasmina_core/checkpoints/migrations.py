@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from kasmina_core.errors import CheckpointError
-from kasmina_core.plain_data import FORMAT_VERSION
+from kasmina_core.growth.plain_data import FORMAT_VERSION
 
 Data = Mapping[str, Any]
 

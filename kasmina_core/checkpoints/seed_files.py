@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from kasmina_core.checkpoints.atomic import replacing
 from kasmina_core.checkpoints.files import as_checkpoint_error, plain_refusals, write_tensors
 from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
@@ -20,10 +21,9 @@ from kasmina_core.checkpoints.growth_state import (
 )
 from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError
-from kasmina_core.files import replacing
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.growth.slot import SeedSlot
-from kasmina_core.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.probing import lookup
 from kasmina_core.quiet import no_inference_mode
 

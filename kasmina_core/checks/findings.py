@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
+from kasmina_core.blueprints.foreign import contained
 from kasmina_core.checks.global_state import STREAMS, read_settings, restore_settings
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import PluginError
-from kasmina_core.foreign import contained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, final
 
+from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import BlueprintError, KasminaError
-from kasmina_core.foreign import cleaned
 from kasmina_core.records import Mark, Record
 
 

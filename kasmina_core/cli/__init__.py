@@ -8,8 +8,8 @@ from typing import Any, Final, final
 import click
 
 from kasmina_core._version import __version__
+from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import KasminaError
-from kasmina_core.foreign import cleaned
 
 _COMMANDS: Final = {
     "calibrate": ("kasmina_core.cli.calibrate:calibrate", "Measure the noise floor of a task's gates."),

@@ -76,6 +76,7 @@ def calibrate(
     """
     import torch
 
+    from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.evidence.calibration import calibrate as measure
     from kasmina_core.evidence.calibration import shuffled
     from kasmina_core.experiments.calibration_report import calibration_png, calibration_text, proposal
@@ -84,7 +85,6 @@ def calibrate(
     from kasmina_core.experiments.report import require_plots
     from kasmina_core.experiments.run import EVALUATION_BATCH, PRESETS, RunSettings, candidates, make_host
     from kasmina_core.experiments.tasks import load_task
-    from kasmina_core.files import write_atomically
     from kasmina_core.growth.config import GrowthConfig
     from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.packs.discovery import default_registry

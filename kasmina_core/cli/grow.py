@@ -101,12 +101,12 @@ def grow(
     """
     import torch
 
+    from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.display import RunDisplay, print_files, print_final
     from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.report import require_plots, write_run
     from kasmina_core.experiments.run import PRESETS, GrowthRun, RunSettings
     from kasmina_core.experiments.tasks import load_task
-    from kasmina_core.files import write_atomically
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.telemetry import JsonLinesSink, Telemetry
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import click
 
+from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import UnknownNameError, did_you_mean
-from kasmina_core.foreign import cleaned
 from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:

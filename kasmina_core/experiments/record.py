@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, final
 
+from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import CheckpointError, KasminaError
-from kasmina_core.files import write_atomically
 from kasmina_core.records import Mark, Record, for_json, read
 
 GROWN: Final = "grown"

@@ -14,11 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
 from kasmina_core.experiments.wording import TextTable, clean, short_blueprint
-from kasmina_core.files import write_atomically
 from kasmina_core.records import for_json
 
 if TYPE_CHECKING:

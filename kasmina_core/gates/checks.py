@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, final
 
+from kasmina_core.blueprints.foreign import shown
 from kasmina_core.errors import BlueprintError
-from kasmina_core.foreign import shown
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge
 from kasmina_core.gates.thresholds import GateThresholds, StartComparison

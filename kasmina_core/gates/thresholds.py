@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import final
+from typing import TypeVar, final
 
-from kasmina_core.errors import chosen
+from kasmina_core.errors import did_you_mean
 from kasmina_core.gates.sequential import LevelSpending
 
 
@@ -160,3 +160,22 @@ class GateThresholds:
     def report(cls) -> GateThresholds:
         """Return the thresholds of the reviewed system, for a metric in percentage points."""
         return cls(max_isolation_violations=10, min_shadowing_epochs=1, min_probation_epochs=1)
+
+
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def chosen(name: str, kind: type[_Choice], value: object) -> _Choice:
+    """Return the member of an Enum that ``value`` is, or is the value of.
+
+    Raises:
+        ValueError: If it is none; the message has the values there are.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        values = [str(member.value) for member in kind]
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, values))}, not {value!r}."
+            f"{did_you_mean(value, values) if isinstance(value, str) else ''}"
+        ) from None

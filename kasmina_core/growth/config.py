@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import final
 
 from kasmina_core.blending import AlphaSchedule
-from kasmina_core.errors import chosen
 from kasmina_core.gates.gates import QualityGates
+from kasmina_core.gates.thresholds import chosen
 from kasmina_core.slots.settings import GRADIENT_POLICIES, GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kasmina_core.errors import HostError
 from kasmina_core.quiet import devices_of, private_rng
-from kasmina_core.sharding import kept_whole, reshard
+from kasmina_core.sharding import reshard, sharded_modules
 from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.slots.settings import Incubation
 from kasmina_core.slots.slot import SeedSlot
@@ -72,7 +72,7 @@ def _set_gradients_aside(
 
 def _learn_once(model: SlottedModel, slot: SeedSlot, closure: Callable[[], Tensor], scaler: Any) -> Tensor:
     seed = cast("nn.Module", slot.seed)
-    with kept_whole(seed), slot.forced(ForwardMode.REPLACE):
+    with _kept_whole(seed), slot.forced(ForwardMode.REPLACE):
         seed.train()
         try:
             loss = closure()
@@ -84,6 +84,19 @@ def _learn_once(model: SlottedModel, slot: SeedSlot, closure: Callable[[], Tenso
             seed.eval()
             reshard(model)
     return loss.detach()
+
+
+@contextmanager
+def _kept_whole(module: nn.Module) -> Iterator[None]:
+    """Within the block a forward of the module leaves whole parameters, to which a gradient can be asked for."""
+    inside = sharded_modules(module)
+    for sharded in inside:
+        sharded.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for sharded in inside:
+            sharded.set_reshard_after_forward(True, recurse=False)
 
 
 def give_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
-from kasmina_core.events import SeedTelemetry
 from kasmina_core.evidence.attribution import Attribution
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
@@ -20,7 +19,7 @@ from kasmina_core.growth.agreement import verb
 from kasmina_core.growth.arguments import event_target, one_number
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
-from kasmina_core.growth.slot import SeedSlot
+from kasmina_core.growth.slot import SeedSlot, SeedTelemetry
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy

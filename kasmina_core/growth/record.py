@@ -12,8 +12,8 @@ import torch
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.paired import SeedEvidence
+from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.lifecycle import SeedStage, SeedState
-from kasmina_core.plain_data import FORMAT_VERSION
 from kasmina_core.records import Count, Range, Record
 from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.verdicts import GateResult

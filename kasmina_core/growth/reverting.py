@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError
 from kasmina_core.records import Count, Record
-from kasmina_core.sharding import reshard, sharded_like
+from kasmina_core.sharding import reshard
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
@@ -198,7 +198,7 @@ class KeptSeed(Record):
         own = seed.state_dict()
         seed.load_state_dict(
             {
-                name: sharded_like(value, own[name]) if isinstance(value, Tensor) and name in own else value
+                name: _sharded_like(value, own[name]) if isinstance(value, Tensor) and name in own else value
                 for name, value in self.weights.items()
             }
         )
@@ -305,3 +305,13 @@ def _copied_into(present: dict[str, Any], before: dict[str, Any]) -> dict[str, A
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+
+
+def _sharded_like(tensor: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor sharded as another one of its shape is; then every process has to ask."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements)

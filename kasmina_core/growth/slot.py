@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import torch
 from torch import Tensor
@@ -11,16 +12,16 @@ from torch import Tensor
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.blueprints.germination import size_unbuilt, try_seed
 from kasmina_core.errors import CheckpointError
-from kasmina_core.events import EXPLODING_GRADIENT, VANISHING_GRADIENT, SeedTelemetry
 from kasmina_core.gates.checks import GateCheckSpec, GateContext
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import Look, PairedGain
 from kasmina_core.growth.config import GrowthConfig
+from kasmina_core.growth.plain_data import from_bytes, to_bytes
 from kasmina_core.growth.record import SlotRecord
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedState, is_failure_stage
 from kasmina_core.packs.discovery import default_registry
-from kasmina_core.plain_data import from_bytes, to_bytes
+from kasmina_core.records import Record
 from kasmina_core.slots import slot as core
 from kasmina_core.slots.owner import Trial
 from kasmina_core.topology import Topology
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot as CoreSlot
 
 
+_VANISHING_GRADIENT: Final = 1e-7
+_EXPLODING_GRADIENT: Final = 1e2
 _HARMLESS_SIZE = 1 << 20
 """Values up to which a seed may be built that does not fit what was saved of it; torch then says where."""
 
@@ -118,6 +121,39 @@ class ConfiguredGates:
         return self._config.gates.check(gate, context, self._pack_checks)
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedTelemetry(Record):
+    """A seed's record at one moment, as plain data.
+
+    Attributes:
+        metric: Last metric of the whole model.
+        delta: Improvement of the whole model since the stage began.
+        gain: Last paired gain of the seed itself.
+        deviation: How far the seed was from the host while it learned apart, relative to the host's RMS.
+        gradient_norm: L2 norm of the seed's gradient, mean over the last epoch.
+        gradient_health: 1 for a healthy gradient, 0 for none, a vanishing, an exploding or a NaN one.
+        is_vanishing: Norm below 1e-7.
+        is_exploding: Norm above 1e2, infinite or NaN.
+    """
+
+    seed_id: str
+    slot: str
+    blueprint_id: str
+    stage: str
+    epoch: int
+    epochs_in_current_stage: int
+    alpha: float
+    metric: float | None
+    delta: float | None
+    gain: float | None
+    deviation: float | None
+    gradient_norm: float | None
+    gradient_health: float
+    is_vanishing: bool
+    is_exploding: bool
+
+
 class SeedSlot(core.SeedSlot):
     """Holds at most one seed at an injection point and moves it through its life.
 
@@ -169,8 +205,8 @@ class SeedSlot(core.SeedSlot):
         if state is None:
             return None
         norm = state.metrics.gradient_norm
-        exploding = norm is not None and not norm <= EXPLODING_GRADIENT
-        vanishing = norm is not None and norm < VANISHING_GRADIENT
+        exploding = norm is not None and not norm <= _EXPLODING_GRADIENT
+        vanishing = norm is not None and norm < _VANISHING_GRADIENT
         return SeedTelemetry(
             seed_id=state.seed_id,
             slot=self.name,

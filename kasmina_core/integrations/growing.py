@@ -16,7 +16,7 @@ from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of
 from kasmina_core.errors import CheckpointError
 from kasmina_core.growth.model import MorphogeneticModel
-from kasmina_core.plain_data import FORMAT_VERSION, meaning, to_json
+from kasmina_core.growth.plain_data import FORMAT_VERSION, meaning, to_json
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.averaging import pairs_by_position
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients

@@ -13,8 +13,8 @@ from typing import Any, Final, final
 
 import importlib_metadata
 
+from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import SwitchError, did_you_mean
-from kasmina_core.foreign import cleaned
 from kasmina_core.packs.compatibility import API_GROUP
 from kasmina_core.packs.probe import Probe, probe
 from kasmina_core.packs.scanning import (

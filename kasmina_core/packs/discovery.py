@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry, Catalogue, HostRegistry
 from kasmina_core.blueprints.declarations import NAME_PATTERN, RegisteredBlueprint
+from kasmina_core.blueprints.foreign import contained, described, shown
 from kasmina_core.checks.global_state import SharedParts, preserved_global_state
 from kasmina_core.errors import KasminaError, NameConflictError, PluginError, UnknownNameError, did_you_mean
 from kasmina_core.events import BlueprintRegistered
-from kasmina_core.foreign import contained, described, shown
 from kasmina_core.packs.offers import (
     Offer,
     RefusalError,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 
 from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec, HostSpec
+from kasmina_core.blueprints.foreign import EscapeError, cleaned, contained, described, shown
 from kasmina_core.errors import NameConflictError
-from kasmina_core.foreign import EscapeError, cleaned, contained, described, shown
 from kasmina_core.packs import hookspecs
 from kasmina_core.packs.scanning import PackReason, PackState
 

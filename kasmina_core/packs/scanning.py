@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, final
 import importlib_metadata
 
 from kasmina_core.blueprints.declarations import NAME_PATTERN
+from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import NameConflictError
-from kasmina_core.foreign import cleaned
 from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
 from kasmina_core.records import Mark, Record

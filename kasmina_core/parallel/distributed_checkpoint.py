@@ -42,11 +42,11 @@ from kasmina_core.checkpoints.run_state import (
 )
 from kasmina_core.errors import CheckpointError, DistributedError
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.growth.plain_data import from_json, meaning, to_json
 from kasmina_core.growth.reverting import contributing_tensors
 from kasmina_core.parallel.checkpoint_reader import CheckpointReader
 from kasmina_core.parallel.distributed import DistributedGrowth
 from kasmina_core.parallel.team import Team
-from kasmina_core.plain_data import from_json, meaning, to_json
 from kasmina_core.sharding import reshard
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kasmina_core import files
+from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.cli import INTERRUPTED, main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
-from kasmina_core.files import write_atomically
 
 SHORT = ("--seeds", "3", "--looks", "2", "--epochs", "2", "--blueprint", "norm")
 

@@ -20,10 +20,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from kasmina_core import files
+from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.cli import main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
-from kasmina_core.files import write_atomically
 from kasmina_core.telemetry import JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")

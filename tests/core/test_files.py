@@ -10,7 +10,7 @@ import torch
 from state_helpers import FIRST, bring_to, make_model
 
 from kasmina_core import SeedStage, save_checkpoint, save_seeds
-from kasmina_core.files import replacing, write_atomically
+from kasmina_core.checkpoints.atomic import replacing, write_atomically
 
 
 def ordinary_mode(folder: Path) -> int:

@@ -34,7 +34,7 @@ from kasmina_core import (
     rebuild_growth,
     tie_optimizer,
 )
-from kasmina_core.plain_data import from_json, to_json
+from kasmina_core.growth.plain_data import from_json, to_json
 
 
 def through_json(data):

@@ -24,7 +24,7 @@ from kasmina_core import (
     save_seeds,
 )
 from kasmina_core.checkpoints.files import plain_refusals
-from kasmina_core.plain_data import LARGEST_RECORD, from_bytes, from_json, to_bytes
+from kasmina_core.growth.plain_data import LARGEST_RECORD, from_bytes, from_json, to_bytes
 
 HUGE = 10**7
 built: list[int] = []

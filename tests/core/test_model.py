@@ -44,7 +44,7 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
-from kasmina_core.plain_data import from_bytes
+from kasmina_core.growth.plain_data import from_bytes
 
 every_stage = pytest.mark.parametrize("stage", [*LIVING_STAGES, *FAILURE_STAGES], ids=lambda s: s.name)
 active_stages = pytest.mark.parametrize("stage", ACTIVE_STAGES, ids=lambda s: s.name)

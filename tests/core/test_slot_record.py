@@ -35,8 +35,8 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
+from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.growth.record import SlotRecord
-from kasmina_core.plain_data import FORMAT_VERSION
 
 S = SeedStage
 

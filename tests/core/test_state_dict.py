@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.optim import SGD
 
 from kasmina_core import CheckpointError, MorphogeneticModel, SeedStage
-from kasmina_core.plain_data import to_bytes
+from kasmina_core.growth.plain_data import to_bytes
 from kasmina_core.state_keys import NamesOf, plain_name
 
 RECORD = f"kasmina_slots.{FIRST}._extra_state"
@@ -302,7 +302,7 @@ def test_a_host_with_a_child_named_host_keeps_its_weights_apart():
     "value", [float("nan"), float("-inf"), (1, (2,)), {1: "a"}, {"$tuple": [1]}, -0.0, "\ud800"]
 )
 def test_plain_data_comes_back_as_it_was(value):
-    from kasmina_core.plain_data import from_bytes
+    from kasmina_core.growth.plain_data import from_bytes
 
     back = from_bytes(to_bytes({"x": [value]}, "x"), "x")
     assert repr(back) == repr({"x": [value]})

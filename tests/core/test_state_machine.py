@@ -40,7 +40,7 @@ from kasmina_core import (
     UnknownNameError,
     tie_optimizer,
 )
-from kasmina_core.plain_data import from_bytes
+from kasmina_core.growth.plain_data import from_bytes
 
 ONWARD = {
     "DORMANT": "GERMINATED",

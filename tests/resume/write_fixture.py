@@ -9,7 +9,7 @@ import torch
 from older_files import Run
 
 from kasmina_core import growth_of, save_checkpoint, save_distributed, save_seeds
-from kasmina_core.plain_data import FORMAT_VERSION
+from kasmina_core.growth.plain_data import FORMAT_VERSION
 
 
 def main() -> None:
