@@ -1,4 +1,4 @@
-"""Who of several seeds a joint gain is due to: with and without each, and Shapley's values."""
+"""Attribution of a joint gain to several seeds: with and without each, and Shapley's values."""
 
 from __future__ import annotations
 
@@ -87,18 +87,8 @@ def attribute(
     It is computed for every sample, so that its interval is that of a paired mean. Seeds that do the same work share
     its worth, where `SeedShare.last` would call each of them worthless.
 
-    Args:
-        model: The model.
-        samples: What to measure on.
-        slots: Names of slots with active seeds, or one name; ``None`` for all of those.
-        processes: The processes that measure together.
-        permutations: Orders to draw instead of trying every subset, at least 2; the spread between them is then part of
-            the standard errors.
-        generator: What to draw them with.
-
-    Raises:
-        ValueError: If a slot has no active seed, there is none at all, there are too many for every subset, or
-            permutations lack a generator.
+    With ``permutations`` the spread between the orders is part of the standard errors. Arguments and errors are those of
+    `MorphogeneticModel.attribute`.
     """
     names = _chosen(model, slots, permutations, generator)
     with processes.attempt("attribution"):

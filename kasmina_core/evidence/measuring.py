@@ -1,11 +1,11 @@
-"""Measuring a seed on held-out samples: with it at several alphas and without it, in few forwards."""
+"""Measurements of a seed on held-out samples: with it at several alphas and without it, in few forwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import final
 
 from torch import Tensor
 
@@ -62,20 +62,23 @@ class GateSamples:
         return found
 
 
-class Processes(Protocol):
-    """What a measurement asks of the processes of a job, each of which has its own part of the samples."""
+class Processes:
+    """Answers of the processes of a job to a measurement; here those of a process that measures by itself.
+
+    Each process has its own part of the samples. A class for several processes overrides every method.
+    """
 
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Do something that leaves no trace if it fails; if it fails in one process it fails in all."""
-        ...
+        return nullcontext()
 
     def largest(self, what: str, value: float) -> float:
         """Return the largest value of all processes; NaN if any is NaN."""
-        ...
+        return value
 
     def samples(self, losses: Tensor) -> Tensor:
         """Return the per-sample losses of all processes."""
-        ...
+        return losses
 
     def counts(self, losses: Sequence[Tensor]) -> bool:
         """Return whether this process's samples count: not if those of an earlier process are the same.
@@ -83,22 +86,6 @@ class Processes(Protocol):
         Args:
             losses: Per-sample losses of all passes, which are compared bit for bit.
         """
-        ...
-
-
-class OneProcess:
-    """The answers of a process that measures by itself."""
-
-    def attempt(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def largest(self, what: str, value: float) -> float:
-        return value
-
-    def samples(self, losses: Tensor) -> Tensor:
-        return losses
-
-    def counts(self, losses: Sequence[Tensor]) -> bool:
         return True
 
 
@@ -139,7 +126,7 @@ class SeedMeasurer:
 
     def __init__(self, model: SlottedModel) -> None:
         self._model = held_weakly(model)
-        self.processes: Processes = OneProcess()
+        self.processes = Processes()
         self._trusted: set[str] = set()
         self.faults: dict[str, str] = {}
         self.is_replaying = False
@@ -216,7 +203,7 @@ class SeedMeasurer:
 
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:
-        # A context a pass: each then starts from the same random numbers.
+        # One context per pass: each then starts from the same random numbers.
         with self._model().evaluation(), slot.forced(mode):
             yield
 

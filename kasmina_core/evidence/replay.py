@@ -39,7 +39,7 @@ class _Call:
 class ReplayTape:
     """Records what happens before a slot in one pass, and plays it in later ones.
 
-    In the recording pass each module of the host runs as ever. The output of a module that is done before the slot is
+    In the recording pass each module of the host runs as usual. The output of a module that is done before the slot is
     reached is kept; where a whole module is done, what is inside it is not kept besides. In a later pass these modules
     return a copy of what is kept and do not run, so that only the slot and what follows it compute. Hooks on them run
     as always; hooks inside of them do not.

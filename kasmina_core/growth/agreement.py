@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from kasmina_core.evidence.measuring import OneProcess, Processes
+from kasmina_core.evidence.measuring import Processes
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.quiet import no_inference_mode
 
@@ -21,62 +21,34 @@ if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
 
 
-class Agreement(Processes, Protocol):
-    """Answers of all processes to what a model asks before and while it decides; each asks the same, in the same order."""
+class Agreement(Processes):
+    """Answers of the processes of a job to a model that decides; here those of a process that decides by itself.
+
+    Every process of a job asks the same, in the same order. A class for several processes overrides every method.
+    """
 
     def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
         """Carry out a command of a slot, or of the model, in every process or in none."""
-        ...
+        return nullcontext()
 
     def refusals(self, text: str) -> AbstractContextManager[None]:
         """Report an error of the block to the processes that wait for this one to begin a command."""
-        ...
+        return nullcontext()
 
     def metric(self, value: float | None) -> float | None:
         """Return the metric of all processes."""
-        ...
-
-    def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
-        """Return the reading with the largest leak."""
-        ...
-
-    def commands(self, chosen: Sequence[Command]) -> Sequence[Command]:
-        """Return the commands to carry out everywhere."""
-        ...
-
-    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        """Take a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
-        ...
-
-    def seed_accepted(self, slot: SeedSlot) -> None:
-        """Accept the new seed for this process; may raise to prevent it."""
-        ...
-
-    def gradients(self, *, is_step: bool) -> None:
-        """Make the gradients of seeds the same everywhere: for an optimiser step, or before one looks at them."""
-        ...
-
-
-@final
-class Alone(OneProcess):
-    """The answers of a process that decides by itself."""
-
-    def command(self, slot: SeedSlot | None, text: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def refusals(self, text: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def metric(self, value: float | None) -> float | None:
         return value
 
     def isolation(self, slot: SeedSlot, reading: IsolationReading) -> IsolationReading:
+        """Return the reading with the largest leak."""
         return reading
 
     def commands(self, chosen: Sequence[Command]) -> Sequence[Command]:
+        """Return the commands to carry out everywhere."""
         return chosen
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
+        """Take a new seed before anybody holds its parameters; may replace them, and may raise to prevent it."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -86,17 +58,15 @@ class Alone(OneProcess):
                 "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
                 "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps "
                 "the model, distribute(model, wrap='outside'). See docs/distributed.md.",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def seed_accepted(self, slot: SeedSlot) -> None:
-        pass
+        """Accept the new seed for this process; may raise to prevent it."""
 
     def gradients(self, *, is_step: bool) -> None:
-        pass
+        """Make the gradients of seeds the same everywhere: for an optimiser step, or before one looks at them."""
 
-
-ALONE: Final = Alone()
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 

@@ -1,4 +1,4 @@
-"""What the slots of a model share: who decides with it, who is called when seeds come and go, what was counted."""
+"""State that the slots of a model share: agreement, listeners, telemetry, counters, and what is kept for undo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kasmina_core.evidence.examiner import Examiner
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import PairedGain
-from kasmina_core.growth.agreement import ALONE, Agreement
+from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.reverting import HostSnapshot, HostStateKeeper, KeptSeed, obstacle_to_revert
 from kasmina_core.growth.undo import EpochBefore, ModelBefore
@@ -91,7 +91,7 @@ class Growth:
         self.epoch = self.lost_epochs = self.sequence = 0
         self.last_metric: float | None = None
         self.outcomes: tuple[CommandOutcome, ...] = ()
-        self.agreement: Agreement = ALONE
+        self.agreement = Agreement()
         self.examiner = Examiner(model, samples)
         self.untracked = UntrackedSeeds(slot.name for slot in model.slots.values() if slot.seed is not None)
         self.listeners: list[SeedParameterListener] = [self.untracked]
@@ -147,7 +147,7 @@ class Growth:
     def whole_epoch(self) -> Iterator[None]:
         """Undo what an epoch did to slots and counters if the block raises; a block inside of another is part of that.
 
-        Events are sent at its end: those of an epoch that did not end tell of what did not happen.
+        Events are sent at its end; an epoch that is undone sends none.
         """
         if self._unsent is not None:
             yield
@@ -261,14 +261,14 @@ class Growth:
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
         """Call the listeners with new parameters; if one raises, those that took them forget them again."""
-        told: list[SeedParameterListener] = []
+        called: list[SeedParameterListener] = []
         try:
             for listener in self.listeners:
                 listener.seed_added(slot.name, parameters)
-                told.append(listener)
+                called.append(listener)
             self.agreement.seed_accepted(slot)
         except Exception:
-            for listener in told:
+            for listener in called:
                 listener.seed_removed(slot.name, parameters)
             raise
 

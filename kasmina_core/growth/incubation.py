@@ -51,7 +51,7 @@ def incubate(
                 _set_gradients_aside(model.seed_parameters(name), kept, undo)
                 with private_rng(None, *devices), torch.enable_grad():
                     losses[name] = _learn_once(model, slot, closure, scaler)
-        undo.pop_all()
+        undo.pop_all()  # nothing raised: what the passes did stays
     for parameter, gradient in kept.items():
         if gradient is not None:
             new = parameter.grad

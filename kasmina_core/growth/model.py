@@ -369,11 +369,12 @@ class MorphogeneticModel(SlottedModel):
         Args:
             slots: Names of slots, or one name; ``None`` for all with an active seed.
             evaluator: Other samples than the gates'.
-            permutations: Orders to draw where there are more than 5 seeds.
+            permutations: Orders to draw instead of trying every subset, at least 2; needed for more than 5 seeds.
             generator: What to draw them with.
 
         Raises:
-            ValueError: If there is no evaluator, nothing to attribute to, or too many seeds for every subset.
+            ValueError: If there is no evaluator, a slot has no active seed, there is none at all, there are too many for
+                every subset, or permutations lack a generator.
         """
         return self.growth.examiner.attribute(slots, evaluator, permutations, generator)
 
@@ -423,6 +424,7 @@ class MorphogeneticModel(SlottedModel):
         growth = self.growth
         growth.misuse.restart()
         with growth.undone_on_error() as before:
+            # A slot reports its seed when it is rebuilt, before the load can fail: listeners are called once it is whole.
             listeners, growth.listeners = growth.listeners, []
             try:
                 result = super().load_state_dict(state_dict, strict, assign)

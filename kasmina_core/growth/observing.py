@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from kasmina_core.lifecycle import SeedState
 from kasmina_core.policies.protocol import Observation, SlotObservation
 
 if TYPE_CHECKING:
@@ -46,33 +47,33 @@ def observe(model: SlottedModel, growth: Growth, config: GrowthConfig) -> Observ
 
 
 def _observe_slot(model: SlottedModel, growth: Growth, slot: SeedSlot) -> SlotObservation:
-    state, gate, evidence = slot.state, slot.last_gate, slot.last_evidence
-    metrics = state.metrics if state is not None else None
+    state = slot.state or SeedState("", "", slot.name)
+    metrics, gate, evidence = state.metrics, slot.last_gate, slot.last_evidence
     return SlotObservation(
         slot=slot.name,
         topology=slot.point.topology,
         dim=slot.point.dim,
         stage=slot.stage,
-        blueprint=state.blueprint_id if state is not None else "",
-        seed_id=state.seed_id if state is not None else "",
+        blueprint=state.blueprint_id,
+        seed_id=state.seed_id,
         alpha=slot.alpha,
-        epochs_in_stage=metrics.epochs_in_current_stage if metrics is not None else 0,
-        epochs_total=metrics.epochs_total if metrics is not None else 0,
-        is_paused=state.is_paused if state is not None else False,
-        is_stopped=state.is_stopped if state is not None else False,
-        deviation=metrics.deviation if metrics is not None else None,
+        epochs_in_stage=metrics.epochs_in_current_stage,
+        epochs_total=metrics.epochs_total,
+        is_paused=state.is_paused,
+        is_stopped=state.is_stopped,
+        deviation=metrics.deviation,
         kept_seed=growth.kept_seeds[slot.name].seed_id if slot.name in growth.kept_seeds else "",
         can_revert=not growth.obstacle_to_revert(slot),
         parameters=sum(p.numel() for p in model.seed_parameters(slot.name)),
         shape=slot.shape,
-        isolation_violations=metrics.isolation_violations if metrics is not None else 0,
-        ramp_progress=metrics.ramp_progress if metrics is not None else 0.0,
-        improvement_since_stage_start=metrics.improvement_since_stage_start if metrics is not None else None,
+        isolation_violations=metrics.isolation_violations,
+        ramp_progress=metrics.ramp_progress,
+        improvement_since_stage_start=metrics.improvement_since_stage_start,
         gain=evidence.gain if evidence is not None else None,
         gain_t=evidence.t if evidence is not None else None,
         gate_passed=gate.passed if gate is not None else None,
         gate_reason=gate.reason if gate is not None else "",
-        cull_reason=state.cull_reason if state is not None else "",
+        cull_reason=state.cull_reason,
     )
 
 
@@ -98,28 +99,20 @@ def summary(model: SlottedModel) -> list[SlotSummary]:
 
 def summary_table(model: SlottedModel) -> str:
     """Return `summary` as aligned text, the host in the last line."""
-    rows_of_slots = summary(model)
-    head = ("slot", "stage", "blueprint", "alpha", "parameters", "trainable")
-    rows = [
-        (
-            r.slot,
-            r.stage,
-            r.blueprint or "-",
-            f"{r.alpha:.2f}",
-            f"{r.parameters:,}",
-            f"{r.trainable_share:.1%}",
-        )
-        for r in rows_of_slots
-    ]
+    found = summary(model)
+    rows = [("slot", "stage", "blueprint", "alpha", "parameters", "trainable")]
+    for row in found:
+        numbers = f"{row.alpha:.2f}", f"{row.parameters:,}", f"{row.trainable_share:.1%}"
+        rows.append((row.slot, row.stage, row.blueprint or "-", *numbers))
     host = sum(p.numel() for p in model.host_parameters())
     learns = any(p.requires_grad for p in model.parameters())
-    share = 1.0 - sum(r.trainable_share for r in rows_of_slots) if learns else 0.0
+    share = 1.0 - sum(row.trainable_share for row in found) if learns else 0.0
     rows.append(("(host)", "-", type(model.host).__name__, "-", f"{host:,}", f"{share:.1%}"))
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             cell.rjust(w) if i > 2 else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        for row in [head, *rows]
+        for row in rows
     )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kasmina_core.errors import DistributedError, GerminationError, KasminaError, MisuseWarning
+from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.parallel.control import ControlGroup, FailedSomewhere, by_rank
@@ -27,7 +28,7 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @final
-class Team:
+class Team(Agreement):
     """The processes of a job that hold the same model; the `Agreement` of each.
 
     Before a command all compare where they stand: the command itself, the stage, alpha, blueprint and version, width

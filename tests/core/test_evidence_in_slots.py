@@ -20,7 +20,9 @@ from state_helpers import (
 from torch import Tensor
 
 from kasmina_core import CheckVerdict, ErrorBudget, MorphogeneticModel, QualityGates, SeedStage
-from kasmina_core.evidence.measuring import OneProcess
+from kasmina_core.evidence.measuring import Processes
+from kasmina_core.growth.agreement import Agreement
+from kasmina_core.parallel.team import Team
 
 S = SeedStage
 START = "gain over the host at blending"
@@ -171,7 +173,12 @@ def test_a_budget_of_the_run_leaves_less_to_each_seed_that_comes_later() -> None
     assert sum(1 / (j * (j + 1)) for j in range(1, 10**4)) <= 1.0
 
 
-class TwoAlike(OneProcess):
+def test_a_team_of_processes_answers_every_question_itself() -> None:
+    questions = {name for name in dir(Agreement) if not name.startswith("_")}
+    assert questions <= vars(Team).keys()
+
+
+class TwoAlike(Processes):
     def samples(self, losses: torch.Tensor) -> torch.Tensor:
         return torch.cat([losses, losses])
 

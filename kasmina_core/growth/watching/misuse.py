@@ -1,4 +1,4 @@
-"""Calls that were forgotten, and evaluators that cannot work, said once a model; arguments that are something else."""
+"""Warnings, once per model, of calls that were forgotten, evaluators that cannot work, and policies that are refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LEVEL_OF_CALLER: Final = 5
 class Misuse:
     """Watches one model from epoch to epoch, and warns of each kind of misuse once.
 
-    What was forgotten is told from an epoch in which a tied optimiser stepped while a seed was there from its start to
-    its end. Whether it stepped is told by the versions of its parameters, so that a step costs nothing more.
+    A forgotten call shows in an epoch in which a tied optimiser stepped while a seed was there from its start to its end.
+    Versions of parameters show whether it stepped, so that a step costs nothing more.
 
     Attributes:
         awaits_step: Whether `MorphogeneticModel.step` was not called yet in this epoch.
@@ -112,7 +112,7 @@ class Misuse:
             for slot in stayed
             if counterfactual and slot.is_incubating and slot.notes.incubations == self._living[slot.name][1]
         ]
-        # Where something else is trained and no step saw a gradient of anything, zero_grad came first: told below.
+        # Where something else is trained and no step saw a gradient of anything, zero_grad came first: warned of below.
         seen = [] if self.awaits_step or (self._trained and not self._had_gradients) else stayed
         dead = [
             slot.name for slot in seen if self._should_have_learned(slot) and not slot.notes.epoch.norms.count
@@ -120,7 +120,7 @@ class Misuse:
         if dead:
             self._pending[f"no gradient: {dead}"] = (
                 "A seed had no gradient in any step of a whole epoch: it cannot learn where it is.\n"
-                f"{_listed((name, '') for name in dead)}"
+                f"{_listed(dead)}"
                 "Its slot lies where the host computes without gradient (no_grad, detach, inference_mode), or the loss does "
                 "not depend on what comes from there. Let gradients through, or cull it and choose another slot."
             )
@@ -130,7 +130,7 @@ class Misuse:
             self._pending["incubate"] = (
                 "An optimiser stepped for a whole epoch, and incubate() was never called: with "
                 "Incubation.COUNTERFACTUAL a seed in TRAINING learns in that pass alone.\n"
-                f"{_listed((name, '') for name in lonely)}"
+                f"{_listed(lonely)}"
                 "Call model.incubate(closure) after backward and before optimizer.step(); closure() returns the loss of "
                 "this model on the batch. Or use GrowthConfig(incubation='straight-through')."
             )
@@ -138,7 +138,7 @@ class Misuse:
             self._pending["step"] = (
                 "An optimiser stepped for a whole epoch, and model.step() was never called: gradients of seeds are not "
                 "noted, and a ramp that goes by steps stands still.\n"
-                f"{_listed((slot.name, '') for slot in stayed)}"
+                f"{_listed(slot.name for slot in stayed)}"
                 "Call model.step() after backward and before optimizer.zero_grad(), once an optimiser step."
             )
         elif not self._had_gradients:
@@ -150,7 +150,7 @@ class Misuse:
             if blind:
                 self._pending["step"] = (
                     "model.step() saw no gradients for a whole epoch in which an optimiser stepped.\n"
-                    f"{_listed((name, '') for name in blind)}"
+                    f"{_listed(blind)}"
                     "Call model.step() after backward and before optimizer.zero_grad()."
                 )
 
@@ -199,7 +199,7 @@ class Misuse:
             if waiting:
                 pending["no evaluator"] = (
                     "A gate needs evidence, and the model has no evaluator: no seed will get past it.\n"
-                    f"{_listed((name, str(results[name].reason)) for name in waiting)}"
+                    f"{_listed(waiting, results)}"
                     "Call model.evaluate_with(evaluator) with a function that returns the loss of every held-out sample, or "
                     "use QualityGates(GateProfile.REPORT), which decides on the metric of step_epoch."
                 )
@@ -242,5 +242,6 @@ def _holds_anything(state: object) -> bool:
     return bool(state) if isinstance(state, str | int | float | None) else True
 
 
-def _listed(slots: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"  slot '{name}'{why and ': ' + why}\n" for name, why in slots)
+def _listed(slots: Iterable[str], results: Mapping[str, GateResult] | None = None) -> str:
+    lines = ((name, f": {results[name].reason}" if results is not None else "") for name in slots)
+    return "".join(f"  slot '{name}'{why}\n" for name, why in lines)

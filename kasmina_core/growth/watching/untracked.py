@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final, Protocol, final
+from typing import Final, final
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kasmina_core.growth.watching.living import living
+from kasmina_core.slotted import SlottedModel
 
 LEVEL_OF_CALLER: Final = 4
 """Of `UntrackedSeeds.look`, from where a warning is raised: the caller of the model's method."""
@@ -21,18 +22,12 @@ class UntrackedSeedWarning(UserWarning):
     """A seed's parameters are trainable, the model was trained, and no optimiser holds them: the seed does not learn."""
 
 
-class _Grown(Protocol):
-    def host_parameters(self) -> list[nn.Parameter]: ...
-
-    def seed_parameters(self, slot: str | None = None) -> list[nn.Parameter]: ...
-
-
 @final
 class UntrackedSeeds:
     """Notices new seeds that nothing trains, by watching which optimisers step while they are new.
 
     While there is no new seed nothing is watched. A seed is new until an optimiser that holds it is found, or until one
-    of the host's stepped and none holds it: that is said once. Nothing is said while nothing steps.
+    of the host's stepped and none holds it, of which one warning is given. There is none while nothing steps.
 
     Args:
         slots: Names of slots whose seeds are new.
@@ -44,14 +39,14 @@ class UntrackedSeeds:
         self._unhook: weakref.finalize[..., UntrackedSeeds] | None = None
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Take a slot's seed for new; only what steps from now on says anything of it."""
+        """Watch a slot's new seed; only optimisers that step from now on count."""
         self._new.add(slot)
         self._stepped.clear()
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing: whether a slot's seed is still there is looked up when it matters."""
 
-    def look(self, model: _Grown, tied: Collection[Optimizer]) -> None:
+    def look(self, model: SlottedModel, tied: Collection[Optimizer]) -> None:
         """Settle what can be known of new seeds by now; warn of those that nothing holds.
 
         Args:
@@ -101,7 +96,7 @@ class UntrackedSeeds:
             self._stepped.clear()
 
 
-def _trains(optimizer: Optimizer, model: _Grown) -> bool:
+def _trains(optimizer: Optimizer, model: SlottedModel) -> bool:
     """Whether an optimiser is one of this model's: it holds parameters of the host, or of seeds if the host is frozen."""
     held = _held([optimizer])
     host = model.host_parameters()
