@@ -1,1 +1,1 @@
-"""Callbacks for other people's trainers; each module needs an extra, and is imported when it is asked for by name."""
+"""Callbacks for other people's trainers; each module needs an extra and is imported by name."""

@@ -1,4 +1,4 @@
-"""What a trainer's callback does with a model that grows, whoever the trainer is."""
+"""Growth under a trainer: the parts that callbacks of all trainers share."""
 
 from __future__ import annotations
 
@@ -9,34 +9,30 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
 from kasmina_core.checkpoints.growth_state import counters_of
 from kasmina_core.checkpoints.migrations import upgraded
-from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of
+from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of, optimizers_in
 from kasmina_core.errors import CheckpointError
+from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, meaning, to_json
 from kasmina_core.policies.protocol import Policy
+from kasmina_core.quiet import kept_modes
 from kasmina_core.training.averaging import pairs_by_position
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
+from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
 
 
 def find_model(root: nn.Module, how_to_choose: str) -> MorphogeneticModel:
-    """Return the one `MorphogeneticModel` in a module, itself included.
-
-    Args:
-        root: Where to look.
-        how_to_choose: What the message advises where there are several.
-
-    Raises:
-        ValueError: If there is none, or more than one.
-    """
+    """Return the one `MorphogeneticModel` in a module, itself included; a ValueError if there is none, or are several."""
     found = {name: m for name, m in root.named_modules() if isinstance(m, MorphogeneticModel)}
     if not found:
         raise ValueError(
             f"{type(root).__name__} holds no MorphogeneticModel, so nothing in it can grow.\n"
-            "Put the part that shall grow into one: MorphogeneticModel(host, slots=[...], example=...)."
+            "Put the part that is to grow into one: MorphogeneticModel(host, slots=[...], example=...)."
         )
     if len(found) > 1:
         raise ValueError(
@@ -47,16 +43,7 @@ def find_model(root: nn.Module, how_to_choose: str) -> MorphogeneticModel:
 
 
 def refuse_averages(holders: Iterable[object], module: nn.Module, model: MorphogeneticModel) -> None:
-    """Refuse averages of weights that pair two models by position, which is wrong once one of them has grown.
-
-    Args:
-        holders: A trainer's callbacks.
-        module: What is trained; averages in it are refused too.
-        model: The model that grows.
-
-    Raises:
-        ValueError: If one holds a torch `AveragedModel` of the model that is no `GrowingAveragedModel`.
-    """
+    """Raise a ValueError if a callback or the trained module holds an average that pairs the model by position."""
     held = [(type(holder).__name__, value) for holder in holders for value in vars(holder).values()]
     held += [(type(module).__name__, part) for part in module.modules()]
     for holder, value in held:
@@ -65,7 +52,6 @@ def refuse_averages(holders: Iterable[object], module: nn.Module, model: Morphog
 
 
 def cannot_average(holder: str) -> ValueError:
-    """Return the refusal of an average that would not grow."""
     return ValueError(
         f"{holder} averages weights and pairs those of two models by position: beside GrowthCallback it would end the "
         "run at the first germination, or leave seeds out of the average.\n"
@@ -74,27 +60,8 @@ def cannot_average(holder: str) -> ValueError:
     )
 
 
-def check_policy(policy: object) -> Policy:
-    """Return the policy.
-
-    Raises:
-        TypeError: If it is none.
-    """
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        hint = f" Give an instance: {policy.__name__}(...)." if isinstance(policy, type) else ""
-        raise TypeError(
-            f"The first argument must be a policy, an object with decide(observation), not {policy!r}.{hint}"
-        )
-    return policy
-
-
 def check_held_out(held_out: object) -> None:
-    """Refuse held-out batches that are not the same ones at every pass.
-
-    Raises:
-        TypeError: If they can be gone through only once, or not at all.
-        ValueError: If a data loader shuffles them.
-    """
+    """Raise a TypeError or ValueError for held-out batches that are not the same at every pass."""
     if not isinstance(held_out, Iterable) or isinstance(held_out, Iterator):
         raise TypeError(
             "held_out must give the same batches each time it is gone through: a DataLoader or a list, "
@@ -108,11 +75,7 @@ def check_held_out(held_out: object) -> None:
 
 
 def losses_of_samples(batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> Tensor:
-    """Return the loss of every sample of the batches, ``(n,)``.
-
-    Raises:
-        ValueError: If there is no batch, or ``losses`` gives no vector.
-    """
+    """Return the loss of every sample of the batches, ``(n,)``; a ValueError if there is none, or no vector."""
     parts = []
     for batch in batches:
         part = losses(batch)
@@ -130,29 +93,13 @@ def losses_of_samples(batches: Iterable[Any], losses: Callable[[Any], Tensor]) -
 
 @contextmanager
 def surroundings_at_rest(root: nn.Module, model: MorphogeneticModel) -> Iterator[None]:
-    """Run the block with every module of ``root`` outside of the model in eval mode; the model sees to its own."""
+    """Run the block with every module of ``root`` outside of the model, which sets its own, in eval mode."""
     inside = set(model.modules())
-    around = [(module, module.training) for module in root.modules() if module not in inside]
-    for module, _ in around:
-        module.training = False
-    try:
+    with kept_modes(root):
+        for module in root.modules():
+            if module not in inside:
+                module.training = False
         yield
-    finally:
-        for module, mode in around:
-            module.training = mode
-
-
-@contextmanager
-def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Run the block as if these parameters had no gradient."""
-    kept = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in kept:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
 
 
 def clip_apart(
@@ -160,20 +107,26 @@ def clip_apart(
     clip_rest: Callable[[], Any],
     clip_seed: Callable[[list[nn.Parameter]], Any] | None,
 ) -> Any:
-    """Clip a trainer's way, and each seed apart as `clip_gradients` does, so that no seed changes the host's gradient.
+    """Clip as a trainer does, and each seed separately as `clip_gradients` does.
 
     Args:
         model: The model.
-        clip_rest: Clips whatever has a gradient; called while no seed has one.
-        clip_seed: Clips the gradients of the parameters it is given; called once a seed that has a finite one.
-            ``None`` leaves seeds alone, without a wait for the device.
+        clip_rest: Clips all gradients; called while no seed has one.
+        clip_seed: Clips the gradients of parameters; called once per seed with a finite one. ``None`` leaves seeds
+            alone, without a wait for the device.
 
     Returns:
         What ``clip_rest`` returns.
     """
     seeds = [model.seed_parameters(slot) for slot in model.slots]
-    with hidden_gradients([p for parameters in seeds for p in parameters]):
+    kept = [(p, p.grad) for parameters in seeds for p in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
         result = clip_rest()
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
     if clip_seed is None:
         return result
     drop_nonfinite_seed_gradients(model)
@@ -184,10 +137,7 @@ def clip_apart(
 
 
 def readings(model: MorphogeneticModel) -> dict[str, float]:
-    """Return what a logger can plot of a model: stage, alpha and gain of each slot, and the seeds' parameters.
-
-    Stages are the numbers of `SeedStage`; a gain is there once one was measured.
-    """
+    """Return numbers for a logger: each slot's `SeedStage`, alpha and last gain, and the count of seeds' parameters."""
     values: dict[str, float] = {"growth/seed_parameters": sum(p.numel() for p in model.seed_parameters())}
     for name, slot in model.slots.items():
         values[f"growth/{name}/stage"] = int(slot.stage)
@@ -199,20 +149,22 @@ def readings(model: MorphogeneticModel) -> dict[str, float]:
 
 @final
 class GrowthClock:
-    """Lets a model's epochs pass by a trainer's validations, and says what a checkpoint must keep of that.
+    """Steps a model's epochs at a trainer's validations, and collects what a checkpoint needs.
 
-    A validation is noted when it ends; what it calls for is done before the next training step. So a checkpoint that
-    the trainer writes in between holds the model that was measured, and a run that goes on from it does the same.
-
-    Args:
-        policy: Decides on the slots.
+    A validation is noted when it ends; the epoch is stepped before the next training step. So a checkpoint that the
+    trainer writes in between holds the model that was measured, and a resumed run takes the same step.
 
     Raises:
         TypeError: If ``policy`` is none.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = check_policy(policy)
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            hint = f" Give an instance: {policy.__name__}(...)." if isinstance(policy, type) else ""
+            raise TypeError(
+                f"The first argument must be a policy, an object with decide(observation), not {policy!r}.{hint}"
+            )
+        self.policy = policy
         self.noted: float | None = None
 
     def note(self, metric: float) -> None:
@@ -220,11 +172,7 @@ class GrowthClock:
         self.noted = metric
 
     def tick(self, model: MorphogeneticModel) -> bool:
-        """Let an epoch pass if a validation was noted since the last, and follow the policy.
-
-        Returns:
-            Whether one passed.
-        """
+        """Step an epoch and follow the policy if a validation was noted since the last; return whether it was."""
         if self.noted is None:
             return False
         metric, self.noted = self.noted, None
@@ -233,9 +181,7 @@ class GrowthClock:
         return True
 
     def state_dict(self, run: Run, rng: Collection[str] = ()) -> dict[str, Any]:
-        """Return all that the trainer's checkpoint must hold beside what the trainer writes.
-
-        The trainer writes the model's ``state_dict``, optimisers, schedulers and scaler.
+        """Return what the trainer's checkpoint must hold besides the model's ``state_dict``, optimisers and schedulers.
 
         Args:
             run: The model, the optimiser that is tied to it, and the policy.
@@ -245,14 +191,7 @@ class GrowthClock:
             Data for JSON, and under ``tensors`` the tensors by name.
         """
         data = collect(run, rng=rng)
-        for name in (
-            "topology",
-            "optimizers",
-            "schedulers",
-            "scaler",
-            "data_position",
-            "extra",
-        ):
+        for name in ("topology", "optimizers", "schedulers", "scaler", "data_position", "extra"):
             del data[name]
         tensors: dict[str, Tensor] = {}
         data = {"version": FORMAT_VERSION, "noted": self.noted} | counters_of(run.model) | data
@@ -260,11 +199,7 @@ class GrowthClock:
         return {**json.loads(text), "tensors": tensors}
 
     def check_memory(self) -> None:
-        """Refuse, at the start of a run, a policy that no checkpoint could hold.
-
-        Raises:
-            TypeError: If its ``state_dict`` returns anything but plain data.
-        """
+        """Raise a TypeError if the policy's ``state_dict`` returns anything but plain data."""
         name = f"{type(self.policy).__name__}.state_dict()"
         try:
             to_json(memory_of(self.policy), name)
@@ -275,7 +210,7 @@ class GrowthClock:
             ) from error
 
     def load_state_dict(self, run: Run, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the trainer has loaded its own part before.
+        """Restore what `state_dict` returned, after the trainer has loaded its own part.
 
         Raises:
             CheckpointError: If it is of another version or damaged, or does not fit; nothing is changed.
@@ -293,12 +228,36 @@ class GrowthClock:
         self.noted = noted
 
 
-def metric_named(metrics: Mapping[str, Any], name: str) -> float:
-    """Return one of a trainer's metrics as a number.
+class GrowthUnderTrainer:
+    """Base of the callbacks: the model that grows, and the optimiser that is tied to it."""
 
-    Raises:
-        ValueError: If it is not there, or no number; the message lists those that are.
-    """
+    def __init__(
+        self, policy: Policy, monitor: str, lr_factor: PerSeed, weight_decay: PerSeed | None
+    ) -> None:
+        self.monitor = monitor
+        self._clock = GrowthClock(policy)
+        self._tie: dict[str, Any] = {"lr_factor": lr_factor, "weight_decay": weight_decay}
+        self._model: MorphogeneticModel | None = None
+        self._optimizer: Optimizer | None = None
+        self._evaluator_before: Evaluator | None = None
+
+    def _required_model(self) -> MorphogeneticModel:
+        assert self._model is not None  # the start of the run comes first
+        return self._model
+
+    def _run(self) -> Run:
+        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
+
+    def _follow_with(self, model: MorphogeneticModel, optimizer: Any, schedulers: Iterable[Any]) -> None:
+        """Tie an optimiser to the model in place of the one before."""
+        if self._model is not None and self._optimizer is not None:
+            untie_optimizer(self._model, self._optimizer)
+        self._model = model
+        self._optimizer = tie_optimizer(model, optimizer, schedulers=schedulers, **self._tie)
+
+
+def metric_named(metrics: Mapping[str, Any], name: str) -> float:
+    """Return one of a trainer's metrics as a number; the ValueError for a missing one lists those that are there."""
     if name not in metrics:
         known = ", ".join(sorted(map(str, metrics))) or "none"
         raise ValueError(

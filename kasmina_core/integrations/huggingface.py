@@ -10,16 +10,15 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from kasmina_core.checkpoints.files import new_id, read_tensors, with_shared, write_tensors
-from kasmina_core.checkpoints.run_state import Run, optimizers_in
+from kasmina_core.checkpoints.run_state import several
 from kasmina_core.errors import CheckpointError
-from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
-    GrowthClock,
+    GrowthUnderTrainer,
     check_held_out,
     clip_apart,
     find_model,
@@ -31,7 +30,7 @@ from kasmina_core.integrations.growing import (
 )
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
-from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
+from kasmina_core.training.optim import PerSeed
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -49,7 +48,7 @@ TENSORS: Final = "growth.safetensors"
 
 
 @final
-class GrowthCallback(TrainerCallback):
+class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
     """Grows the `MorphogeneticModel` that a Hugging Face ``Trainer`` trains.
 
     Each evaluation within ``train`` is an epoch of growth: its metric is noted, and before the next training step the
@@ -58,7 +57,7 @@ class GrowthCallback(TrainerCallback):
     the trainer's checkpoints hold all that ``train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` need.
     ``max_grad_norm`` clips each seed apart from the host.
 
-    A callback alone is told neither the batch nor when the optimiser is made, so it has to be attached:
+    A callback alone gets neither the batch nor a call when the optimiser is made, so it has to be attached:
 
     ::
 
@@ -71,9 +70,9 @@ class GrowthCallback(TrainerCallback):
         policy: When to germinate, fossilise and cull. What its ``state_dict`` returns, if it has one, must be plain
             data and is checkpointed.
         held_out: A dataset on which the gates judge seeds, collated as the trainer collates; or a ``DataLoader`` that
-            does not shuffle. Not that of evaluation, if its metric shall stay an honest one.
+            does not shuffle. Take another than that of evaluation, or its metric is biased by the choice of seeds.
         losses: Called with the trainer's model and a batch on its device; returns the loss of every sample, ``(n,)``.
-            Default: the trainer's own ``compute_loss``, sample by sample, which asks nothing of you and is slower.
+            Default: the trainer's own ``compute_loss``, sample by sample, which is slower.
         monitor: Name of the metric, as evaluation reports it, that the policy sees.
         lr_factor: See `tie_optimizer`.
         weight_decay: See `tie_optimizer`.
@@ -95,26 +94,20 @@ class GrowthCallback(TrainerCallback):
     ) -> None:
         if isinstance(held_out, DataLoader):
             check_held_out(held_out)
-        self.monitor = monitor
-        self._clock = GrowthClock(policy)
+        super().__init__(policy, monitor, lr_factor, weight_decay)
         self._held_out = held_out
         self._losses = losses
-        self._tie: dict[str, Any] = {"lr_factor": lr_factor, "weight_decay": weight_decay}
         self._trainer: Any = None
-        self._model: MorphogeneticModel | None = None
-        self._optimizer: Optimizer | None = None
-        self._evaluator_before: Evaluator | None = None
         self._folder: Path | None = None
         self._learned_until = 0
         self._without_metric: Mapping[str, Any] | None = None
 
     def attach(self, trainer: Trainer) -> Trainer:
-        """Become one of a trainer's callbacks, and stand beside the methods of it that a callback does not see.
+        """Add this to a trainer's callbacks, and wrap the methods of it that call no callback.
 
         These are ``create_optimizer``, ``training_step``, ``save_model``, ``_load_from_checkpoint`` and its accelerator's
-        ``clip_grad_norm_``. Where
-        the trainer's model is a `MorphogeneticModel`, what the trainer reads off a model's forward and config (columns,
-        names of labels, keywords of the loss) is read off its host.
+        ``clip_grad_norm_``. If the trainer's model is a `MorphogeneticModel`, what the trainer reads from a model's
+        forward and config (columns, names of labels, keywords of the loss) is read from its host.
 
         Returns:
             The trainer.
@@ -149,14 +142,14 @@ class GrowthCallback(TrainerCallback):
         if trainer.model is model:
             _show_host(trainer, model)
         self._trainer, self._model = trainer, model
-        self._stand_beside(trainer, model)
+        self._wrap_methods(trainer, model)
         trainer.add_callback(self)
         return trainer
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from a checkpoint's record, tie the scheduler too, and try the held-out samples.
+        """Restore a checkpoint's record, tie the scheduler too, and try the held-out samples.
 
         Raises:
             TypeError: If what the policy remembers is no plain data.
@@ -171,7 +164,7 @@ class GrowthCallback(TrainerCallback):
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             saved = self._with_tensors(saved)
         self._clock.check_memory()
-        self._follow_with(kwargs["optimizer"], kwargs["lr_scheduler"])
+        self._follow_with(model, kwargs["optimizer"], several(kwargs["lr_scheduler"]))
         if saved is not None:
             self._clock.load_state_dict(self._run(), saved)
         self._learned_until = state.global_step
@@ -182,7 +175,7 @@ class GrowthCallback(TrainerCallback):
             self._evaluate(islice(batches, 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do what the last evaluation calls for, before the batch is seen."""
+        """Step the epoch of the last evaluation before the batch is seen."""
         if self._without_metric is not None:
             metric_named(self._without_metric, self.monitor)
         if self._clock.tick(self._required_model()):
@@ -230,16 +223,9 @@ class GrowthCallback(TrainerCallback):
         tensors = read_tensors(folder / TENSORS, {"record": str(state.get("id"))}, apart=True)
         return {**state, "tensors": with_shared(tensors, state["same"])}
 
-    def _run(self) -> Run:
-        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
-
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _required_model(self) -> MorphogeneticModel:
-        assert self._model is not None  # attach comes first
-        return self._model
-
-    def _stand_beside(self, trainer: Any, model: MorphogeneticModel) -> None:
+    def _wrap_methods(self, trainer: Any, model: MorphogeneticModel) -> None:
         create_optimizer, training_step = trainer.create_optimizer, trainer.training_step
         save_model, load_model = trainer.save_model, trainer._load_from_checkpoint
         accelerator = trainer.accelerator
@@ -247,7 +233,7 @@ class GrowthCallback(TrainerCallback):
         def create_and_tie(*args: Any, **kwargs: Any) -> Any:
             optimizer = create_optimizer(*args, **kwargs)
             # Before a checkpoint's state is loaded, which has the seeds' groups.
-            self._follow_with(trainer.optimizer, trainer.lr_scheduler)
+            self._follow_with(model, trainer.optimizer, several(trainer.lr_scheduler))
             return optimizer
 
         def step_and_incubate(trained: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -271,29 +257,19 @@ class GrowthCallback(TrainerCallback):
             self._folder = Path(folder)
             return load_model(folder, *args, **kwargs)
 
-        def clip_both_sides(
-            parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0
-        ) -> Any:
+        def clip_both_sides(parameters: Iterable[nn.Parameter], *limits: Any, **named: Any) -> Any:
             accelerator.unscale_gradients()
-            clip = torch.nn.utils.clip_grad_norm_
-            return clip_apart(
-                model,
-                lambda: clip(parameters, max_norm, norm_type),
-                lambda seed: clip(seed, max_norm, norm_type),
-            )
+
+            def clip(found: Iterable[nn.Parameter]) -> Tensor:
+                return clip_grad_norm_(found, *limits, **named)
+
+            return clip_apart(model, lambda: clip(parameters), clip)
 
         trainer.create_optimizer = create_and_tie
         trainer.training_step = step_and_incubate
         trainer.save_model = save_apart
         trainer._load_from_checkpoint = load_and_note
         accelerator.clip_grad_norm_ = clip_both_sides
-
-    def _follow_with(self, optimizer: Any, scheduler: Any) -> None:
-        model = self._required_model()
-        if self._optimizer is not None:
-            untie_optimizer(model, self._optimizer)
-        schedulers = () if scheduler is None else (scheduler,)
-        self._optimizer = tie_optimizer(model, optimizer, schedulers=schedulers, **self._tie)
 
     def _batches(self) -> Iterable[Any]:
         if isinstance(self._held_out, DataLoader):

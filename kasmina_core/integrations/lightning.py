@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, cast, final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
-from kasmina_core.checkpoints.run_state import Run, optimizers_in
-from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.integrations.growing import (
-    GrowthClock,
+    GrowthUnderTrainer,
     cannot_average,
     check_held_out,
     clip_apart,
@@ -27,7 +25,7 @@ from kasmina_core.integrations.growing import (
 )
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
-from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
+from kasmina_core.training.optim import PerSeed
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,7 +37,7 @@ except ImportError as error:
 
 
 @final
-class GrowthCallback(Callback):
+class GrowthCallback(GrowthUnderTrainer, Callback):
     """Grows the `MorphogeneticModel` in a ``LightningModule`` while a Lightning ``Trainer`` trains it.
 
     Each validation is an epoch of growth: its metric is noted, and before the next training batch the gates are asked
@@ -58,23 +56,23 @@ class GrowthCallback(Callback):
 
     Args:
         policy: When to germinate, fossilise and cull. What its ``state_dict`` returns, if it has one, is checkpointed.
-        held_out: Batches on which the gates judge seeds: a ``DataLoader`` that does not shuffle, or a list. Not those
-            of validation, if its metric shall stay an honest one.
+        held_out: Batches on which the gates judge seeds: a ``DataLoader`` that does not shuffle, or a list. Take others
+            than those of validation, or its metric is biased by the choice of seeds.
         losses: Called with the ``LightningModule`` and a batch on its device; returns the loss of every sample,
             ``(n,)``. With counterfactual incubation its mean is what seeds learn from, so it must log nothing.
         monitor: Name of the metric, logged in validation, that the policy sees.
         model: Returns the model of a ``LightningModule`` that holds several. Default: the only one.
-        optimizer: Position of the optimiser that shall take the seeds among those of ``configure_optimizers``.
-            Default: the one that holds parameters of the model.
+        optimizer: Position, among those of ``configure_optimizers``, of the optimiser that takes the seeds. Default:
+            the one that holds parameters of the model.
         lr_factor: See `tie_optimizer`.
         weight_decay: See `tie_optimizer`.
 
     Raises:
-        TypeError: If ``policy`` is no policy, or ``held_out`` can be gone through only once. At the start of ``fit``: if
+        TypeError: If ``policy`` is no policy, or ``held_out`` can be iterated only once. At the start of ``fit``: if
             what the policy remembers is no plain data.
         ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
-            optimiser is not clear, if there is more than one process, or if another callback averages weights. After a validation: if it did not log
-            ``monitor``.
+            optimiser is not clear, if there is more than one process, or if another callback averages weights. After
+            a validation: if it did not log ``monitor``.
     """
 
     def __init__(
@@ -90,17 +88,12 @@ class GrowthCallback(Callback):
         weight_decay: PerSeed | None = None,
     ) -> None:
         check_held_out(held_out)
-        self.monitor = monitor
-        self._clock = GrowthClock(policy)
+        super().__init__(policy, monitor, lr_factor, weight_decay)
         self._held_out = held_out
         self._losses = losses
         self._choose_model = model
         self._position = optimizer
-        self._tie: dict[str, Any] = {"lr_factor": lr_factor, "weight_decay": weight_decay}
         self._loaded: Mapping[str, Any] | None = None
-        self._model: MorphogeneticModel | None = None
-        self._optimizer: Optimizer | None = None
-        self._evaluator_before: Evaluator | None = None
         self._clips_apart = False
         self._batch: Any = None
 
@@ -117,16 +110,11 @@ class GrowthCallback(Callback):
             raise self._no_validation()
         model = self._find_model(pl_module)
         self._refuse_averages(trainer, pl_module, model)
-        if self._model is not None and self._optimizer is not None:
-            untie_optimizer(self._model, self._optimizer)
-        self._model = model
         self._clock.check_memory()
-        self._optimizer = self._find_optimizer(trainer.optimizers, model)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        own = [
-            scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is self._optimizer
-        ]
-        tie_optimizer(model, self._optimizer, schedulers=own, **self._tie)
+        optimizer = self._find_optimizer(trainer.optimizers, model)
+        schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        own = [one for one in schedulers if getattr(one, "optimizer", None) is optimizer]
+        self._follow_with(model, optimizer, own)
         if self._loaded is not None:
             self._clock.load_state_dict(self._run(), self._loaded)
             self._loaded = None
@@ -145,7 +133,7 @@ class GrowthCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Do what the last validation calls for, before the batch is seen."""
+        """Step the epoch of the last validation before the batch is seen."""
         self._batch = batch
         model = self._required_model()
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._clock.tick(model):
@@ -231,24 +219,14 @@ class GrowthCallback(Callback):
                 )
             return optimizers[self._position]
         own = {id(p) for p in model.parameters()}
-        holding = [
-            optimizer
-            for optimizer in optimizers
-            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        ]
+        held = ([p for group in one.param_groups for p in group["params"]] for one in optimizers)
+        holding = [one for one, ps in zip(optimizers, held, strict=True) if not own.isdisjoint(map(id, ps))]
         if len(holding) != 1:
             raise ValueError(
                 f"{len(holding)} of {len(optimizers)} optimisers hold parameters of the model, so it is not clear "
                 "which shall take the seeds: say GrowthCallback(..., optimizer=0)."
             )
         return holding[0]
-
-    def _run(self) -> Run:
-        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
-
-    def _required_model(self) -> MorphogeneticModel:
-        assert self._model is not None  # on_fit_start comes first
-        return self._model
 
     def _sample_losses(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
         with trainer.precision_plugin.forward_context():
@@ -272,10 +250,8 @@ class GrowthCallback(Callback):
         model, batch = self._required_model(), self._batch
 
         def loss() -> Tensor:
-            return (
-                losses_of_samples([batch], lambda b: self._sample_losses(trainer, pl_module, b)).mean()
-                / share
-            )
+            found = losses_of_samples([batch], lambda b: self._sample_losses(trainer, pl_module, b))
+            return found.mean() / share
 
         with surroundings_at_rest(pl_module, model):
             model.incubate(loss, scaler)
@@ -289,21 +265,11 @@ class GrowthCallback(Callback):
             gradient_clip_algorithm: str | None = None,
         ) -> None:
             limit = gradient_clip_val or 0.0
-            by_value = gradient_clip_algorithm == "value"
-
-            def clip_seed(parameters: list[nn.Parameter]) -> Any:
-                clip_one = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
-                return clip_one(parameters, limit)
-
-            clip_apart(
-                model,
-                lambda: clip(
-                    optimizer,
-                    gradient_clip_val=gradient_clip_val,
-                    gradient_clip_algorithm=gradient_clip_algorithm,
-                ),
-                clip_seed if limit else None,
-            )
+            algorithm = gradient_clip_algorithm
+            settings: Any = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": algorithm}
+            clip_one: Any = clip_grad_value_ if algorithm == "value" else clip_grad_norm_
+            clip_seed = (lambda seed: clip_one(seed, limit)) if limit else None
+            clip_apart(model, lambda: clip(optimizer, **settings), clip_seed)
 
         # Lightning has no hook between this method, which sees host and seeds together, and the optimiser's step.
         cast("Any", pl_module).configure_gradient_clipping = clip_both_sides
