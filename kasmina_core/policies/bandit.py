@@ -1,17 +1,16 @@
-"""A bandit that learns which blueprints pay, and where."""
+"""Thompson sampling over slots and blueprints."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, pstdev
-from typing import Any, final
+from typing import ClassVar, final
 
 from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
-from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Observation
 from kasmina_core.policies.triggers import Plateau
 from kasmina_core.records import Count
@@ -19,33 +18,29 @@ from kasmina_core.records import Count
 
 @final
 class BanditPolicy(GrowingPolicy):
-    """Germinates on plateaus what Thompson sampling draws among (slot, blueprint) arms.
+    """Germinate, on plateaus, the (slot, blueprint) arm with the largest Thompson sample.
 
     The reward of a seed is its last measured gain if it was kept, and the smaller of that and 0 if it was culled. An
     arm's mean is taken to be normal around ``(n m + p) / (n + 1)`` with variance ``s² / (n + 1)``: ``m`` is the mean of
     its own ``n`` rewards, ``p`` that of its blueprint in all slots, shrunk to that of all by one observation, and
     ``s`` the spread of all rewards. The arm with the largest draw is grown.
 
-    Draws depend on ``seed`` and the number of germinations alone, so processes that see the same draw the same, and a
-    loaded policy goes on as the saved one would have.
+    Draws depend only on ``seed`` and the number of germinations, so all processes draw the same, and a loaded policy
+    continues like the saved one.
 
     Args:
-        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
         seed: Decides the draws.
-        patience: Epochs without improvement that make a plateau, as in `PlateauPolicy`.
-        min_delta: Smallest improvement that counts, as in `PlateauPolicy`.
-        max_training_epochs: As in `PlateauPolicy`.
-        max_probation_epochs: As in `PlateauPolicy`.
-        max_seeds: As in `PlateauPolicy`.
-        revert: As in `PlateauPolicy`.
-
-    Raises:
-        ValueError: If a number is out of range.
-        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
-        TopologyError: If it maps something that is no topology.
+        blueprints, patience, min_delta, max_training_epochs, max_probation_epochs, max_seeds, revert: As in
+            `PlateauPolicy`, errors too.
 
     Source: Thompson 1933; Russo et al. 2018, A Tutorial on Thompson Sampling, https://arxiv.org/abs/1707.02038
     """
+
+    remembers: ClassVar = GrowingPolicy.remembers | {
+        "draws": Count,
+        "rewards": list[tuple[str, str, float]],
+        "growing": dict[str, tuple[str, str, float]],
+    }
 
     def __init__(
         self,
@@ -86,7 +81,7 @@ class BanditPolicy(GrowingPolicy):
         return max(draws, key=draws.__getitem__)
 
     def learn(self, observation: Observation) -> None:
-        """Note gains of the living, and rewards of those whose fate is known."""
+        """Record the gains of living seeds, and the rewards of those that were kept or culled."""
         seen = {slot.slot: slot for slot in observation.slots}
         for name, (seed_id, blueprint, gain) in list(self._growing.items()):
             slot = seen.get(name)
@@ -101,22 +96,5 @@ class BanditPolicy(GrowingPolicy):
         for slot in observation.slots:
             if slot.stage in LIVING:
                 before = self._growing.get(slot.slot, ("", "", 0.0))[2]
-                measured = slot.gain is not None and math.isfinite(slot.gain)
-                gain = slot.gain if measured and slot.gain is not None else before
+                gain = slot.gain if slot.gain is not None and math.isfinite(slot.gain) else before
                 self._growing[slot.slot] = (slot.seed_id, slot.blueprint, gain)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the policy remembers, as plain data."""
-        return super().state_dict() | {
-            "draws": self._draws,
-            "rewards": [list(reward) for reward in self._rewards],
-            "growing": {slot: list(seed) for slot, seed in sorted(self._growing.items())},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
-        draws = remembered(state, "draws", Count)
-        rewards = remembered(state, "rewards", list[tuple[str, str, float]])
-        growing = remembered(state, "growing", dict[str, tuple[str, str, float]])
-        super().load_state_dict(state)
-        self._draws, self._rewards, self._growing = draws, rewards, growing

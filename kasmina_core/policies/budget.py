@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 from kasmina_core.lifecycle import CONTRIBUTING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare, living_seeds
 from kasmina_core.policies.memory import remembered
 from kasmina_core.policies.protocol import Command, Observation, SlotObservation
 from kasmina_core.policies.triggers import Plateau
+from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     from kasmina_core.blueprints.catalogue import BlueprintRegistry
@@ -38,40 +40,34 @@ Costs = Callable[[SlotObservation, str], SeedCost]
 
 
 def blueprint_costs(registry: BlueprintRegistry, *, count_operations: bool = False) -> Costs:
-    """Return a function that says what blueprints of a registry cost: declared parameters, counted operations.
+    """Return a function that gives the cost of a registry's blueprints: declared parameters, counted operations.
 
-    Operations are counted once a blueprint and shape of features, on a module of its own that is then dropped; nobody
-    else's random numbers change.
+    Operations are counted once per blueprint and shape of features, on a module that is then dropped; the global random
+    numbers stay as they are.
 
     Args:
-        registry: Where the blueprints are, such as ``default_registry().blueprints``.
+        registry: Offers the blueprints, such as ``default_registry().blueprints``.
         count_operations: Whether to count operations; they are 0 otherwise.
     """
-    known: dict[tuple[str, tuple[int, ...]], SeedCost] = {}
 
-    def cost(slot: SlotObservation, blueprint: str) -> SeedCost:
-        key = (blueprint, slot.shape)
-        if key not in known:
-            known[key] = _measured(registry, slot, blueprint, count_operations)
-        return known[key]
+    @cache
+    def measured(blueprint: str, topology: Topology, dim: int, shape: tuple[int, ...]) -> SeedCost:
+        import torch
 
-    return cost
+        from kasmina_core.checks.flops import count_flops
+        from kasmina_core.quiet import private_rng
 
+        declared = registry.get(blueprint, topology).spec.declared_params(dim)
+        if declared is not None and not count_operations:
+            return SeedCost(declared)
+        with private_rng(0):
+            module = registry.create(blueprint, dim, topology=topology)
+            parameters = sum(p.numel() for p in module.parameters()) if declared is None else declared
+            if not count_operations:
+                return SeedCost(parameters)
+            return SeedCost(parameters, count_flops(module, torch.randn((1, *shape[1:]))).multiply_adds)
 
-def _measured(registry: BlueprintRegistry, slot: SlotObservation, blueprint: str, count: bool) -> SeedCost:
-    import torch
-
-    from kasmina_core.checks.flops import count_flops
-    from kasmina_core.quiet import private_rng
-
-    declared = registry.get(blueprint, slot.topology).spec.declared_params(slot.dim)
-    if declared is not None and not count:
-        return SeedCost(declared)
-    with private_rng(0):
-        module = registry.create(blueprint, slot.dim, topology=slot.topology)
-        parameters = sum(p.numel() for p in module.parameters()) if declared is None else declared
-        flops = count_flops(module, torch.randn((1, *slot.shape[1:]))).multiply_adds if count else 0
-    return SeedCost(parameters, flops)
+    return lambda slot, blueprint: measured(blueprint, slot.topology, slot.dim, slot.shape)
 
 
 _HOLDS_A_SEED: Final = range(SeedStage.GERMINATED, SeedStage.FOSSILIZED + 1)
@@ -79,35 +75,30 @@ _HOLDS_A_SEED: Final = range(SeedStage.GERMINATED, SeedStage.FOSSILIZED + 1)
 
 @final
 class BudgetPolicy(GrowingPolicy):
-    """Makes the best of a budget: grows what gains most for what it costs, and never exceeds it.
+    """Grow what gains most per cost, and never exceed a budget.
 
-    The score of a blueprint is its mean measured gain over its cost, as a share of the budget (of the scarcest one,
-    where several are given). Each blueprint is tried once where it can be afforded, the cheapest first; from then on the best score
-    goes first. A seed that is about to blend in, and would leave too little for another one with a higher score, is
-    culled instead, while that leaves no trace.
+    The score of a blueprint is its mean measured gain over its cost as a share of the budget (of the scarcest one, if
+    several are given). Each affordable blueprint is tried once, the cheapest first; then the best score goes first. A
+    seed about to blend in that would leave too little for one with a higher score is culled, while that leaves no trace.
 
-    A budget of seconds is for the time in which seeds grow. It ends growth one epoch early rather than late: a seed is
-    germinated only if the longest life so far still fits, and one that lives is culled when another epoch might not.
+    A budget of seconds limits the time in which seeds grow. It ends growth one epoch early rather than late: a seed is
+    germinated only if the longest life so far still fits, and a living one is culled when another epoch might not.
     Clocks differ between processes: let one of them decide.
 
     Args:
-        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
         parameters: Parameters that seeds may add.
         flops: Multiply-adds that seeds may add to a forward pass on one sample.
         seconds: Time that growing may take.
-        costs: Says what a blueprint costs in a slot, such as `blueprint_costs`; required for the first two.
+        costs: Returns what a blueprint costs in a slot, such as `blueprint_costs`; required for the first two.
         clock: Returns seconds from any start.
-        patience: Epochs without improvement that make a plateau, as in `PlateauPolicy`.
-        min_delta: Smallest improvement that counts, as in `PlateauPolicy`.
-        max_training_epochs: As in `PlateauPolicy`.
-        max_probation_epochs: As in `PlateauPolicy`.
-        revert: As in `PlateauPolicy`.
+        blueprints, patience, min_delta, max_training_epochs, max_probation_epochs, revert: As in `PlateauPolicy`, errors
+            too.
 
     Raises:
         ValueError: If no budget is given, one is not above 0, or ``costs`` is needed and missing.
-        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
-        TopologyError: If it maps something that is no topology.
     """
+
+    remembers: ClassVar = GrowingPolicy.remembers | {"gains": dict[str, list[float]], "counted": set[str]}
 
     def __init__(
         self,
@@ -145,10 +136,8 @@ class BudgetPolicy(GrowingPolicy):
         self._last_tick: float | None = None
         self._spent_seconds = self._life = self._longest_life = self._longest_epoch = 0.0
 
-    # -- what is left ----------------------------------------------------------------------------------------------
-
     def left(self, observation: Observation, apart_from: str = "") -> dict[str, float]:
-        """Return what is left of parameters and flops, not counting the seed of one slot."""
+        """Return the remaining parameters and flops, not counting the seed of the slot ``apart_from``."""
         left: dict[str, float] = dict(self._limits)
         for slot in observation.slots:
             if slot.stage in _HOLDS_A_SEED and slot.slot != apart_from:
@@ -157,7 +146,7 @@ class BudgetPolicy(GrowingPolicy):
         return left
 
     def _amounts(self, slot: SlotObservation, blueprint: str) -> dict[str, int]:
-        """Return what a blueprint costs of each budget; a seed that is there has the parameters it has."""
+        """Return the cost of a blueprint in each budget; a seed that exists counts with its own parameters."""
         cost = self._costs(slot, blueprint)
         is_there = slot.stage in _HOLDS_A_SEED and slot.blueprint == blueprint
         return {
@@ -184,10 +173,8 @@ class BudgetPolicy(GrowingPolicy):
             if all(amount <= left[name] for name, amount in self._amounts(slots[slot], blueprint).items())
         ]
 
-    # -- decisions -------------------------------------------------------------------------------------------------
-
     def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
-        """Return the affordable pair with the best score; what was never measured first, the cheapest of it."""
+        """Return the affordable pair with the best score; unmeasured ones come first, the cheapest of them."""
         if self._seconds is not None and self._spent_seconds + self._longest_life >= self._seconds:
             return None
         affordable = self._affordable(observation, pairs, self.left(observation))
@@ -215,7 +202,7 @@ class BudgetPolicy(GrowingPolicy):
         self._tell(f"its budget is too small for any candidate ({'; '.join(limits)})", observation)
 
     def judge(self, observation: Observation, slot: SlotObservation) -> Command | None:
-        """Cull what does not fit the budget or stands in the way of a better use of it."""
+        """Cull a seed that exceeds the budget or prevents a better use of it."""
         if self._seconds is not None and self._spent_seconds + self._longest_epoch > self._seconds:
             return self.care.cull(slot, f"{self._spent_seconds:.3g} of {self._seconds:.3g} seconds are spent")
         left = self.left(observation, apart_from=slot.slot)
@@ -246,18 +233,15 @@ class BudgetPolicy(GrowingPolicy):
             return ""
         return f"{blueprint} gains {score:.3g} for the whole budget's cost, this one {mine:.3g}"
 
-    # -- what it learns --------------------------------------------------------------------------------------------
-
     def learn(self, observation: Observation) -> None:
         """Note gains at the end of incubation, and the time."""
         living = living_seeds(observation)
         for slot in living:
             passed = slot.stage in CONTRIBUTING
-            measured = slot.gain is not None and math.isfinite(slot.gain)
             ends = passed or slot.is_stopped or slot.epochs_in_stage >= self.care.max_training_epochs
             if ends and slot.seed_id not in self._counted:
                 self._counted.add(slot.seed_id)
-                gain = slot.gain if measured and slot.gain is not None else 0.0
+                gain = slot.gain if slot.gain is not None and math.isfinite(slot.gain) else 0.0
                 self._gains.setdefault(slot.blueprint, []).append(gain if passed else min(gain, 0.0))
         self._counted &= {slot.seed_id for slot in living}
         self._note_time(bool(living))
@@ -277,19 +261,13 @@ class BudgetPolicy(GrowingPolicy):
             self._life = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the policy remembers, as plain data."""
-        return super().state_dict() | {
-            "gains": {name: list(gains) for name, gains in sorted(self._gains.items())},
-            "counted": sorted(self._counted),
-            "seconds": [self._spent_seconds, self._life, self._longest_life, self._longest_epoch],
-        }
+        """Return the state as plain data."""
+        seconds = [self._spent_seconds, self._life, self._longest_life, self._longest_epoch]
+        return super().state_dict() | {"seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned; the clock goes on from here."""
-        gains = remembered(state, "gains", dict[str, list[float]])
-        counted = remembered(state, "counted", set[str])
+        """Restore what `state_dict` returned; the clock continues from here."""
         seconds = remembered(state, "seconds", tuple[float, float, float, float])
         super().load_state_dict(state)
-        self._gains, self._counted = gains, counted
         self._spent_seconds, self._life, self._longest_life, self._longest_epoch = seconds
         self._last_tick = self._clock() if self._seconds is not None else None

@@ -37,8 +37,6 @@ def _is_a(kind: type, value: object) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-_ALL_OF_THEM: Final = " Known:"
-
 _KINDS: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = MappingProxyType(
     {
         "int": ("a whole number", lambda value: _is_a(Integral, value)),
@@ -96,7 +94,7 @@ def build_policy(
         meant = did_you_mean(odd, known) if odd else ""
         raise PolicyOptionError(
             f"Policy '{name}' does not take these options: {error}."
-            f"{'' if meant.startswith(_ALL_OF_THEM) else meant}\n"
+            f"{'' if meant.startswith(' Known:') else meant}\n"
             f"  options: {', '.join(known) or 'none'}"
         ) from error
     for option, value in options.items():

@@ -1,4 +1,4 @@
-"""What policies that grow have in common: candidates, refusals, and what becomes of a seed."""
+"""Base of policies that grow: candidates, refusals, and the care of living seeds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from kasmina_core.errors import MisuseWarning
 from kasmina_core.lifecycle import LIVING, SeedStage
-from kasmina_core.policies.memory import remembered
+from kasmina_core.policies.memory import Remembering, remembered
 from kasmina_core.policies.protocol import Advance, Command, Cull, Germinate, Observation, SlotObservation
 from kasmina_core.policies.triggers import Trigger
 from kasmina_core.records import Count
@@ -72,31 +72,31 @@ class SeedCare:
         return Cull(slot.slot, reason, revert=self.revert and slot.can_revert)
 
 
-class GrowingPolicy:
+class GrowingPolicy(Remembering):
     """Germinates seeds when a trigger says so; what, and what is kept, is for others to say.
 
-    A pair that gate G0 refuses is not tried again, and another one is germinated in its place. A host whose metric is
-    not finite for ``patience`` epochs is said to be so in a `RuntimeWarning`, once, and a seed that contributes to it
-    is culled. Where the candidates fit no slot of the model at all, a `MisuseWarning` says so the first time that a seed
-    is due, once.
+    A pair that gate G0 refuses is not tried again; another one is germinated instead. If the metric is not finite for
+    ``patience`` epochs, a `RuntimeWarning` is raised once, and a seed that contributes is culled. If the candidates fit
+    no slot of the model, a `MisuseWarning` is raised once, when the first seed is due.
 
-    Write a policy by overriding `choose`, and `judge`, `learn` and the two methods of its state where it has more to
-    remember.
+    Write a policy by overriding `choose`, and where needed `judge`, `learn` and `remembers`.
 
     Args:
         blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
-        trigger: Says when.
-        care: Says what becomes of a seed.
+        trigger: Decides when.
+        care: Decides what becomes of a seed.
         max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
-        max_growing: Seeds that grow at the same time, at most, each in a slot of its own. All that may are germinated at
-            once, and the trigger waits until the fate of each is known.
-        patience: Epochs without a finite metric that are too many.
+        max_growing: Seeds that grow at the same time, at most, each in a slot of its own. They are germinated together,
+            and the trigger waits until each was kept or culled.
+        patience: Epochs without a finite metric until the model counts as diverged.
 
     Raises:
         TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
         TopologyError: If it maps something that is no topology.
         ValueError: If ``max_growing`` is below 1.
     """
+
+    remembers: ClassVar[dict[str, Any]] = {"silent": Count, "pending": set[Pair], "refused": set[Pair]}
 
     def __init__(
         self,
@@ -121,8 +121,6 @@ class GrowingPolicy:
         self._refused: set[Pair] = set()
         self._is_told = False
 
-    # -- what a policy of one's own says ---------------------------------------------------------------------------
-
     def choose(self, observation: Observation, pairs: Sequence[Pair]) -> Pair | None:
         """Return which of the pairs to grow now; there is at least one. Default: the first."""
         return pairs[0]
@@ -133,8 +131,6 @@ class GrowingPolicy:
 
     def learn(self, observation: Observation) -> None:
         """Take an epoch before anything is decided."""
-
-    # -- the rest --------------------------------------------------------------------------------------------------
 
     def decide(self, observation: Observation) -> Sequence[Command]:
         """Return at most one command a slot."""
@@ -232,24 +228,14 @@ class GrowingPolicy:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the policy remembers, as plain data."""
-        return {
-            "trigger": self.trigger.state_dict(),
-            "silent": self._silent,
-            "pending": [list(pair) for pair in sorted(self._pending)],
-            "refused": [list(pair) for pair in sorted(self._refused)],
-        }
+        """Return the state as plain data, the trigger's included."""
+        return super().state_dict() | {"trigger": self.trigger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned.
-
-        Raises:
-            CheckpointError: If it is damaged, or another policy's.
-        """
-        silent = remembered(state, "silent", Count)
-        pending, refused = (remembered(state, name, set[tuple[str, str]]) for name in ("pending", "refused"))
+        """Restore what `state_dict` returned; see `Remembering.load_state_dict`."""
+        found = self.read_state(state)
         self.trigger.load_state_dict(remembered(state, "trigger", dict[str, Any]))
-        self._silent, self._pending, self._refused = silent, pending, refused
+        vars(self).update(found)
 
 
 def living_seeds(observation: Observation) -> list[SlotObservation]:

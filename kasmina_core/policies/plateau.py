@@ -39,12 +39,12 @@ class _InTurnPolicy(GrowingPolicy):
         return super().germinate(pair)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the policy remembers, as plain data."""
+        """Return the state as plain data."""
         tried = [[slot, blueprint, times] for (slot, blueprint), times in sorted(self._tried.items())]
         return super().state_dict() | {"tried": tried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         tried = remembered(state, "tried", list[tuple[str, str, Count]])
         super().load_state_dict(state)
         self._tried = {(slot, blueprint): times for slot, blueprint, times in tried}
@@ -52,12 +52,12 @@ class _InTurnPolicy(GrowingPolicy):
 
 @final
 class PlateauPolicy(_InTurnPolicy):
-    """Germinates when the metric stops improving, fossilises what passes G5, culls what takes too long.
+    """Germinate when the metric stops improving, fossilise what passes G5, cull what takes too long.
 
     One seed lives at a time, or up to ``max_growing`` in slots of their own. The metric is on a plateau when its best has
     not improved by ``min_delta`` (relative to the best's size) for ``patience`` epochs. Candidates are tried in order,
-    slot by slot, and a blueprint that was culled in a slot is not tried there again before all others were. One that gate
-    G0 refuses is not tried there again at all.
+    slot by slot; one that was culled in a slot is tried there again only after all others, and one that gate G0 refuses
+    never again.
 
     Args:
         blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
@@ -67,8 +67,8 @@ class PlateauPolicy(_InTurnPolicy):
         max_probation_epochs: Epochs in SHADOWING, PROBATIONARY or, once the ramp is done, BLENDING after which a seed
             that its gate refuses is culled.
         max_seeds: Seeds to keep at most; ``None`` for as many as there are slots.
-        max_growing: Seeds that grow at the same time, at most. They are germinated together; the next plateau is looked
-            for once the fate of each is known.
+        max_growing: Seeds that grow at the same time, at most. They are germinated together; the next plateau counts from
+            when each was kept or culled.
         revert: Whether a cull puts the host back where ``GrowthConfig(keep_snapshot=True)`` kept a snapshot of it.
 
     Raises:
@@ -95,23 +95,17 @@ class PlateauPolicy(_InTurnPolicy):
 
 @final
 class FixedTimesPolicy(_InTurnPolicy):
-    """Germinates at fixed epochs, whatever the metric does; the rest is as in `PlateauPolicy`.
+    """Germinate at fixed epochs, whatever the metric does.
 
-    A time at which a seed still grows, or no slot is free, is made up for as soon as can be.
+    If a seed still grows then, or no slot is free, it is done as soon as possible.
 
     Args:
-        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
-        epochs: Epochs of the model at which to germinate.
-        max_training_epochs: As in `PlateauPolicy`.
-        max_probation_epochs: As in `PlateauPolicy`.
-        max_seeds: As in `PlateauPolicy`.
-        max_growing: As in `PlateauPolicy`; each time is for so many.
-        revert: As in `PlateauPolicy`.
+        epochs: Epochs of the model at which to germinate, up to ``max_growing`` seeds each time.
+        blueprints, max_training_epochs, max_probation_epochs, max_seeds, max_growing, revert: As in `PlateauPolicy`,
+            errors too.
 
     Raises:
-        ValueError: If there is no epoch, or a number is out of range.
-        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
-        TopologyError: If it maps something that is no topology.
+        ValueError: If ``epochs`` is empty or holds a negative number.
     """
 
     def __init__(

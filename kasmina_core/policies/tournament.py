@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, final
 
 from kasmina_core.lifecycle import CONTRIBUTING, LIVING, SeedStage
 from kasmina_core.policies.growing import Candidates, GrowingPolicy, Pair, SeedCare
-from kasmina_core.policies.memory import remembered
-from kasmina_core.policies.protocol import (
-    Command,
-    Cull,
-    Germinate,
-    Observation,
-    Regerminate,
-    SlotObservation,
-)
+from kasmina_core.policies.protocol import Command, Germinate, Observation, Regerminate, SlotObservation
 from kasmina_core.policies.triggers import Plateau
 
 
 @final
 class TournamentPolicy(GrowingPolicy):
-    """Lets candidates learn apart, one after another in each slot, and grows the one that gains most.
+    """Incubate candidates one after another in each slot, and grow the one that gains most.
 
-    A plateau opens a tournament. In every free slot the candidates are incubated in turn, each for
-    ``incubation_epochs`` in TRAINING, and culled from there, or from BLENDING before alpha moves, so that none leaves a
-    trace in the host; slots work side by side. The best of each slot is put aside with its weights. When all were seen,
-    the one with the largest gain above 0 goes on with the weights it had, or anew where they were lost (`save_checkpoint`
-    saves them, a copy of the model has none). The gates then decide on it as on any seed. A slot is free again after its embargo, so with
-    ``n`` candidates a slot a tournament takes about ``n * (incubation_epochs + embargo_epochs + 3)`` epochs.
+    A plateau opens a tournament. In every free slot, in parallel, each candidate spends ``incubation_epochs`` in TRAINING
+    and is culled from there, or from BLENDING before alpha moves, so none leaves a trace in the host. The best of each
+    slot is kept with its weights. After the last one, the seed with the largest gain above 0 continues with its weights,
+    or from new ones if they were lost (`save_checkpoint` saves them, a copy of the model does not). The gates then
+    decide on it as on any seed. A slot is free again after its embargo, so with ``n`` candidates per slot a tournament
+    takes about ``n * (incubation_epochs + embargo_epochs + 3)`` epochs.
 
     Args:
-        blueprints: Candidates by topology: a mapping, or a function of a slot's observation. Ids or short names.
         incubation_epochs: Epochs in TRAINING before a candidate is measured, at least 1; its gain is only measured
             once G2's dwell is over.
-        contenders: Candidates a slot at most, the first ones; ``None`` for all.
-        patience: Epochs without improvement that make a plateau, as in `PlateauPolicy`.
-        min_delta: Smallest improvement that counts, as in `PlateauPolicy`.
-        max_training_epochs: As in `PlateauPolicy`, for the winner.
-        max_probation_epochs: As in `PlateauPolicy`, for the winner.
-        max_seeds: As in `PlateauPolicy`.
-        revert: As in `PlateauPolicy`.
-
-    Raises:
-        ValueError: If a number is out of range.
-        TypeError: If ``blueprints`` is neither a mapping to lists nor a function.
-        TopologyError: If it maps something that is no topology.
+        contenders: Candidates per slot at most, the first ones; ``None`` for all.
+        blueprints, patience, min_delta, max_seeds, revert: As in `PlateauPolicy`, errors too.
+        max_training_epochs, max_probation_epochs: As in `PlateauPolicy`, for the winner.
     """
+
+    remembers: ClassVar = GrowingPolicy.remembers | {
+        "waiting": list[Pair],
+        "inside": dict[str, str],
+        "results": list[tuple[str, str, str, float]],
+        "winner": tuple[str, str, str] | None,
+    }
 
     def __init__(
         self,
@@ -135,9 +125,8 @@ class TournamentPolicy(GrowingPolicy):
         result = (slot.slot, blueprint, slot.seed_id, slot.gain)
         self._results.append(result)
         here = [other for other in self._results if other[0] == slot.slot]
-        keep = self._best(here) == result[:3]
-        command = self.care.cull(slot, f"compared: it gains {slot.gain:.4g}")
-        return Cull(command.slot, command.reason, command.revert, keep=keep)
+        cull = self.care.cull(slot, f"compared: it gains {slot.gain:.4g}")
+        return replace(cull, keep=self._best(here) == result[:3])
 
     @staticmethod
     def _best(results: Sequence[tuple[str, str, str, float]]) -> tuple[str, str, str] | None:
@@ -150,21 +139,3 @@ class TournamentPolicy(GrowingPolicy):
         self.trigger.spend()
         self._pending.add((name, blueprint))
         return Regerminate(name) if slot.kept_seed == seed_id else Germinate(name, blueprint)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the policy remembers, as plain data."""
-        return super().state_dict() | {
-            "waiting": [list(pair) for pair in self._waiting],
-            "inside": dict(sorted(self._inside.items())),
-            "results": [list(result) for result in self._results],
-            "winner": list(self._winner) if self._winner is not None else None,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
-        waiting = remembered(state, "waiting", list[tuple[str, str]])
-        inside = remembered(state, "inside", dict[str, str])
-        results = remembered(state, "results", list[tuple[str, str, str, float]])
-        winner = remembered(state, "winner", tuple[str, str, str] | None)
-        super().load_state_dict(state)
-        self._waiting, self._inside, self._results, self._winner = waiting, inside, results, winner

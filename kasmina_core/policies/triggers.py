@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, final
+from typing import Any, ClassVar, Protocol, final
 
-from kasmina_core.policies.memory import remembered
+from kasmina_core.policies.memory import Remembering
 from kasmina_core.policies.protocol import Observation
 from kasmina_core.records import Count
 
@@ -24,7 +24,7 @@ class Trigger(Protocol):
         ...
 
     def spend(self) -> None:
-        """Hear that a seed was germinated."""
+        """Called when a seed was germinated."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Trigger(Protocol):
 
 
 @final
-class Plateau:
+class Plateau(Remembering):
     """The metric's best has not improved by ``min_delta`` (relative to its size) for ``patience`` epochs.
 
     Epochs in which a seed grows do not count: the metric is judged anew once its fate is known. Nor do epochs without
@@ -50,6 +50,8 @@ class Plateau:
     Raises:
         ValueError: If a number is out of range.
     """
+
+    remembers: ClassVar[dict[str, Any]] = {"best": float | None, "stale": Count}
 
     def __init__(self, patience: int = 3, min_delta: float = 0.01) -> None:
         if patience < 1:
@@ -78,18 +80,9 @@ class Plateau:
         """Wait for the next plateau."""
         self._stale = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, as plain data."""
-        return {"best": self._best, "stale": self._stale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
-        best = remembered(state, "best", float | None)
-        self._best, self._stale = best, remembered(state, "stale", Count)
-
 
 @final
-class FixedTimes:
+class FixedTimes(Remembering):
     """Once at each of the given epochs, or as soon after it as the seeds before allow.
 
     Args:
@@ -98,6 +91,8 @@ class FixedTimes:
     Raises:
         ValueError: If there is none, or one is negative.
     """
+
+    remembers: ClassVar[dict[str, Any]] = {"spent": Count}
 
     def __init__(self, epochs: Sequence[int]) -> None:
         self.epochs = sorted(map(int, epochs))
@@ -114,12 +109,4 @@ class FixedTimes:
 
     def spend(self) -> None:
         """Wait for the next time."""
-        self._spent = min(self._spent + 1, len(self.epochs))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, as plain data."""
-        return {"spent": self._spent}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
-        self._spent = min(remembered(state, "spent", Count), len(self.epochs))
+        self._spent += 1
