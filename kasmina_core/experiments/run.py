@@ -6,8 +6,7 @@ import inspect
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -28,7 +27,6 @@ from kasmina_core.experiments.record import (
     EpochRecord,
     EpochSlot,
     RunRecord,
-    SeedOutcome,
     SeedRecord,
 )
 from kasmina_core.experiments.tasks import SplitName, Task
@@ -51,7 +49,7 @@ from kasmina_core.policies.protocol import (
     SlotObservation,
 )
 from kasmina_core.policies.triggers import FixedTimes, Plateau
-from kasmina_core.quiet import derived_seed, private_rng
+from kasmina_core.quiet import derived_seed, private_rng, quiet_evaluation
 from kasmina_core.records import Record
 from kasmina_core.slots.settings import RampUnit
 from kasmina_core.topology import Topology
@@ -147,75 +145,64 @@ class Display(Protocol):
 
 @final
 class SeedLog:
-    """Writes down the life of every seed from the events of a model, and passes the events on."""
+    """Records the life of every seed from the events of a model, and passes the events on."""
 
     def __init__(self) -> None:
         self.onward: EventTarget | None = None
         self._lives: dict[str, dict[str, Any]] = {}
         self.evidence: dict[str, SeedEvidence] = {}
-        self.verdicts: dict[str, GateResult] = {}
+        self._reasons: dict[str, str] = {}
         self._findings: dict[str, tuple[str, Finding]] = {}
 
     def note(self, seed_id: str, evidence: SeedEvidence | None, verdict: GateResult | None) -> None:
-        """Write down what was measured of a seed in an epoch, and what its gate said."""
+        """Record the evidence of a seed in an epoch, and its gate's verdict."""
         if evidence is not None:
             self.evidence[seed_id] = evidence
         if verdict is not None:
-            self.verdicts[seed_id] = verdict
+            self._reasons[seed_id] = verdict.reason
             if verdict.finding is not None and verdict.gate is not None:
                 self._findings[seed_id] = verdict.gate.name, verdict.finding
 
     def emit(self, event: TelemetryEvent) -> None:
-        """Take an event."""
+        """Record an event."""
         if self.onward is not None:
             self.onward.emit(event)
         if not event.seed_id:
             return
-        life = self._lives.setdefault(event.seed_id, {"stages": [], "outcome": "unfinished", "ended": None})
+        life = self._lives.setdefault(
+            event.seed_id, {"stages": [], "outcome": "unfinished", "ended_epoch": None}
+        )
         if isinstance(event, SeedGerminated):
             life |= {"slot": event.slot, "blueprint": event.blueprint_id, "parameters": event.parameters}
-            life["germinated"] = event.epoch
+            life["germinated_epoch"] = event.epoch
         elif isinstance(event, StageChanged):
             life["stages"].append((event.after, event.epoch))
         elif isinstance(event, SeedFossilized):
-            life |= {"outcome": "fossilized", "ended": event.epoch}
-            life["reason"] = "G5 passed"
+            life |= {"outcome": "fossilized", "ended_epoch": event.epoch, "reason": "G5 passed"}
         elif isinstance(event, SeedCulled):
             reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
-            life |= {"outcome": "culled", "ended": event.epoch, "reason": event.reason + reverted}
+            life |= {"outcome": "culled", "ended_epoch": event.epoch, "reason": event.reason + reverted}
 
     def records(self) -> list[SeedRecord]:
         """Return the seeds in the order in which they germinated."""
         records = []
         for seed_id, life in self._lives.items():
-            evidence = self.evidence.get(seed_id)
-            low, high = evidence.interval if evidence is not None else (None, None)
-            outcome: SeedOutcome = life["outcome"]
-            reason = life.get("reason") or (
-                str(self.verdicts[seed_id].reason) if seed_id in self.verdicts else ""
-            )
-            gate, finding = self._findings.get(seed_id, ("", None))
-            if finding is not None:
+            known: dict[str, Any] = {"reason": self._reasons.get(seed_id, "")} | life
+            if seed_id in self._findings:
+                gate, finding = self._findings[seed_id]
+                known["finding"] = {"gate": gate} | finding.to_dict()
+                reason = known["reason"]
                 found = f"{finding}" if reason == f"{gate} passed" else f"{gate} found {finding}"
-                reason = f"{reason}: {found}" if reason else found
-            records.append(
-                SeedRecord(
-                    seed_id=seed_id,
-                    slot=life["slot"],
-                    blueprint=life["blueprint"],
-                    outcome=outcome,
-                    germinated_epoch=life["germinated"],
-                    ended_epoch=life["ended"],
-                    stages=life["stages"],
-                    parameters=life["parameters"],
-                    gain=evidence.gain if evidence is not None else None,
-                    gain_low=low,
-                    gain_high=high,
-                    reason=reason,
-                    samples=evidence.samples if evidence is not None else None,
-                    finding={"gate": gate} | finding.to_dict() if finding is not None else None,
-                )
-            )
+                known["reason"] = f"{reason}: {found}" if reason else found
+            if (evidence := self.evidence.get(seed_id)) is not None:
+                low, high = evidence.interval
+                known |= {
+                    "gain": evidence.gain,
+                    "gain_low": low,
+                    "gain_high": high,
+                    "samples": evidence.samples,
+                }
+            records.append(SeedRecord(seed_id=seed_id, **known))
         return records
 
 
@@ -342,48 +329,113 @@ def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: Ru
     )
 
 
-def _thresholds(proof: str) -> GateThresholds:
-    return GateThresholds() if proof == "training" else GateThresholds.proof_in_probation()
+def make_model(
+    plugins: PluginRegistry,
+    task: Task,
+    settings: RunSettings,
+    config: GrowthConfig,
+    telemetry: EventTarget | None = None,
+) -> tuple[str, MorphogeneticModel]:
+    """Build the host of a run with its slots; return the host's id too.
+
+    Raises:
+        KasminaError: If there is no such host or point, or the host does not take an option.
+    """
+    host_id, host = make_host(plugins, task, settings)
+    has_example = isinstance(host, HostProtocol) and hasattr(host, "example_inputs")
+    model = MorphogeneticModel(
+        host,
+        settings.slots or None,
+        config=config,
+        example=None if has_example else (task.train.inputs[:2],),
+        registry=plugins.blueprints,
+        telemetry=telemetry,
+    )
+    return host_id, model
+
+
+def train_epoch(
+    module: nn.Module,
+    task: Task,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
+    ledger: FlopLedger,
+    is_over: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Train on every sample once; a `MorphogeneticModel` incubates its seeds in every step.
+
+    Args:
+        module: The model, on the task's device.
+        task: Gives batches and the loss.
+        batch_size: Samples per batch.
+        optimizer: Steps after each batch.
+        order: Shuffles the samples.
+        ledger: Is charged with what the training costs.
+        is_over: Called before each batch; true ends the epoch.
+
+    Returns:
+        Mean loss per sample; ``None`` if no batch was trained.
+    """
+    model = module if isinstance(module, MorphogeneticModel) else None
+    module.train()
+    total, samples = 0.0, 0
+    for inputs, targets in task.training_batches(batch_size, order):
+        if is_over():
+            break
+
+        def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            return task.loss(module(inputs), targets).mean()
+
+        def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
+            value = loss()
+            value.backward()  # type: ignore[no-untyped-call]  # torch
+            return value.detach()
+
+        optimizer.zero_grad(set_to_none=True)
+        kind = (forward_kind(model) if model else (), tuple(inputs.shape))
+        value = ledger.charge(("learn", kind), learn)
+        if model is not None:
+            incubating = tuple(slot.is_incubating for slot in model.slots.values())
+            ledger.charge(("incubate", kind, incubating), partial(model.incubate, loss))
+            model.step()
+        optimizer.step()
+        total += float(value) * len(inputs)
+        samples += len(inputs)
+    return total / samples if samples else None
+
+
+def forward_kind(model: MorphogeneticModel) -> Hashable:
+    """Return what decides the cost of a forward: each slot's mode and blueprint, and what a replay spares."""
+    slots = model.slots.values()
+    modes = tuple((s.mode, s.state.blueprint_id if s.state is not None else "") for s in slots)
+    return model.is_replaying, next((s.name for s in slots if s.is_forced), ""), modes
 
 
 @final
 class GrowthRun:
-    """Trains both arms and fills the record. ``interrupt`` ends it cleanly after the present batch."""
+    """Trains both arms and fills the record. ``interrupt`` ends it after the current batch."""
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        task: Task,
-        plugins: PluginRegistry,
-        display: Display,
-    ) -> None:
+    def __init__(self, settings: RunSettings, task: Task, plugins: PluginRegistry, display: Display) -> None:
         self.settings = settings
         self.task = task
         self._display = display
         self._interrupted = False
         self._refused = False
         self._log = SeedLog()
-        host_id, host = make_host(plugins, task, settings)
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
+        in_training = settings.proof == "training"
         config = GrowthConfig(
             incubation=settings.incubation,  # type: ignore[arg-type]  # the config turns text into its Enum
             ramp_unit=RampUnit.STEP,
             ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
             keep_snapshot=True,
-            gates=QualityGates(thresholds=_thresholds(settings.proof)),
+            gates=QualityGates(
+                thresholds=GateThresholds() if in_training else GateThresholds.proof_in_probation()
+            ),
             seed=derived_seed(settings.seed, "seeds"),
         )
-        example = None
-        if not (isinstance(host, HostProtocol) and hasattr(host, "example_inputs")):
-            example = (task.train.inputs[:2],)
-        self.model = MorphogeneticModel(
-            host,
-            settings.slots or None,
-            config=config,
-            example=example,
-            registry=plugins.blueprints,
-            telemetry=self._log,
-        )
+        host_id, self.model = make_model(plugins, task, settings, config, self._log)
         self._policy = make_policy(plugins, self.model, settings)
         self._host_alone = make_host(plugins, task, settings)[1]
         self.record = RunRecord(
@@ -405,10 +457,11 @@ class GrowthRun:
             telemetry: Takes the events of the grown model.
         """
         self._log.onward = telemetry
-        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
-            self._grow()
-        with private_rng(derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)):
-            self._train_alone()
+        for arm in (self._grow, self._train_alone):
+            with private_rng(
+                derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)
+            ):
+                arm()
         self.record.interrupted = self._interrupted
         self.record.notes.append(test_figures_note(self.record))
         if not self.record.seeds:
@@ -419,46 +472,16 @@ class GrowthRun:
             )
         return self.record
 
-    # -- the two arms ----------------------------------------------------------------------------------------------
-
     def _grow(self) -> None:
-        model, settings, ledger = self.model, self.settings, FlopLedger()
-        started = time.perf_counter()
-        self._display.phase(f"growing the host on {self.task.name}", settings.epochs)
-        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), settings.lr))
-        model.evaluate_with(lambda: self._losses(model, "gate", ledger, self._modes))
-        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
-        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
-        for epoch in range(1, settings.epochs + 1):
-            loss = self._train_epoch(model, optimizer, order, ledger, grown=True)
-            if loss is None:
-                break
-            val_loss, val_metric = self._evaluate(model, "val")
-            verdicts = model.step_epoch(val_loss)
-            for slot in model.slots.values():
-                if slot.state is not None:
-                    self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
-            self._follow()
-            gate = "; ".join(
-                f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
-            )
-            record = EpochRecord(
-                epoch=epoch,
-                train_loss=loss,
-                val_loss=val_loss,
-                val_metric=val_metric,
-                parameters=_trainable(model),
-                flops=float(ledger.total),
-                slots=[self._slot_record(name) for name in model.slots],
-                gate=gate,
-            )
-            self.record.epochs.append(record)
-            last.append(self._evaluate(model, "test"))
-            self._display.epoch(record)
+        model, ledger = self.model, FlopLedger()
+        self._display.phase(f"growing the host on {self.task.name}", self.settings.epochs)
+        model.evaluate_with(lambda: self._losses("gate", ledger))
+        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), self.settings.lr))
+        arm = self._train(GROWN, model, optimizer, ledger, self.record.epochs, epochs=self.settings.epochs)
         for name, slot in model.slots.items():
             if slot.is_active and slot.state is not None:
-                # What a kept seed is worth is told on samples that decided nothing.
-                evidence = model.measure(name, lambda: self._losses(model, "test"))
+                # A kept seed is measured on the test samples: no decision was made on them.
+                evidence = model.measure(name, lambda: self._losses("test"))
                 if evidence is not None:
                     self._log.evidence[slot.state.seed_id] = evidence
         self.record.seeds = self._log.records()
@@ -472,18 +495,84 @@ class GrowthRun:
                 f"{model.lost_epochs} epochs of the host's training were given up to undo what seeds did that were "
                 "culled late; their operations are charged."
             )
-        self._finish_arm(GROWN, model, ledger, len(self.record.epochs), last, time.perf_counter() - started)
+        self.record.arms.append(arm)
 
-    def _follow(self) -> None:
-        """Carry out what the policy says; a refused command is noted, unless it asked a gate, which the record has."""
+    def _train_alone(self) -> None:
+        grown = self.record.arm(GROWN)
+        if grown is None or self._interrupted:
+            return
+        host = self._host_alone
+        self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
+        optimizer = torch.optim.Adam(host.parameters(), self.settings.lr)
+        arm = self._train(HOST_ALONE, host, optimizer, FlopLedger(), self.record.baseline, budget=grown.flops)
+        if not self._interrupted:  # a host that was trained for less is no comparison
+            self.record.arms.append(arm)
+
+    def _train(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ledger: FlopLedger,
+        records: list[EpochRecord],
+        *,
+        epochs: float = math.inf,
+        budget: float = math.inf,
+    ) -> ArmResult:
+        """Train one arm for so many epochs or FLOPs, record its epochs, and return its final figures."""
+        started = time.perf_counter()
+        order = torch.Generator().manual_seed(derived_seed(self.settings.seed, "order"))
+        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
+
+        def is_over() -> bool:
+            return self._interrupted or ledger.total >= budget
+
+        while len(records) < epochs and ledger.total < budget:
+            before = ledger.total
+            batch_size = self.settings.batch_size
+            loss = train_epoch(module, self.task, batch_size, optimizer, order, ledger, is_over)
+            if loss is None or self._interrupted:
+                break
+            val_loss, val_metric = self._evaluate(module, "val")
+            grows = module is self.model
+            gate = self._step_epoch(val_loss) if grows else ""
+            slots = [self._slot_record(slot) for slot in self.model.slots] if grows else ()
+            flops = float(ledger.total)
+            record = EpochRecord(
+                len(records) + 1, loss, val_loss, val_metric, _trainable(module), flops, slots, gate
+            )
+            records.append(record)
+            last.append(self._evaluate(module, "test"))
+            if grows:
+                self._display.epoch(record)
+            else:
+                self._display.advance(ledger.total - before)
+        seconds = time.perf_counter() - started
+        val_loss, _ = self._evaluate(module, "val")
+        test_loss, test_metric = map(fmean, zip(*(last or [self._evaluate(module, "test")]), strict=True))
+        flops = float(ledger.total)
+        return ArmResult(
+            name, _trainable(module), flops, len(records), val_loss, test_loss, test_metric, seconds
+        )
+
+    def _step_epoch(self, val_loss: float) -> str:
+        """End an epoch of the grown model, follow its policy, and return what the gates said."""
+        verdicts = self.model.step_epoch(val_loss)
+        for slot in self.model.slots.values():
+            if slot.state is not None:
+                self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
         self.model.follow(self._policy)
         for outcome in self.model.outcomes:
-            if not outcome.done and not isinstance(outcome.command, Advance):
+            if not outcome.done and not isinstance(
+                outcome.command, Advance
+            ):  # a gate's verdict is in the record
                 self._refused |= isinstance(outcome.command, Germinate | Regerminate)
                 self.record.notes.append(outcome.refusal)
+        return "; ".join(
+            f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
+        )
 
     def _why_no_seed(self) -> str:
-        """Say in a line why no seed germinated."""
         epochs, trigger = len(self.record.epochs), getattr(self._policy, "trigger", None)
         if isinstance(self._policy, NoGrowthPolicy):
             return "No seed germinated: policy 'none' grows nothing."
@@ -508,95 +597,13 @@ class GrowthRun:
             again.is_due(Observation(e.epoch, e.val_loss, False, 0, 0, ()), False) for e in self.record.epochs
         )
 
-    def _train_alone(self) -> None:
-        grown = self.record.arm(GROWN)
-        if grown is None or self._interrupted:
-            return
-        host, settings, ledger = self._host_alone, self.settings, FlopLedger()
-        started = time.perf_counter()
-        self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
-        optimizer = torch.optim.Adam(host.parameters(), settings.lr)
-        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
-        last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
-        epoch = 0
-        while ledger.total < grown.flops:
-            before = ledger.total
-            loss = self._train_epoch(host, optimizer, order, ledger, budget=grown.flops)
-            if loss is None:
-                break
-            epoch += 1
-            val_loss, val_metric = self._evaluate(host, "val")
-            self.record.baseline.append(
-                EpochRecord(epoch, loss, val_loss, val_metric, _trainable(host), float(ledger.total))
-            )
-            last.append(self._evaluate(host, "test"))
-            self._display.advance(ledger.total - before)
-        if not self._interrupted:  # a host that was not trained as long is nothing to compare with
-            self._finish_arm(HOST_ALONE, host, ledger, epoch, last, time.perf_counter() - started)
-
-    def _train_epoch(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        order: torch.Generator,
-        ledger: FlopLedger,
-        *,
-        grown: bool = False,
-        budget: float = math.inf,
-    ) -> float | None:
-        """Train one epoch and return its mean loss; ``None`` if the run was interrupted before a batch was done."""
-        module.train()
-        total, samples = 0.0, 0
-        for inputs, targets in self.task.training_batches(self.settings.batch_size, order):
-            if self._interrupted or ledger.total >= budget:
-                break
-
-            def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                return self.task.loss(module(inputs), targets).mean()
-
-            def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
-                value = loss()
-                value.backward()  # type: ignore[no-untyped-call]  # torch
-                return value.detach()
-
-            optimizer.zero_grad(set_to_none=True)
-            kind = (self._modes if grown else (), tuple(inputs.shape))
-            value = ledger.charge(("learn", kind), learn)
-            if grown:
-                ledger.charge(("incubate", kind, self._incubating), partial(self.model.incubate, loss))
-                self.model.step()
-            optimizer.step()
-            total += float(value) * len(inputs)
-            samples += len(inputs)
-        return total / samples if samples and not self._interrupted else None
-
-    # -- measuring -------------------------------------------------------------------------------------------------
-
-    @property
-    def _modes(self) -> Hashable:
-        """What decides the cost of a forward: each slot's forward mode and blueprint, and what a tape spares."""
-        modes = (
-            (s.mode, s.state.blueprint_id if s.state is not None else "") for s in self.model.slots.values()
-        )
-        forced = next((s.name for s in self.model.slots.values() if s.is_forced), "")
-        return self.model.is_replaying, forced, tuple(modes)
-
-    @property
-    def _incubating(self) -> Hashable:
-        return tuple(slot.is_incubating for slot in self.model.slots.values())
-
-    def _losses(
-        self,
-        module: nn.Module,
-        split: SplitName,
-        ledger: FlopLedger | None = None,
-        modes: Hashable = (),
-    ) -> Tensor:
-        losses = []
+    def _losses(self, split: SplitName, ledger: FlopLedger | None = None) -> Tensor:
+        """Return the grown model's loss of each sample of a split."""
+        modes, losses = forward_kind(self.model), []
         for inputs, targets in self.task.batches(split, EVALUATION_BATCH):
 
             def forward(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                return self.task.loss(module(inputs), targets)
+                return self.task.loss(self.model(inputs), targets)
 
             kind = ("evaluate", modes, tuple(inputs.shape))
             losses.append(ledger.charge(kind, forward) if ledger is not None else forward())
@@ -604,12 +611,10 @@ class GrowthRun:
 
     def _evaluate(self, module: nn.Module, split: SplitName) -> tuple[float, float]:
         """Return mean loss and mean metric of a split."""
-        with _eval_mode(module), torch.no_grad():
+        with quiet_evaluation(module):
             logits = torch.cat([module(inputs) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)])
-            targets = self.task.splits[split].targets
-            return float(self.task.loss(logits, targets).mean()), float(
-                self.task.metric(logits, targets).mean()
-            )
+        targets = self.task.splits[split].targets
+        return float(self.task.loss(logits, targets).mean()), float(self.task.metric(logits, targets).mean())
 
     def _slot_record(self, name: str) -> EpochSlot:
         slot = self.model.slots[name]
@@ -617,30 +622,6 @@ class GrowthRun:
         blueprint = slot.state.blueprint_id if slot.state is not None and slot.seed is not None else ""
         gain = evidence.gain if evidence is not None else None
         return EpochSlot(name, slot.stage.name, blueprint, slot.alpha, gain)
-
-    def _finish_arm(
-        self,
-        name: str,
-        module: nn.Module,
-        ledger: FlopLedger,
-        epochs: int,
-        last: Sequence[tuple[float, float]],
-        seconds: float,
-    ) -> None:
-        val_loss, _ = self._evaluate(module, "val")
-        test_loss, test_metric = map(fmean, zip(*(last or [self._evaluate(module, "test")]), strict=True))
-        self.record.arms.append(
-            ArmResult(
-                name,
-                _trainable(module),
-                float(ledger.total),
-                epochs,
-                val_loss,
-                test_loss,
-                test_metric,
-                seconds,
-            )
-        )
 
 
 def test_figures_note(record: RunRecord) -> str:
@@ -655,16 +636,6 @@ def test_figures_note(record: RunRecord) -> str:
     if epochs == 1:
         return "Test figures are those of the model after the last epoch."
     return f"Test figures are means over the models of the last {epochs} epochs."
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def _trainable(module: nn.Module) -> int:

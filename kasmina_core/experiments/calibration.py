@@ -1,12 +1,95 @@
-"""Report of a calibration, as text and as a picture."""
+"""Calibration of a task's gates: the measurement, and its report as text and as a picture."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, final
 
+import torch
+
+from kasmina_core.evidence import calibration
 from kasmina_core.evidence.calibration import Calibration
+from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.report import blank_figure, figure_png
+from kasmina_core.experiments.run import (
+    EVALUATION_BATCH,
+    Display,
+    RunSettings,
+    candidates,
+    make_model,
+    train_epoch,
+)
+from kasmina_core.experiments.tasks import Split, Task
 from kasmina_core.experiments.wording import clean
+from kasmina_core.growth.config import GrowthConfig
+from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.packs.discovery import PluginRegistry
+from kasmina_core.quiet import derived_seed, private_rng
+
+
+@final
+class CalibrationRun:
+    """Trains the host of a task, then measures what placebo seeds gain.
+
+    Args:
+        settings: Host, slots, blueprints, epochs of the host, batch size, learning rate and seed.
+        task: What the host learns.
+        plugins: Offers the host and the blueprints.
+        seeds: Placebo seeds.
+        looks: Looks at each of them.
+
+    Raises:
+        KasminaError: If there is no such host, point or blueprint, or they do not fit each other.
+    """
+
+    def __init__(
+        self, settings: RunSettings, task: Task, plugins: PluginRegistry, seeds: int, looks: int
+    ) -> None:
+        self.settings, self.task, self.seeds, self.looks = settings, task, seeds, looks
+        self.steps_per_look = math.ceil(len(task.train.inputs) / settings.batch_size)
+        config = GrowthConfig(seed=derived_seed(settings.seed, "seeds"))
+        self.host_id, self._model = make_model(plugins, task, settings, config)
+        fitting = candidates(plugins, self._model, settings.blueprints)
+        slots = self._model.observe().slots
+        self._blueprints = list(dict.fromkeys(name for slot in slots for name in fitting(slot)))
+
+    def run(self, display: Display) -> Calibration:
+        """Train, raise the placebo seeds, and return what was found."""
+        settings, task, model = self.settings, self.task, self._model
+        order = torch.Generator().manual_seed(derived_seed(settings.seed, "order"))
+        batches = self._endless(order)
+
+        def placebo_loss(twin: MorphogeneticModel, generator: torch.Generator) -> torch.Tensor:
+            inputs, targets = next(batches)
+            return task.loss(twin(inputs), calibration.shuffled(targets, generator)).mean()
+
+        def evaluate(twin: MorphogeneticModel) -> torch.Tensor:
+            return torch.cat([task.loss(twin(x), y) for x, y in task.batches("gate", EVALUATION_BATCH)])
+
+        with private_rng(derived_seed(settings.seed, "training"), torch.device(settings.device)):
+            display.phase(f"training the host on {task.name}", settings.epochs)
+            optimizer, ledger = torch.optim.Adam(model.parameters(), settings.lr), FlopLedger()
+            for _ in range(settings.epochs):
+                train_epoch(model, task, settings.batch_size, optimizer, order, ledger)
+                display.advance()
+            display.phase(f"raising {self.seeds} placebo seeds", self.seeds)
+            return calibration.calibrate(
+                model,
+                evaluate,
+                placebo_loss,
+                blueprints=self._blueprints,
+                seeds=self.seeds,
+                looks=self.looks,
+                steps=self.steps_per_look,
+                lr=settings.lr,
+                seed=settings.seed,
+                progress=lambda done, of: display.advance(),
+            )
+
+    def _endless(self, order: torch.Generator) -> Iterator[Split]:
+        while True:
+            yield from self.task.training_batches(self.settings.batch_size, order)
 
 
 def proposal(found: Calibration, effect: float | None) -> dict[str, Any]:
