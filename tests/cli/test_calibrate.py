@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kasmina_core import files
+from kasmina_core.checkpoints import atomic
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.cli import INTERRUPTED, main
 from kasmina_core.experiments import record as recording
@@ -90,7 +90,7 @@ def test_a_full_disk_takes_files_and_not_the_figures(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    for module in (report, recording, files):  # both imported before, so that each gets its own back
+    for module in (report, recording, atomic):  # both imported before, so that each gets its own back
         monkeypatch.setattr(module, "write_atomically", write)
     folder = tmp_path / "run"
     result = _calibrate("--out", str(folder), *SHORT, *how)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from kasmina_core import files
+from kasmina_core.checkpoints import atomic
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.cli import main
 from kasmina_core.experiments import record as recording
@@ -340,7 +340,7 @@ def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_atomically(path, content)
 
-    for module in (report, recording, files):  # both imported before, so that each gets its own back
+    for module in (report, recording, atomic):  # both imported before, so that each gets its own back
         monkeypatch.setattr(module, "write_atomically", write)
 
 
