@@ -1,11 +1,11 @@
-"""What is wrong with the installed packs, and what to do about it."""
+"""Diagnosis of the installed packs: faults, and what to do about them."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -159,7 +159,13 @@ def diagnose(
         if record.state is PackState.DISCOVERED and record.reason is None:
             progress(record.name)
             tried[record] = probe(record, timeout)
-    packs = [(_with(record, tried.get(record)), tried.get(record)) for record in records]
+    packs: list[_Tried] = []
+    for record in records:
+        result = tried.get(record)
+        if result is not None and result.reason is not None:
+            packs.append((record.refused(result.reason, result.cause), result))
+        else:
+            packs.append((record, result))
     if checks:
         packs = _checked(packs, switches)
     findings += _names_nothing(switches, [record for record, _ in packs], places)
@@ -171,12 +177,6 @@ def diagnose(
 
 
 _Tried = tuple[PackRecord, Probe | None]
-
-
-def _with(record: PackRecord, result: Probe | None) -> PackRecord:
-    if result is None or result.reason is None:
-        return record
-    return replace(record, state=result.state, reason=result.reason, cause=result.cause)
 
 
 def _checked(packs: Iterable[_Tried], switches: Switches) -> list[_Tried]:

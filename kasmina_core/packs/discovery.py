@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry, Catalogue, HostRegistry
-from kasmina_core.blueprints.declarations import NAME_PATTERN, RegisteredBlueprint
+from kasmina_core.blueprints.declarations import NAME_PATTERN, NAME_RULE
 from kasmina_core.blueprints.foreign import contained, described, shown
 from kasmina_core.checks.global_state import SharedParts, preserved_global_state
 from kasmina_core.errors import KasminaError, NameConflictError, PluginError, UnknownNameError, did_you_mean
@@ -102,7 +102,7 @@ class PluginRegistry:
         self.blueprints.gate_checks = self._gate_checks
         self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
         self.hosts = HostRegistry(self._unavailable)
-        self._catalogues: dict[str, HostRegistry | Catalogue[Any]] = {
+        self._catalogues: dict[str, Catalogue[Any]] = {
             "hosts": self.hosts,
             "gate_checks": self._gate_checks,
             "policies": self._policies,
@@ -189,11 +189,8 @@ class PluginRegistry:
             PluginError: If it cannot be used; the cause is chained and kept in its record. Nothing of it is registered.
                 Also if an active pack has the name: then that one stays.
         """
-        module = (
-            plugin.__name__
-            if inspect.ismodule(plugin)
-            else f"{type(plugin).__module__}.{type(plugin).__qualname__}"
-        )
+        kind = type(plugin)
+        module = plugin.__name__ if inspect.ismodule(plugin) else f"{kind.__module__}.{kind.__qualname__}"
         record = PackRecord(name, module, distribution, version)
         with self._lock:
             if (taken := self._active(name)) is not None:
@@ -204,13 +201,8 @@ class PluginRegistry:
                 raise PluginError(cause) from NameConflictError(cause)
             self._forget(name)
             if not NAME_PATTERN.fullmatch(name):
-                record = replace(
-                    record,
-                    state=PackState.INVALID,
-                    reason=PackReason.BAD_NAME,
-                    cause=f"{name!r} is not a pack name: use lower case letters, digits, '_' and '-', a letter first.",
-                )
-                self._refuse(record, Offer())
+                cause = f"{name!r} is not a pack name: {NAME_RULE}"
+                record = self._refuse(record.refused(PackReason.BAD_NAME, cause), Offer())
             elif refused := unwanted(record, self.switches):
                 record = self._refuse(refused, Offer())
             else:
@@ -230,7 +222,14 @@ class PluginRegistry:
             if name not in active:
                 raise UnknownNameError(f"No pack '{name}' is active.{did_you_mean(name, active)}")
             record = active[name]
-            self._withdraw(record)
+            self._manager.unregister(name=_plugin_name(record))
+            for full in record.blueprints:
+                if full in self.blueprints:
+                    self.blueprints.unregister(full)
+                self._reports.pop(full, None)
+            for kind, catalogue in self._catalogues.items():
+                for full in getattr(record, kind):
+                    catalogue.discard(full)
             self.blueprints.mark_available(name)
             del self._records[record.key]
             return record
@@ -312,15 +311,11 @@ class PluginRegistry:
                     self._examine(record, offer)
             self._commit(record, plugin, offer)
         except Exception as error:
-            refusal = error if isinstance(error, RefusalError) else _unexpected(error)
-            record = replace(
-                record,
-                state=refusal.state,
-                reason=refusal.reason,
-                cause=refusal.cause,
-                error=refusal.error,
-            )
-            return self._refuse(record, offer)
+            if not isinstance(error, RefusalError):
+                error = RefusalError(
+                    PackReason.HOOK_FAILED, f"Taking what it declares raised {described(error)}", error
+                )
+            return self._refuse(record.refused(error.reason, error.cause, error.error), offer)
         record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
         self._records[record.key] = record
         self.blueprints.mark_available(record.name)
@@ -333,7 +328,6 @@ class PluginRegistry:
 
     def _withhold(self, record: PackRecord, offer: Offer) -> tuple[str, ...]:
         """Take out of an offer what a switch leaves out, and return the ids of that."""
-
         left_out = set()
         for things in offer.by_kind().values():
             for name in list(things):
@@ -355,7 +349,7 @@ class PluginRegistry:
             if torch_before is not None and (changed := torch_before.put_back()):
                 names = f"{', '.join(changed[:8])}{' and more' if len(changed) > 8 else ''}"
                 cause = f"It changes what all modules share: {names}. That was put back."
-                raise RefusalError(PackState.INVALID, PackReason.GLOBAL_STATE, cause, None)
+                raise RefusalError(PackReason.GLOBAL_STATE, cause)
 
     def _examine(self, record: PackRecord, offer: Offer) -> None:
         from kasmina_core.checks.blueprints import check_blueprint_spec
@@ -369,7 +363,7 @@ class PluginRegistry:
             try:
                 report.raise_if_failed()
             except KasminaError as error:
-                raise RefusalError(PackState.INVALID, PackReason.CHECK_FAILED, str(error), error) from error
+                raise RefusalError(PackReason.CHECK_FAILED, str(error), error) from error
 
     def _commit(self, record: PackRecord, plugin: object, offer: Offer) -> None:
         """Register everything; whatever goes wrong, nothing of the pack is left behind."""
@@ -389,42 +383,29 @@ class PluginRegistry:
                         spec, pack=record.name, distribution=record.distribution, version=record.version
                     )
                     undo.callback(self.blueprints.unregister, entry.id)
-                    self._announce(entry, offer.reports.get(spec.name))
+                    report = offer.reports.get(spec.name)
+                    self.events.append(
+                        BlueprintRegistered(
+                            blueprint_id=entry.id,
+                            distribution=entry.distribution,
+                            verdict=report.verdict.value if report is not None else "not run",
+                            sequence=len(self.events),
+                        )
+                    )
                 undo.pop_all()
         except NameConflictError as error:
-            raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, str(error), error) from error
+            raise RefusalError(PackReason.DUPLICATE_ID, str(error), error) from error
         except ValueError as error:  # pluggy: the object is registered already
             cause = (
                 f"'{record.module}' is loaded already under another name. Name it in one entry point only."
             )
-            raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_PACK, cause, error) from error
+            raise RefusalError(PackReason.DUPLICATE_PACK, cause, error) from error
         for check_name, check in offer.gate_checks.items():
             offer.gate_checks[check_name] = replace(check, name=f"{record.name}:{check_name}")
         for kind, catalogue in self._catalogues.items():
             for short, thing in getattr(offer, kind).items():
                 catalogue.add(f"{record.name}:{short}", thing)
         self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
-
-    def _announce(self, entry: RegisteredBlueprint, report: ValidationReport | None) -> None:
-        self.events.append(
-            BlueprintRegistered(
-                blueprint_id=entry.id,
-                distribution=entry.distribution,
-                verdict=report.verdict.value if report is not None else "not run",
-                sequence=len(self.events),
-            )
-        )
-
-    def _withdraw(self, record: PackRecord) -> None:
-        """Remove what an active pack registered."""
-        self._manager.unregister(name=_plugin_name(record))
-        for full in record.blueprints:
-            if full in self.blueprints:
-                self.blueprints.unregister(full)
-            self._reports.pop(full, None)
-        for kind, catalogue in self._catalogues.items():
-            for full in getattr(record, kind):
-                catalogue.discard(full)
 
     def _refuse(self, record: PackRecord, offer: Offer) -> PackRecord:
         """Keep the record of a pack that is not taken, and let questions for what it offered raise the cause."""
@@ -469,11 +450,6 @@ def _named_if_slow(record: PackRecord) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()  # a fork while a thread runs is warned of
-
-
-def _unexpected(error: Exception) -> RefusalError:
-    cause = f"Taking what it declares raised {described(error)}"
-    return RefusalError(PackState.FAILED, PackReason.HOOK_FAILED, cause, error)
 
 
 def _plugin_name(record: PackRecord) -> str:

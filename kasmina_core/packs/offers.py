@@ -1,4 +1,4 @@
-"""What one pack declares, asked of it alone; a pack that cannot be used is refused with state, reason and cause."""
+"""Collecting the declarations of one pack alone; an unusable pack is refused with reason and cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kasmina_core.blueprints.declarations import NAME_PATTERN, BlueprintSpec, Ho
 from kasmina_core.blueprints.foreign import EscapeError, cleaned, contained, described, shown
 from kasmina_core.errors import NameConflictError
 from kasmina_core.packs import hookspecs
-from kasmina_core.packs.scanning import PackReason, PackState
+from kasmina_core.packs.scanning import PackReason
 
 if TYPE_CHECKING:
     from kasmina_core.checks.reports import ValidationReport
@@ -31,11 +31,11 @@ def new_manager() -> pluggy.PluginManager:
 
 
 class RefusalError(Exception):
-    """A pack is not taken: state, reason and a cause for people."""
+    """A pack is not taken: the reason, a cause for people, and the exception behind it."""
 
-    def __init__(self, state: PackState, reason: PackReason, cause: str, error: BaseException | None) -> None:
+    def __init__(self, reason: PackReason, cause: str, error: BaseException | None = None) -> None:
         super().__init__(cause)
-        self.state, self.reason, self.cause = state, reason, cause
+        self.reason, self.cause = reason, cause
         self.error = error.__cause__ if isinstance(error, EscapeError) else error
 
 
@@ -64,19 +64,11 @@ def import_plugin(load_plugin: Callable[[], object]) -> object:
         with contained():
             plugin = load_plugin()
     except Exception as error:
-        raise RefusalError(
-            PackState.FAILED,
-            PackReason.IMPORT_FAILED,
-            f"Its import raised {described(error)}",
-            error,
-        ) from error
+        cause = f"Its import raised {described(error)}"
+        raise RefusalError(PackReason.IMPORT_FAILED, cause, error) from error
     if plugin is None or inspect.isclass(plugin):
-        raise RefusalError(
-            PackState.INVALID,
-            PackReason.WRONG_TYPE,
-            f"The entry point names {shown(plugin)}. Name a module, or an instance of the class.",
-            None,
-        )
+        cause = f"The entry point names {shown(plugin)}. Name a module, or an instance of the class."
+        raise RefusalError(PackReason.WRONG_TYPE, cause)
     return plugin
 
 
@@ -92,31 +84,21 @@ def collect_offer(plugin: object, offer: Offer) -> None:
                 name for name in HOOKS if name not in implemented and callable(getattr(plugin, name, None))
             ]
     except pluggy.PluginValidationError as error:
-        raise RefusalError(
-            PackState.INCOMPATIBLE,
-            PackReason.UNKNOWN_HOOK,
-            f"It does not fit the hooks of this version: {error}\n  hooks: {', '.join(HOOKS)}",
-            error,
-        ) from error
+        cause = f"It does not fit the hooks of this version: {error}\n  hooks: {', '.join(HOOKS)}"
+        raise RefusalError(PackReason.UNKNOWN_HOOK, cause, error) from error
     except Exception as error:
-        raise RefusalError(
-            PackState.FAILED,
-            PackReason.HOOK_FAILED,
-            f"Reading its hooks raised {described(error)}",
-            error,
-        ) from error
+        cause = f"Reading its hooks raised {described(error)}"
+        raise RefusalError(PackReason.HOOK_FAILED, cause, error) from error
     if unmarked or not implemented:
         what = f"{', '.join(unmarked)} lacks the mark @hookimpl" if unmarked else "It implements no hook"
-        raise RefusalError(PackState.INVALID, PackReason.NO_HOOK, f"{what}. Hooks: {', '.join(HOOKS)}.", None)
+        raise RefusalError(PackReason.NO_HOOK, f"{what}. Hooks: {', '.join(HOOKS)}.")
     for name in sorted(implemented):
         for impl in getattr(trial.hook, name).get_hookimpls():
             if impl.hookwrapper or getattr(impl, "wrapper", False):
-                raise RefusalError(
-                    PackState.INVALID,
-                    PackReason.WRONG_TYPE,
-                    f"{name} is a hook wrapper. A pack returns declarations of its own and wraps nobody's.",
-                    None,
+                cause = (
+                    f"{name} is a hook wrapper. A pack returns declarations of its own and wraps nobody's."
                 )
+                raise RefusalError(PackReason.WRONG_TYPE, cause)
     _gather(trial, "kasmina_blueprints", BlueprintSpec, offer.blueprints)
     _gather(trial, "kasmina_hosts", HostSpec, offer.hosts)
     if "kasmina_gate_checks" in implemented:
@@ -172,7 +154,7 @@ def _keep(kept: dict[str, Any], hook: str, name: str, thing: Any) -> None:
     if name in kept:
         both = f"  {shown(kept[name], 1000)}\n  {shown(thing, 1000)}"
         cause = f"{hook} declares the name '{name}' more than once:\n{both}\nRename all but one."
-        raise RefusalError(PackState.CONFLICT, PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
+        raise RefusalError(PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
     kept[name] = thing
 
 
@@ -189,13 +171,11 @@ def _ask(hook: pluggy.HookCaller, name: str, **arguments: Any) -> list[Any]:
 
 
 def _wrong_type(hook: str, wanted: str, found: object) -> RefusalError:
+    cause = f"{hook} must return {wanted}.\n  found: {shown(found)}, of type {type(found).__name__}"
     return RefusalError(
-        PackState.INVALID,
-        PackReason.WRONG_TYPE,
-        f"{hook} must return {wanted}.\n  found: {shown(found)}, of type {type(found).__name__}",
-        TypeError(f"{hook} must return {wanted}, not {shown(found)}"),
+        PackReason.WRONG_TYPE, cause, TypeError(f"{hook} must return {wanted}, not {shown(found)}")
     )
 
 
 def _hook_failed(hook: str, error: BaseException) -> RefusalError:
-    return RefusalError(PackState.FAILED, PackReason.HOOK_FAILED, f"{hook} raised {described(error)}", error)
+    return RefusalError(PackReason.HOOK_FAILED, f"{hook} raised {described(error)}", error)

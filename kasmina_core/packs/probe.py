@@ -1,4 +1,4 @@
-"""Importing one pack in a process of its own: how long it takes, whether it brings torch, and whether its hooks answer."""
+"""Import of one pack in a child process: its duration, whether it imports torch, and whether its hooks answer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ _CHILD: Final = (
 @final
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What became of a pack that was imported alone, and asked what it offers.
+    """Result of importing a pack alone and calling its hooks.
 
     Attributes:
-        state: `PackState.DISCOVERED` if nothing was wrong, else what the pack would be.
-        reason: Likewise, as a code.
+        reason: Why it could not be active, as a code; ``None`` if nothing was wrong.
         cause: Likewise, for people.
         seconds: How long the import took, beyond that of the library; ``None`` if it did not end.
         imports_torch: Whether torch was there afterwards.
@@ -36,13 +35,17 @@ class Probe:
         ended_process: Whether it ended the process that imported it, or did not end itself.
     """
 
-    state: PackState = PackState.DISCOVERED
     reason: PackReason | None = None
     cause: str = ""
     seconds: float | None = None
     imports_torch: bool = False
     module_is_gone: bool = False
     ended_process: bool = False
+
+    @property
+    def state(self) -> PackState:
+        """`PackState.DISCOVERED` if nothing was wrong, else what the pack would be."""
+        return PackState.DISCOVERED if self.reason is None else self.reason.state
 
 
 def probe(record: PackRecord, timeout: float) -> Probe:
@@ -75,11 +78,11 @@ def probe(record: PackRecord, timeout: float) -> Probe:
             f"Its import ended the process, exit status {done.returncode}" + (f": {said[-1]}" if said else "")
         )
     reason = told.pop("reason")
-    return Probe(PackState(told.pop("state")), PackReason(reason) if reason else None, **told)
+    return Probe(PackReason(reason) if reason else None, **told)  # type: ignore[call-arg]  # it looks a member up
 
 
 def _ended(cause: str) -> Probe:
-    return Probe(PackState.FAILED, PackReason.IMPORT_FAILED, cause, ended_process=True)
+    return Probe(PackReason.IMPORT_FAILED, cause, ended_process=True)
 
 
 def answer(order: Mapping[str, str]) -> None:
@@ -89,12 +92,7 @@ def answer(order: Mapping[str, str]) -> None:
     from kasmina_core.packs.offers import Offer, RefusalError, collect_offer, import_plugin
 
     entry = importlib_metadata.EntryPoint(order["name"], order["module"], GROUP)
-    told: dict[str, Any] = {
-        "state": PackState.DISCOVERED,
-        "reason": None,
-        "cause": "",
-        "module_is_gone": False,
-    }
+    told: dict[str, Any] = {"reason": None}
     begun = time.perf_counter()
     try:
         plugin = import_plugin(entry.load)
@@ -104,7 +102,7 @@ def answer(order: Mapping[str, str]) -> None:
     except RefusalError as refusal:
         told.setdefault("seconds", time.perf_counter() - begun)
         told.setdefault("imports_torch", "torch" in sys.modules)
-        told |= {"state": refusal.state, "reason": refusal.reason, "cause": refusal.cause}
+        told |= {"reason": refusal.reason, "cause": refusal.cause}
         told["module_is_gone"] = _is_gone(order["module"], refusal.error)
     with os.fdopen(ours, "w") as out:
         out.write(json.dumps(told))

@@ -1,15 +1,15 @@
-"""Which packs are installed, read from the metadata of distributions alone: no pack is imported, and torch is not."""
+"""Installed packs, from the metadata of distributions alone: no pack is imported, and torch is not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Annotated, Any, Final, final
+from typing import Annotated, Any, Final, Self, final
 
 import importlib_metadata
 
-from kasmina_core.blueprints.declarations import NAME_PATTERN
+from kasmina_core.blueprints.declarations import NAME_PATTERN, NAME_RULE
 from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import NameConflictError
 from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
@@ -65,23 +65,31 @@ class PackReason(StrEnum):
     - ``check_failed``: a blueprint failed the registration checks.
     """
 
-    BLOCKED = "blocked"
-    NOT_ALLOWED = "not_allowed"
-    AUTOLOAD_OFF = "autoload_off"
-    DAMAGED_METADATA = "damaged_metadata"
-    BAD_NAME = "bad_name"
-    API_VERSION = "api_version"
-    UNMET_REQUIREMENT = "unmet_requirement"
-    DUPLICATE_PACK = "duplicate_pack"
-    BUNDLED_NAME = "bundled_name"
-    IMPORT_FAILED = "import_failed"
-    NO_HOOK = "no_hook"
-    UNKNOWN_HOOK = "unknown_hook"
-    HOOK_FAILED = "hook_failed"
-    WRONG_TYPE = "wrong_type"
-    DUPLICATE_ID = "duplicate_id"
-    GLOBAL_STATE = "global_state"
-    CHECK_FAILED = "check_failed"
+    state: PackState
+    """The state of a pack that is not active for this reason."""
+
+    def __new__(cls, value: str, state: PackState) -> Self:
+        member = str.__new__(cls, value)
+        member._value_, member.state = value, state
+        return member
+
+    BLOCKED = "blocked", PackState.BLOCKED
+    NOT_ALLOWED = "not_allowed", PackState.BLOCKED
+    AUTOLOAD_OFF = "autoload_off", PackState.DISCOVERED
+    DAMAGED_METADATA = "damaged_metadata", PackState.INVALID
+    BAD_NAME = "bad_name", PackState.INVALID
+    API_VERSION = "api_version", PackState.INCOMPATIBLE
+    UNMET_REQUIREMENT = "unmet_requirement", PackState.INCOMPATIBLE
+    DUPLICATE_PACK = "duplicate_pack", PackState.CONFLICT
+    BUNDLED_NAME = "bundled_name", PackState.CONFLICT
+    IMPORT_FAILED = "import_failed", PackState.FAILED
+    NO_HOOK = "no_hook", PackState.INVALID
+    UNKNOWN_HOOK = "unknown_hook", PackState.INCOMPATIBLE
+    HOOK_FAILED = "hook_failed", PackState.FAILED
+    WRONG_TYPE = "wrong_type", PackState.INVALID
+    DUPLICATE_ID = "duplicate_id", PackState.CONFLICT
+    GLOBAL_STATE = "global_state", PackState.INVALID
+    CHECK_FAILED = "check_failed", PackState.INVALID
 
 
 @final
@@ -128,6 +136,10 @@ class PackRecord(Record):
         ):  # metadata may hold anything, and is printed
             object.__setattr__(self, name, cleaned(getattr(self, name)))
         object.__setattr__(self, "cause", cleaned(self.cause, 4000, lines=True))
+
+    def refused(self, reason: PackReason, cause: str, error: BaseException | None = None) -> PackRecord:
+        """Return the record of this pack when it is not taken."""
+        return replace(self, state=reason.state, reason=reason, cause=cause, error=error)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -262,51 +274,45 @@ def _claims(distribution: _Distribution, switches: Switches, environment: Enviro
     unmet: str | None = None
     if not problem and entries:
         try:
-            unmet = _requirement_problem(distribution, metadata, f"{name} {version}", environment)
+            requirements = metadata.get_all("Requires-Dist")
+            if (
+                requirements is None
+            ):  # none, or in a file of their own, as setuptools leaves them in a checkout
+                requirements = distribution.requires or []
+            python = metadata.get("Requires-Python")
+            unmet = environment.requirement_problem(f"'{name} {version}'", requirements, python)
         except UnreadableRequirementError as error:
             problem = str(error)
     for entry in entries:
-        cause: str | None
         record = PackRecord(str(entry.name), str(entry.value), name, version)
         if refused := unwanted(record, switches):
             yield (refused, None)
         elif problem:
             yield (_damaged(record, problem), None)
         elif not NAME_PATTERN.fullmatch(record.name):
-            cause = f"{record.name!r} is not a pack name: use lower case letters, digits, '_' and '-', a letter first."
-            yield (replace(record, state=PackState.INVALID, reason=PackReason.BAD_NAME, cause=cause), None)
+            yield (
+                record.refused(PackReason.BAD_NAME, f"{record.name!r} is not a pack name: {NAME_RULE}"),
+                None,
+            )
         elif cause := api_problem(
             f"Pack '{record.name}' from '{record.origin}'", declared.get(record.name, [])
         ):
-            yield (_incompatible(record, PackReason.API_VERSION, cause), None)
+            yield (record.refused(PackReason.API_VERSION, cause), None)
         elif unmet is not None:
-            yield (_incompatible(record, PackReason.UNMET_REQUIREMENT, unmet), None)
+            yield (record.refused(PackReason.UNMET_REQUIREMENT, unmet), None)
         else:
             yield (record, entry)
-
-
-def _requirement_problem(
-    distribution: _Distribution, metadata: Any, origin: str, environment: Environment
-) -> str | None:
-    requirements = metadata.get_all("Requires-Dist")
-    if requirements is None:  # none, or in a file of their own, as setuptools leaves them in a checkout
-        requirements = distribution.requires or []
-    return environment.requirement_problem(f"'{origin}'", requirements, metadata.get("Requires-Python"))
 
 
 def unwanted(record: PackRecord, switches: Switches) -> PackRecord | None:
     """Return the record of a pack that is blocked or not allowed, ``None`` for another."""
     if switches.blocks(record.name, record.distribution):
-        reason, cause = (
-            PackReason.BLOCKED,
-            f"Pack '{record.name}' is blocked. Take it out of {_switch('block')}.",
-        )
-    elif not switches.allows(record.name, record.distribution):
-        reason = PackReason.NOT_ALLOWED
+        cause = f"Pack '{record.name}' is blocked. Take it out of {_switch('block')}."
+        return record.refused(PackReason.BLOCKED, cause)
+    if not switches.allows(record.name, record.distribution):
         cause = f"Pack '{record.name}' is not among those allowed. Add it to {_switch('allow')}."
-    else:
-        return None
-    return replace(record, state=PackState.BLOCKED, reason=reason, cause=cause)
+        return record.refused(PackReason.NOT_ALLOWED, cause)
+    return None
 
 
 def _switch(name: str) -> str:
@@ -314,16 +320,8 @@ def _switch(name: str) -> str:
 
 
 def _damaged(record: PackRecord, problem: str) -> PackRecord:
-    return replace(
-        record,
-        state=PackState.INVALID,
-        reason=PackReason.DAMAGED_METADATA,
-        cause=f"The metadata of distribution '{record.distribution}' is damaged: {problem}. Install it again.",
-    )
-
-
-def _incompatible(record: PackRecord, reason: PackReason, cause: str) -> PackRecord:
-    return replace(record, state=PackState.INCOMPATIBLE, reason=reason, cause=cause)
+    cause = f"The metadata of distribution '{record.distribution}' is damaged: {problem}. Install it again."
+    return record.refused(PackReason.DAMAGED_METADATA, cause)
 
 
 def _kept_waiting(record: PackRecord, entry: importlib_metadata.EntryPoint | None) -> Found:
@@ -334,7 +332,7 @@ def _kept_waiting(record: PackRecord, entry: importlib_metadata.EntryPoint | Non
         f"Packs are not loaded by themselves: {_switch('autoload')} is off. "
         f"Load it with PluginRegistry.load_pack('{record.name}')."
     )
-    return (replace(record, reason=PackReason.AUTOLOAD_OFF, cause=cause), None)
+    return (record.refused(PackReason.AUTOLOAD_OFF, cause), None)
 
 
 def distribution_name(distribution: _Distribution) -> str:
@@ -356,10 +354,10 @@ def _settle(claims: list[Found], switches: Switches) -> list[Found]:
     bundled = [record for record, _ in claims if record.is_bundled]
     live = [record for record, _ in claims if record.state is PackState.DISCOVERED]
     intruders = [record for record in live if bundled and record not in bundled]
-    losers: dict[PackRecord, dict[str, Any]] = {}
+    losers: dict[PackRecord, PackRecord] = {}
     if intruders:
         ending = "A bundled name cannot be taken over: rename the other pack."
-        losers = dict.fromkeys(intruders, _lost(PackReason.BUNDLED_NAME, [*bundled, *intruders], ending))
+        losers = _losing(intruders, PackReason.BUNDLED_NAME, [*bundled, *intruders], ending)
     rest = [record for record in live if record not in losers]
     if len(rest) > 1:
         preferred = [record for record in rest if switches.prefers(record.distribution)]
@@ -369,24 +367,19 @@ def _settle(claims: list[Found], switches: Switches) -> list[Found]:
             ending = f"More than one of them is in {_switch('prefer')}, so none is loaded: prefer one."
         else:
             ending = (
-                "None is loaded: rename one, uninstall its distribution, or name the distribution that shall win in "
+                "None is loaded: rename one, uninstall its distribution, or name the distribution that must win in "
                 f"{_switch('prefer')}."
             )
-        lost = _lost(PackReason.DUPLICATE_PACK, rest, ending)
-        losers |= {record: lost for record in rest if len(preferred) != 1 or record is not preferred[0]}
-    return [
-        (replace(record, **losers[record]), None) if record in losers else (record, entry)
-        for record, entry in claims
-    ]
+        lost = [record for record in rest if len(preferred) != 1 or record is not preferred[0]]
+        losers |= _losing(lost, PackReason.DUPLICATE_PACK, rest, ending)
+    return [(losers[record], None) if record in losers else (record, entry) for record, entry in claims]
 
 
-def _lost(reason: PackReason, claims: list[PackRecord], ending: str) -> dict[str, Any]:
-    """Return what is told of those that lose a conflict."""
+def _losing(
+    losers: list[PackRecord], reason: PackReason, claims: list[PackRecord], ending: str
+) -> dict[PackRecord, PackRecord]:
+    """Return the new record of each pack that loses a conflict."""
     rows = "".join(f"\n  {record.origin} ({record.module})" for record in claims)
     cause = f"{len(claims)} claims to the pack name '{claims[0].name}':{rows}\n{ending}"
-    return {
-        "state": PackState.CONFLICT,
-        "reason": reason,
-        "cause": cause,
-        "error": NameConflictError(cause),
-    }
+    error = NameConflictError(cause)
+    return {record: record.refused(reason, cause, error) for record in losers}
