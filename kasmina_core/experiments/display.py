@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import time
 from collections import deque
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self, final
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
-from rich.progress_bar import ProgressBar
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.record import EpochRecord, EpochSlot, RunRecord
-from kasmina_core.experiments.wording import TextTable, clean
+from kasmina_core.experiments.wording import STAGES, TextTable, clean
 
 PLAIN_LINES: Final = 100
-"""Lines about epochs that a run prints at most where there is no terminal, besides changes of stage."""
+"""Most lines about epochs that a run prints without a terminal; changes of stage come on top."""
 
 SHOWN_EPOCHS: Final = 5
 """Epochs that the live table shows."""
 
 SHOWN_DORMANT: Final = 8
-"""Slots up to which the live table shows the dormant ones too."""
+"""Largest number of slots at which the live table shows dormant ones too."""
 
 WHY_WIDTH: Final = 24
-"""Columns a seed's reason needs; where the table has not as many left, the seeds are listed."""
-
-_STYLES: Final = {
-    "DORMANT": "dim",
-    "GERMINATED": "yellow",
-    "TRAINING": "cyan",
-    "BLENDING": "blue",
-    "SHADOWING": "magenta",
-    "PROBATIONARY": "bright_magenta",
-    "FOSSILIZED": "bold green",
-    "CULLED": "red",
-    "EMBARGOED": "dim red",
-    "RESETTING": "dim red",
-}
+"""Columns a seed's reason needs; if the table leaves fewer, the seeds are printed as a list."""
 
 
 @final
@@ -59,6 +52,7 @@ class RunDisplay:
         console: Where to write; by default standard error.
         metric_name: Name of the metric of the epochs.
 
+    >>> import io
     >>> with RunDisplay(2, enabled=False, console=Console(file=io.StringIO())) as display:
     ...     display.phase("growing", 2)
     ...     display.epoch(EpochRecord(1, 0.9, 0.8, 0.5, 338, 1e6))
@@ -82,11 +76,16 @@ class RunDisplay:
         self._every = max(1, math.ceil(total_epochs / PLAIN_LINES))
         self._epochs: deque[EpochRecord] = deque(maxlen=SHOWN_EPOCHS)
         self._gate = ""
-        self._text = ""
-        self._total: float | None = None
-        self._done = 0.0
-        self._told_quarters = 0
-        self._started = time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("to go", style="dim"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("", total=None)
         self._live = (
             Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             if self.is_live
@@ -108,32 +107,35 @@ class RunDisplay:
             self._live.stop()
 
     def phase(self, text: str, total: float | None = None) -> None:
-        """Say what comes next and start its progress at 0.
+        """Show what comes next and start its progress at 0.
 
         Args:
             text: What is being done.
             total: How much there is to do, in any unit; ``None`` if unknown.
         """
-        self._text, self._total, self._done, self._told_quarters = clean(text), total, 0.0, 0
-        self._started = time.monotonic()
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(clean(text), total=total)
         if self._live is None:
-            self._line(self._text)
+            self._line(clean(text))
 
     def advance(self, amount: float = 1.0) -> None:
         """Move the progress of the phase on by ``amount`` of its total."""
-        self._done += amount
-        if self._live is None and self._total:
-            quarters = min(4, int(4 * self._done / self._total))
-            if quarters > self._told_quarters:
-                self._told_quarters = quarters
-                self._line(f"{self._text}: {25 * quarters} %")
+        (task,) = self._progress.tasks
+        shown = self._quarters()
+        self._progress.advance(self._task, amount)
+        if self._live is None and self._quarters() > shown:
+            self._line(f"{task.description}: {25 * self._quarters()} %")
+
+    def _quarters(self) -> int:
+        (task,) = self._progress.tasks
+        return min(4, int(4 * task.completed / task.total)) if task.total else 0
 
     def epoch(self, record: EpochRecord) -> None:
         """Show an epoch of the grown arm; the progress of the phase becomes its number."""
         stages = {slot.name: slot.stage for slot in record.slots}
         previous = {slot.name: slot.stage for slot in self._epochs[-1].slots} if self._epochs else stages
         self._epochs.append(record)
-        self._done = float(record.epoch)
+        self._progress.update(self._task, completed=record.epoch)
         if record.gate:
             self._gate = clean(record.gate)
         if self._live is not None:
@@ -146,7 +148,7 @@ class RunDisplay:
         self._console.print(Text(text), soft_wrap=True)
 
     def _render(self) -> RenderableType:
-        parts: list[RenderableType] = [self._progress()]
+        parts: list[RenderableType] = [self._progress]
         if self._epochs:
             parts.append(self._epoch_table())
             if self._epochs[-1].slots:
@@ -154,19 +156,6 @@ class RunDisplay:
         if self._gate:
             parts.append(Text(f"last gate  {self._gate}", style="italic"))
         return Group(*parts)
-
-    def _progress(self) -> Table:
-        grid = Table.grid(padding=(0, 2))
-        seconds = time.monotonic() - self._started
-        share = min(1.0, self._done / self._total) if self._total else None
-        cells: list[RenderableType] = [Text(self._text, style="bold")]
-        if share is not None:
-            cells += [ProgressBar(total=1.0, completed=share, width=24), Text(f"{share:4.0%}")]
-        cells.append(Text(_clock(seconds), style="dim"))
-        if share:
-            cells.append(Text(f"{_clock(seconds / share - seconds)} to go", style="dim"))
-        grid.add_row(*cells)
-        return grid
 
     def _epoch_table(self) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="dim")
@@ -194,7 +183,7 @@ class RunDisplay:
             alpha = Text(f"{self._bar(slot.alpha)} {slot.alpha:.2f}") if slot.blueprint else Text("")
             table.add_row(
                 Text(clean(slot.name)),
-                Text(slot.stage.lower(), style=_STYLES.get(slot.stage, "")),
+                Text(slot.stage.lower(), style=STAGES[slot.stage].style if slot.stage in STAGES else ""),
                 Text(clean(slot.blueprint)),
                 alpha,
                 Text(_gain(slot)),
@@ -210,7 +199,7 @@ class RunDisplay:
 
 
 def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
-    """Return one epoch as one line: losses, metric, parameters, slots that are not dormant, the gate's verdict."""
+    """Return an epoch as one line: losses, metric, parameters, slots that are not dormant, the gate's verdict."""
     width = len(str(total_epochs))
     parts = [
         f"epoch {record.epoch:>{width}}/{total_epochs}",
@@ -233,88 +222,55 @@ def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
     return " | ".join(parts)
 
 
-def final_tables(record: RunRecord) -> list[RenderableType]:
-    """Return what is shown at the end of a run: the comparison, the seeds, the summary and the notes."""
-    parts: list[RenderableType] = []
-    if record.arms:
-        parts.append(_Arms(record))
-    if record.seeds:
-        parts += [_Seeds(record), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
-    parts.append(Text(wording.summary(record)))
-    parts += [Text(f"Note: {clean(note)}") for note in record.notes]
-    return parts
-
-
-def final_text(record: RunRecord, width: int = 120) -> str:
-    """Return `final_tables` as text without escape codes, ``width`` columns wide."""
-    out = io.StringIO()
-    console = Console(file=out, width=width, color_system=None, force_terminal=False)
-    for part in final_tables(record):
-        console.print(part)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
 def print_final(record: RunRecord, console: Console | None = None) -> None:
-    """Print `final_tables`.
+    """Print the comparison, the seeds, the summary and the notes of a run.
 
     Args:
         record: The run.
         console: Where to print; by default standard output.
     """
     console = console if console is not None else Console()
-    for part in final_tables(record):
+    parts: list[RenderableType] = []
+    if record.arms:
+        parts.append(_arms(record, console.width))
+    if record.seeds:
+        parts += [*_seeds(record, console.width), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
+    parts.append(Text(wording.summary(record)))
+    for part in (*parts, *(Text(f"Note: {clean(note)}") for note in record.notes)):
         console.print(part)
 
 
 def print_files(folder: str | os.PathLike[str], console: Console | None = None) -> None:
-    """Print where the files of a run are.
-
-    Args:
-        folder: Folder of its files.
-        console: Where to print; by default standard output.
-    """
+    """Print the folder of a run's files, by default on standard output."""
     console = console if console is not None else Console()
     console.print(Text(f"\nFiles: {os.fspath(folder)} (open report.html)"), soft_wrap=True)
 
 
-@final
-class _Arms:
-    """The comparison, an arm a row where the console is wide enough, else an arm a column."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = wording.arms_table(self._record)
-        columns = list(zip(table.header, *table.rows, strict=True))
-        if sum(max(map(cell_len, column)) + 2 for column in columns) > options.max_width:
-            header, *rows = columns
-            table = TextTable(table.title, header, tuple(rows), numeric=frozenset(range(1, len(header))))
-        yield _rich_table(table)
+def _arms(record: RunRecord, width: int) -> Table:
+    """Return the comparison, one arm per row if that is narrow enough, else one per column."""
+    table = wording.arms_table(record)
+    columns = list(zip(table.header, *table.rows, strict=True))
+    if sum(max(map(cell_len, column)) + 2 for column in columns) > width:
+        header, *rows = columns
+        table = TextTable(table.title, header, tuple(rows), numeric=frozenset(range(1, len(header))))
+    return _rich_table(table)
 
 
-@final
-class _Seeds:
-    """The seeds as a table where the console is wide enough, else as a list."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = wording.seeds_table(self._record)
-        *figures, _ = zip(table.header, *table.rows, strict=True)  # columns; the last is the reason
-        needed = sum(max(map(cell_len, column)) + 2 for column in figures) + WHY_WIDTH
-        if needed <= options.max_width:
-            yield _rich_table(table, prose=len(figures))
-            return
-        yield Text(table.title, style="bold")
-        for seed, slot, blueprint, outcome, epochs, parameters, contribution, why in table.rows:
-            yield Text(clean(f"{seed}: {outcome}"), style="bold")
-            yield Text(f"  {clean(blueprint)} in {clean(slot)}, epochs {epochs}, {parameters} parameters")
-            yield Text(f"  contribution {contribution}")
-            if why:
-                yield Padding(Text(clean(why)), (0, 0, 0, 2))
-        yield Text()
+def _seeds(record: RunRecord, width: int) -> Iterator[RenderableType]:
+    """Yield the seeds as a table if that is narrow enough, else as a list."""
+    table = wording.seeds_table(record)
+    *figures, _ = zip(table.header, *table.rows, strict=True)  # columns; the last is the reason
+    if sum(max(map(cell_len, column)) + 2 for column in figures) + WHY_WIDTH <= width:
+        yield _rich_table(table, prose=len(figures))
+        return
+    yield Text(table.title, style="bold")
+    for seed, slot, blueprint, outcome, epochs, parameters, contribution, why in table.rows:
+        yield Text(clean(f"{seed}: {outcome}"), style="bold")
+        yield Text(f"  {clean(blueprint)} in {clean(slot)}, epochs {epochs}, {parameters} parameters")
+        yield Text(f"  contribution {contribution}")
+        if why:
+            yield Padding(Text(clean(why)), (0, 0, 0, 2))
+    yield Text()
 
 
 def _rich_table(source: TextTable, prose: int | None = None) -> Table:
@@ -338,8 +294,3 @@ def _rich_table(source: TextTable, prose: int | None = None) -> Table:
 
 def _gain(slot: EpochSlot) -> str:
     return "" if slot.gain is None else f"{slot.gain:+.4f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"

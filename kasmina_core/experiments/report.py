@@ -18,53 +18,21 @@ from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
-from kasmina_core.experiments.wording import TextTable, clean, short_blueprint
+from kasmina_core.experiments.wording import STAGES, TextTable, clean, short_blueprint
 from kasmina_core.records import for_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAGE_COLOURS: Final = {
-    "DORMANT": "#eeeeee",
-    "GERMINATED": "#f0e442",
-    "TRAINING": "#8fcbee",
-    "BLENDING": "#3d8fc9",
-    "SHADOWING": "#c9a6d8",
-    "PROBATIONARY": "#9a62b5",
-    "FOSSILIZED": "#1b9e77",
-    "CULLED": "#d1495b",
-    "EMBARGOED": "#e8a7a7",
-    "RESETTING": "#f3d3d0",
-}
-"""Colour of each stage in the picture and the page; distinct for colour-blind readers too."""
-
 _GROWN_COLOUR: Final = "#14664f"
 _ALONE_COLOUR: Final = "#c8641b"
 _SLOT_COLOURS: Final = (
-    "#1f6fb4",
-    "#d1495b",
-    "#8a6d1d",
-    "#6b4c9a",
-    "#2a9d8f",
-    "#555555",
-    "#b15a9e",
-    "#7a8b2b",
-)
+    "#1f6fb4", "#d1495b", "#8a6d1d", "#6b4c9a", "#2a9d8f", "#555555", "#b15a9e", "#7a8b2b",
+)  # fmt: skip
 
-STAGE_WORDS: Final = {
-    "DORMANT": "The slot is empty; the host computes as if it were not there.",
-    "GERMINATED": "A seed has been made and waits for its first turn; it computes nothing yet.",
-    "TRAINING": "The seed learns apart: it sees what the host sees, but the host's output and learning stay untouched.",
-    "BLENDING": "The seed's output is mixed in, a little more each step, until it has replaced the host's at this place.",
-    "SHADOWING": "The seed is in; the model is measured with it and without it on samples it did not learn from.",
-    "PROBATIONARY": "The seed's contribution must now hold up over some epochs.",
-    "FOSSILIZED": "The seed has become a part of the model for good.",
-    "CULLED": "The seed was removed; the slot is the host's again.",
-    "EMBARGOED": "The slot rests before it may take another seed.",
-    "RESETTING": "The slot is made ready for another seed.",
-}
-"""What each stage means, for somebody who has not heard of it."""
+_ENDS: Final = {"fossilized": ("*", "#0b3d2e", "kept for good"), "culled": ("X", "#7d1128", "removed")}
+"""Marker, colour and label of each way a seed's life ends."""
 
 _WORDS: Final = (
     ("host", "The small model that the run starts with."),
@@ -177,9 +145,8 @@ def render_png(record: RunRecord) -> bytes:
     stages.xaxis.get_major_locator().set_params(integer=True)
     _add_flops_axis(losses, record)
     name = f"{clean(record.task)} · {clean(record.host)}"
-    figure.suptitle(
-        _literal(f"{name}: a host that grows, and the same host alone"), fontsize=13, x=0.01, ha="left"
-    )
+    title = _literal(f"{name}: a host that grows, and the same host alone")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     return figure_png(figure)
 
 
@@ -248,21 +215,13 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
         val, train = _finite(e.val_loss for e in epochs), _finite(e.train_loss for e in epochs)
         marker = "o" if len(epochs) == 1 else None
         axes.plot(places, val, color=colour, linewidth=2, marker=marker, label=f"{name}, validation")
-        axes.plot(
-            places,
-            train,
-            color=colour,
-            linewidth=1,
-            alpha=0.55,
-            linestyle=(0, (4, 2)),
-            label=f"{name}, training",
-        )
+        thin: dict[str, Any] = {"linewidth": 1, "alpha": 0.55, "linestyle": (0, (4, 2))}
+        axes.plot(places, train, color=colour, label=f"{name}, training", **thin)
         values += [value for value in (*val, *train) if value > 0]
     for seed in record.seeds:
         if seed.outcome == "fossilized" and seed.ended_epoch is not None:
-            axes.axvline(
-                seed.ended_epoch, color=STAGE_COLOURS["FOSSILIZED"], linewidth=1, alpha=0.4, zorder=0
-            )
+            kept = STAGES["FOSSILIZED"].colour
+            axes.axvline(seed.ended_epoch, color=kept, linewidth=1, alpha=0.4, zorder=0)
     if values and max(values) / min(values) > 8:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -289,9 +248,7 @@ def _draw_alphas(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
             _finite(alpha for _, alpha in points),
             color=_SLOT_COLOURS[i % len(_SLOT_COLOURS)],
             linestyle=("-", "--", ":")[i // len(_SLOT_COLOURS) % 3],
-            linewidth=max(
-                1.2, 4.2 - 0.9 * i
-            ),  # where two lie on each other, the lower one shows at the edges
+            linewidth=max(1.2, 4.2 - 0.9 * i),  # of two that coincide, the lower one shows at the edges
             label=_literal(name),
         )
     axes.set_ylim(-0.06, 1.06)
@@ -311,52 +268,33 @@ def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
     for row, name in enumerate(slots):
         for start, end, stage in _spans(record, name):
             seen.add(stage)
-            colour = STAGE_COLOURS.get(stage, "#bbbbbb")
+            colour = STAGES[stage].colour if stage in STAGES else "#bbbbbb"
             axes.broken_barh([(start - 0.5, end - start + 1)], (row - 0.36, 0.72), facecolors=colour)
     for seed in record.seeds:
         if seed.slot not in slots:
             continue
         row = slots.index(seed.slot)
-        axes.text(
-            seed.germinated_epoch - 0.35,
-            row,
-            _literal(short_blueprint(seed.blueprint)),
-            fontsize=7.5,
-            va="center",
-            ha="left",
-            clip_on=True,
-        )
-        if seed.ended_epoch is not None and seed.outcome != "unfinished":
-            marker, colour = ("*", "#0b3d2e") if seed.outcome == "fossilized" else ("X", "#7d1128")
-            axes.plot(
-                [seed.ended_epoch],
-                [row],
-                marker=marker,
-                markersize=9,
-                color=colour,
-                linestyle="none",
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-            )
+        label = _literal(short_blueprint(seed.blueprint))
+        axes.text(seed.germinated_epoch - 0.35, row, label, fontsize=7.5, va="center", clip_on=True)
+        if seed.ended_epoch is not None and seed.outcome in _ENDS:
+            marker, colour, _ = _ENDS[seed.outcome]
+            edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6}
+            axes.plot([seed.ended_epoch], [row], marker=marker, markersize=9, color=colour, **edge)
     axes.set_ylim(max(len(slots), 1) - 0.45, -0.55)
     axes.set_yticks(range(len(slots)), [_literal(name) for name in slots])
     axes.set_title("Stages: the life of the seed in each slot", loc="left", fontsize=10)
     _tidy(axes)
     axes.grid(visible=False)
     handles: list[Any] = [
-        Patch(facecolor=c, edgecolor="#999999", linewidth=0.4, label=stage.lower())
-        for stage, c in STAGE_COLOURS.items()
+        Patch(facecolor=look.colour, edgecolor="#999999", linewidth=0.4, label=stage.lower())
+        for stage, look in STAGES.items()
         if stage in seen
     ]
-    outcomes = {seed.outcome for seed in record.seeds}
-    if "fossilized" in outcomes:
-        handles.append(
-            Line2D([], [], marker="*", markersize=9, color="#0b3d2e", linestyle="none", label="kept for good")
-        )
-    if "culled" in outcomes:
-        handles.append(
-            Line2D([], [], marker="X", markersize=8, color="#7d1128", linestyle="none", label="removed")
-        )
+    handles += [
+        Line2D([], [], marker=marker, markersize=9, color=colour, linestyle="none", label=label)
+        for outcome, (marker, colour, label) in _ENDS.items()
+        if outcome in {seed.outcome for seed in record.seeds}
+    ]
     if handles:
         axes.figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
@@ -382,9 +320,8 @@ def _add_flops_axis(axes: Axes, record: RunRecord) -> None:
     step = max(1, round(len(record.epochs) / 6))
     chosen = record.epochs[step - 1 :: step]
     top = axes.secondary_xaxis("top")
-    top.set_xticks(
-        [epoch.epoch for epoch in chosen], [wording.flops(epoch.flops) for epoch in chosen], fontsize=8
-    )
+    labels = [wording.flops(epoch.flops) for epoch in chosen]
+    top.set_xticks([epoch.epoch for epoch in chosen], labels, fontsize=8)
     top.set_xlabel("training FLOPs spent", fontsize=8, loc="right")
     top.tick_params(length=3, color="#999999")
     top.spines["top"].set_visible(False)
@@ -414,20 +351,19 @@ def render_html(record: RunRecord, picture: bytes) -> str:
     title = f"{record.task}: the host {record.host}, grown and alone"
     notes = "".join(f"<li>{_text(note)}</li>" for note in record.notes)
     stages = "".join(
-        f'<dt><span class="swatch" style="background:{STAGE_COLOURS[stage]}"></span>{stage.lower()}</dt>'
-        f"<dd>{_text(meaning)}</dd>"
-        for stage, meaning in STAGE_WORDS.items()
+        f'<dt><span class="swatch" style="background:{look.colour}"></span>{stage.lower()}</dt>'
+        f"<dd>{_text(look.meaning)}</dd>"
+        for stage, look in STAGES.items()
     )
     words = "".join(f"<dt>{_text(word)}</dt><dd>{_text(meaning)}</dd>" for word, meaning in _WORDS)
-    config = TextTable(
-        "Settings",
-        ("setting", "value"),
-        tuple(
-            (key, value if isinstance(value, str) else json.dumps(for_json(value)))
-            for key, value in record.config.items()
-        ),
-        frozenset(),
+    rows = tuple(
+        (key, value if isinstance(value, str) else json.dumps(for_json(value)))
+        for key, value in record.config.items()
     )
+    config = TextTable("Settings", ("setting", "value"), rows, frozenset())
+    seeds = "<h2>Seeds</h2><p>No seed germinated.</p>"
+    if record.seeds:
+        seeds = f"{_html_table(wording.seeds_table(record))}<p>{_text(wording.CONTRIBUTION)}</p>"
     sections = [
         f'<p class="summary">{_text(wording.summary(record))}</p>',
         f"<ul>{notes}</ul>" if notes else "",
@@ -435,18 +371,12 @@ def render_html(record: RunRecord, picture: bytes) -> str:
         "<h2>The run</h2>",
         f'<img alt="Losses, alphas and stages over the epochs" src="data:image/png;base64,{image}">',
         _PICTURE_WORDS,
-        _seeds_section(record),
+        seeds,
         f"<h2>Words</h2><dl>{words}</dl><h2>Stages</h2><dl>{stages}</dl>",
         _html_table(config) if record.config else "",
     ]
     body = "\n".join(section for section in sections if section)
     return _PAGE.format(title=_text(title), style=_STYLE, body=body)
-
-
-def _seeds_section(record: RunRecord) -> str:
-    if not record.seeds:
-        return "<h2>Seeds</h2><p>No seed germinated.</p>"
-    return f"{_html_table(wording.seeds_table(record))}<p>{_text(wording.CONTRIBUTION)}</p>"
 
 
 def _text(value: str) -> str:

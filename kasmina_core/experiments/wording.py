@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from types import MappingProxyType
+from typing import Final, NamedTuple, final
 
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, RunRecord, SeedRecord
 
@@ -25,6 +26,29 @@ CONTRIBUTION: Final = (
 )
 
 
+class StageLook(NamedTuple):
+    """How a stage is shown: colour in the picture, style on a terminal, meaning in words."""
+
+    colour: str
+    style: str
+    meaning: str
+
+
+STAGES: Final[Mapping[str, StageLook]] = MappingProxyType({
+    "DORMANT": StageLook("#eeeeee", "dim", "The slot is empty; the host computes as if it were not there."),
+    "GERMINATED": StageLook("#f0e442", "yellow", "A seed has been made and waits for its first turn; it computes nothing yet."),
+    "TRAINING": StageLook("#8fcbee", "cyan", "The seed learns apart: it sees what the host sees, but the host's output and learning stay untouched."),
+    "BLENDING": StageLook("#3d8fc9", "blue", "The seed's output is mixed in, a little more each step, until it has replaced the host's at this place."),
+    "SHADOWING": StageLook("#c9a6d8", "magenta", "The seed is in; the model is measured with it and without it on samples it did not learn from."),
+    "PROBATIONARY": StageLook("#9a62b5", "bright_magenta", "The seed's contribution must now hold up over some epochs."),
+    "FOSSILIZED": StageLook("#1b9e77", "bold green", "The seed has become a part of the model for good."),
+    "CULLED": StageLook("#d1495b", "red", "The seed was removed; the slot is the host's again."),
+    "EMBARGOED": StageLook("#e8a7a7", "dim red", "The slot rests before it may take another seed."),
+    "RESETTING": StageLook("#f3d3d0", "dim red", "The slot is made ready for another seed."),
+})  # fmt: skip
+"""Stages in order; the colours are distinct for colour-blind readers too."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class TextTable:
@@ -33,7 +57,7 @@ class TextTable:
     Attributes:
         title: What it shows.
         header: Names of the columns.
-        rows: Cells, as many a row as the header has.
+        rows: Cells, as many per row as the header has.
         numeric: Indices of the columns that hold numbers, to be aligned right.
     """
 
@@ -44,7 +68,7 @@ class TextTable:
 
 
 def clean(text: str) -> str:
-    """Return one line without control characters, which a terminal or a figure would act upon."""
+    """Return one line without control characters, which a terminal or a figure would interpret."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
@@ -67,11 +91,8 @@ def flops(value: float) -> str:
         return "unknown"
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 0.9995 * 10**power:
-            return (
-                f"{value / 10**power:.3g} {prefix}"
-                if abs(value) >= 10 ** (power + 1)
-                else f"{value / 10**power:.2f} {prefix}"
-            )
+            figures = ".3g" if abs(value) >= 10 ** (power + 1) else ".2f"
+            return f"{value / 10**power:{figures}} {prefix}"
     return f"{value:.0f}"
 
 
@@ -124,16 +145,7 @@ def arms_table(record: RunRecord) -> TextTable:
 
 def seeds_table(record: RunRecord) -> TextTable:
     """Return what became of each seed."""
-    header = (
-        "seed",
-        "slot",
-        "blueprint",
-        "outcome",
-        "epochs",
-        "parameters",
-        "contribution",
-        "why",
-    )
+    header = ("seed", "slot", "blueprint", "outcome", "epochs", "parameters", "contribution", "why")
     rows = tuple(
         (
             seed.seed_id,

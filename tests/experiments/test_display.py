@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.display import RunDisplay, final_text, plain_line, print_files, print_final
+from kasmina_core.experiments.display import RunDisplay, plain_line, print_files, print_final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
@@ -31,6 +31,12 @@ def console(terminal=False, width=200):
 
 def shown(display_console):
     return display_console.file.getvalue()
+
+
+def final_text(record, width):
+    out = console(width=width)
+    print_final(record, out)
+    return shown(out)
 
 
 def test_without_a_terminal_each_epoch_is_one_plain_line():
