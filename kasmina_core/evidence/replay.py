@@ -1,4 +1,4 @@
-"""Several passes over the same samples in which the part of the host before a slot runs once."""
+"""Replay: several passes over the same samples in which the part of the host before a slot runs once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: something else is a `TypeError` that names what to give instead."""
+"""Checks of arguments: a wrong one is a `TypeError` that names what to give instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the slots of a model treat their seeds."""
+"""Settings of the growth of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GrowthConfig:
         max_deviation: Largest deviation of a seed from the host in straight-through TRAINING, as a share of the
             host's RMS per sample; ``inf`` for none.
         max_incubation_deviation: Deviation from the host, ``rms(seed - host) / rms(host)`` over a batch, beyond which
-            a seed in TRAINING is stopped; not a number stops it too. What is measured is what would be blended in,
+            a seed in TRAINING is stopped; NaN stops it too. It is measured on what would be blended in,
             before ``max_deviation`` bounds it. ``inf`` for no limit.
         incubate_every: Calls of `MorphogeneticModel.incubate` of which one runs the counterfactual pass; in between
             the seed does not learn.

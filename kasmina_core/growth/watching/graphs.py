@@ -1,4 +1,4 @@
-"""How many graphs torch.compile has made, and whether a life needs more than it allows."""
+"""Count of the graphs that torch.compile made: a warning before a seed's life needs more than it allows."""
 
 from __future__ import annotations
 

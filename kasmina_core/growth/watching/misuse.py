@@ -139,7 +139,7 @@ class Misuse:
                 "An optimiser stepped for a whole epoch, and model.step() was never called: gradients of seeds are not "
                 "noted, and a ramp that goes by steps stands still.\n"
                 f"{_listed(slot.name for slot in stayed)}"
-                "Call model.step() after backward and before optimizer.zero_grad(), once an optimiser step."
+                "Call model.step() after backward and before optimizer.zero_grad(), once per optimiser step."
             )
         elif not self._had_gradients:
             blind = [
