@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Final, final
 
 import click
@@ -22,23 +23,37 @@ INTERRUPTED: Final = 130
 """Exit code after Ctrl-C: 128 and the number of SIGINT."""
 
 
-@final
-class _Commands(click.Group):
-    """Subcommands by name, imported when needed. An error of the library is one message, without a traceback."""
+class LazyGroup(click.Group):
+    """A group with commands that are imported when they are run.
+
+    Args:
+        later: Name of each such command: where it is, ``module:attribute``, and its short help.
+    """
+
+    def __init__(self, *args: Any, later: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.later = later
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        return sorted({*super().list_commands(ctx), *self.later})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        if cmd_name not in self.later:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.later[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+        rows |= {name: text for name, (_, text) in self.later.items()}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, _COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl(sorted(rows.items()))
+
+
+@final
+class _Main(LazyGroup):
+    """The command; an error of the library is one message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -50,7 +65,7 @@ class _Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Main, later=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kasmina")
 def main() -> None:
     """Grow PyTorch networks while they train."""

@@ -16,13 +16,7 @@ from kasmina_core.cli import options
 @options.task
 @options.host("Host")
 @options.slots
-@click.option(
-    "--blueprint",
-    "blueprints",
-    multiple=True,
-    metavar="ID",
-    help="Blueprint to make placebos from. Default: all that fit.",
-)
+@options.blueprints("Blueprint to make placebos from. Default: all that fit.")
 @click.option("--seeds", default=20, show_default=True, type=click.IntRange(min=2), help="Placebo seeds.")
 @click.option(
     "--looks", default=6, show_default=True, type=click.IntRange(min=1), help="Looks at each of them."
@@ -34,14 +28,9 @@ from kasmina_core.cli import options
 @click.option(
     "--effect",
     type=click.FloatRange(min=0, min_open=True),
-    help="Gain per sample, in nats, that shall be found: says how many samples that takes.",
+    help="Gain per sample to find, in nats: says how many samples that takes.",
 )
-@options.seed
-@options.device
-@options.threads
-@options.data
-@options.out("calibrate-TASK")
-@options.as_json("the figures")
+@options.surroundings("calibrate-TASK", "the figures")
 def calibrate(
     task: str,
     host: str | None,
@@ -66,8 +55,6 @@ def calibrate(
 
     Ctrl-C ends it, and nothing is kept.
     """
-    import torch
-
     from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.calibration import (
         CalibrationRun,
@@ -77,18 +64,13 @@ def calibrate(
     )
     from kasmina_core.experiments.display import RunDisplay
     from kasmina_core.experiments.record import write_all
-    from kasmina_core.experiments.report import require_plots
     from kasmina_core.experiments.run import PRESETS, RunSettings
-    from kasmina_core.experiments.tasks import load_task
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.records import for_json
 
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")
-    torch.set_num_threads(threads)
-    place = options.pick_device(device)
-    require_plots()
-    data = load_task(task, seed, place, data_dir=data_dir)
+    data, place = options.prepare(task, seed, device, threads, data_dir)
     preset = PRESETS[task]
     settings = RunSettings(
         task=task,

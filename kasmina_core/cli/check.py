@@ -1,17 +1,16 @@
-"""``kasmina plugins check``: run every check of packs or blueprints, and say what was found."""
+"""``kasmina plugins check``: run every check of packs or blueprints."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-import time
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Final
 
 import click
 
 from kasmina_core.checks.reports import CheckStatus, ValidationReport, ValidationVerdict, worst
+from kasmina_core.cli import options
 from kasmina_core.errors import UnknownNameError, did_you_mean
 from kasmina_core.packs.checking import (
     GIB,
@@ -86,32 +85,23 @@ def check(
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown: give one of them.")
     memory = round(memory_limit * GIB) if memory_limit is not None else default_memory()
-    progress = _Progress()
     outcomes: list[PackReport] = []
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what a pack prints is not our output
+        # What a pack prints is not our output.
+        with contextlib.redirect_stdout(sys.stderr), options.progress("checking", _PATIENCE) as tell:
             for name, ids in _chosen(names).items():
-                asked = {
-                    "named": bool(names),
-                    "device": None if device == "auto" else device,
-                    "tell": progress.tell,
-                }
+                asked = {"named": bool(names), "device": None if device == "auto" else device, "tell": tell}
                 if isolate:
                     outcomes += check_pack_apart(name, ids, **asked, timeout=timeout, memory=memory)  # type: ignore[arg-type]  # one dict for both
                 else:
                     outcomes += check_pack_here(name, ids, **asked)  # type: ignore[arg-type]  # likewise
     except UnknownNameError as error:
         raise click.UsageError(str(error)) from error
-    finally:
-        progress.clear()
     verdict = worst({outcome.verdict for outcome in outcomes if not outcome.is_skipped})
     if as_json:
-        data = {"verdict": verdict.value, "packs": [outcome.to_dict() for outcome in outcomes]}
-        _print(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    elif as_markdown:
-        _print(markdown_text(outcomes, verdict))
+        options.print_json({"verdict": verdict.value, "packs": [outcome.to_dict() for outcome in outcomes]})
     else:
-        _print(plain_report(outcomes, verdict))
+        options.print_text((markdown_text if as_markdown else plain_report)(outcomes, verdict))
     raise click.exceptions.Exit(EXIT_CODES[verdict])
 
 
@@ -137,39 +127,8 @@ def _chosen(names: Sequence[str]) -> dict[str, list[str]]:
     return {pack: ids or [] for pack, ids in chosen.items()}
 
 
-@final
-class _Progress:
-    """Says on standard error what is checked, once the job has taken two seconds."""
-
-    def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._is_shown = False
-
-    def tell(self, full: str) -> None:
-        if time.monotonic() - self._begun < _PATIENCE:
-            return
-        if self._is_terminal:
-            click.echo(f"\r\033[Kchecking {full}", err=True, nl=False)
-            self._is_shown = True
-        else:
-            click.echo(f"checking {full}", err=True)
-
-    def clear(self) -> None:
-        if self._is_shown:
-            click.echo("\r\033[K", err=True, nl=False)
-
-
-def _print(text: str) -> None:
-    # Half of a surrogate pair in a foreign message would otherwise end in an error; in JSON its escape is the same text.
-    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), nl=False)
-
-
-# -- what is printed --------------------------------------------------------------------------------------------------
-
-
 def plain_report(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
-    """Return what was found as text: a line a blueprint, and what is wrong below it."""
+    """Return what was found as text: a line per blueprint, with its failures below."""
     lines: list[str] = []
     wide = max((len(full) for outcome in outcomes for full in outcome.blueprints), default=0)
     for outcome in outcomes:
@@ -188,7 +147,7 @@ def plain_report(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> 
                     lines += _indented(f"not run: {', '.join(needed)}: {reason}", 4)
         lines.append("")
     lines += [*_absences(outcomes), _summary(outcomes, verdict)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _without(outcome: PackReport) -> str:
@@ -224,18 +183,14 @@ def _summary(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
         for each in ValidationVerdict
         if any(report.verdict is each for report in reports)
     ]
-    text = f"{verdict.value}: {_plural(len(reports), 'blueprint')} of {_plural(len(packs), 'pack')}"
+    text = f"{verdict.value}: {options.counted(len(reports), 'blueprint')} of {options.counted(len(packs), 'pack')}"
     if counts:
         text += f", {', '.join(counts)}"
     if bad := sum(bool(outcome.failures) for outcome in packs):
-        text += f"; {_plural(bad, 'pack')} with a failure of its own"
+        text += f"; {options.counted(bad, 'pack')} with a failure of its own"
     if skipped := len(outcomes) - len(packs):
-        text += f"; {_plural(skipped, 'pack')} left out by a switch"
+        text += f"; {options.counted(skipped, 'pack')} left out by a switch"
     return text
-
-
-def _plural(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def markdown_text(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:
@@ -257,4 +212,4 @@ def markdown_text(outcomes: Sequence[PackReport], verdict: ValidationVerdict) ->
             elif check_.status is CheckStatus.NOT_RUN:
                 parts.append(fenced(f"{outcome.subject} was not checked.\n{check_.hint}"))
     sections = [markdown(report, full) for outcome in outcomes for full, report in outcome.blueprints.items()]
-    return "\n\n".join([*parts, *(section.rstrip() for section in sections)]) + "\n"
+    return "\n\n".join([*parts, *(section.rstrip() for section in sections)])

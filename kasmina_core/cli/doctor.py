@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 
 import click
 
+from kasmina_core.cli import options
 from kasmina_core.cli.plugins import print_table
 from kasmina_core.packs.diagnosis import SLOW, Diagnosis, Severity, diagnose
 from kasmina_core.packs.switches import ENVIRONMENT
@@ -31,9 +31,9 @@ EXIT_PROBLEMS = 1
 def doctor(as_json: bool, checks: bool, slow: float) -> None:
     """Find out what is wrong with the installed packs, and what to do.
 
-    Tells which switches are in force; packs that conflict, do not fit, or cannot be imported; metadata that is damaged,
-    stale or there more than once; and packs that are slow or import torch. Each pack is imported in a process of its
-    own, except those that a switch keeps out. State "discovered" means that it was imported and its hooks answered.
+    Shows which switches are in force; packs that conflict, do not fit, or cannot be imported; metadata that is damaged,
+    stale or duplicated; and packs that are slow or import torch. Each pack is imported in a process of its own, except
+    those that a switch keeps out. State "discovered" means that it was imported and its hooks answered.
 
     \b
     Exit code:
@@ -41,18 +41,11 @@ def doctor(as_json: bool, checks: bool, slow: float) -> None:
       1  problems were found
       2  wrong usage
     """
-    counting = sys.stderr.isatty()
-
-    def progress(name: str) -> None:
-        if counting:
-            click.echo(f"\r\033[Kimporting {name}", err=True, nl=False)
-
-    with contextlib.redirect_stdout(sys.stderr):  # what a pack prints while it loads is not our output
+    # What a pack prints while it loads is not our output.
+    with contextlib.redirect_stdout(sys.stderr), options.progress("importing", plain=False) as progress:
         diagnosis = diagnose(checks=checks, slow=slow, progress=progress)
-    if counting:
-        click.echo("\r\033[K", err=True, nl=False)
     if as_json:
-        click.echo(json.dumps(diagnosis.to_dict(), indent=2, ensure_ascii=False))
+        options.print_json(diagnosis.to_dict())
     else:
         _print(diagnosis, checks)
     if not diagnosis.is_healthy:
@@ -92,10 +85,6 @@ def _print(diagnosis: Diagnosis, checks: bool) -> None:
         click.echo(f"  What to do: {finding.todo}")
     problems = sum(finding.severity is Severity.PROBLEM for finding in diagnosis.findings)
     advice = len(diagnosis.findings) - problems
-    click.echo(f"\n{_counted(problems, 'problem')}, {_counted(advice, 'piece')} of advice.")
+    click.echo(f"\n{options.counted(problems, 'problem')}, {options.counted(advice, 'piece')} of advice.")
     if not checks:
         click.echo("The registration checks did not run: kasmina plugins doctor --checks runs them.")
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""``kasmina grow``: train a small host on real data, grow it, and say what that was worth."""
+"""``kasmina grow``: train a small host on real data, grow it, and measure what that was worth."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ from kasmina_core.cli import options
     "--host-option", "host_options", multiple=True, metavar="NAME=VALUE", help="Option of the host."
 )
 @options.slots
-@click.option(
-    "--blueprint",
-    "blueprints",
-    multiple=True,
-    metavar="ID",
-    help="Blueprint to grow from. Default: the policy's choice.",
-)
+@options.blueprints("Blueprint to grow from. Default: the policy's choice.")
 @click.option(
     "--policy",
     default="plateau",
@@ -65,12 +59,7 @@ from kasmina_core.cli import options
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr
-@options.seed
-@options.device
-@options.threads
-@options.data
-@options.out("TASK")
-@options.as_json("the record of the run")
+@options.surroundings("TASK", "the record of the run")
 def grow(
     task: str,
     host: str | None,
@@ -104,18 +93,14 @@ def grow(
     from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.display import RunDisplay, print_files, print_final
     from kasmina_core.experiments.record import write_all
-    from kasmina_core.experiments.report import require_plots, write_run
+    from kasmina_core.experiments.report import write_run
     from kasmina_core.experiments.run import PRESETS, GrowthRun, RunSettings
-    from kasmina_core.experiments.tasks import load_task
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.telemetry import JsonLinesSink, Telemetry
 
     if lr is not None and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
-    torch.set_num_threads(threads)
-    place = options.pick_device(device)
-    require_plots()
-    data = load_task(task, seed, place, data_dir=data_dir)
+    data, place = options.prepare(task, seed, device, threads, data_dir)
     preset = PRESETS[task]
     settings = RunSettings(
         task=task,

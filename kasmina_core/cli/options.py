@@ -1,15 +1,22 @@
-"""Options that several commands have in common, and what they are turned into."""
+"""Options and output shared by several commands."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from kasmina_core.errors import KasminaError
+
+if TYPE_CHECKING:
+    from kasmina_core.experiments.tasks import Task
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -27,26 +34,6 @@ slots: Final = click.option(
 lr: Final = click.option(
     "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's."
 )
-seed: Final = click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Decides every random number."
-)
-device: Final = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
-threads: Final = click.option(
-    "--threads",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="CPU threads; models this small are fastest with one.",
-)
-data: Final = click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
-)
 
 
 def host(what: str) -> _Decorator:
@@ -56,18 +43,64 @@ def host(what: str) -> _Decorator:
     )
 
 
-def out(name: str) -> _Decorator:
-    """Return the option that names the folder of a run."""
-    return click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        help=f"Folder for the files. Default: runs/{name}-DATE-TIME.",
-    )
+def blueprints(what: str) -> _Decorator:
+    """Return the option that names blueprints; ``what`` is its help."""
+    return click.option("--blueprint", "blueprints", multiple=True, metavar="ID", help=what)
 
 
-def as_json(what: str) -> _Decorator:
-    """Return the option that asks for JSON."""
-    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON, and nothing else.")
+def surroundings(name: str, what: str) -> _Decorator:
+    """Return the options on where and how to compute, and where to write.
+
+    Args:
+        name: Of the folder of files.
+        what: What ``--json`` prints.
+    """
+    those = [
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(min=0),
+            help="Decides every random number.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where to compute.",
+        ),
+        click.option(
+            "--threads",
+            default=1,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="CPU threads; models this small are fastest with one.",
+        ),
+        click.option(
+            "--data", "data_dir", type=click.Path(path_type=Path), help="Folder of the torchvision data sets."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            help=f"Folder for the files. Default: runs/{name}-DATE-TIME.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON, and nothing else."),
+    ]
+    return lambda command: reduce(lambda made, option: option(made), reversed(those), command)
+
+
+def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | None) -> tuple[Task, str]:
+    """Return the task and the device of a run, once everything that it needs is known to be there."""
+    import torch
+
+    from kasmina_core.experiments.report import require_plots
+    from kasmina_core.experiments.tasks import load_task
+
+    torch.set_num_threads(threads)
+    place = pick_device(device)
+    require_plots()
+    return load_task(task, seed, place, data_dir=data_dir), place
 
 
 def pick_device(wanted: str) -> str:
@@ -93,3 +126,48 @@ def make_folder(out: Path | None, name: str) -> Path:
     except OSError as error:
         raise RunFolderError(f"--out {folder}: {error.strerror}.") from error
     return folder
+
+
+@contextmanager
+def progress(verb: str, patience: float = 0.0, *, plain: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows on standard error what is being done, once ``patience`` seconds have passed.
+
+    A terminal has one line, which is cleared at the end. Elsewhere each is a line, or nothing without ``plain``.
+    """
+    begun, is_terminal, is_shown = time.monotonic(), sys.stderr.isatty(), False
+
+    def show(name: str) -> None:
+        nonlocal is_shown
+        if time.monotonic() - begun < patience:
+            return
+        if is_terminal:
+            click.echo(f"\r\033[K{verb} {name}", err=True, nl=False)
+            is_shown = True
+        elif plain:
+            click.echo(f"{verb} {name}", err=True)
+
+    try:
+        yield show
+    finally:
+        if is_shown:
+            click.echo("\r\033[K", err=True, nl=False)
+
+
+def print_text(text: str) -> None:
+    """Print text that may hold anything."""
+    # Half of a surrogate pair in a foreign message would end in an error; in JSON its escape is the same text.
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as JSON for people and programs."""
+    print_text(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things.
+
+    >>> counted(2, "pack")
+    '2 packs'
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from kasmina_core.blueprints.foreign import cleaned
+from kasmina_core.cli import LazyGroup, options
 from kasmina_core.errors import UnknownNameError, did_you_mean
 from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 
 if TYPE_CHECKING:
-    from kasmina_core.checks.reports import ValidationReport
     from kasmina_core.packs.discovery import PluginRegistry
 
 SHOWN_WIDTHS: Final = (16, 64, 256)
@@ -30,32 +29,11 @@ _LATER: Final = {
 """Subcommands that are imported when they are run."""
 
 
-@final
-class _Commands(click.Group):
-    """The subcommands of this file, and those that are imported when needed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_LATER})
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _LATER:
-            return super().get_command(ctx, cmd_name)
-        module, _, attribute = _LATER[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        here = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
-        rows = sorted((here | {name: text for name, (_, text) in _LATER.items()}).items())
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
-
-
-@click.group(cls=_Commands)
+@click.group(cls=LazyGroup, later=_LATER)
 def plugins() -> None:
     """Show the installed packs and what they offer.
 
-    Which packs may be loaded, switches in the environment say; entries are separated by commas, and each names a
+    Variables in the environment decide which packs may be loaded. Their entries are separated by commas; each names a
     pack, a distribution, or one thing by its id, such as cnn:norm.
 
     \b
@@ -93,7 +71,7 @@ def list_command(as_json: bool) -> None:
     """
     records = list_packs()
     if as_json:
-        _print_json({"packs": [record.to_dict() for record in records]})
+        options.print_json({"packs": [record.to_dict() for record in records]})
         return
     if not records:
         click.echo("No packs are installed.")
@@ -128,7 +106,7 @@ def info_command(name: str, as_json: bool) -> None:
         registry = default_registry()
         facts = _facts(registry, name)
     if as_json:
-        _print_json(facts)
+        options.print_json({key: value for key, value in facts.items() if key != "report_text"})
     else:
         _print_facts(facts)
     if facts["kind"] == "pack" and facts["state"] != PackState.ACTIVE.value:
@@ -145,16 +123,12 @@ def _facts(registry: PluginRegistry, name: str) -> dict[str, Any]:
         record = registry.pack(name)
         others = [other.to_dict() for other in packs if other is not record]
         return {"kind": "pack"} | record.to_dict() | {"other_claims": others}
-    try:
-        return _blueprint_facts(registry, name)
-    except UnknownNameError as unknown:
-        if type(unknown) is not UnknownNameError:  # ambiguous: that message is the better one
-            raise
-    try:
-        return _host_facts(registry, name)
-    except UnknownNameError as unknown:
-        if type(unknown) is not UnknownNameError:
-            raise
+    for facts_of in (_blueprint_facts, _host_facts):
+        try:
+            return facts_of(registry, name)
+        except UnknownNameError as unknown:
+            if type(unknown) is not UnknownNameError:  # ambiguous: that message is the better one
+                raise
     blueprints = [entry.id for entry in registry.blueprints.list_all()]
     known = [*(r.name for r in registry.packs), *blueprints, *registry.hosts.ids()]
     short = [full.partition(":")[2] for full in known if ":" in full]
@@ -167,13 +141,8 @@ def _blueprint_facts(registry: PluginRegistry, name: str) -> dict[str, Any]:
     declared: list[dict[str, Any]] = []
     for width in dict.fromkeys((*SHOWN_WIDTHS, *([spec.estimate_dim] if spec.estimate_dim else []))):
         refused = spec.refusal(width)
-        declared.append(
-            {
-                "dim": width,
-                "parameters": None if refused is not None else spec.declared_params(width),
-                "refused": refused,
-            }
-        )
+        parameters = None if refused is not None else spec.declared_params(width)
+        declared.append({"dim": width, "parameters": parameters, "refused": refused})
     return {
         "kind": "blueprint",
         "id": entry.id,
@@ -188,7 +157,7 @@ def _blueprint_facts(registry: PluginRegistry, name: str) -> dict[str, Any]:
         "source": spec.source,
         "declared_parameters": declared,
         "registration": report.to_dict() if report is not None else None,
-        "report_text": _report_text(report),
+        "report_text": str(report) if report is not None else "registration checks: not run",
     }
 
 
@@ -223,16 +192,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def _report_text(report: ValidationReport | None) -> str:
-    return str(report) if report is not None else "registration checks: not run"
-
-
 # -- printing -----------------------------------------------------------------------------------------------------
-
-
-def _print_json(data: Mapping[str, Any]) -> None:
-    shown = {key: value for key, value in data.items() if key != "report_text"}
-    click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
 
 
 def _print_facts(facts: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Final, Self, final
 
 from rich.cells import cell_len
@@ -97,12 +96,7 @@ class RunDisplay:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 

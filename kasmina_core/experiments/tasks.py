@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, final
@@ -32,7 +33,7 @@ CHARACTERS: Final = 64
 """Vocabulary of ``chars``: the most frequent characters and `UNKNOWN_CHARACTER`."""
 
 UNKNOWN_CHARACTER: Final = "�"
-"""What every rarer character of ``chars`` becomes; its index is 0."""
+"""Stands for every rarer character of ``chars``; its index is 0."""
 
 SplitName = Literal["train", "gate", "val", "test"]
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "gate", "val", "test")
@@ -67,7 +68,7 @@ class Task:
         higher_is_better: Which way the metric points.
         description: What the data is, in a sentence or two.
         vocabulary: The character of each index; empty for a classification.
-        is_moved: Whether `training_batches` moves its images.
+        is_moved: Whether `training_batches` shifts its images.
     """
 
     name: str
@@ -155,14 +156,18 @@ class Task:
             raise UnknownNameError(f"Task '{self.name}' has no split '{split}'.{did_you_mean(split, SPLITS)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        return self._batches(self.splits[split], batch_size, generator)
+        inputs, targets = self.splits[split]
+        if generator is None:
+            return map(Split, torch.split(inputs, batch_size), torch.split(targets, batch_size))
+        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+        return (Split(inputs[picked], targets[picked]) for picked in torch.split(order, batch_size))
 
     def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
-        """Yield the samples to learn from once, shuffled, and moved where the task says so; see `moved`.
+        """Yield the training samples once, shuffled, and shifted by `moved` if `is_moved`.
 
         Args:
             batch_size: Samples per batch, at least 1; the last may be smaller.
-            generator: A CPU generator to shuffle and to move with.
+            generator: A CPU generator for order and shifts.
 
         Raises:
             ValueError: If ``batch_size`` is below 1.
@@ -170,24 +175,11 @@ class Task:
         for inputs, targets in self.batches("train", batch_size, generator):
             yield Split(moved(inputs, generator) if self.is_moved else inputs, targets)
 
-    def _batches(self, samples: Split, batch_size: int, generator: torch.Generator | None) -> Iterator[Split]:
-        n = samples.inputs.shape[0]
-        if generator is None:
-            for start in range(0, n, batch_size):
-                yield Split(
-                    samples.inputs[start : start + batch_size], samples.targets[start : start + batch_size]
-                )
-            return
-        order = torch.randperm(n, generator=generator).to(samples.inputs.device)
-        for start in range(0, n, batch_size):
-            picked = order[start : start + batch_size]
-            yield Split(samples.inputs[picked], samples.targets[picked])
-
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the images ``(n, c, h, w)`` of a batch moved together, by -1, 0 or 1 pixel down and across; edges are repeated.
+    """Shift the images ``(n, c, h, w)`` of a batch together by -1, 0 or 1 pixel down and across; edges are repeated.
 
-    A small network learns the few images of ``digits`` by heart without that: data is short then, not capacity.
+    Without it a small network memorises the few images of ``digits``: data is short then, not capacity.
     """
     down, across = torch.randint(0, 3, (2,), generator=generator).tolist()
     h, w = images.shape[-2:]
@@ -243,20 +235,14 @@ def _deal(n: int, test: int, gate: int, val: int, seed: int) -> dict[SplitName, 
     }
 
 
-def _standardised(images: Mapping[SplitName, Tensor]) -> dict[SplitName, Tensor]:
-    """Give each channel mean 0 and standard deviation 1, by the train images' statistics; ``(n, c, h, w)``."""
-    mean = images["train"].mean(dim=(0, 2, 3), keepdim=True)
-    deviation = images["train"].std(dim=(0, 2, 3), keepdim=True)
-    return {name: (split - mean) / deviation for name, split in images.items()}
-
-
 def _classification(
     images: Mapping[SplitName, Tensor], labels: Mapping[SplitName, Tensor], description: str
 ) -> dict[str, Any]:
-    standardised = _standardised(images)
+    mean = images["train"].mean(dim=(0, 2, 3), keepdim=True)
+    deviation = images["train"].std(dim=(0, 2, 3), keepdim=True)
     return {
         "kind": "classification",
-        "splits": {name: Split(standardised[name], labels[name]) for name in SPLITS},
+        "splits": {name: Split((images[name] - mean) / deviation, labels[name]) for name in SPLITS},
         "input_shape": tuple(images["train"].shape[1:]),
         "n_classes": 10,
         "vocab_size": None,
@@ -282,7 +268,7 @@ def _load_digits(seed: int, data_dir: Path) -> dict[str, Any]:
         {name: images[picked] for name, picked in dealt.items()},
         {name: labels[picked] for name, picked in dealt.items()},
         "1,797 grey images of handwritten digits, 8 x 8 pixels, from scikit-learn. The model names the digit. "
-        "Those it learns from are moved by up to a pixel each way.",
+        "Training images are shifted by up to a pixel each way.",
     ) | {"is_moved": True}
 
 
@@ -311,7 +297,7 @@ def _load_chars(seed: int, data_dir: Path) -> dict[str, Any]:
         "higher_is_better": False,
         "description": (
             f"The help texts of the Python language, in sequences of {SEQUENCE_LENGTH} characters. "
-            "The model foretells the next character."
+            "The model predicts the next character."
         ),
         "vocabulary": vocabulary,
     }
@@ -334,27 +320,8 @@ def _help_text() -> str:
     return re.sub(r"(.)\1{3,}", r"\1\1\1", "\n\n".join(paragraphs.values()))
 
 
-def _load_cifar10(seed: int, data_dir: Path) -> dict[str, Any]:
-    return _load_torchvision(
-        "CIFAR10",
-        "cifar10",
-        seed,
-        data_dir,
-        "60,000 colour images of ten kinds of things, 32 x 32 pixels (CIFAR-10). The model names the kind.",
-    )
-
-
-def _load_mnist(seed: int, data_dir: Path) -> dict[str, Any]:
-    return _load_torchvision(
-        "MNIST",
-        "mnist",
-        seed,
-        data_dir,
-        "70,000 grey images of handwritten digits, 28 x 28 pixels (MNIST). The model names the digit.",
-    )
-
-
-def _load_torchvision(dataset: str, name: str, seed: int, data_dir: Path, description: str) -> dict[str, Any]:
+def _load_torchvision(dataset: str, description: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    name = dataset.lower()
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -396,5 +363,18 @@ def _image_tensor(pixels: Any) -> Tensor:
 
 
 _LOADERS: Final[Mapping[str, Callable[[int, Path], dict[str, Any]]]] = MappingProxyType(
-    {"chars": _load_chars, "cifar10": _load_cifar10, "digits": _load_digits, "mnist": _load_mnist}
+    {
+        "chars": _load_chars,
+        "cifar10": partial(
+            _load_torchvision,
+            "CIFAR10",
+            "60,000 colour images of ten kinds of things, 32 x 32 pixels (CIFAR-10). The model names the kind.",
+        ),
+        "digits": _load_digits,
+        "mnist": partial(
+            _load_torchvision,
+            "MNIST",
+            "70,000 grey images of handwritten digits, 28 x 28 pixels (MNIST). The model names the digit.",
+        ),
+    }
 )
