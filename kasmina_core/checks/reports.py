@@ -1,4 +1,4 @@
-"""Reports: what checks found of a blueprint, a host or a pack, as data and as text.
+"""Reports of checks on a blueprint, a host or a pack, as data and as text.
 
 Nothing is called passed that did not run: a report names the devices that were really used and every check that did
 not run, with the reason.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, Self, final
 
 from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import BlueprintError, KasminaError
@@ -18,7 +18,7 @@ from kasmina_core.records import Mark, Record
 
 @final
 class CheckStatus(StrEnum):
-    """What became of one check."""
+    """Outcome of one check."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -27,7 +27,7 @@ class CheckStatus(StrEnum):
 
 @final
 class ValidationVerdict(StrEnum):
-    """What became of all checks that were asked for.
+    """Outcome of all checks that were asked for.
 
     ``failed`` if one failed, else ``incomplete`` if one did not run, else ``passed``.
     """
@@ -72,6 +72,13 @@ class CheckResult(Record):
         for name in ("where", "expected", "measured", "hint"):  # what foreign code says is printed
             if isinstance(text := getattr(self, name), str):
                 object.__setattr__(self, name, cleaned(text, 4000, lines=True))
+
+    @classmethod
+    def judged(cls, name: str, ok: bool, claim: str, hint: str, **facts: Any) -> Self:
+        """Return a check that passed, or failed with this claim and hint."""
+        if ok:
+            return cls(name, CheckStatus.PASSED, **facts)
+        return cls(name, CheckStatus.FAILED, claim=claim, hint=hint, **facts)
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""Checking what installed packs offer, in this process or each pack in a child process of its own."""
+"""Checks of installed packs, in this process or each pack in its own child process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kasmina_core.packs.scanning import PackRecord, PackState, list_packs
 from kasmina_core.packs.switches import ENVIRONMENT, Switches
 
 Tell = Callable[[str], None]
-"""Is told the id of what is checked next."""
+"""Called with the id of what is checked next."""
 
 GIB: Final = 1 << 30
 
@@ -103,8 +103,8 @@ def check_pack_here(
         ids: Full ids of the blueprints to check; all if empty.
         named: Whether the user asked for it.
         device: See `check_blueprint_spec`.
-        tell: Is told each id before its checks run.
-        keep: Is given each report as soon as it is made.
+        tell: Called with each id before its checks run.
+        keep: Called with each id and report as soon as it is made.
 
     Raises:
         UnknownNameError: If the pack does not offer an id.
@@ -166,20 +166,21 @@ def unusable(record: PackRecord, named: bool = True) -> PackReport:
 
 
 def _check_host_factory(full: str, factory: Any) -> CheckResult:
+    error: KasminaError | None = None
     try:
         import_factory(f"Host '{full}'", factory)
-    except KasminaError as error:
-        return CheckResult(
-            "host_factory",
-            CheckStatus.FAILED,
-            where=full,
-            expected="a factory that can be imported",
-            measured=str(error),
-            hint="factory reads 'package.module:attribute'; what it imports is a requirement of the pack.",
-            claim="offers a host that cannot be built",
-            error=error,
-        )
-    return CheckResult("host_factory", CheckStatus.PASSED, where=full, measured="imported")
+    except KasminaError as raised:
+        error = raised
+    return CheckResult.judged(
+        "host_factory",
+        error is None,
+        "offers a host that cannot be built",
+        "factory reads 'package.module:attribute'; what it imports is a requirement of the pack.",
+        where=full,
+        expected="a factory that can be imported",
+        measured=str(error or "imported"),
+        error=error,
+    )
 
 
 # -- in a child process -----------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def check_pack_apart(
 ) -> list[PackReport]:
     """Check one installed pack as `check_pack_here` does, in a process whose end is not the end of this one.
 
-    Args, besides those of `check_pack_here`:
+    Args, in addition to those of `check_pack_here`:
         timeout: Seconds after which the process is ended.
         memory: Bytes of memory that it may use, where the system can limit that.
 
@@ -207,15 +208,8 @@ def check_pack_apart(
     with tempfile.TemporaryDirectory(prefix="kasmina-check-") as folder:
         answers, output = Path(folder, "answers"), Path(folder, "output")
         answers.touch()
-        order = {
-            "path": sys.path,
-            "answers": str(answers),
-            "name": name,
-            "ids": list(ids),
-            "named": named,
-            "device": device,
-            "memory": memory,
-        }
+        asked = {"name": name, "ids": list(ids), "named": named, "device": device}
+        order = {"path": sys.path, "answers": str(answers), "memory": memory, "asked": asked}
         listener = _Listener(answers, tell)
         with open(output, "wb") as file:
             ended = _run_child(order, file, listener, timeout)
@@ -292,7 +286,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 class _Listener:
-    """Reads what the child has written so far: a line of JSON at a time."""
+    """Reads what the child has written so far, one line of JSON per message."""
 
     def __init__(self, path: Path, tell: Tell) -> None:
         self._path = path
@@ -319,17 +313,8 @@ class _Listener:
                 self._tell(full)
             case {"id": str(full), "report": dict(data)}:
                 self.reports[full] = ValidationReport.from_dict(data)
-            case {"outcome": dict(data), "ids": list(ids)}:
-                self.outcomes.append(
-                    PackReport(
-                        data["pack"],
-                        data["origin"],
-                        tuple(CheckResult.from_dict(check) for check in data["checks"]),
-                        {full: self.reports[full] for full in ids},
-                        state=PackState(data["state"]),
-                        named=data["named"],
-                    )
-                )
+            case {"outcome": dict(data)}:
+                self.outcomes.append(PackReport.from_dict(data))
             case {"unknown": str(message)}:
                 self.unknown = message
             case {"end": True}:
@@ -345,26 +330,16 @@ def answer(order: Mapping[str, Any]) -> None:
             file.write(json.dumps(told) + "\n")
             file.flush()
 
-        def tell(full: str) -> None:
-            write(begin=full)
-
         def keep(full: str, report: ValidationReport) -> None:
             write(id=full, report=report.to_dict())
 
         try:
-            outcomes = check_pack_here(
-                order["name"],
-                order["ids"],
-                named=order["named"],
-                device=order["device"],
-                tell=tell,
-                keep=keep,
-            )
+            outcomes = check_pack_here(**order["asked"], tell=lambda full: write(begin=full), keep=keep)
         except UnknownNameError as error:
             write(unknown=str(error))
             return
         for outcome in outcomes:
-            write(outcome=outcome.to_dict() | {"blueprints": {}}, ids=list(outcome.blueprints))
+            write(outcome=outcome.to_dict())
         write(end=True)
         sys.stdout.flush()
         sys.stderr.flush()

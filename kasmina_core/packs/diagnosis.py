@@ -33,22 +33,24 @@ from kasmina_core.records import Record
 SLOW: Final = 0.5
 """Seconds of import from which a pack is called slow."""
 
-_MEND: Final = "Tell the author of {distribution}; until it is mended, set KASMINA_PLUGINS_BLOCK={name}."
+_REPORT_IT: Final = (
+    "Tell the author of {distribution}; until it is corrected, set KASMINA_PLUGINS_BLOCK={name}."
+)
 ADVICE: Final[Mapping[PackReason, str]] = {
     PackReason.DAMAGED_METADATA: "pip install --force-reinstall {distribution}",
-    PackReason.BAD_NAME: _MEND.replace("{name}", "{distribution}"),  # the name itself no switch can hold
+    PackReason.BAD_NAME: _REPORT_IT.replace("{name}", "{distribution}"),  # the name itself no switch can hold
     PackReason.API_VERSION: "pip install --upgrade kasmina {distribution}",
     PackReason.UNMET_REQUIREMENT: "Install what is required, or pip install --upgrade {distribution}.",
-    PackReason.DUPLICATE_PACK: "Uninstall all but one, or set KASMINA_PLUGINS_PREFER to the distribution that shall win.",
+    PackReason.DUPLICATE_PACK: "Uninstall all but one, or set KASMINA_PLUGINS_PREFER to the distribution that must win.",
     PackReason.BUNDLED_NAME: "pip uninstall {distribution}, or ask its author to rename the pack.",
-    PackReason.IMPORT_FAILED: "To see where, import {module} yourself. " + _MEND,
-    PackReason.NO_HOOK: _MEND,
-    PackReason.UNKNOWN_HOOK: "pip install --upgrade kasmina {distribution}. Else: " + _MEND,
-    PackReason.HOOK_FAILED: _MEND,
-    PackReason.WRONG_TYPE: _MEND,
-    PackReason.DUPLICATE_ID: _MEND,
-    PackReason.GLOBAL_STATE: _MEND,
-    PackReason.CHECK_FAILED: "See kasmina plugins check {name}. " + _MEND,
+    PackReason.IMPORT_FAILED: "To see where, import {module} yourself. " + _REPORT_IT,
+    PackReason.NO_HOOK: _REPORT_IT,
+    PackReason.UNKNOWN_HOOK: "pip install --upgrade kasmina {distribution}. Else: " + _REPORT_IT,
+    PackReason.HOOK_FAILED: _REPORT_IT,
+    PackReason.WRONG_TYPE: _REPORT_IT,
+    PackReason.DUPLICATE_ID: _REPORT_IT,
+    PackReason.GLOBAL_STATE: _REPORT_IT,
+    PackReason.CHECK_FAILED: "See kasmina plugins check {name}. " + _REPORT_IT,
 }
 """What to do about a pack that cannot be used."""
 
@@ -287,7 +289,7 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
 
     def unreadable(error: Exception) -> None:
         what = f"Listing the installed distributions raised {type(error).__name__}: {error}"
-        todo = "Packs that would have come after it are not found. Mend or remove what put that finder into sys.meta_path."
+        todo = "Packs that would have come after it are not found. Correct or remove what put that finder into sys.meta_path."
         findings.append(PackFinding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
 
     for distribution in every_distribution(unreadable):

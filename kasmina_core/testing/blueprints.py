@@ -1,9 +1,9 @@
-"""The checks of a blueprint as an author runs them: one report, or one test case a check."""
+"""Checks of a blueprint for its author: one report, or one test case per check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, final
 
@@ -55,9 +55,9 @@ def check_blueprint(
 class BlueprintCheck:
     """One named check of one blueprint, to be called in a test with that blueprint."""
 
-    def __init__(self, name: str, examined: _Examined) -> None:
+    def __init__(self, name: str, report: Callable[[], ValidationReport]) -> None:
         self.name = name
-        self._examined = examined
+        self._report = report
 
     def __call__(self, blueprint: BlueprintSpec) -> None:
         """Raise what failed; skip the test with the reason where the check did not run.
@@ -67,7 +67,7 @@ class BlueprintCheck:
         """
         import pytest
 
-        report = self._examined.report
+        report = self._report()
         mine = [check for check in report.checks if check.name == self.name]
         for check in mine:
             if check.status is CheckStatus.FAILED:
@@ -80,18 +80,6 @@ class BlueprintCheck:
 
     def __repr__(self) -> str:
         return f"<check {self.name}>"
-
-
-class _Examined:
-    """A blueprint whose report is made when the first test case asks."""
-
-    def __init__(self, offered: OfferedBlueprint, device: str | torch.device | None) -> None:
-        self._offered = offered
-        self._device = device
-
-    @cached_property
-    def report(self) -> ValidationReport:
-        return check_blueprint_spec(self._offered.spec, device=self._device, origin=self._offered.origin)
 
 
 def parametrize_blueprints(
@@ -136,14 +124,16 @@ def parametrize_blueprints(
         expected = expected_failures(one.spec) if callable(expected_failures) else expected_failures or {}
         for name, reason in expected.items():
             _demand_reason(one, name, reason)
-        examined, names = _Examined(one, device), _names_for(one.spec)
+        # Made when the first test case asks, and once for all of them.
+        report = cache(partial(check_blueprint_spec, one.spec, device=device, origin=one.origin))
+        names = _names_for(one.spec)
         named.update(expected)
         met.update(name for name in names if name in expected)
         for name in names:
             marks = []
             if name in expected:
                 marks.append(pytest.mark.xfail(reason=expected[name], strict=True, raises=AssertionError))
-            check = BlueprintCheck(name, examined)
+            check = BlueprintCheck(name, report)
             cases.append(pytest.param(one.spec, check, id=f"{one.label}-{name}", marks=marks))
     if idle := sorted(named - met):
         raise ValueError(

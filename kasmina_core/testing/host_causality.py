@@ -1,4 +1,4 @@
-"""The claim of a point to lie in a causal host, tried by changing later inputs."""
+"""Check of points declared causal: changing later inputs must change no earlier feature."""
 
 from __future__ import annotations
 

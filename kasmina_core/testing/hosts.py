@@ -1,4 +1,4 @@
-"""What a host must show: its points are what they say, and slots change nothing until a seed is there."""
+"""Checks of a host: its points are as declared, and slots change nothing until a seed is there."""
 
 from __future__ import annotations
 
@@ -162,15 +162,14 @@ class Trial:
 
     def judge(self, name: str, faults: Mapping[str, str], claim: str, expected: str, hint: str) -> None:
         """Pass if there is no fault, else fail with the first; keys say where."""
-        found = {where: fault for where, fault in faults.items() if fault}
-        if not found:
+        where, fault = next(((where, fault) for where, fault in faults.items() if fault), ("", ""))
+        if fault:
+            self.fail(name, claim, expected, fault, hint, where=where)
+        else:
             self.pass_(name, expected)
-            return
-        where, fault = next(iter(found.items()))
-        self.fail(name, claim, expected, fault, hint, where=where)
 
     @contextmanager
-    def attempt(self, name: str, claim: str, expected: str, hint: str) -> Iterator[None]:
+    def attempt(self, name: str, claim: str, expected: str, hint: str = "See the error.") -> Iterator[None]:
         """Fail ``name`` and stop if the block raises."""
         try:
             yield
@@ -310,13 +309,13 @@ class Trial:
             seen = outputs_at(self.twin().train(training), paths, self.example, self.device)
             for item, path in zip(self.wanted, paths, strict=True):
                 where = f"'{path}', {mode_name(training)}"
-                times = len(seen[path])
-                counts[where] = "" if times == 1 else f"{times} times"
-                if times != 1:
+                if (times := len(seen[path])) != 1:
+                    counts[where] = f"{times} times"
                     continue
                 features = features_in(seen[path][0])
-                shapes[where] = _misfit(item, features)
-                if not shapes[where] and not training:
+                if misfit := _misfit(item, features):
+                    shapes[where] = misfit
+                elif not training:
                     found.append((item, tuple(features.shape)))
         self.judge(
             "points_fire_once",
@@ -332,7 +331,7 @@ class Trial:
             "(b, c, h, w) or (b, t, d) of the declared width",
             "Set dim and topology of the InjectionPoint to what the submodule returns.",
         )
-        if any(counts.values()) or any(shapes.values()):
+        if counts or shapes:
             raise Stop("its points are not as declared")
         return found
 

@@ -1,4 +1,4 @@
-"""A seed's whole life in a host, as test cases that the tests of a pack of hosts inherit. Needs pytest."""
+"""Test cases of a seed's whole life in a host, which the tests of a pack of hosts inherit. Needs pytest."""
 
 from __future__ import annotations
 

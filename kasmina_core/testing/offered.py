@@ -1,4 +1,4 @@
-"""What an author names in a test (a spec, an id, a pack) as the declarations behind it."""
+"""The declarations behind a name in a test: a spec, an id or a pack."""
 
 from __future__ import annotations
 
@@ -96,24 +96,14 @@ def blueprints_of(given: object) -> list[OfferedBlueprint]:
 
 
 def _all_of(pack: str, registry: PluginRegistry, *, by_id: bool) -> list[OfferedBlueprint]:
-    refuse_unusable(pack, registry)
+    record = registry.pack(pack)
+    if record.reason is not None:
+        cause = f"Pack '{pack}' ({record.origin}) cannot be used.\n{record.cause}"
+        raise PluginError(cause) from record.error
     return [
         OfferedBlueprint(entry.id if by_id else entry.spec.name, entry.spec, entry.origin if by_id else "")
         for entry in registry.blueprints.list_all()
     ]
-
-
-def refuse_unusable(pack: str, registry: PluginRegistry) -> None:
-    """Raise why a pack is not active, if it is not.
-
-    Raises:
-        PluginError: With the cause of the pack's record.
-    """
-    record = registry.pack(pack)
-    if record.reason is not None:
-        raise PluginError(
-            f"Pack '{pack}' ({record.origin}) cannot be used.\n{record.cause}"
-        ) from record.error
 
 
 def host_of(host_id: str) -> tuple[HostSpec, str]:

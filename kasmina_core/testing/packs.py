@@ -1,4 +1,4 @@
-"""What a pack must show: it loads, it is light, and everything it offers passes."""
+"""Checks of a pack: it loads, it imports no torch to list, and everything it offers passes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.checks.blueprints import check_blueprint_spec
 from kasmina_core.checks.reports import CheckResult, CheckStatus
-from kasmina_core.packs.checking import PackReport, unusable
+from kasmina_core.packs.checking import PackReport as PackReport
+from kasmina_core.packs.checking import unusable
 from kasmina_core.testing.offered import registry_of, registry_with
 
 if TYPE_CHECKING:
     import torch
 
     from kasmina_core.packs.discovery import PluginRegistry
-    from kasmina_core.testing.reports import HostReport
 
 _ALONE: Final = """
 import sys
@@ -64,6 +64,8 @@ def check_pack(
     Raises:
         UnknownNameError: If no pack of that name is installed.
     """
+    from kasmina_core.testing.hosts import check_host
+
     if isinstance(pack, str):
         name, registry = pack, registry_of(pack)
         module = registry.pack(pack).module
@@ -74,49 +76,32 @@ def check_pack(
     if record.reason is not None:
         rest = ("offers_something", "declarations_repeat", *(["imports_no_torch"] if module else []))
         unrun = [CheckResult(check, CheckStatus.NOT_RUN, hint="it does not load") for check in rest]
-        report = unusable(record)
-        return replace(report, checks=(*report.checks, *unrun))
+        unloaded = unusable(record)
+        return replace(unloaded, checks=(*unloaded.checks, *unrun))
+    again = registry_of(pack) if isinstance(pack, str) else registry_with(pack)[1]
+    names = _declared(registry)
     checks = [
         CheckResult("loads", CheckStatus.PASSED, measured=record.state.value),
-        _offers(_declared(registry)),
-        _repeats(
-            _declared(registry),
-            _declared(registry_of(pack) if isinstance(pack, str) else registry_with(pack)[1]),
-        ),
+        _offers(names),
+        _repeats(names, _declared(again)),
         *([_alone(module)] if module else []),
     ]
-    return PackReport(
-        name,
-        record.origin,
-        tuple(checks),
-        {
-            entry.id: check_blueprint_spec(entry.spec, device=device, origin=record.origin)
-            for entry in registry.blueprints.list_all()
-        },
-        _check_hosts(registry, record.origin, host_options or {}, device),
-    )
-
-
-def _check_hosts(
-    registry: PluginRegistry,
-    origin: str,
-    options: Mapping[str, Mapping[str, Any]],
-    device: str | torch.device | None,
-) -> dict[str, HostReport]:
-    from kasmina_core.testing.hosts import check_host
-
-    reports = {}
-    for full in registry.hosts.ids():
+    reports = {
+        entry.id: check_blueprint_spec(entry.spec, device=device, origin=record.origin)
+        for entry in registry.blueprints.list_all()
+    }
+    hosts = {}
+    for full in registry.hosts:
         spec = registry.hosts.get(full)
-        report = check_host(spec, options=options.get(spec.name), device=device)
-        reports[full] = replace(report, host=full, origin=origin)
-    return reports
+        report = check_host(spec, options=(host_options or {}).get(spec.name), device=device)
+        hosts[full] = replace(report, host=full, origin=record.origin)
+    return PackReport(name, record.origin, tuple(checks), reports, hosts)
 
 
 def _declared(registry: PluginRegistry) -> list[str]:
     return [
         *(entry.id for entry in registry.blueprints.list_all()),
-        *registry.hosts.ids(),
+        *registry.hosts,
         *(check.name for check in registry.gate_checks()),
         *registry.policies(),
         *registry.sinks(),
@@ -124,28 +109,24 @@ def _declared(registry: PluginRegistry) -> list[str]:
 
 
 def _offers(names: Sequence[str]) -> CheckResult:
-    if names:
-        return CheckResult("offers_something", CheckStatus.PASSED, measured=f"{len(names)} declarations")
-    return CheckResult(
+    return CheckResult.judged(
         "offers_something",
-        CheckStatus.FAILED,
+        bool(names),
+        "offers nothing",
+        "Return a BlueprintSpec from kasmina_blueprints, or a HostSpec from kasmina_hosts.",
         expected="at least one declaration",
-        measured="0 declarations",
-        claim="offers nothing",
-        hint="Return a BlueprintSpec from kasmina_blueprints, or a HostSpec from kasmina_hosts.",
+        measured=f"{len(names)} declarations",
     )
 
 
 def _repeats(first: Sequence[str], second: Sequence[str]) -> CheckResult:
-    if list(first) == list(second):
-        return CheckResult("declarations_repeat", CheckStatus.PASSED, measured="the same names twice")
-    return CheckResult(
+    return CheckResult.judged(
         "declarations_repeat",
-        CheckStatus.FAILED,
+        list(first) == list(second),
+        "declares something else when it is asked again",
+        "Return a new list at each call; a generator that is kept is empty the second time.",
         expected=", ".join(first) or "no names",
         measured=", ".join(second) or "no names",
-        claim="declares something else when it is asked again",
-        hint="Return a new list at each call; a generator that is kept is empty the second time.",
     )
 
 
@@ -163,16 +144,13 @@ def _alone(module: str) -> CheckResult:
     answer = done.stdout.strip().rpartition("\n")[2]
     if done.returncode or answer not in ("True", "False"):
         lines = done.stderr.strip().splitlines() or ["no output"]
-        return CheckResult(
-            name, CheckStatus.NOT_RUN, hint=f"it cannot be imported in a new process: {lines[-1]}"
-        )
-    if answer == "False":
-        return CheckResult(name, CheckStatus.PASSED, measured="torch was not imported")
-    return CheckResult(
+        why = f"it cannot be imported in a new process: {lines[-1]}"
+        return CheckResult(name, CheckStatus.NOT_RUN, hint=why)
+    return CheckResult.judged(
         name,
-        CheckStatus.FAILED,
+        answer == "False",
+        "imports torch to say what it offers",
+        "Name factories as text, 'package.module:attribute', and import torch in that module only.",
         expected="declarations without torch",
-        measured="torch was imported",
-        claim="imports torch to say what it offers",
-        hint="Name factories as text, 'package.module:attribute', and import torch in that module only.",
+        measured="torch was imported" if answer == "True" else "torch was not imported",
     )

@@ -1,4 +1,4 @@
-"""What is true of every seed of a good pack, as test cases that a pack's own tests inherit. Needs pytest and hypothesis."""
+"""Test cases for every seed of a good pack, which its own tests inherit. Needs pytest and hypothesis."""
 
 from __future__ import annotations
 
