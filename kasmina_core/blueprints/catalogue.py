@@ -174,9 +174,7 @@ class BlueprintRegistry:
             topology: Narrows a short name to one topology.
 
         Raises:
-            PluginError: If it belongs to a pack that could not be loaded: the cause of that.
-            UnknownNameError: If nobody offers it.
-            AmbiguousNameError: If a short name fits more than one id.
+            PluginError, UnknownNameError, AmbiguousNameError: As `Catalogue.resolve`.
         """
         if topology is None:
             return self._entries[blueprint_id]
@@ -187,7 +185,7 @@ class BlueprintRegistry:
 
     def list_for_topology(self, topology: Topology) -> list[RegisteredBlueprint]:
         """Return the blueprints of a topology, sorted by id."""
-        return [e for e in self.list_all() if e.spec.topology is topology]
+        return [entry for entry in self.list_all() if entry.spec.topology is topology]
 
     def list_all(self) -> list[RegisteredBlueprint]:
         """Return every blueprint, sorted by id."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints.declarations import BlueprintSpec
 from kasmina_core.checks.devices import (
@@ -117,8 +117,8 @@ class _Examination:
 
         from kasmina_core.quiet import private_rng
 
-        asked, runnable, absent = _devices(device)
-        with private_rng(_SEED, *(torch.device(name) for name in runnable)):
+        self.asked, self.runnable, self.absent = _devices(device)
+        with private_rng(_SEED, *(torch.device(name) for name in self.runnable)):
             self.bench = Bench(self.spec)
             self._check_declaration()
             chosen = self._choose_widths(widths)
@@ -127,25 +127,19 @@ class _Examination:
             self._check_size(built)
             check_independence(self.bench, built)
             used = [
-                name for name in runnable if check_on_device(self.bench, built, torch.device(name), self.full)
+                name
+                for name in self.runnable
+                if check_on_device(self.bench, built, torch.device(name), self.full)
             ]
-            for name, why in absent.items():
+            for name, why in self.absent.items():
                 names = device_check_names(self.spec.topology, self.full)
-                self.bench.none_ran(names, why, device=name, needed=_kind(name) in asked)
-            self._check_whole(built, chosen, widths is None, runnable, absent, asked)
+                self.bench.none_ran(names, why, device=name, needed=_kind(name) in self.asked)
+            self._check_whole(built, chosen, () if widths is not None else GRID_WIDTHS)
             self.bench.judge_settings(bool(built))
         checks = sorted(self.bench.results, key=_order)
-        return ValidationReport(self.spec.name, self.origin, tuple(used), asked, tuple(checks))
+        return ValidationReport(self.spec.name, self.origin, tuple(used), self.asked, tuple(checks))
 
-    def _check_whole(
-        self,
-        built: Sequence[Built],
-        chosen: Sequence[int],
-        more_widths: bool,
-        runnable: Sequence[str],
-        absent: Mapping[str, str],
-        asked: Sequence[str],
-    ) -> None:
+    def _check_whole(self, built: Sequence[Built], chosen: Sequence[int], more: Sequence[int]) -> None:
         """Run the checks of modules as a whole, on the first device that is used."""
         import torch
 
@@ -153,19 +147,17 @@ class _Examination:
         if not self.full:
             longer = device_check_names(self.spec.topology, True)[len(QUICK_DEVICE_CHECKS) :]
             self.bench.none_ran((*names, *longer), LEFT_OUT, needed=False)
-        elif not runnable:
-            why = next((absent[kind] for kind in absent if _kind(kind) in asked), "no device can be used")
-            self.bench.none_ran(names, why)
+        elif not self.runnable:
+            reasons = (why for name, why in self.absent.items() if _kind(name) in self.asked)
+            self.bench.none_ran(names, next(reasons, "no device can be used"))
         elif not built or any(
             c.status is CheckStatus.FAILED and c.name in _FATAL for c in self.bench.results
         ):
             self.bench.none_ran(names, "modules cannot be built and run at every width that is used")
         else:
-            home = torch.device(runnable[0])
-            more = [
-                width for width in GRID_WIDTHS if more_widths and width not in chosen and self._takes(width)
-            ]
-            check_grid(self.bench, [*chosen, *more], home)
+            home = torch.device(self.runnable[0])
+            taken = [width for width in more if width not in chosen and self._takes(width)]
+            check_grid(self.bench, [*chosen, *taken], home)
             check_module(self.bench, built[0].width, home)
 
     def _takes(self, width: int) -> bool:
@@ -230,63 +222,46 @@ class _Examination:
             try:
                 reason = spec.refusal(width)
             except (Exception, SystemExit) as error:
-                self.bench.failed(
-                    "accepts_width",
-                    f"cannot say whether it takes width {width}",
-                    where=f"dim={width}",
-                    expected="None, or the reason as text",
-                    measured=told(error),
-                    hint="accepts_width(dim) must not raise.",
-                    error=error,
+                claim = f"cannot say whether it takes width {width}"
+                self._refuse_width(
+                    width, claim, told(error), "accepts_width(dim) must not raise.", error=error
                 )
                 return chosen
             if reason is None:
                 chosen.append(width)
             elif not isinstance(reason, str) or not reason:
-                self.bench.failed(
-                    "accepts_width",
-                    "does not say why it refuses a width",
-                    where=f"dim={width}",
-                    expected="None, or the reason as text",
-                    measured=repr(reason),
-                    hint="accepts_width(dim) returns None for a width it accepts and the reason, as text, for others.",
-                )
+                hint = "accepts_width(dim) returns None for a width it accepts and the reason, as text, for others."
+                self._refuse_width(width, "does not say why it refuses a width", repr(reason), hint)
                 return chosen
             elif width in own:
-                self.bench.failed(
-                    "accepts_width",
+                claim, hint = (
                     "refuses the width its size was counted at",
-                    where=f"dim={width}",
-                    expected=f"None at estimate_dim={width}",
-                    measured=reason,
-                    hint="Set estimate_dim to a width that accepts_width accepts.",
+                    "Set estimate_dim to a width that accepts_width accepts.",
                 )
+                self._refuse_width(width, claim, reason, hint, expected=f"None at estimate_dim={width}")
         if chosen:
             self.bench.passed("accepts_width", measured=f"uses {', '.join(map(str, chosen))}")
         else:
-            self.bench.not_run(
-                "accepts_width",
-                "no width from 1 to 1024 is accepted" if widths is None else "none given is accepted",
-            )
+            why = "no width from 1 to 1024 is accepted" if widths is None else "none given is accepted"
+            self.bench.not_run("accepts_width", why)
         return chosen
+
+    def _refuse_width(self, width: int, claim: str, measured: str, hint: str, **facts: Any) -> None:
+        facts = {"expected": "None, or the reason as text", "where": f"dim={width}"} | facts
+        self.bench.failed("accepts_width", claim, measured=measured, hint=hint, **facts)
 
     def _build_all(self, widths: Sequence[int]) -> list[Built]:
         variants = [(width, False) for width in widths]
         if self.spec.takes_causal and widths:
             variants.append((widths[0], True))
-        failed = False
-        built = []
-        for width, causal in variants:
-            made = self.bench.build(width, causal)
-            if not isinstance(made, CheckResult):
-                built.append(made)
-            elif not failed:
-                self.bench.results.append(made)
-                failed = True
-        if built and not failed:
-            self.bench.passed("factory", measured=f"built at {len(built)} widths or variants")
-        elif not built and not failed:
+        results = [self.bench.build(width, causal) for width, causal in variants]
+        built = [made for made in results if isinstance(made, Built)]
+        failures = [made for made in results if isinstance(made, CheckResult)]
+        self.bench.results += failures[:1]
+        if not results:
             self.bench.not_run("factory", "there is no width to build it at")
+        elif not failures:
+            self.bench.passed("factory", measured=f"built at {len(built)} widths or variants")
         return built
 
     def _check_options(self, built: Sequence[Built]) -> None:

@@ -1,4 +1,4 @@
-"""Counting floating-point operations: torch's counter taught the CPU's attention, and fvcore's count of one module."""
+"""Counting of operations: torch's counter with the CPU's attention added, and fvcore's count of one module."""
 
 from __future__ import annotations
 
@@ -17,21 +17,10 @@ _SDPA: Final = "aten::scaled_dot_product_attention"
 _COSTLY: Final = ("attention", "conv", "fft", "gru", "linear", "lstm", "mm", "rnn", "transformer", "dot")
 
 
-def _attention_forward(
-    query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    b, h, t, d = query
-    s, v = key[-2], value[-1]
-    return 2 * b * h * t * s * (d + v)
-
-
-def _attention_backward(
-    grad: Shape, query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    b, h, t, d = query
-    s, v = key[-2], value[-1]
-    # The scores are computed again; then one product each for dV, dP, dQ and dK.
-    return 2 * b * h * t * s * (d + v + v + d + d)
+def _attention(query: Shape, key: Shape, value: Shape, by_key: int = 1, by_value: int = 1) -> int:
+    """Return the multiply-adds of so many products of the scores' size with the keys' and the values' width."""
+    *batch, t, d = query
+    return math.prod(batch) * t * key[-2] * (by_key * d + by_value * value[-1])
 
 
 def flop_counter() -> FlopCounterMode:
@@ -43,8 +32,13 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+                2 * _attention(q, k, v)
+            ),
+            # The scores are computed again; then one product each for dV, dP, dQ and dK.
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+                lambda grad, q, k, v, *_, **__: 2 * _attention(q, k, v, 3, 2)
+            ),
         },
     )
 
@@ -52,7 +46,7 @@ def flop_counter() -> FlopCounterMode:
 @final
 @dataclass(frozen=True, slots=True)
 class FlopCount:
-    """What one forward pass costs.
+    """Cost of one forward pass.
 
     Attributes:
         multiply_adds: Multiply-adds of matrix products, convolutions and attention; fvcore adds the operations of
@@ -67,7 +61,7 @@ class FlopCount:
 
 
 def count_flops(module: nn.Module, x: Tensor) -> FlopCount:
-    """Return what the forward pass of ``module`` on ``x`` costs, as fvcore counts it where that is whole.
+    """Return the cost of the forward pass of ``module`` on ``x``: fvcore's count where that is complete.
 
     fvcore traces the module: give it one that is not used afterwards, because buffers such as BatchNorm's statistics
     and the global random numbers move. Where fvcore fails, or misses operations that torch's counter sees, torch's
@@ -115,6 +109,5 @@ def _fvcore_flops(module: nn.Module, x: Tensor) -> tuple[int, list[str]]:
 
 def _fvcore_attention(inputs: list[Any], outputs: list[Any]) -> int:
     """Multiply-adds of the scores and of their product with the values."""
-    query, key, value = (list(tensor.type().sizes()) for tensor in inputs[:3])
-    *batch, t, d = query
-    return int(math.prod(batch) * t * key[-2] * (d + value[-1]))
+    query, key, value = (tuple(tensor.type().sizes()) for tensor in inputs[:3])
+    return _attention(query, key, value)

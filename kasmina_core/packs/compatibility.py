@@ -1,8 +1,7 @@
-"""Whether a pack fits this version and this environment, told from its metadata before its code is imported.
+"""Compatibility of a pack with this version and environment, from its metadata before its code is imported.
 
-A pack declares the version of the plugin API it is written for beside its entry point (see `kasmina_core.packs.hookspecs`);
-one that declares none is taken to be written for ``v1``. What it needs is what every package says: ``dependencies`` and
-``requires-python``.
+A pack may declare a version of the plugin API (see `kasmina_core.packs.hookspecs`); without one it counts as ``v1``.
+Its requirements are those of its distribution: ``dependencies`` and ``requires-python``.
 """
 
 from __future__ import annotations
@@ -47,15 +46,11 @@ def api_problem(origin: str, declared: Sequence[str]) -> str | None:
     said = ", ".join(sorted(set(declared)))
     ours = f"{', '.join(supported)} (kasmina {__version__})"
     if not re.fullmatch(r"v[1-9][0-9]*", said):
-        what, todo = (
-            "declares a plugin API version that cannot be read",
-            f"Declare one, such as {supported[-1]!r}.",
-        )
+        what = "declares a plugin API version that cannot be read"
+        todo = f"Declare one, such as {supported[-1]!r}."
     elif int(said[1:]) > API_VERSION:
-        what, todo = (
-            "is written for a newer plugin API",
-            "Upgrade kasmina, or install an older release of the pack.",
-        )
+        what = "is written for a newer plugin API"
+        todo = "Upgrade kasmina, or install an older release of the pack."
     else:
         what, todo = "is written for a plugin API that is gone", "Install a newer release of the pack."
     return f"{origin} {what}.\n  declared:  {said}\n  supported: {ours}\n{todo}"
@@ -66,9 +61,8 @@ class Environment:
     """The distributions that are installed, each looked up once, when a requirement names it."""
 
     def __init__(self) -> None:
-        self._versions: dict[str, str | None] = {
-            "kasmina": __version__
-        }  # also in a checkout, or if that is stale
+        # Ours is known also in a checkout, or where the metadata is stale.
+        self._versions: dict[str, str | None] = {"kasmina": __version__}
 
     def requirement_problem(
         self, origin: str, requirements: Iterable[str], requires_python: str | None = None

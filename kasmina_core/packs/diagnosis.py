@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, final
 
@@ -89,6 +90,10 @@ class PackFinding(Record):
             object.__setattr__(self, name, cleaned(getattr(self, name), 4000, lines=name != "subject"))
 
 
+_problem = partial(PackFinding, Severity.PROBLEM)
+_advice = partial(PackFinding, Severity.ADVICE)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
@@ -152,7 +157,7 @@ def diagnose(
     except SwitchError as error:
         switches = Switches()
         todo = "Correct it. Until then nothing is loaded; here it was taken as not set, like all others."
-        findings.append(PackFinding(Severity.PROBLEM, "bad_switch", "environment", str(error), todo))
+        findings.append(_problem("bad_switch", "environment", str(error), todo))
     places, unreadable = _places()
     findings += unreadable
     records = list_packs(switches)
@@ -206,24 +211,24 @@ def _of_pack(record: PackRecord, result: Probe | None, slow: float) -> Iterable[
             todo = f"Correct its entry point in the group {GROUP}, and install it again.{did_you_mean(wanted, held)}"
         else:
             todo = f"pip uninstall {record.distribution}, or install it again."
-        yield PackFinding(Severity.PROBLEM, "stale_metadata", record.name, what, todo)
+        yield _problem("stale_metadata", record.name, what, todo)
     elif record.is_bad and record.reason is not None:
         advice = ADVICE[record.reason].format(
             distribution=record.distribution, name=record.name, module=record.module.partition(":")[0]
         )
         # A conflict of two packs is one finding, because its cause names both.
         what = record.cause if record.origin in record.cause else f"{record.origin}: {record.cause}"
-        yield PackFinding(Severity.PROBLEM, record.reason.value, record.name, what, advice)
+        yield _problem(record.reason.value, record.name, what, advice)
     if result is None or result.seconds is None:
         return
     if result.imports_torch:
         what = f"{record.origin}: importing {record.module} imports torch ({result.seconds:.2f} s), also where nobody uses it."
         todo = "Ask its author to name factories as text, 'package.module:attribute', and to import torch there only."
-        yield PackFinding(Severity.ADVICE, "imports_torch", record.name, what, todo)
+        yield _advice("imports_torch", record.name, what, todo)
     elif result.seconds >= slow:
         what = f"{record.origin}: importing {record.module} takes {result.seconds:.2f} s."
         todo = f"See what takes the time: python -X importtime -c 'import {record.module.partition(':')[0]}'"
-        yield PackFinding(Severity.ADVICE, "slow_import", record.name, what, todo)
+        yield _advice("slow_import", record.name, what, todo)
 
 
 def _modules_of(distribution: str) -> list[str]:
@@ -250,7 +255,7 @@ def _misspelt_switches(environ: Mapping[str, str]) -> Iterable[PackFinding]:
             continue
         if near := get_close_matches(variable.upper(), known, n=1, cutoff=0.85):
             what = f"{variable} is no switch, and does nothing."
-            yield PackFinding(Severity.PROBLEM, "misspelt_switch", variable, what, f"Did you mean {near[0]}?")
+            yield _problem("misspelt_switch", variable, what, f"Did you mean {near[0]}?")
 
 
 def _names_nothing(
@@ -275,7 +280,7 @@ def _names_nothing(
             )
             known = [*packs, *distributions, *(full for ids in packs.values() for full in ids)]
             todo = f"Correct it, or take it out.{did_you_mean(entry, known)}"
-            yield PackFinding(Severity.ADVICE, "switch_names_nothing", entry, what, todo)
+            yield _advice("switch_names_nothing", entry, what, todo)
 
 
 # -- distributions --------------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
     def unreadable(error: Exception) -> None:
         what = f"Listing the installed distributions raised {type(error).__name__}: {error}"
         todo = "Packs that would have come after it are not found. Correct or remove what put that finder into sys.meta_path."
-        findings.append(PackFinding(Severity.PROBLEM, "unreadable_place", "sys.meta_path", what, todo))
+        findings.append(_problem("unreadable_place", "sys.meta_path", what, todo))
 
     for distribution in every_distribution(unreadable):
         try:
@@ -312,7 +317,7 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
     if "kasmina" not in every:
         what = "kasmina itself has no metadata here, so that the bundled packs are not found."
         todo = "Install it: pip install -e . in the checkout."
-        findings.append(PackFinding(Severity.PROBLEM, "no_own_metadata", "kasmina", what, todo))
+        findings.append(_problem("no_own_metadata", "kasmina", what, todo))
     return {name: every[name] for name in every if name in with_packs}, findings
 
 
@@ -320,26 +325,22 @@ def _interrupted_upgrade(name: str, where: str) -> PackFinding:
     what = (
         f"An interrupted upgrade of '{name}' left metadata behind, which pip and kasmina ignore:\n  {where}"
     )
-    return PackFinding(
-        Severity.ADVICE, "left_over_metadata", name, what, "Delete that folder; keep the distribution."
-    )
+    return _advice("left_over_metadata", name, what, "Delete that folder; keep the distribution.")
 
 
 def _offering_nothing(distribution: importlib_metadata.Distribution) -> Iterable[PackFinding]:
-    """Tell of a distribution that means to be a pack, to judge by its requirements or its entry points, and is none."""
+    """Report a distribution that means to be a pack, judged by its requirements or entry points, and is none."""
     name = distribution.metadata["Name"]
     groups = {entry.group for entry in distribution.entry_points} - {GROUP, API_GROUP}
     near = sorted({*get_close_matches(GROUP, groups), *(g for g in groups if g.startswith("kasmina"))})
     declare = f'[project.entry-points."{GROUP}"] in its pyproject.toml, and install it again.'
     if near:
         what = f"Distribution '{name}' has entry points in the group {near[0]!r}, which nothing reads."
-        yield PackFinding(
-            Severity.PROBLEM, "misspelt_group", name, what, f"Did you mean '{GROUP}'? Write {declare}"
-        )
+        yield _problem("misspelt_group", name, what, f"Did you mean '{GROUP}'? Write {declare}")
     elif any(re.match(r"kasmina(?![\w.-])(?!.*extra)", text, re.I) for text in distribution.requires or ()):
         what = f"Distribution '{name}' requires kasmina and offers no pack: it has no entry point for one."
         todo = f"If it only uses kasmina, nothing. If it is a pack, name its module under {declare}"
-        yield PackFinding(Severity.ADVICE, "offers_nothing", name, what, todo)
+        yield _advice("offers_nothing", name, what, todo)
 
 
 def _copies(places: Mapping[str, list[str]]) -> Iterable[PackFinding]:
@@ -351,8 +352,8 @@ def _copies(places: Mapping[str, list[str]]) -> Iterable[PackFinding]:
         if len(set(folders)) < len(folders):
             what = f"Distribution '{name}' has metadata more than once in one folder, left over from another version:{rows}"
             todo = f"pip uninstall {name}, delete what is left, and install it again."
-            yield PackFinding(Severity.PROBLEM, "left_over_metadata", name, what, todo)
+            yield _problem("left_over_metadata", name, what, todo)
         else:
             what = f"Distribution '{name}' is found {len(wheres)} times; the first is used:{rows}"
             todo = "If the first is the one that you want, nothing. Else uninstall it, or change the order of sys.path."
-            yield PackFinding(Severity.ADVICE, "duplicate_distribution", name, what, todo)
+            yield _advice("duplicate_distribution", name, what, todo)

@@ -1,7 +1,7 @@
-"""Loading plugin packs one by one, and the registry of what they offer.
+"""Loading of plugin packs one by one, and the registry of what they offer.
 
-Each pack is taken whole or not at all: one that cannot be used leaves nothing behind but a `PackRecord` with its cause,
-and asking for something it offered raises that cause.
+A pack is loaded whole or not at all. An unusable one leaves a `PackRecord` with its cause, which is raised when somebody
+asks for what it offered.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ class PluginRegistry:
         return self._reports.get(blueprint_id)
 
     def load_installed(self) -> list[PackRecord]:
-        """Load every installed pack that was not seen yet, one by one in the order of their names, the bundled ones first.
+        """Load every installed pack that was not seen yet, the bundled ones first, then by name.
 
-        A pack that cannot be used stops nothing: its record says why.
+        A pack that cannot be used stops nothing: its record has the cause.
 
         Raises:
             PluginError: Under ``strict``, if any pack cannot be used; the message names each. What can be used is loaded.
@@ -267,7 +267,7 @@ class PluginRegistry:
         A pack whose hook raises or returns something else offers none; asking for one of its sinks raises the cause.
 
         Args:
-            config: What the packs may want to know; handed to each as it is.
+            config: Settings for sinks; each pack gets them all.
         """
         unavailable = dict(self._unavailable)
         found: Catalogue[Callable[..., Any]] = Catalogue("sink", unavailable)

@@ -1,4 +1,4 @@
-"""Which installed packs may be loaded: read from the environment, or given to `PluginRegistry`."""
+"""Switches that decide which installed packs are loaded, from the environment or given to `PluginRegistry`."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ class Switches:
 
     def in_force(self) -> dict[str, Any]:
         """Return the switches that are set, as plain data."""
-        plain: dict[str, Any] = {}
-        for name in ENVIRONMENT:
-            value = getattr(self, name)
-            if value != getattr(_DEFAULT, name):
-                plain[name] = value if isinstance(value, bool) else sorted(value)
-        return plain
+        values = {name: getattr(self, name) for name in ENVIRONMENT}
+        return {
+            name: value if isinstance(value, bool) else sorted(value)
+            for name, value in values.items()
+            if value != getattr(_DEFAULT, name)
+        }
 
     def blocks(self, pack: str, distribution: str) -> bool:
         """Return whether a whole pack is blocked, by its name or by that of its distribution."""

@@ -1,4 +1,4 @@
-"""Comparing what two modules computed, bit for bit, through nested outputs."""
+"""Bit-for-bit comparison of what two modules compute, through nested outputs."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
 @final
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass, and its backward pass if it had one, left behind.
+    """Results of one forward pass, and of its backward pass if it had one.
 
     Attributes:
         outputs: Every tensor of the output.
         buffers: The host's buffers afterwards.
         random_state: State of the random number generators afterwards.
-        gradients: By parameter of the host; of those that got one.
+        gradients: Of the host's parameters that got one.
     """
 
     outputs: dict[str, Tensor]
