@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if nothing had happened."""
+"""Checkpoints: everything a run needs to resume exactly."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from kasmina_core.checkpoints.files import (
     write_manifest,
     write_tensors,
 )
+from kasmina_core.checkpoints.migrations import part
 from kasmina_core.checkpoints.run_state import (
     Remembers,
     Run,
     apply,
     collect,
     mapping,
-    optimizers_in,
-    several,
     unwrapped,
 )
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import meaning, to_json
+from kasmina_core.records import read
 from kasmina_core.state_keys import plain_name
 
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     extra: object = None,
     keep_previous: bool = True,
 ) -> Path:
-    """Write a checkpoint from which `load_checkpoint` goes on exactly.
+    """Write a checkpoint from which `load_checkpoint` resumes exactly.
 
     The folder holds ``weights.safetensors`` (the model's ``state_dict``), ``training.safetensors`` (tensors of the
     optimiser and of random numbers) and ``manifest.json``. It is written beside, flushed to the disk and renamed; what
@@ -104,9 +104,7 @@ def save_checkpoint(
         CheckpointError: If something cannot be written, or what is at ``folder`` is no checkpoint. What is there stays.
         TypeError: If ``model`` holds no `MorphogeneticModel`.
     """
-    run = Run(
-        unwrapped(model), optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {}
-    )
+    run = Run.of(unwrapped(model), optimizer, schedulers, policy, scaler, generators)
     kept: dict[str, Tensor] = {}
     identity = new_id()
     data = {"id": identity, **collect(run, rng=rng, data_position=data_position, extra=extra)}
@@ -164,25 +162,18 @@ def load_checkpoint(
         InexactResume: If accelerators' random numbers were saved that cannot be restored here.
         OtherBlueprintVersion: If a seed was saved with another version of its pack, and fits.
     """
-    run = Run(
-        unwrapped(model), optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {}
-    )
+    run = Run.of(unwrapped(model), optimizer, schedulers, policy, scaler, generators)
     place, data, weights, unchanged = read_one_version(Path(folder), _opened)
-    host = data.get("host")
-    if not isinstance(host, dict) or not isinstance(host.get("other_state"), dict):
-        raise CheckpointError(f"The manifest in {place} is damaged: host cannot be {host!r:.80}.")
+    what = f"The manifest in {place}"
+    other = part(part(data, "host", dict, what), "other_state", dict, what)
 
     def load_weights(records: dict[str, Any]) -> dict[str, Any]:
-        _load_weights(run.model, {**weights, **host["other_state"], **records})
+        _load_weights(run.model, {**weights, **other, **records})
         return data
 
     apply(run, data, load_weights, unchanged.demand, rng=rng)
-    return LoadedCheckpoint(
-        place,
-        data.get("data_position"),
-        data.get("extra"),
-        {name: str(data.get(name)) for name in ("kasmina", "torch")},
-    )
+    versions = {name: str(data.get(name)) for name in ("kasmina", "torch")}
+    return LoadedCheckpoint(place, data.get("data_position"), data.get("extra"), versions)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -191,9 +182,7 @@ def load_checkpoint(
 def _opened(place: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor], Unchanged]:
     """Open all files of a checkpoint; their tensors stay what they are if it is replaced."""
     raw = read_manifest(place)
-    if not isinstance(identity := raw.get("id"), str):
-        raise CheckpointError(f"The manifest in {place} is damaged: id cannot be {identity!r:.80}.")
-    metadata = {"checkpoint": identity}
+    metadata = {"checkpoint": part(raw, "id", str, f"The manifest in {place}")}
     with as_checkpoint_error(f"The checkpoint {place}", "read"):
         unchanged = Unchanged(place, raw["crc32"])
     shared = _shared(raw)
@@ -210,14 +199,11 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _shared(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    shared = mapping("shared", raw.get("shared"))
-    for file in raw["files"]:
-        for name, other in mapping("shared", shared.get(file)).items():
-            if not isinstance(other, str):
-                raise CheckpointError(
-                    f"The manifest is damaged: '{name:.80}' cannot be the same as {other!r:.80}."
-                )
-    return cast("dict[str, dict[str, str]]", shared)
+    saved = mapping("shared", raw.get("shared"))
+    shared = {file: saved.get(file) for file in raw["files"]}
+    return cast(
+        "dict[str, dict[str, str]]", read(dict[str, dict[str, str]], shared, "The manifest", "shared")
+    )
 
 
 def _load_weights(model: MorphogeneticModel, state: dict[str, Any]) -> None:

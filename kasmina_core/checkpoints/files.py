@@ -1,4 +1,4 @@
-"""A checkpoint's folder: tensors and a manifest, written beside and put in place at once, read with every doubt."""
+"""Folders of checkpoints: tensors and a manifest, replaced at once and checked when they are read."""
 
 from __future__ import annotations
 
@@ -117,35 +117,40 @@ def read_tensors(file: Path, metadata: Mapping[str, str], *, apart: bool = False
     Args:
         file: Where from.
         metadata: What the file's head must say.
-        apart: Whether the tensors shall not lean on the file, which may be replaced later.
+        apart: Whether the tensors are copied, so that the file may be replaced later.
 
     Raises:
         CheckpointError: If the file is damaged, or of another checkpoint.
+    """
+    found, named = open_tensors(file)
+    for key, value in metadata.items():
+        if found.get(key) != value:
+            raise CheckpointError(
+                f"{file.name} does not belong to this checkpoint.\n"
+                f"  {key} in {MANIFEST}: {value!r:.80}\n"
+                f"  {key} in {file.name}: {found.get(key)!r:.80}"
+            )
+    return {name: t.clone() for name, t in named.items()} if apart else named
+
+
+def open_tensors(file: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+    """Return the text in a safetensors file's head, and its tensors, which lean on the file.
+
+    Raises:
+        CheckpointError: If the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            found = opened.metadata() or {}
-            for key, value in metadata.items():
-                if found.get(key) != value:
-                    raise CheckpointError(
-                        f"{file.name} does not belong to this checkpoint.\n"
-                        f"  {key} in {MANIFEST}: {value!r:.80}\n"
-                        f"  {key} in {file.name}: {found.get(key)!r:.80}"
-                    )
-            named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            return {name: t.clone() for name, t in named.items()} if apart else named
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            return opened.metadata() or {}, tensors
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
 def with_shared(tensors: dict[str, Tensor], shared: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return tensors with those that `write_tensors` left out.
-
-    Raises:
-        CheckpointError: If there is no such tensor.
-    """
+    """Return tensors with those that `write_tensors` left out."""
     for name, other in shared.items():
         if other not in tensors or name in tensors:
             raise CheckpointError(
@@ -322,7 +327,7 @@ def _drop_second_name(entry: Path, name: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint's own files, and its folder if nothing else is in it."""
+    """Remove a checkpoint's own files, and its folder if that is then empty."""
     with suppress(OSError):
         for entry in folder.iterdir():
             if _OWN_NAME.fullmatch(entry.name):
@@ -365,7 +370,7 @@ def _lock(handle: int) -> None:
 
 @contextmanager
 def plain_refusals() -> Iterator[None]:
-    """Let nothing that a file made up reach a terminal: control characters are escaped, long lines and lists are cut."""
+    """Make the messages of refusals safe for a terminal: control characters are escaped, long lines and lists are cut."""
     try:
         yield
     except CheckpointError as error:
@@ -378,11 +383,7 @@ def plain_refusals() -> Iterator[None]:
 
 @contextmanager
 def as_checkpoint_error(what: str, done: str = "written") -> Iterator[None]:
-    """Say of what the user named that it cannot be written, and not of a file beside that the user never saw.
-
-    Raises:
-        CheckpointError: In place of an OSError.
-    """
+    """Turn an OSError about a temporary file into a CheckpointError about what the user named."""
     try:
         yield
     except OSError as error:
@@ -459,23 +460,21 @@ class Unchanged:
             CheckpointError: If a file is another than was written.
         """
         for file, written, computed in self._sums:
-            if (found := computed.result()) != written:
-                raise CheckpointError(
-                    f"{file} is not as it was written: its bytes have changed since.\n"
-                    f"  crc32 written: {written!r:.40}\n"
-                    f"  crc32 found:   {found}"
-                )
+            _same_sum(file, written, computed.result())
+
+
+def _same_sum(file: Path, written: object, found: int) -> None:
+    if found != written:
+        raise CheckpointError(
+            f"{file} is not as it was written: its bytes have changed since.\n"
+            f"  crc32 written: {written!r:.40}\n  crc32 found:   {found}"
+        )
 
 
 def read_one_version(folder: Path, read: Callable[[Path], _Read]) -> _Read:
-    """Return what is read from a checkpoint, all of it of one version, whoever replaces it meanwhile.
+    """Return what ``read`` returns, all of it of one version, also if the checkpoint is replaced meanwhile.
 
-    Args:
-        folder: The checkpoint.
-        read: Opens all its files; what it returns must not open them again.
-
-    Raises:
-        CheckpointError: What ``read`` raises, if the checkpoint was not replaced meanwhile.
+    ``read`` opens all its files; what it returns must not open them again.
     """
     for _ in range(1000):
         place = present(folder)
@@ -493,7 +492,7 @@ def read_one_version(folder: Path, read: Callable[[Path], _Read]) -> _Read:
 
 
 def present(folder: Path) -> Path:
-    """Return the folder, or the one before it if the process ended while it was being replaced."""
+    """Return the folder, or the previous one if the process ended while it was being replaced."""
     target = Path(os.path.realpath(folder))
     previous = previous_of(target)
     for _ in range(500):
@@ -515,7 +514,7 @@ def present(folder: Path) -> Path:
 
 
 def identity(folder: Path) -> tuple[Any, ...]:
-    """Return what differs between two checkpoints that were at one place one after the other."""
+    """Return what differs between two checkpoints that replaced each other at one place."""
     try:
         stats = [os.stat(folder), *(entry.stat() for entry in sorted(folder.iterdir()))]
     except OSError:
@@ -524,7 +523,7 @@ def identity(folder: Path) -> tuple[Any, ...]:
 
 
 def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files are all there and whole, as `plain_data.parse` gives it.
+    """Return the parsed manifest of a checkpoint whose files all exist and are whole.
 
     Raises:
         CheckpointError: If there is none, or it is truncated, changed, foreign, newer or leads elsewhere.
@@ -540,12 +539,8 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
             raise CheckpointError(f"{file} is {size:,} bytes long; at most {LARGEST_TEXT:,} are read.")
         content = file.read_bytes()
     seal = _SEAL.search(content, max(0, len(content) - 64))
-    if seal is not None and int(seal[1]) != (found := zlib.crc32(content[: seal.start()])):
-        raise CheckpointError(
-            f"{file} is not as it was written: its bytes have changed since.\n"
-            f"  crc32 written: {seal[1].decode():.40}\n"
-            f"  crc32 found:   {found}"
-        )
+    if seal is not None:
+        _same_sum(file, int(seal[1]), zlib.crc32(content[: seal.start()]))
     raw = parse(content, str(file))
     if not isinstance(raw, dict) or raw.get("format") != kind:
         raise CheckpointError(f"{file} is no manifest of a {kind}.")
@@ -564,8 +559,7 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
         if (found := _size_of(folder / name)) != bytes_:
             raise CheckpointError(
                 f"{folder / name} is not as it was written; it was cut off or replaced.\n"
-                f"  written: {bytes_!r:.40} bytes\n"
-                f"  found:   {found} bytes"
+                f"  written: {bytes_!r:.40} bytes\n  found:   {found} bytes"
             )
     sums = data.get("crc32")
     if kind == FORMAT and (not isinstance(sums, dict) or sums.keys() != files.keys()):
@@ -577,18 +571,17 @@ def _size_of(file: Path) -> int:
     found = os.lstat(file)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(
-            f"{file} is no regular file; a checkpoint's files are read from its own folder alone."
+            f"{file} is no regular file; files are read from a checkpoint's own folder alone."
         )
     return found.st_size
 
 
 def _lives(process: int) -> bool:
-    if not _POSIX:
-        return True  # there signal 0 is Ctrl-C
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    if _POSIX:  # elsewhere signal 0 is Ctrl-C
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
     return True

@@ -1,4 +1,4 @@
-"""What has grown in a model, without its weights: plain data, and back."""
+"""Growth of a model without its weights, as plain data and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import RegisteredBlueprint
-from kasmina_core.checkpoints.migrations import upgraded
+from kasmina_core.checkpoints.migrations import part, upgraded
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION
@@ -20,6 +20,7 @@ from kasmina_core.growth.record import SlotRecord
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
+from kasmina_core.records import Count, read
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
 
@@ -56,11 +57,7 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
         CheckpointError: If it is damaged; nothing is changed.
     """
     counters = _checked_counters(data)
-    germinations = data.get("germinations")
-    if not isinstance(germinations, Mapping) or not all(map(_is_count, germinations.values())):
-        raise CheckpointError(
-            f"The saved record of growth is damaged: germinations cannot be {germinations!r:.80}."
-        )
+    germinations = read(dict[str, Count], data.get("germinations"), _RECORD, "germinations")
     set_counters(model, counters)
     for name, slot in model.slots.items():
         if slot.state is None:  # in a file of tensors alone an empty slot leaves nothing
@@ -68,6 +65,9 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
 
 
 Counters = tuple[int, int, int, float | None]
+
+_COUNTERS: Final = {"epoch": Count, "events": Count, "lost_epochs": Count, "last_metric": float | None}
+_RECORD: Final = "The saved record of growth"
 
 
 def _counters(model: MorphogeneticModel) -> dict[str, Any]:
@@ -81,16 +81,8 @@ def _counters(model: MorphogeneticModel) -> dict[str, Any]:
 
 def _checked_counters(data: Any) -> Counters:
     saved = data if isinstance(data, Mapping) else {}
-    for name in ("epoch", "events", "lost_epochs"):
-        if not _is_count(saved.get(name)):
-            raise CheckpointError(
-                f"The saved record of growth is damaged: {name} cannot be {saved.get(name)!r:.40}."
-            )
-    metric = saved.get("last_metric")
-    if metric is not None and type(metric) not in (int, float):
-        raise CheckpointError(f"The saved record of growth is damaged: last_metric cannot be {metric!r:.40}.")
-    metric = None if metric is None else float(metric)
-    return saved["epoch"], saved["events"], saved["lost_epochs"], metric
+    epoch, *others = (read(hint, saved.get(name), _RECORD, name) for name, hint in _COUNTERS.items())
+    return epoch, *others
 
 
 def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
@@ -99,12 +91,8 @@ def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
     growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
 
 
-def _is_count(number: object) -> bool:
-    return type(number) is int and 0 <= number < 1 << 63
-
-
 def slot_data(slot: SeedSlot) -> dict[str, Any]:
-    """Return what `growth_of` says of one slot."""
+    """Return the part of `growth_of` for one slot."""
     data: dict[str, Any] = {
         "point": _point_data(slot.point),
         "record": slot.get_extra_state(),
@@ -167,9 +155,10 @@ def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None
 def rebuilding(
     model: MorphogeneticModel, data: Mapping[str, Any], room: Callable[[str], int] | None = None
 ) -> Iterator[OrderedDict[str, Any]]:
-    """Check what has grown, and give what `load_state_dict` needs of it; in the block that is called, once.
+    """Check what has grown, and yield the slots' records for the one call of ``load_state_dict`` in the block.
 
-    A seed that is larger than ``room``, if given, says of its slot is refused before it is built. A seed that was built but does not fit makes it fail. The counters are set when the block ends well.
+    A seed with more values than ``room`` returns for its slot is refused before it is built; one that does not fit when
+    it is built makes the load fail. The counters are set when the block ends well.
     """
     slots, counters = _checked(model, data)
     records: OrderedDict[str, Any] = OrderedDict()
@@ -197,16 +186,10 @@ def rebuilding(
 
 
 def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[str, Any], Counters]:
-    data = upgraded("growth", data, "The saved record of growth")
+    data = upgraded("growth", data, _RECORD)
     counters = _checked_counters(data)
-    slots = data.get("slots")
-    if not isinstance(slots, Mapping):
-        raise CheckpointError(f"The saved record of growth is damaged: slots cannot be {slots!r:.40}.")
+    slots = saved_slots(data, _RECORD)
     for name, saved in slots.items():
-        if not isinstance(saved, Mapping) or not {"point", "record", "blueprint", "tensors"} <= set(saved):
-            raise CheckpointError(
-                f"The saved record of growth is damaged: slot '{name}' cannot be {saved!r:.80}."
-            )
         record = SlotRecord.for_slot(saved["record"], name)
         if record.state is None and not record.germinations and name not in model.slots:
             continue  # an empty slot that was never used may be left out
@@ -221,6 +204,15 @@ def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[s
         if record.state is not None and not is_failure_stage(record.state.stage):
             demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
     return dict(slots), counters
+
+
+def saved_slots(data: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Return the ``slots`` of what was read, each of which has the entries of `slot_data`."""
+    slots: Mapping[str, Any] = part(data, "slots", Mapping, what)
+    for name, saved in slots.items():
+        if not isinstance(saved, Mapping) or not {"point", "record", "blueprint", "tensors"} <= set(saved):
+            raise CheckpointError(f"{what} is damaged: slot {name!r:.80} cannot be {saved!r:.80}.")
+    return slots
 
 
 def _compare_points(slot: SeedSlot, saved: Any) -> None:
@@ -238,7 +230,7 @@ def _compare_points(slot: SeedSlot, saved: Any) -> None:
 def origin_of(saved: Any) -> str:
     """Return what a blueprint came from: ``"distribution==version"`` for pip, ``"distribution"``, or nothing."""
     parts = [saved.get(key) for key in ("distribution", "version")] if isinstance(saved, Mapping) else []
-    # Nobody shall paste a command into a shell that a file made up.
+    # People paste this into a shell: a file must not be able to make up a command.
     named = [part for part in parts if isinstance(part, str) and _SAFE_IN_A_COMMAND.fullmatch(part)]
     return "==".join(named) if named and named[0] == parts[0] else ""
 
@@ -264,35 +256,24 @@ def demand_blueprint(slot: SeedSlot, blueprint_id: str, origin: str) -> Register
 
 
 def compare_seed(slot: SeedSlot, saved: Mapping[str, Any], others: list[str]) -> None:
-    """Compare a seed that was built anew with what `slot_data` said of the saved one.
+    """Raise a CheckpointError if a seed that was built anew has other parameters than `slot_data` returned.
 
-    Args:
-        slot: Holds the seed.
-        saved: What was said.
-        others: Takes a text if the seed fits but comes from another version of its pack.
-
-    Raises:
-        CheckpointError: If its parameters are others.
+    A text is added to ``others`` if it fits but comes from another version of its pack.
     """
     if slot.seed is None or slot.state is None:
         return
     entry = demand_blueprint(slot, slot.state.blueprint_id, origin_of(saved["blueprint"]))
-    then, now = (
-        origin_of(saved["blueprint"]),
-        origin_of({"distribution": entry.distribution, "version": entry.version}),
-    )
+    then = origin_of(saved["blueprint"])
+    now = origin_of({"distribution": entry.distribution, "version": entry.version})
     versions = f"  saved with: {then or 'no distribution'}\n  here:       {now or 'no distribution'}"
     tensors = {name: list(t.shape) for name, t in _tensors(slot.seed)}
     if saved["tensors"] != tensors:
         wanted = saved["tensors"] if isinstance(saved["tensors"], Mapping) else {}
         different = sorted(name for name in {*wanted, *tensors} if wanted.get(name) != tensors.get(name))
+        lines = [f"  {n}: {wanted.get(n)!r:.60} saved, {tensors.get(n)} here\n" for n in different[:5]]
         raise CheckpointError(
             f"Blueprint '{entry.id}' in slot '{slot.name}' makes other parameters than when it was saved.\n"
-            f"{versions}\n"
-            + "".join(
-                f"  {name}: {wanted.get(name)!r:.60} saved, {tensors.get(name)} here\n"
-                for name in different[:5]
-            )
+            f"{versions}\n{''.join(lines)}"
             + (f"Install what it was saved with: pip install '{then}'" if then and then != now else "")
         )
     if then != now:

@@ -1,4 +1,4 @@
-"""Older formats: each step is one function that makes of data of one version data of a later one."""
+"""Migrations of older formats: each step is one function from one version to a later one."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def upgraded(kind: str, data: Any, what: str) -> Data:
         f"  readable: {', '.join([*known, str(FORMAT_VERSION)])}\n"
         "Update kasmina, or load it with the one that wrote it."
     )
+
+
+def part(data: Any, name: str, kind: type[Any], what: str) -> Any:
+    """Return an entry of what was read; a CheckpointError with its value if it is of another type."""
+    value = data.get(name) if isinstance(data, Mapping) else None
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{what} is damaged: {name} cannot be {value!r:.80}.")
+    return value
 
 
 def _only_the_number(data: Data) -> Data:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_core.checkpoints.migrations import part
 from kasmina_core.errors import CheckpointError, did_you_mean
 from kasmina_core.growth.undo import undo_of_optimizer
 from kasmina_core.state_keys import plain_name
@@ -34,18 +35,19 @@ _LIKE_THE_PARAMETER: Final = frozenset(
 _PART_OF_FLAG: Final = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 """What torch's optimisers keep only where a flag is set; from the first step on."""
 
+_WHAT: Final = "The saved optimiser"
 _NOT_SETTINGS: Final = ("params", "param_names")
 
 _HOW: Final = ("capturable", "differentiable", "foreach", "fused")
-"""Settings that say how a step is computed, not what: they depend on the device, so the optimiser keeps its own."""
+"""Settings of how a step is computed, not what: they depend on the device, so the optimiser keeps its own."""
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return an optimiser's state and groups with names in the place of positions.
 
     Args:
-        model: Holds the parameters; its names are those of ``model.named_parameters()``, without what ``torch.compile``
-            puts into them. A parameter that is not in it is named by its place in the optimiser, ``#<number>``.
+        model: Holds the parameters; names are those of ``model.named_parameters()``, without the prefix of
+            ``torch.compile``. A parameter that is not in it is named by its place in the optimiser, ``#<number>``.
         optimizer: Any of torch's, with groups of any kind.
 
     Returns:
@@ -58,15 +60,11 @@ def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
         | {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
         for group in optimizer.param_groups
     ]
-    # Through state_dict, which lets the optimiser's own hooks have their say.
-    written = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    numbered = dict(
-        zip((i for group in written["param_groups"] for i in group["params"]), order, strict=True)
-    )
-    state = {
-        names[id(numbered[key])]: dict(value) for key, value in written["state"].items() if key in numbered
-    }
+    written = optimizer.state_dict()  # calls the optimiser's own hooks
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in written["param_groups"] for i in group["params"]]
+    named = dict(zip(numbers, order, strict=True))
+    state = {named[key]: dict(value) for key, value in written["state"].items() if key in named}
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
 
 
@@ -75,9 +73,9 @@ def load_named_optimizer_state(
 ) -> list[dict[str, Any]]:
     """Give an optimiser the state that `named_optimizer_state` returned, wherever its parameters now stand.
 
-    A group gets the settings of the saved group with the same parameters, but for those that say how a step is computed
-    (``fused``, ``foreach``, ``capturable``, ``differentiable``): another device may need others. Tensors go to the parameters' devices and
-    dtypes, as in ``Optimizer.load_state_dict``.
+    A group gets the settings of the saved group with the same parameters, except those of how a step is computed
+    (``fused``, ``foreach``, ``capturable``, ``differentiable``): another device may need others. Tensors go to the
+    parameters' devices and dtypes, as in ``Optimizer.load_state_dict``.
 
     Returns:
         The optimiser's groups in the order of the saved ones, in which a scheduler's saved lists are.
@@ -86,14 +84,14 @@ def load_named_optimizer_state(
         CheckpointError: If it is another kind of optimiser, holds other parameters or other groups of them, or the
             state is damaged; nothing is changed.
     """
-    classes = (_part(data, "class", str), type(optimizer).__name__)
+    classes = (part(data, "class", str, _WHAT), type(optimizer).__name__)
     if classes[0] != classes[1]:
         raise CheckpointError(
             f"The state was saved from another kind of optimiser.\n  saved: {classes[0]:.80}\n  here:  {classes[1]}"
         )
     names = _names(model, optimizer)
     saved = _saved_groups(data)
-    state = _part(data, "state", Mapping)
+    state = part(data, "state", Mapping, _WHAT)
     numbers: dict[str, tuple[int, nn.Parameter]] = {}
     groups, waiting, places = [], list(saved), []
     for group in optimizer.param_groups:
@@ -140,8 +138,7 @@ def load_named_optimizer_state(
                     continue  # SGD's, before its first step
                 raise CheckpointError(
                     f"The saved {key} of '{name}' has another shape than its parameter.\n"
-                    f"  saved:     {_shape(value)!r:.80}\n"
-                    f"  parameter: {tuple(parameter.shape)}"
+                    f"  saved:     {_shape(value)!r:.80}\n  parameter: {tuple(parameter.shape)}"
                 )
         numbered[number] = dict(values)
     _same_state_in_a_group(saved, state)
@@ -151,10 +148,8 @@ def load_named_optimizer_state(
     except Exception as error:
         put_back()
         raise CheckpointError(f"The saved optimiser state cannot be loaded: {error}") from error
-    return [
-        group
-        for _, group in sorted(zip(places, optimizer.param_groups, strict=True), key=lambda pair: pair[0])
-    ]
+    in_saved_order = dict(zip(places, optimizer.param_groups, strict=True))
+    return [in_saved_order[place] for place in sorted(places)]
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
@@ -168,15 +163,14 @@ def _shape(value: Any) -> Any:
 
 
 def _same_state_in_a_group(groups: list[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse state of which a part was lost: what one parameter of a group has, all that were stepped have."""
+    """Refuse state with lost tensors: what one parameter of a group has, all that were stepped have."""
     for group in groups:
         known = {n: {*state[n]} & {*_LIKE_THE_PARAMETER, "step"} for n in group["params"] if n in state}
         for name, keys in known.items():
             if lost := sorted(set.union(*known.values()) - keys):
                 raise CheckpointError(f"The saved optimiser state of '{name}' lacks: {', '.join(lost)}.")
-            if missing := [
-                part for flag, part in _PART_OF_FLAG.items() if group.get(flag) and part not in keys
-            ]:
+            needed = [tensor for flag, tensor in _PART_OF_FLAG.items() if group.get(flag)]
+            if missing := [tensor for tensor in needed if tensor not in keys]:
                 raise CheckpointError(
                     f"The saved optimiser state of '{name}' lacks {missing[0]}, which the saved settings of its group need."
                 )
@@ -199,18 +193,11 @@ def _same_kind(here: Any, saved: Any) -> bool:
     return isinstance(saved, type(here))
 
 
-def _part(data: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
-    value = data.get(name) if isinstance(data, Mapping) else None
-    if not isinstance(value, kind):
-        raise CheckpointError(f"The saved optimiser is damaged: {name} cannot be {value!r:.80}.")
-    return value
-
-
 def _saved_groups(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups: list[Mapping[str, Any]] = _part(data, "groups", list)
+    groups: list[Mapping[str, Any]] = part(data, "groups", list, _WHAT)
     seen: set[str] = set()
     for group in groups:
-        names = _part(group, "params", list)
+        names = part(group, "params", list, _WHAT)
         for name in names:
             if not isinstance(name, str) or name in seen:
                 raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The states of the global random number generators, taken and put back."""
+"""States of the global random number generators."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ class InexactResume(UserWarning):
 
 
 def random_states(sources: Collection[str]) -> dict[str, Any]:
-    """Return the states of global generators, as plain data and tensors.
-
-    Args:
-        sources: Some of `SOURCES`.
-
-    Raises:
-        ValueError: If one is unknown.
-    """
+    """Return the states of global generators, some of `SOURCES`, as plain data and tensors."""
     if unknown := sorted(set(sources) - set(SOURCES)):
         raise ValueError(f"rng names {unknown[0]!r}; there are: {', '.join(SOURCES)}.")
     states: dict[str, Any] = {}
@@ -47,7 +40,7 @@ def random_states(sources: Collection[str]) -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` took.
+    """Restore what `random_states` returned.
 
     Raises:
         CheckpointError: If the states are damaged; some may be restored then.
@@ -69,15 +62,9 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
             kind, keys, position, has_gauss, gauss = states["numpy"]
             numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
-    except (
-        AttributeError,
-        ImportError,
-        KeyError,
-        OverflowError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Warning:
+        raise  # InexactResume, where warnings are errors
+    except Exception as error:
         raise CheckpointError(f"The saved random number states cannot be restored: {error}") from error
 
 

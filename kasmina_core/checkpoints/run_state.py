@@ -1,4 +1,4 @@
-"""All that a run needs to go on exactly, collected from a model and what trains it, and applied to them again.
+"""State of a run: all that it needs to resume exactly, collected from a model and what trains it, and applied again.
 
 A container (a folder, a distributed checkpoint, a trainer's checkpoint) writes what `collect` returns, and the model's
 tensors in its own way.
@@ -48,7 +48,7 @@ class Remembers(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A model and all that trains it."""
+    """A model and all that trains it; optimisers are those that accelerate wraps, if it does."""
 
     model: MorphogeneticModel
     optimizers: list[Optimizer] = field(default_factory=list)
@@ -57,15 +57,24 @@ class Run:
     scaler: Remembers | None = None
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        model: MorphogeneticModel,
+        optimizer: Any = None,
+        schedulers: Any = None,
+        policy: object = None,
+        scaler: Remembers | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
+    ) -> Run:
+        """Return a run of one optimiser and scheduler, several or none."""
+        optimizers = [without_accelerate(one) for one in several(optimizer)]
+        return cls(model, optimizers, several(schedulers), policy, scaler, generators or {})
+
 
 def several(given: Any) -> list[Any]:
     """Return one optimiser or scheduler, or several, as a list."""
     return list(given) if isinstance(given, Iterable) else [given] if given is not None else []
-
-
-def optimizers_in(given: Any) -> list[Optimizer]:
-    """Return one optimiser or several as a list; of what accelerate prepared, what it wraps."""
-    return [without_accelerate(one) for one in several(given)]
 
 
 def unwrapped(model: nn.Module) -> MorphogeneticModel:
@@ -87,13 +96,7 @@ def unwrapped(model: nn.Module) -> MorphogeneticModel:
 def collect(
     run: Run, *, rng: Collection[str] = ("torch",), data_position: object = None, extra: object = None
 ) -> dict[str, Any]:
-    """Return all that a run needs but the model's tensors, as plain data and tensors.
-
-    Args:
-        run: The run.
-        rng: Whose global random numbers to save; see `random_states`.
-        data_position: Where the data loader is.
-        extra: Anything else.
+    """Return all that a run needs except the model's tensors, as plain data and tensors.
 
     Raises:
         CheckpointError: If a seed is being germinated.
@@ -136,7 +139,7 @@ def apply(
     rng: bool = True,
     room: Callable[[str], int] | None = None,
 ) -> Mapping[str, Any]:
-    """Make a run what it was when `collect` was called; if that fails, what it was before.
+    """Restore a run as `collect` found it; if that fails, it stays as it was.
 
     Args:
         run: Parts that are not in it are not loaded.

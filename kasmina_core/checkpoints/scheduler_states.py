@@ -21,13 +21,9 @@ def scheduler_states(schedulers: Iterable[LRScheduler]) -> list[dict[str, Any]]:
 def load_scheduler_states(
     schedulers: Sequence[LRScheduler], data: Any, groups_as_saved: Mapping[int, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Give schedulers the states that `scheduler_states` returned.
+    """Load what `scheduler_states` returned; lists per group are brought into the present order of the groups.
 
-    Args:
-        schedulers: In the order in which they were saved.
-        data: What was saved.
-        groups_as_saved: By the ``id`` of each optimiser, its groups in the order in which they were saved: the
-            schedulers' lists are brought into the present order.
+    ``groups_as_saved`` has, by the ``id`` of each optimiser, its groups in the order in which they were saved.
 
     Raises:
         CheckpointError: If they are others, or a state is damaged; some may be changed then.

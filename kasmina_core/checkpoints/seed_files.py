@@ -1,4 +1,4 @@
-"""Seeds alone in a small file, to graft onto the same host elsewhere."""
+"""Files of seeds without their host, to graft onto the same host elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, Final
 from torch import Tensor
 
 from kasmina_core.checkpoints.atomic import replacing
-from kasmina_core.checkpoints.files import as_checkpoint_error, plain_refusals, write_tensors
+from kasmina_core.checkpoints.files import as_checkpoint_error, open_tensors, plain_refusals, write_tensors
 from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
     compare_seed,
     demand_blueprint,
     origin_of,
+    saved_slots,
     slot_data,
 )
 from kasmina_core.checkpoints.migrations import upgraded
@@ -48,20 +49,17 @@ def save_seeds(
         UnknownNameError: If there is no such slot.
     """
     chosen = [model.slots[name] for name in ([slots] if isinstance(slots, str) else slots or model.slots)]
-    if slots is None:
-        chosen = [slot for slot in chosen if slot.seed is not None]
-    if not chosen or any(slot.seed is None for slot in chosen):
-        empty = ", ".join(slot.name for slot in chosen if slot.seed is None) or "all slots"
-        raise CheckpointError(f"There is no seed to save in: {empty}.")
-    tensors: dict[str, Tensor] = {}
-    for slot in chosen:
-        if slot.seed is not None:
-            tensors |= {
-                f"{slot.name}.{name}": value.clone()
-                for name, value in slot.seed.state_dict().items()
-                if isinstance(value, Tensor)
-            }
-    text = to_json({"version": FORMAT_VERSION, "slots": {s.name: slot_data(s) for s in chosen}}, "seeds")
+    full = [(slot, slot.seed) for slot in chosen if slot.seed is not None]
+    if not full or (slots is not None and len(full) < len(chosen)):
+        empty = ", ".join(slot.name for slot in chosen if slot.seed is None)
+        raise CheckpointError(f"There is no seed to save in: {'all slots' if slots is None else empty}.")
+    tensors = {
+        f"{slot.name}.{name}": value.clone()
+        for slot, seed in full
+        for name, value in seed.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+    text = to_json({"version": FORMAT_VERSION, "slots": {s.name: slot_data(s) for s, _ in full}}, "seeds")
     target = Path(file)
     with as_checkpoint_error(f"The file of seeds {target}"), replacing(target) as beside:
         write_tensors(beside, tensors, {_KEY: text}, named=target)
@@ -128,25 +126,12 @@ def graft_seeds(
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            text = (opened.metadata() or {}).get(_KEY)
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
-    if text is None:
+    metadata, tensors = open_tensors(file)
+    if (text := metadata.get(_KEY)) is None:
         raise CheckpointError(f"{file} holds no seeds: save_seeds did not write it.")
-    data = from_json(text, f"What {file} says of its seeds")
-    data = upgraded("seeds", data, f"The file of seeds {file}")
-    slots = data.get("slots")
-    if not isinstance(slots, dict) or not all(
-        isinstance(one, dict) and {"point", "record", "blueprint", "tensors"} <= one.keys()
-        for one in slots.values()
-    ):
-        raise CheckpointError(f"What {file} says of its seeds is damaged.")
-    return slots, tensors
+    what = f"What {file} says of its seeds"
+    data = upgraded("seeds", from_json(text, what), f"The file of seeds {file}")
+    return dict(saved_slots(data, what)), {name: t.clone() for name, t in tensors.items()}
 
 
 def _record(slot: SeedSlot, source: str, data: Mapping[str, Any]) -> dict[str, Any]:

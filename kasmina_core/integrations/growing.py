@@ -13,14 +13,15 @@ from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
 from kasmina_core.checkpoints.growth_state import counters_of
-from kasmina_core.checkpoints.migrations import upgraded
-from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of, optimizers_in
+from kasmina_core.checkpoints.migrations import part, upgraded
+from kasmina_core.checkpoints.run_state import Run, apply_beside_trainer, collect, memory_of
 from kasmina_core.errors import CheckpointError
 from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, meaning, to_json
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.quiet import kept_modes
+from kasmina_core.records import read
 from kasmina_core.training.averaging import pairs_by_position
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.training.optim import PerSeed, tie_optimizer, untie_optimizer
@@ -217,13 +218,9 @@ class GrowthClock:
         """
         what = "The checkpoint's record of growth"
         state = upgraded("trainer", state, what)
-        tensors = state.get("tensors")
-        if not isinstance(tensors, Mapping):
-            raise CheckpointError(f"{what} is damaged: tensors cannot be {tensors!r:.80}.")
+        tensors = part(state, "tensors", Mapping, what)
         data = meaning({k: v for k, v in state.items() if k != "tensors"}, what, tensors.__getitem__)
-        noted = data.get("noted")
-        if noted is not None and type(noted) not in (int, float):
-            raise CheckpointError(f"{what} is damaged: noted cannot be {noted!r:.80}.")
+        noted = read(float | None, data.get("noted"), what, "noted")
         apply_beside_trainer(run, data)
         self.noted = noted
 
@@ -246,7 +243,7 @@ class GrowthUnderTrainer:
         return self._model
 
     def _run(self) -> Run:
-        return Run(self._required_model(), optimizers_in(self._optimizer), policy=self._clock.policy)
+        return Run.of(self._required_model(), self._optimizer, policy=self._clock.policy)
 
     def _follow_with(self, model: MorphogeneticModel, optimizer: Any, schedulers: Iterable[Any]) -> None:
         """Tie an optimiser to the model in place of the one before."""

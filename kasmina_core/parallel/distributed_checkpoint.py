@@ -36,8 +36,6 @@ from kasmina_core.checkpoints.run_state import (
     Run,
     apply,
     collect,
-    optimizers_in,
-    several,
     unwrapped,
 )
 from kasmina_core.errors import CheckpointError, DistributedError
@@ -96,7 +94,7 @@ def save_distributed(
     inner = _inner(model)
     team = _team(inner)
     rank = 0 if team is None else team.rank
-    run = Run(inner, optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {})
+    run = Run.of(inner, optimizer, schedulers, policy, scaler, generators)
     with team.attempt("save_distributed()") if team is not None else nullcontext():
         reshard(inner)
         tensors = {f"model/{name}": tensor for name, tensor in _tensors(inner).items()}
@@ -168,7 +166,7 @@ def load_distributed(
     """
     inner = _inner(model)
     team = _team(inner)
-    run = Run(inner, optimizers_in(optimizer), several(schedulers), policy, scaler, generators or {})
+    run = Run.of(inner, optimizer, schedulers, policy, scaler, generators)
     with team.attempt("load_distributed()") if team is not None else nullcontext():
         place = present(Path(folder))
         before = identity(place)

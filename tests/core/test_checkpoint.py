@@ -738,7 +738,7 @@ MANIFESTS = [
         ("topology", "slots", FIRST, "record", "schedule", "total_steps", 10**30),
         "schedule|cannot be read|total_steps",
     ),
-    (("topology", "epoch", 10**20), "epoch cannot be 1000"),
+    (("topology", "epoch", 10**20), "epoch must be a whole number of at least 0, not 1000"),
     (("topology", "slots", FIRST, "point", "dim", 8), "(?s)another point than in the saved model.*'dim': 8"),
     (("optimizers", []), "(?s)another number of optimisers.*saved: 0"),
     (("optimizers", 0, "class", "SGD"), "another kind of optimiser"),

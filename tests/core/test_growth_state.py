@@ -117,9 +117,9 @@ def change(data, path, value):
 
 DAMAGE = [
     (["version"], 2, "another version.\n  saved: *2"),
-    (["epoch"], -1, "epoch cannot be -1"),
-    (["events"], 1 << 63, "events cannot be 9223372036854775808"),
-    (["last_metric"], "good", "last_metric cannot be 'good'"),
+    (["epoch"], -1, "epoch must be a whole number of at least 0, not -1"),
+    (["events"], 1 << 63, "events must be a whole number of at least 0, not 9223372036854775808"),
+    (["last_metric"], "good", "last_metric must be a number, not 'good'"),
     (["slots"], [], r"slots cannot be \[\]"),
     (["slots", FIRST], 3, "slot '2' cannot be 3"),
     (["slots", FIRST, "record", "state", "slot"], "7", "belongs to another slot"),
