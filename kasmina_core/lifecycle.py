@@ -1,7 +1,4 @@
-"""The life of a seed as data: stages, the transitions between them, its metrics and its state.
-
-Nothing here needs torch. The one function that changes a stage is `SeedState.move_to`; everything else only asks.
-"""
+"""The life of a seed as data: stages, the transitions between them, its metrics and its state. No torch."""
 
 from __future__ import annotations
 
@@ -210,19 +207,29 @@ class SeedState(Record):
         """Say whether ``target`` is a valid transition from here."""
         return is_valid_transition(self.stage, target)
 
+    def demand_move(self, target: SeedStage | None) -> None:
+        """Refuse a move that `VALID_TRANSITIONS` does not hold; ``None`` is none.
+
+        Raises:
+            TransitionError: If so; the message lists the moves there are.
+        """
+        onward = VALID_TRANSITIONS.get(self.stage, ())
+        if target is None or target not in onward:
+            allowed = ", ".join(stage.name for stage in onward) or "none"
+            wanted = next((stage.name for stage in SeedStage if stage == target), repr(target))
+            wanted = "anywhere" if target is None else wanted
+            raise TransitionError(
+                f"Seed '{self.seed_id}' in slot '{self.slot}' cannot go from {self.stage.name} to {wanted}.\n"
+                f"  allowed from {self.stage.name}: {allowed}"
+            )
+
     def move_to(self, target: SeedStage) -> None:
         """Enter ``target`` and restart the counters of the stage.
 
         Raises:
             TransitionError: If `VALID_TRANSITIONS` does not hold the move; nothing is changed.
         """
-        if not self.can_move_to(target):
-            allowed = ", ".join(stage.name for stage in VALID_TRANSITIONS.get(self.stage, ())) or "none"
-            target_name = target.name if isinstance(target, SeedStage) else repr(target)
-            raise TransitionError(
-                f"Seed '{self.seed_id}' in slot '{self.slot}' cannot go from {self.stage.name} to {target_name}.\n"
-                f"  allowed from {self.stage.name}: {allowed}"
-            )
+        self.demand_move(target)
         self.stage = SeedStage(target)  # an equal int would pass the check above
         self.stage_history.append((self.stage, self.metrics.epochs_total))
         self.metrics.epochs_in_current_stage = 0

@@ -56,7 +56,8 @@ class GradientIsolationMonitor:
             stack.enter_context(private_rng(0, slot.device))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(slot.device.type, enabled=False))
-            features, gradient = slot.random_features(), slot.random_features()
+            shape, dtype = (1, *slot.shape[1:]), slot.alpha_buffer.dtype
+            features, gradient = (torch.randn(shape).to(slot.device, dtype) for _ in range(2))
             features.requires_grad_()
             output = like_host(slot.isolated_forward(features), features)
             trainable = [(name, p) for name, p in self._host if p.requires_grad]

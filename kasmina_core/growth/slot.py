@@ -22,6 +22,7 @@ from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedState, is_failure_stage
 from kasmina_core.packs.discovery import default_registry
 from kasmina_core.records import Record
+from kasmina_core.sharding import local_part
 from kasmina_core.slots import slot as core
 from kasmina_core.slots.owner import Trial
 from kasmina_core.topology import Topology
@@ -114,11 +115,17 @@ class ConfiguredGates:
             cast("SeedState", slot.state),
             lambda: cast("SeedEvidence | None", slot.measure_once()),
             slot.notes.stage.gains,
-            parameters_finite=slot.parameters_are_finite,
+            parameters_finite=lambda: _is_finite(slot),
             look=lambda: Look(slot.notes.take_look(), slot.notes.error_share),
             screen=lambda: cast("PairedGain | None", slot.owner.screen(slot)),
         )
         return self._config.gates.check(gate, context, self._pack_checks)
+
+
+def _is_finite(slot: CoreSlot) -> bool:
+    """Return whether every parameter of the seed is finite in every process of a job."""
+    finite = all(bool(local_part(p).isfinite().all()) for p in slot.seed_parameters())
+    return slot.owner.everywhere(slot, "finite parameters", finite)
 
 
 @final

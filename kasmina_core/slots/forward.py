@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Final, Self, cast, final
+from typing import Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +32,14 @@ class ForwardMode(IntEnum):
 
 
 # Plain ints: a compiled graph guards on a constant, and an Enum member costs a lookup per call.
-_PASS: Final = int(ForwardMode.PASS)
-_STRAIGHT_THROUGH: Final = int(ForwardMode.STRAIGHT_THROUGH)
-_BLEND_DETACHED: Final = int(ForwardMode.BLEND_DETACHED)
-_BLEND: Final = int(ForwardMode.BLEND)
-_SEED: Final = int(ForwardMode.SEED)
-_REPLACE: Final = int(ForwardMode.REPLACE)
+_PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE = map(int, ForwardMode)
 
 
 class Slot(nn.Module):
     """A seed's place in a host, and the modes of its forward.
 
     ``forward`` reads one integer, ``mode``, and 0-d buffers that change in place: a compiled model needs one graph per
-    mode. The buffers have the host's device and ``alpha_buffer`` its dtype, so ``model.to(...)`` moves slot and seed like
-    any module. None of them is saved.
+    mode. The buffers have the host's device and ``alpha_buffer`` its dtype; none of them is saved.
 
     Args:
         point: Where the slot is.
@@ -127,10 +121,6 @@ class Slot(nn.Module):
         """Return the parameters of the seed, each once; empty if there is no seed."""
         return list(self.seed.parameters()) if self.seed is not None else []
 
-    def random_features(self) -> Tensor:
-        """Return one sample of random features for this slot, from the current generator: standard normal."""
-        return torch.randn((1, *self.shape[1:])).to(self.device, self.alpha_buffer.dtype)
-
     def forward(self, features: Tensor) -> Tensor:
         """Return the features with what the seed does to them in the present mode.
 
@@ -147,6 +137,7 @@ class Slot(nn.Module):
         if mode == _SEED:
             return like_host(seed(features), features)
         if mode == _STRAIGHT_THROUGH:
+            # Detached: a gradient that goes on from the seed would change the host, which trains as if it were alone.
             output = seed(features.detach())
             learned = bounded_straight_through(features, output, self.max_deviation)
             self._note_training(relative_deviation(features, output))

@@ -1,4 +1,4 @@
-"""What a slot asks of others: who makes seeds, who judges them, who examines them, and who takes part in a change."""
+"""What a slot asks of others: who makes seeds, who judges them, and the model around it."""
 
 from __future__ import annotations
 
@@ -41,14 +41,10 @@ class Trial:
 
 
 class SeedMaker(Protocol):
-    """Makes seeds from blueprints."""
+    """Makes seeds from blueprints; a blueprint that nobody offers raises `UnknownNameError`."""
 
     def find(self, blueprint_id: str, topology: Topology) -> str:
-        """Return the full id of a blueprint.
-
-        Raises:
-            UnknownNameError: If nobody offers it.
-        """
+        """Return the full id of a blueprint."""
         ...
 
     def describe(self, blueprint_id: str) -> str:
@@ -73,9 +69,6 @@ class SeedMaker(Protocol):
             like: An empty tensor with the shape of one sample's features, and the slot's dtype and device.
             random_seed: From which the seed's weights are drawn.
             may_draw: Whether its forward may draw from the global random numbers.
-
-        Raises:
-            UnknownNameError: If nobody offers the blueprint.
         """
         ...
 
@@ -97,108 +90,68 @@ class Judge(Protocol):
         ...
 
 
-class Examiner(Protocol):
-    """Measures a slot's seed. What it cannot measure is ``None``, and a gate then answers "never measured"."""
+class SlotOwner(Protocol):
+    """The model around a slot: it measures the seed and takes part in changes, with the other processes of a job.
+
+    What it cannot measure is ``None``, and a gate then answers "never measured". The bodies are those of a slot outside
+    of a model: nothing is measured and nothing prevented.
+    """
 
     def measure(self, slot: SeedSlot, host_losses: Tensor | None) -> tuple[Evidence, Tensor | None] | None:
         """Measure the seed on held-out samples; return the losses without it too, where they can be kept.
 
         ``host_losses`` are those of the host as blending began.
         """
-        ...
+        return None
 
     def screen(self, slot: SeedSlot) -> object | None:
         """Measure the first-order gain of the seed, for the judge."""
-        ...
+        return None
 
     def error_share(self, slot: SeedSlot) -> float:
         """Return the part of the gates' error rate that the seed may spend, in (0, 1]."""
-        ...
+        return slot.notes.error_share
 
     def measure_isolation(self, slot: SeedSlot) -> IsolationReading | None:
         """Measure the gradient that the seed sends into the host."""
-        ...
-
-
-class Council(Protocol):
-    """Takes part in a slot's changes: the model around it, and the other processes of a job."""
+        return None
 
     def emit(self, event: TelemetryEvent) -> None:
         """Take an event."""
-        ...
+        return None
 
     def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
         """Carry out a command of the slot as the processes of a job agree."""
-        ...
-
-    def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
-        """Return whether something holds in every process of a job."""
-        ...
-
-    def largest(self, slot: SeedSlot, what: str, value: float) -> float:
-        """Return the largest value of all processes of a job; NaN if one is."""
-        ...
-
-    def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
-        """Called before a stage change; may raise to prevent it."""
-        ...
-
-    def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        """Called before anybody holds the parameters of a new seed; may replace them, or raise to prevent it."""
-        ...
-
-    def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        """Called with new parameters while the seed is in its slot; may raise to prevent it."""
-        ...
-
-    def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        """Called with parameters that are gone."""
-        ...
-
-
-class SlotOwner(Examiner, Council, Protocol):
-    """The model around a slot, as the slot sees it."""
-
-
-@final
-class Unowned:
-    """The owner of a slot outside of a model: it measures nothing and prevents nothing."""
-
-    def measure(self, slot: SeedSlot, host_losses: Tensor | None) -> None:
-        return None
-
-    def screen(self, slot: SeedSlot) -> None:
-        return None
-
-    def error_share(self, slot: SeedSlot) -> float:
-        return slot.notes.error_share
-
-    def measure_isolation(self, slot: SeedSlot) -> None:
-        return None
-
-    def emit(self, event: TelemetryEvent) -> None:
-        pass
-
-    def command(self, slot: SeedSlot, text: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def everywhere(self, slot: SeedSlot, what: str, holds: bool) -> bool:
+        """Return whether something holds in every process of a job."""
         return holds
 
     def largest(self, slot: SeedSlot, what: str, value: float) -> float:
+        """Return the largest value of all processes of a job; NaN if one is."""
         return value
 
     def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
-        pass
+        """Called before a stage change; may raise to prevent it."""
+        return None
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
-        pass
+        """Called before anybody holds the parameters of a new seed; may replace them, or raise to prevent it."""
+        return None
 
     def seed_added(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        pass
+        """Called with new parameters while the seed is in its slot; may raise to prevent it."""
+        return None
 
     def seed_removed(self, slot: SeedSlot, parameters: Sequence[nn.Parameter]) -> None:
-        pass
+        """Called with parameters that are gone."""
+        return None
+
+
+@final
+class Unowned(SlotOwner):
+    """The owner of a slot outside of a model."""
 
 
 UNOWNED: Final = Unowned()

@@ -31,7 +31,6 @@ from kasmina_core.isolation import IsolationReading
 from kasmina_core.lifecycle import VALID_TRANSITIONS, SeedStage, SeedState, is_active_stage, is_failure_stage
 from kasmina_core.quiet import derived_seed
 from kasmina_core.records import is_plain
-from kasmina_core.sharding import local_part
 from kasmina_core.slots.forward import ForwardMode, Slot
 from kasmina_core.slots.notes import SeedNotes
 from kasmina_core.slots.owner import UNOWNED, Judge, SeedMaker, SlotOwner, Trial, shared_command
@@ -44,16 +43,7 @@ class SeedSlot(Slot):
 
     Commands change the stage through one transition; the stage says in which mode the slot computes. What a slot cannot
     know by itself it asks of others: ``maker`` makes seeds, ``judge`` judges them at the gates, ``owner`` measures them
-    and takes part in changes.
-
-    Args:
-        point: Where the slot is.
-        shape: Shape of the features seen there; its batch size is ignored.
-        config: How seeds are treated.
-        maker: Makes seeds.
-        judge: Judges them.
-        dtype: Floating dtype of the host at this point.
-        device: Device of the host at this point.
+    and takes part in changes. Further arguments are those of `Slot`; ``config`` says how seeds are treated.
 
     Attributes:
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
@@ -87,13 +77,12 @@ class SeedSlot(Slot):
 
     @property
     def owner(self) -> SlotOwner:
-        """The model around the slot, as the slot sees it; a slot outside of a model has one that does nothing.
-
-        It is not kept alive: it refers to the slots, and to listeners and evaluators that may refer to the host.
+        """The model around the slot; a slot outside of a model has one that does nothing.
 
         Raises:
             KasminaError: If the model is gone.
         """
+        # A weak reference: the owner refers to slots, listeners and evaluators, and these may refer to the host.
         if self.owned_by is None:
             return UNOWNED
         if (owner := self.owned_by()) is None:
@@ -126,6 +115,10 @@ class SeedSlot(Slot):
     def last_evidence(self) -> Evidence | None:
         """The seed's evidence as last measured, or ``None``."""
         return self.notes.evidence
+
+    @property
+    def _last_gain(self) -> float | None:
+        return self.notes.evidence.gain if self.notes.evidence is not None else None
 
     @property
     def last_gate(self) -> GateResult | None:
@@ -198,9 +191,13 @@ class SeedSlot(Slot):
                 f"(slot '{self.name}')."
             )
         if self.state is not None:
+            way = "Cull it and let the cooldown pass, or use another slot."
+            if self.stage is SeedStage.FOSSILIZED:
+                way = "A fossil is part of the model and stays; use another slot."
+            elif is_failure_stage(self.stage):
+                way = "Its cooldown goes on with every step_epoch; germinate when it is over."
             raise GerminationError(
-                f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds "
-                f"'{self.state.seed_id}'. {_way_to_dormant(self.stage)}"
+                f"Slot '{self.name}' is not dormant but {self.stage.name}: it holds '{self.state.seed_id}'. {way}"
             )
         if not is_plain(options):
             raise GerminationError(
@@ -219,15 +216,12 @@ class SeedSlot(Slot):
                 f"({self.point.topology.value}, width {self.point.dim}).\n  {result}",
                 result,
             )
-        seed = trial.seed
-        seed.train(self.training)
+        seed = trial.seed.train(self.training)
         self._announce(state, seed)
         self.germinations = number
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
         self._begin_notes()
-        self._emit(
-            SeedGerminated, blueprint_id=found, parameters=sum(p.numel() for p in self.seed_parameters())
-        )
+        self._emit(SeedGerminated, blueprint_id=found, parameters=sum(p.numel() for p in seed.parameters()))
         if joined := self.judge.joined:
             self._emit(GateChecksJoined, checks=joined)
         self._emit(GateEvaluated, **_as_event(result))
@@ -248,17 +242,9 @@ class SeedSlot(Slot):
             TransitionError: If there is no seed, or `VALID_TRANSITIONS` does not lead from here to ``target``.
         """
         state = self._require_seed("advance")
-        onward = VALID_TRANSITIONS[state.stage]
-        goal = next(iter(onward), None)
-        if target is not None:  # an int that equals a stage becomes that stage
-            goal = next((stage for stage in SeedStage if stage == target), target)
-        if goal is None or not state.can_move_to(goal):
-            allowed = ", ".join(stage.name for stage in onward) or "none"
-            wanted = "anywhere" if goal is None else goal.name if isinstance(goal, SeedStage) else repr(goal)
-            raise TransitionError(
-                f"Seed '{state.seed_id}' in slot '{self.name}' cannot go from {state.stage.name} to {wanted}.\n"
-                f"  allowed from {state.stage.name}: {allowed}"
-            )
+        goal = next(iter(VALID_TRANSITIONS[state.stage]), None) if target is None else target
+        state.demand_move(goal)
+        goal = SeedStage(cast("SeedStage", goal))  # from here on an int that equals a stage is that stage
         if goal is SeedStage.CULLED:
             self.cull("asked to")
             return _plain_result("culled", True, state)
@@ -281,8 +267,7 @@ class SeedSlot(Slot):
             TransitionError: If there is no seed.
         """
         self._require_seed("check a gate")
-        known = self.notes.answers.get(cast("GateLevel", gate))
-        if known is not None:
+        if (known := self.notes.answers.get(cast("GateLevel", gate))) is not None:
             return known
         if gate in (GateLevel.G2, GateLevel.G5):
             self.check_isolation()
@@ -346,22 +331,21 @@ class SeedSlot(Slot):
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
             self.notes.steps_since_isolation += 1
             if self.notes.steps_since_isolation >= self.config.isolation_every:
-                self._measure_isolation()
+                self.check_isolation(again=True)
                 self.check_deviation()
 
-    def check_isolation(self) -> IsolationReading | None:
+    def check_isolation(self, *, again: bool = False) -> IsolationReading | None:
         """Measure what a seed in TRAINING leaks into the host; a violation is counted and emitted.
 
-        Within an epoch it is measured once, and again every ``isolation_every`` steps.
+        Args:
+            again: Whether to measure though it was measured in this epoch, as every ``isolation_every`` steps.
 
         Returns:
             The reading, or ``None`` if there is nothing to measure now (no host known, other stage, fresh already).
         """
-        return None if self.notes.epoch.isolation_is_fresh else self._measure_isolation()
-
-    def _measure_isolation(self) -> IsolationReading | None:
         state = self.state
-        if state is None or state.stage is not SeedStage.TRAINING:
+        is_due = again or not self.notes.epoch.isolation_is_fresh
+        if state is None or state.stage is not SeedStage.TRAINING or not is_due:
             return None
         reading = self.owner.measure_isolation(self)
         if reading is None:
@@ -422,9 +406,7 @@ class SeedSlot(Slot):
             raise TransitionError(
                 f"Seed '{state.seed_id}' in slot '{self.name}' cannot be culled: it is {state.stage.name}."
             )
-        before = state.stage
-        parameters = self.seed_parameters()
-        gain = self.notes.evidence.gain if self.notes.evidence is not None else None
+        before, parameters, gain = state.stage, self.seed_parameters(), self._last_gain
         state.cull_reason = reason
         state.is_paused = state.is_stopped = False
         self._transition(SeedStage.CULLED)
@@ -516,15 +498,11 @@ class SeedSlot(Slot):
             self.schedule = self.config.make_schedule()
             state.metrics.blending_steps_done = 0
             state.metrics.blending_steps_total = self.schedule.total_steps
-        if target is SeedStage.SHADOWING:
-            state.metrics.alpha = 1.0
-            self.alpha_buffer.fill_(1.0)
+        if target in (SeedStage.SHADOWING, SeedStage.CULLED):
+            state.metrics.alpha = 1.0 if target is SeedStage.SHADOWING else 0.0
+            self.alpha_buffer.fill_(state.metrics.alpha)
         if target is SeedStage.CULLED:
-            self.seed = None
-            self.schedule = None
-            self.options = {}
-            state.metrics.alpha = 0.0
-            self.alpha_buffer.fill_(0.0)
+            self.seed, self.schedule, self.options = None, None, {}
             self._begin_notes()
         self.refresh_mode()
         self._emit(StageChanged, before=before.name, after=target.name)
@@ -533,7 +511,7 @@ class SeedSlot(Slot):
                 SeedFossilized,
                 blueprint_id=state.blueprint_id,
                 parameters=self.active_seed_params,
-                gain=self.notes.evidence.gain if self.notes.evidence is not None else None,
+                gain=self._last_gain,
                 total_improvement=state.metrics.total_improvement,
             )
         if target is SeedStage.DORMANT:
@@ -618,11 +596,6 @@ class SeedSlot(Slot):
             self.notes.epoch.failure = f"{error!r:.1000}"
             raise
 
-    def parameters_are_finite(self) -> bool:
-        """Return whether every parameter of the seed is finite in every process of a job."""
-        finite = all(bool(local_part(p).isfinite().all()) for p in self.seed_parameters())
-        return self.owner.everywhere(self, "finite parameters", finite)
-
     def _begin_notes(self) -> None:
         # A new object, not a cleared one: a load that fails puts the old one back.
         self.notes = SeedNotes()
@@ -656,14 +629,6 @@ def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -
     verdict = CheckVerdict.PASSED if passed else CheckVerdict.FAILED
     check = GateCheck(name, float(passed), verdict, minimum=1.0, detail=detail)
     return GateResult(None, (check,), state.metrics.epochs_total)
-
-
-def _way_to_dormant(stage: SeedStage) -> str:
-    if stage is SeedStage.FOSSILIZED:
-        return "A fossil is part of the model and stays; use another slot."
-    if is_failure_stage(stage):
-        return "Its cooldown goes on with every step_epoch; germinate when it is over."
-    return "Cull it and let the cooldown pass, or use another slot."
 
 
 def _as_event(result: GateResult) -> dict[str, Any]:
