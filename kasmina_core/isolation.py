@@ -115,25 +115,19 @@ class _BoundedSeedGradient(torch.autograd.Function):
         scale = (host_square / square).sqrt() * ctx.bound
         along = scale * along / square * (scale < 1.0)
         bounded = torch.addcmul(gradient * scale.clamp(max=1.0), delta, along, value=-1.0)
-        bounded = _pulled_back(bounded, delta, square, scale < 1.0)
+        # Beyond the bound a gradient of the same length along delta pulls the seed back.
+        length = torch.linalg.vector_norm(bounded, dim=dims, keepdim=True)
+        bounded = torch.addcmul(bounded, delta, length * (scale < 1.0) / square.sqrt())
         return None, bounded.to(grad_output.dtype), None
-
-
-def _pulled_back(gradient: Tensor, delta: Tensor, square: Tensor, is_beyond: Tensor) -> Tensor:
-    """Add to the gradient of samples beyond the bound one of the same length along ``delta``."""
-    length = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())), keepdim=True)
-    return torch.addcmul(gradient, delta, length * is_beyond / square.sqrt())
 
 
 def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor:
     """Return ``straight_through(host, bound_deviation(host.detach(), seed, bound))``, and pull back what is beyond.
 
-    `bound_deviation` bounds what the loss is told of a seed, not the seed: its steps across ``delta`` still lengthen
-    it, and what is blended in later is the seed itself. So where a sample's deviation is beyond the bound, a gradient
-    of the same length as the bounded one, along ``delta = seed - host``, is added to it: a descending step then
-    shortens the deviation as much as it turns it. Within the bound nothing is added.
-
-    It computes nothing but in backward, and keeps nothing of its own.
+    `bound_deviation` bounds the seed's part in the loss, not the seed: its steps across ``delta`` still lengthen it,
+    and what is blended in later is the seed itself. So where a sample is beyond the bound, a gradient of the same
+    length as the bounded one, along ``delta = seed - host``, is added to it: a descending step then shortens the
+    deviation as much as it turns it. All is computed in backward.
 
     Args:
         host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.

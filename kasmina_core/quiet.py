@@ -57,19 +57,6 @@ def generator_states(device: torch.device) -> list[torch.Tensor]:
     return states
 
 
-@contextmanager
-def no_inference_mode() -> Iterator[None]:
-    """Run the block, or the decorated function, under ``no_grad`` where ``torch.inference_mode`` is on.
-
-    What is made in inference mode, a seed or a restored weight, can never be trained.
-    """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
-
-
 def devices_of(module: nn.Module) -> list[torch.device]:
     """Return the devices on which a module has parameters or buffers, sorted by name."""
     return sorted({tensor.device for tensor in [*module.parameters(), *module.buffers()]}, key=str)

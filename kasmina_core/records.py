@@ -140,27 +140,6 @@ def is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def for_json(value: Any) -> Any:
-    """Return a value as strict JSON can hold it; numbers that JSON lacks, and what it does not know, become text."""
-    if isinstance(value, Enum):
-        return for_json(value.value)
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if hasattr(value, "to_dict"):
-        return for_json(value.to_dict())
-    if isinstance(value, Mapping):
-        return {str(key): for_json(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return [for_json(item) for item in sorted(value, key=str)]
-    return [for_json(item) for item in value] if isinstance(value, list | tuple) else str(value)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Record):
         return value.to_dict()

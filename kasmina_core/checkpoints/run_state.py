@@ -24,11 +24,11 @@ from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state,
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
 from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
 from kasmina_core.errors import CheckpointError
+from kasmina_core.growth.agreement import no_inference_mode
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
 from kasmina_core.growth.undo import undo_of_attributes, undo_of_optimizer
 from kasmina_core.lifecycle import REVERTIBLE, SeedStage
-from kasmina_core.quiet import no_inference_mode
 from kasmina_core.state_keys import WRAPPER
 from kasmina_core.training.schedulers import unwrapped as without_accelerate
 

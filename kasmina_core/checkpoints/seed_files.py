@@ -22,11 +22,11 @@ from kasmina_core.checkpoints.growth_state import (
 )
 from kasmina_core.checkpoints.migrations import upgraded
 from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.growth.agreement import no_inference_mode
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.probing import lookup
-from kasmina_core.quiet import no_inference_mode
 
 _KEY: Final = "kasmina_seeds"
 

@@ -66,7 +66,7 @@ def calibrate(
     from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.run import PRESETS, RunSettings
     from kasmina_core.packs.discovery import default_registry
-    from kasmina_core.records import for_json
+    from kasmina_core.telemetry.sinks import for_json
 
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")

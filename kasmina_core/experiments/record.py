@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, final
 
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import CheckpointError, KasminaError
-from kasmina_core.records import Mark, Record, for_json, read
+from kasmina_core.records import Mark, Record, read
+from kasmina_core.telemetry.sinks import for_json
 
 GROWN: Final = "grown"
 """Name of the arm that was grown."""

@@ -19,7 +19,7 @@ from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
 from kasmina_core.experiments.wording import STAGES, TextTable, clean, short_blueprint
-from kasmina_core.records import for_json
+from kasmina_core.telemetry.sinks import for_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -13,7 +13,6 @@ from torch import nn
 
 from kasmina_core.evidence.measuring import Processes
 from kasmina_core.isolation import IsolationReading
-from kasmina_core.quiet import no_inference_mode
 
 if TYPE_CHECKING:
     from kasmina_core.growth.model import MorphogeneticModel
@@ -69,6 +68,19 @@ class Agreement(Processes):
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Run the block, or the decorated function, under ``no_grad`` where ``torch.inference_mode`` is on.
+
+    What is made in inference mode, a seed or a restored weight, can never be trained.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def verb(method: _Method) -> _Method:

@@ -9,7 +9,7 @@ from typing import final
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.thresholds import chosen
-from kasmina_core.slots.settings import GRADIENT_POLICIES, GradientPolicy, Incubation, RampUnit
+from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
 
 
@@ -57,7 +57,10 @@ class GrowthConfig:
     isolation_every: int = 100
     higher_is_better: bool = False
     gradient_policies: Mapping[Topology, GradientPolicy] = field(
-        default_factory=lambda: dict(GRADIENT_POLICIES)
+        default_factory=lambda: {
+            Topology.CNN: GradientPolicy(detach_input_in_blending=True),
+            Topology.TRANSFORMER: GradientPolicy(detach_input_in_blending=False),
+        }
     )
     gates: QualityGates = field(default_factory=QualityGates)
     pack_gate_checks: bool = True

@@ -35,7 +35,8 @@ def incubate(
                 if incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
                     continue
                 undo.callback(setattr, slot.notes, "incubations", slot.notes.incubations)
-                learns = slot.begin_incubation()
+                learns = slot.notes.incubations % slot.config.incubate_every == 0
+                slot.notes.incubations += 1
                 if not learns or not any(p.requires_grad for p in model.seed_parameters(name)):
                     for parameter in slot.seed_parameters():
                         if parameter.grad is not None and not parameter.grad.any():

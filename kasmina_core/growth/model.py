@@ -15,7 +15,7 @@ from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.growth import commands, incubation, observing
-from kasmina_core.growth.agreement import verb
+from kasmina_core.growth.agreement import no_inference_mode, verb
 from kasmina_core.growth.arguments import event_target, one_number
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
@@ -24,7 +24,6 @@ from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
 from kasmina_core.probing import ProbedPoint
-from kasmina_core.quiet import no_inference_mode
 from kasmina_core.slotted import SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
 

@@ -11,7 +11,8 @@ from kasmina_core.policies.protocol import Observation, SlotObservation
 if TYPE_CHECKING:
     from kasmina_core.growth.config import GrowthConfig
     from kasmina_core.growth.context import Growth
-    from kasmina_core.slots.slot import SeedSlot
+    from kasmina_core.growth.model import MorphogeneticModel
+    from kasmina_core.growth.slot import SeedSlot
     from kasmina_core.slotted import SlottedModel
 
 
@@ -33,7 +34,7 @@ class SlotSummary:
     trainable_share: float
 
 
-def observe(model: SlottedModel, growth: Growth, config: GrowthConfig) -> Observation:
+def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> Observation:
     """Return what a policy may look at, as plain data."""
     return Observation(
         epoch=growth.epoch,

@@ -196,7 +196,12 @@ class SeedSlot(core.SeedSlot):
     @property
     def last_evidence(self) -> SeedEvidence | None:
         """The seed's evidence as last measured, or ``None``."""
-        return cast("SeedEvidence | None", super().last_evidence)
+        return cast("SeedEvidence | None", self.notes.evidence)
+
+    @property
+    def last_gate(self) -> GateResult | None:
+        """The gate result of this epoch, the latest if there are several."""
+        return next(reversed(self.notes.answers.values()), None)
 
     def measure(self) -> SeedEvidence | None:
         """Return the seed's evidence of this epoch, measuring it if nobody has yet.

@@ -1,8 +1,4 @@
-"""Notes of a slot on its seed, by lifetime: the seed's, its stage's, the epoch's.
-
-A note ends with its lifetime because the object that holds it is replaced. `SeedNotes.begin_stage` and
-`SeedNotes.begin_epoch` replace; nobody clears a single note by hand.
-"""
+"""Notes of a slot on its seed, by lifetime (seed, stage, epoch): an object is replaced as its lifetime ends."""
 
 from __future__ import annotations
 
@@ -28,32 +24,27 @@ class GradientNorms:
     """
 
     # No module's attributes, which cost more to set than a small seed's norm to compute.
-    __slots__ = ("_count", "_largest", "_total")
+    __slots__ = ("_largest", "_total", "count")
 
     def __init__(self, count: int = 0, total: float = 0.0, largest: float = 0.0) -> None:
-        self._count = count
+        self.count = count
         self._total, self._largest = torch.tensor([total, largest], device="cpu").unbind()
 
     def note(self, gradients: Sequence[Tensor]) -> None:
         """Take the gradients of one step, at least one; sharded ones are asked for whole."""
         norm = whole_tensor(_total_norm(gradients).detach()).float()
-        if self._count == 0:
+        if self.count == 0:
             # It begins the sums: a zero from the host would have to be waited for.
             self._total = self._largest = norm
         else:
             self._total = self._total.to(norm.device) + norm
             self._largest = torch.maximum(self._largest.to(norm.device), norm)
-        self._count += 1
-
-    @property
-    def count(self) -> int:
-        """How many there were."""
-        return self._count
+        self.count += 1
 
     @property
     def mean(self) -> float:
         """Their mean; there must be one."""
-        return float(self._total) / self._count
+        return float(self._total) / self.count
 
     @property
     def largest(self) -> float:
@@ -62,7 +53,7 @@ class GradientNorms:
 
     def record(self) -> tuple[int, float, float]:
         """Return the arguments that make such an object again."""
-        return self._count, float(self._total), float(self._largest)
+        return self.count, float(self._total), float(self._largest)
 
 
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
-from typing import Any, Final, Protocol, final
+from typing import Any, Protocol, final
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.topology import Topology
@@ -43,11 +42,6 @@ class GradientPolicy:
     """
 
     detach_input_in_blending: bool
-
-
-GRADIENT_POLICIES: Final[Mapping[Topology, GradientPolicy]] = MappingProxyType(
-    {Topology.CNN: GradientPolicy(True), Topology.TRANSFORMER: GradientPolicy(False)}
-)
 
 
 class SlotSettings(Protocol):

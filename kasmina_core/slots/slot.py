@@ -112,18 +112,8 @@ class SeedSlot(Slot):
         return sum(p.numel() for p in self.seed_parameters()) if self.is_active else 0
 
     @property
-    def last_evidence(self) -> Evidence | None:
-        """The seed's evidence as last measured, or ``None``."""
-        return self.notes.evidence
-
-    @property
     def _last_gain(self) -> float | None:
         return self.notes.evidence.gain if self.notes.evidence is not None else None
-
-    @property
-    def last_gate(self) -> GateResult | None:
-        """The gate result of this epoch, the latest if there are several."""
-        return next(reversed(self.notes.answers.values()), None)
 
     def extra_repr(self) -> str:
         """Show the point and the stage."""
@@ -383,11 +373,6 @@ class SeedSlot(Slot):
             state.is_stopped = True
             self._emit(IncubationStopped, deviation=deviation, limit=limit)
         return deviation
-
-    def begin_incubation(self) -> bool:
-        """Count a call of `MorphogeneticModel.incubate`; say whether the seed learns in this one."""
-        self.notes.incubations += 1
-        return (self.notes.incubations - 1) % self.config.incubate_every == 0
 
     @shared_command
     def cull(self, reason: str, *, lost_epochs: int | None = None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from kasmina_core.events import TelemetryEvent
-from kasmina_core.records import for_json
 
 
 @runtime_checkable
@@ -169,3 +170,24 @@ def as_sink(sink: object) -> Sink:
     raise TypeError(
         f"A sink has write(batch) and close(), or is a function of one event; {sink!r} is neither."
     )
+
+
+def for_json(value: Any) -> Any:
+    """Return a value as strict JSON can hold it; numbers that JSON lacks, and what it does not know, become text."""
+    if isinstance(value, Enum):
+        return for_json(value.value)
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if hasattr(value, "to_dict"):
+        return for_json(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(key): for_json(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return [for_json(item) for item in sorted(value, key=str)]
+    return [for_json(item) for item in value] if isinstance(value, list | tuple) else str(value)

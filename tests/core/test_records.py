@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasmina_core import CheckpointError
-from kasmina_core.records import Count, Mark, Range, Record, for_json, read
+from kasmina_core.records import Count, Mark, Range, Record, read
+from kasmina_core.telemetry.sinks import for_json
 
 
 class Colour(Enum):
