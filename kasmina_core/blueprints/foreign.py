@@ -1,4 +1,4 @@
-"""Code and text of packs, made harmless: what it raises does not end the program, what it says does not act on a terminal."""
+"""Containment of foreign code and text: its exceptions end no program, its text controls no terminal."""
 
 from __future__ import annotations
 

@@ -11,13 +11,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from kasmina_core.blueprints.declarations import BlueprintSpec
+from kasmina_core.blueprints.foreign import described
 from kasmina_core.checks.devices import (
     FULL_DEVICE_CHECKS,
     QUICK_DEVICE_CHECKS,
     check_on_device,
     device_check_names,
 )
-from kasmina_core.checks.findings import Bench, Built, told
+from kasmina_core.checks.findings import Bench, Built
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.modules import (
     GRID_WIDTHS,
@@ -224,7 +225,7 @@ class _Examination:
             except (Exception, SystemExit) as error:
                 claim = f"cannot say whether it takes width {width}"
                 self._refuse_width(
-                    width, claim, told(error), "accepts_width(dim) must not raise.", error=error
+                    width, claim, described(error), "accepts_width(dim) must not raise.", error=error
                 )
                 return chosen
             if reason is None:
@@ -299,7 +300,7 @@ class _Examination:
                     "cannot say which size it has",
                     where=f"dim={width}",
                     expected=f"{counted} (fvcore)",
-                    measured=told(error),
+                    measured=described(error),
                     hint="param_estimate(dim) returns the number of parameters as an int.",
                     error=error,
                 )

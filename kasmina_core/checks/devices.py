@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, Tally, Words, told
+from kasmina_core.blueprints.foreign import described
+from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, Tally, Words
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 IDENTITY_TOLERANCE: Final = 0.5
-"""How far a seed may be from the identity at birth, as a part of the RMS of its input."""
+"""Largest distance of a seed from the identity at birth, as a part of the RMS of its input."""
 
 FORMAT_TOLERANCE: Final = 0.01
-"""How far outputs in two memory formats may differ, as a part of the RMS of the output; TF32 stays far below it."""
+"""Largest difference of outputs in two memory formats, as a part of their RMS; TF32 stays far below it."""
 
 QUICK_DEVICE_CHECKS: Final = (
     "output_shape",
@@ -213,7 +214,7 @@ def _fail_to_run(tally: Tally, where: str, shape: tuple[int, ...], error: BaseEx
     tally.fail(
         "output_shape",
         where,
-        told(error),
+        described(error),
         expected=shape,
         claim="does not run",
         hint="Features have the declared topology, any batch and size; a width it cannot take is refused by accepts_width.",
@@ -237,7 +238,7 @@ def _judge_gradients(
     norm = _norm(gradients)
     found, hint = f"{norm:.3g}", ""
     if error is not None:
-        norm, found, hint = 0.0, told(error), "Backward of the output must work once."
+        norm, found, hint = 0.0, described(error), "Backward of the output must work once."
     elif not trainable:
         found, hint = "no trainable parameter", "A seed learns: give it a parameter, or do not declare it."
     elif not gradients:
@@ -300,7 +301,7 @@ class _FullChecks:
         except torch.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:
-            self.tally.fail(name, where, told(error), claim="does not run", error=error)
+            self.tally.fail(name, where, described(error), claim="does not run", error=error)
             return None
         if not isinstance(y, torch.Tensor) or y.shape != x.shape:
             claim = _WORDS["output_shape"].claim
@@ -344,7 +345,7 @@ class _FullChecks:
             raise
         except (Exception, SystemExit) as error:
             claim = "has no backward pass under autocast"
-            self.tally.fail(name, where, told(error), claim=claim, error=error)
+            self.tally.fail(name, where, described(error), claim=claim, error=error)
             return
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         finite = all(bool(torch.isfinite(t).all()) for t in (y, *gradients))

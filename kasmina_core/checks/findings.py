@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
-from kasmina_core.blueprints.foreign import contained
+from kasmina_core.blueprints.foreign import contained, described
 from kasmina_core.checks.global_state import STREAMS, read_settings, restore_settings
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import PluginError
@@ -122,11 +122,14 @@ class Bench:
         except torch.OutOfMemoryError:
             raise
         except PluginError as raised:
-            error, measured = raised, told(raised.__cause__) if raised.__cause__ is not None else str(raised)
+            error, measured = (
+                raised,
+                described(raised.__cause__) if raised.__cause__ is not None else str(raised),
+            )
             claim = "names a factory that cannot be imported"
             hint = f"factory={self.spec.factory!r} is read as 'package.module:attribute'."
         except (Exception, SystemExit) as raised:
-            error, measured = raised, told(raised)
+            error, measured = raised, described(raised)
             claim = "could not be built at a width it accepts"
             hint = (
                 "Let accepts_width return a reason for widths that the factory cannot take."
@@ -167,15 +170,6 @@ class Bench:
         return made.module
 
 
-def told(found: object) -> str:
-    """Return an exception as a report words it, and anything else as its text.
-
-    >>> told(ValueError("no"))
-    'ValueError: no'
-    """
-    return f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else str(found)
-
-
 class NotRepeatableError(Exception):
     """A module that was built once cannot be built again."""
 
@@ -183,7 +177,7 @@ class NotRepeatableError(Exception):
 @final
 @dataclass(frozen=True, slots=True)
 class Words:
-    """How a check is reported: what was expected, and of a failure what is wrong and what to do."""
+    """Report texts of a check: what was expected, and for a failure what is wrong and what to do."""
 
     expected: str
     claim: str

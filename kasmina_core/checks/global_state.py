@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 STREAMS: Final = ("random numbers of Python", "random numbers of numpy")
-"""Settings that are the state of a generator: they say nothing to people."""
+"""Settings that are the state of a generator, which no report prints."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SharedParts:
-    """What all modules share, as it was: classes, methods and functions of ``torch.nn``, Tensor's methods, global hooks.
+    """Snapshot of what all modules share: classes, methods and functions of ``torch.nn``, Tensor's methods, global hooks.
 
     Functions of ``torch`` itself are left out: libraries such as lightning and peft wrap some when they are imported.
     """

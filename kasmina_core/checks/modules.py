@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from kasmina_core.blueprints.foreign import described
 from kasmina_core.checks.devices import example_shapes, rms
-from kasmina_core.checks.findings import Bench, Built, NotRepeatableError, told
+from kasmina_core.checks.findings import Bench, Built, NotRepeatableError
 from kasmina_core.checks.reports import CheckResult
 from kasmina_core.topology import Topology
 
@@ -25,7 +26,7 @@ GRID_WIDTHS: Final = (1, 2, 3, 5, 12, 33, 96)
 """Widths that `check_grid` adds to those at which the other checks run."""
 
 MODE_TOLERANCE: Final = 1e-4
-"""How far outputs may differ between modes and between copies, as a part of their RMS."""
+"""Largest difference of outputs between modes and between copies, as a part of their RMS."""
 
 _TOLERANCE: Final = f"{MODE_TOLERANCE:g} of the output's RMS"
 
@@ -93,7 +94,7 @@ def check_grid(bench: Bench, widths: Sequence[int], home: torch.device) -> None:
             problem = ("", error)
         if problem is None:
             break
-        because = f"; not on meta: {told(problem[1]).strip().partition(chr(10))[0][:120]}"
+        because = f"; not on meta: {str(_text(problem[1])).strip().partition(chr(10))[0][:120]}"
     sizes = len(grid_shapes(bench.spec.topology, 1))
     said = f"{len(widths) * sizes} inputs at widths {', '.join(map(str, widths))}, batch 1 and odd sizes among them"
     where, found = problem or ("", said + because)
@@ -105,9 +106,13 @@ def check_grid(bench: Bench, widths: Sequence[int], home: torch.device) -> None:
         device=str(device),
         where=where,
         expected="the shape of the input",
-        measured=told(found) if isinstance(found, BaseException) else found,
+        measured=_text(found),
         error=found if isinstance(found, BaseException) else None,
     )
+
+
+def _text(found: Any) -> Any:
+    return described(found) if isinstance(found, BaseException) else found
 
 
 def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
@@ -171,9 +176,7 @@ def check_module(bench: Bench, width: int, home: torch.device) -> None:
         jobs["eval_and_train"] = lambda: _check_modes(trained, x, width, bench)
         jobs["flops"] = lambda: _count_flops(bench.need(width).to(home).eval(), x[:1], width, bench)
     except (Exception, SystemExit) as error:
-        why = f"a module could not be run once: {told(error)}"
-        for name in MODULE_CHECKS:
-            bench.not_run(name, why, device=str(home))
+        bench.none_ran(MODULE_CHECKS, f"a module could not be run once: {described(error)}", device=str(home))
         return
     for name, job in jobs.items():
         try:
@@ -248,7 +251,7 @@ def _check_copy(
     except (torch.OutOfMemoryError, NotRepeatableError):
         raise
     except (Exception, SystemExit) as error:
-        bench.failed(name, claim, measured=told(error), hint=hint, error=error, **facts)
+        bench.failed(name, claim, measured=described(error), hint=hint, error=error, **facts)
         return
     same = distance <= MODE_TOLERANCE
     found = "the same output" if same else f"outputs differ by {distance:.3g} of their RMS"
@@ -271,7 +274,7 @@ def _check_modes(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None
                 name,
                 f"does not run in {'training' if training else 'eval'} mode",
                 expected="features in both modes",
-                measured=told(error),
+                measured=described(error),
                 hint=hint,
                 error=error,
                 **facts,
@@ -336,7 +339,7 @@ def _count_flops(module: nn.Module, x: Tensor, width: int, bench: Bench) -> None
     try:
         count = count_flops(module, x)
     except (Exception, SystemExit) as error:
-        bench.not_run("flops", f"nothing could count them: {told(error)}", **facts)
+        bench.not_run("flops", f"nothing could count them: {described(error)}", **facts)
         return
     measured: dict[str, Any] = {"multiply_adds": count.multiply_adds, "counted_by": count.counted_by}
     bench.passed("flops", measured=measured | ({"because": count.because} if count.because else {}), **facts)

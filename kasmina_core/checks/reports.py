@@ -52,7 +52,7 @@ class CheckResult(Record):
         tolerance: How far the two may differ.
         hint: What to do about a failure, or why the check did not run.
         claim: What is wrong, to be read after the name of the blueprint.
-        needed: Whether a verdict has to wait for this check; false for a device or a check that was not asked for.
+        needed: Whether the verdict is incomplete without this check; false where it was not asked for.
         error: The exception behind a failure.
     """
 
@@ -120,7 +120,7 @@ class CheckResult(Record):
 
 
 class Report(Record):
-    """What checks found of one subject: its own checks, and the reports of its parts.
+    """Results of the checks of one subject, and the reports of its parts.
 
     Attributes:
         kind: What the subject is; the field of that name holds the subject's name.
@@ -222,7 +222,7 @@ class Report(Record):
 @final
 @dataclass(frozen=True)
 class ValidationReport(Report):
-    """What the checks of one blueprint found.
+    """Results of the checks of one blueprint.
 
     Attributes:
         blueprint: Name of the blueprint.

@@ -36,7 +36,7 @@ _LAST_WORDS: Final = 12
 @final
 @dataclass(frozen=True)
 class PackReport(Report):
-    """What checks found of one pack, or of one claim to its name.
+    """Results of the checks of one pack, or of one claim to its name.
 
     Attributes:
         pack: Name of the pack.
@@ -80,7 +80,7 @@ class PackReport(Report):
 
 
 def installed_packs() -> list[PackRecord]:
-    """Return the installed packs as metadata tells them; also those that are not loaded by themselves."""
+    """Return the installed packs from metadata, including those that are not loaded automatically."""
     return list_packs(replace(Switches.from_environment(), autoload=True))
 
 
@@ -228,7 +228,7 @@ def check_pack_apart(
         where=listener.last,
         expected="a process that ends by itself",
         measured=f"{ended}{at}",
-        hint="Its last words:\n" + words if words else "It said nothing.",
+        hint="Its last words:\n" + words if words else "It printed nothing.",
         claim="ended the process that checked it",
     )
     records = [record for record in installed_packs() if record.name == name]
@@ -237,7 +237,7 @@ def check_pack_apart(
 
 
 def _last_words(said: Sequence[str]) -> Sequence[str]:
-    """Return what Python said of its crash, else the last lines."""
+    """Return Python's report of a crash, else the last lines."""
     for number, line in enumerate(said):
         if line.startswith(("Fatal Python error", "Traceback (most recent")):
             return said[number : number + _LAST_WORDS]
@@ -245,7 +245,7 @@ def _last_words(said: Sequence[str]) -> Sequence[str]:
 
 
 def _run_child(order: Mapping[str, Any], output: Any, listener: _Listener, timeout: float) -> str:
-    """Run the child to its end, and say how it ended."""
+    """Run the child to its end, and return how it ended."""
     deadline = time.monotonic() + timeout
     child = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", _CHILD],
@@ -358,7 +358,7 @@ def _limit_memory(size: int) -> None:
 
 
 def default_memory() -> int:
-    """Return three quarters of the memory of this machine or container, or 8 GiB where that cannot be told."""
+    """Return three quarters of the memory of this machine or container, or 8 GiB where it is unknown."""
     sizes = []
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

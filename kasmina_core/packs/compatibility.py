@@ -38,7 +38,7 @@ def api_problem(origin: str, declared: Sequence[str]) -> str | None:
 
     Args:
         origin: Distribution and version, for the message.
-        declared: What its metadata says; empty is as good as ``["v1"]``.
+        declared: The versions in its metadata; empty counts as ``["v1"]``.
     """
     supported = [f"v{version}" for version in SUPPORTED_API_VERSIONS]
     if not declared or (len(set(declared)) == 1 and declared[0] in supported):
@@ -91,7 +91,7 @@ class Environment:
             if requirement is None:
                 continue
             installed = self._version(requirement.name)
-            if installed == "":  # it is there, and does not tell its version: the import will say more
+            if installed == "":  # installed, with an unreadable version: the import decides
                 continue
             if installed is None or not _contains(requirement, installed):
                 wanted = f"{requirement.name}{requirement.specifier}"

@@ -53,12 +53,12 @@ ADVICE: Final[Mapping[PackReason, str]] = {
     PackReason.GLOBAL_STATE: _REPORT_IT,
     PackReason.CHECK_FAILED: "See kasmina plugins check {name}. " + _REPORT_IT,
 }
-"""What to do about a pack that cannot be used."""
+"""Advice for a pack that cannot be used, by reason."""
 
 
 @final
 class Severity(StrEnum):
-    """Whether something does not work, or could be better."""
+    """Rank of a finding: something does not work, or could be better."""
 
     PROBLEM = "problem"
     ADVICE = "advice"
@@ -67,7 +67,7 @@ class Severity(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class PackFinding(Record):
-    """One thing that was found.
+    """One fault, or one piece of advice.
 
     Attributes:
         severity: Whether something does not work.
@@ -97,7 +97,7 @@ _advice = partial(PackFinding, Severity.ADVICE)
 @final
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What was found.
+    """Result of `diagnose`.
 
     Attributes:
         switches: Those in force.
@@ -312,7 +312,7 @@ def _places() -> tuple[dict[str, list[str]], list[PackFinding]]:
                 with_packs.add(name)
             else:
                 findings += _offering_nothing(distribution)
-        except Exception:  # told as damaged metadata where it is a pack's
+        except Exception:  # reported as damaged metadata if it is a pack's
             continue
     if "kasmina" not in every:
         what = "kasmina itself has no metadata here, so that the bundled packs are not found."

@@ -40,12 +40,12 @@ class RefusalError(Exception):
 
 
 KINDS: Final = ("blueprints", "hosts", "gate_checks", "policies")
-"""What a pack declares once for all, by the names of the fields of `Offer` and `PackRecord`; its sinks depend on a config."""
+"""Kinds of declarations, as fields of `Offer` and `PackRecord`; sinks depend on a config and are not among them."""
 
 
 @dataclass(slots=True)
 class Offer:
-    """What one pack declares, by short name."""
+    """Declarations of one pack, by short name."""
 
     blueprints: dict[str, BlueprintSpec] = field(default_factory=dict)
     hosts: dict[str, HostSpec] = field(default_factory=dict)

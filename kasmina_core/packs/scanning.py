@@ -24,13 +24,13 @@ _OWN_DISTRIBUTION: Final = "kasmina"  # names that it claims cannot be taken ove
 
 @final
 class PackState(StrEnum):
-    """What is known of a pack.
+    """State of a pack.
 
     - ``discovered``: its metadata names it; none of its code was imported.
     - ``active``: it is loaded and what it declares is registered.
     - ``blocked``: the user asked for it not to be loaded (see `Switches`); none of its code was imported.
-    - ``incompatible``: it is written for another plugin API, or requires what is not installed: told from its metadata,
-      and none of its code was imported. Or it implements hooks that this version does not have.
+    - ``incompatible``: it is written for another plugin API, or requires what is not installed, by its metadata: none
+      of its code was imported. Or it implements hooks that this version does not have.
     - ``conflict``: something else claims its name, or two things in it have one name.
     - ``failed``: its import or one of its hooks raised.
     - ``invalid``: its metadata is damaged, it declares something unusable, or a blueprint fails its checks.
@@ -47,7 +47,7 @@ class PackState(StrEnum):
 
 @final
 class PackReason(StrEnum):
-    """Why a pack is not active.
+    """Reason why a pack is not active.
 
     - ``blocked``, ``not_allowed``, ``autoload_off``: the switch of that name keeps it from being loaded.
     - ``damaged_metadata``, ``bad_name``: its metadata cannot be read, or gives it a name that cannot be used.
@@ -95,7 +95,7 @@ class PackReason(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class PackRecord(Record):
-    """What is known of one pack.
+    """Record of one pack.
 
     Attributes:
         name: Its entry-point name: the part before the colon in its ids.
@@ -143,7 +143,7 @@ class PackRecord(Record):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells it from every other claim."""
+        """Name, distribution and module: no two claims share all three."""
         return self.name, self.distribution, self.module
 
     @property
@@ -158,7 +158,7 @@ class PackRecord(Record):
 
     @property
     def is_bad(self) -> bool:
-        """Whether it cannot be used through no wish of the user's."""
+        """Whether it cannot be used, and no switch of the user is the cause."""
         return self.state not in (PackState.DISCOVERED, PackState.ACTIVE, PackState.BLOCKED)
 
     @property

@@ -23,10 +23,10 @@ _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 @final
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What the user asks of discovery.
+    """Switches for the discovery of packs.
 
     An entry of ``allow`` and ``block`` is the name of a pack, a distribution, or the id ``pack:name`` of one thing that
-    a pack offers. In the environment entries are separated by commas or blanks, and an empty variable is as good as none.
+    a pack offers. In the environment entries are separated by commas or blanks, and an empty variable counts as unset.
 
     Attributes:
         allow: ``KASMINA_PLUGINS_ALLOW``. Only these are loaded; ``None`` allows all. Bundled packs are not exempt: the

@@ -15,7 +15,7 @@ from kasmina_core.probing import call_with
 from kasmina_core.quiet import generator_states, private_rng
 
 SEED = 0x686F7374
-"""Where the random numbers of every compared run start."""
+"""Seed of the random numbers of every compared run."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

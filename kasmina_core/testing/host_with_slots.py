@@ -292,7 +292,7 @@ def _output(trial: Trial, model: MorphogeneticModel) -> dict[str, Tensor]:
 
 @final
 class _Snapshot:
-    """What slots must leave as it was."""
+    """The parts of a host that slots must leave unchanged."""
 
     def __init__(self, host: nn.Module) -> None:
         self.keys = list(host.state_dict())

@@ -39,7 +39,7 @@ PACK_CHECKS: Final = ("loads", "offers_something", "declarations_repeat", "impor
 @final
 @dataclass(frozen=True)
 class HostReport(Report):
-    """What `check_host` found.
+    """Result of `check_host`.
 
     Attributes:
         host: Name of the host, or its class.
@@ -57,5 +57,5 @@ class HostReport(Report):
 
     @property
     def used_devices(self) -> tuple[str, ...]:
-        """Where it ran."""
+        """The device it ran on, if any."""
         return tuple(filter(None, (self.device,)))

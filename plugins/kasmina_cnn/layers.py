@@ -1,4 +1,4 @@
-"""The two building blocks that the pack's seeds and host share."""
+"""Layers shared by the pack's seeds and host."""
 
 from __future__ import annotations
 

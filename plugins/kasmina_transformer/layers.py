@@ -1,4 +1,4 @@
-"""What the pack's seeds share."""
+"""Layers shared by the pack's seeds."""
 
 from __future__ import annotations
 

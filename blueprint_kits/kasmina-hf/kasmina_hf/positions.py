@@ -1,4 +1,4 @@
-"""Input under which a seed that mixes positions would silently compute something else, and its refusal.
+"""Refusal of input under which a seed that mixes positions would silently compute something else.
 
 A slot hands its seed the features alone. Decoding with a key-value cache, these are the features of the new tokens:
 a seed that looks at other positions (attention, a convolution along the sequence) then misses all those before. And

@@ -1,4 +1,4 @@
-"""Where a transformers model can grow, read off its config and its modules, and inputs to run it once."""
+"""Points of a transformers model, from its config and modules, and inputs to run it once."""
 
 from __future__ import annotations
 

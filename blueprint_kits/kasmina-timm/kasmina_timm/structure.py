@@ -1,4 +1,4 @@
-"""Where a timm or torchvision model can grow, read off its modules and proved by one forward."""
+"""Points of a timm or torchvision model, from its modules, proved by one forward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TORCHVISION_SEQUENCES: Final[Mapping[str, str]] = {
 CHANNELS_LAST: Final = "its features are channels-last, (b, h, w, c), and a slot takes (b, c, h, w)"
 
 Fired = tuple[int, ...] | str
-"""What a module returned: the shape of its features, or else a word for it."""
+"""The output of a module: the shape of its features, or else a word for it."""
 
 
 @final

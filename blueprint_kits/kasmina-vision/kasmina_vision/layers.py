@@ -1,4 +1,4 @@
-"""The building blocks that the pack's seeds share."""
+"""Layers shared by the pack's seeds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The seeds of the pack, one file a family. Each returns exactly its input until it has learned something."""
+"""The seeds of the pack, one file per family. Each returns exactly its input until it has learned something."""
