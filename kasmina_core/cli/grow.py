@@ -91,7 +91,7 @@ def grow(
     import torch
 
     from kasmina_core.checkpoints.atomic import write_atomically
-    from kasmina_core.experiments.display import RunDisplay, print_files, print_final
+    from kasmina_core.experiments.display import RunDisplay, print_final
     from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.report import write_run
     from kasmina_core.experiments.run import PRESETS, GrowthRun, RunSettings
@@ -123,7 +123,7 @@ def grow(
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
         named = [plugins.create_sink(name, {"task": task, "seed": seed}) for name in sinks]
-        folder = options.make_folder(out, task)  # made once nothing the user said can be refused any more
+        folder = options.make_folder(out, task)  # after everything that may refuse the arguments
         to = [JsonLinesSink(folder / "events.jsonl"), *named]
         with Telemetry(to) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
@@ -135,7 +135,7 @@ def grow(
         torch.save(run.model.state_dict(), whole)
         write_atomically(folder / "model.pt", whole.getvalue())
 
-    try:  # the result comes first: a full disk must not take it, nor a closed pipe the files
+    try:  # a full disk must not prevent the output, nor a closed pipe the files
         if as_json:
             click.echo(json.dumps(record.to_dict(), allow_nan=False))
         else:
@@ -143,7 +143,7 @@ def grow(
     finally:
         write_all(folder, [lambda: write_run(record, folder), write_model])
     if not as_json:
-        print_files(folder)
+        click.echo(f"\nFiles: {folder} (open report.html)")
     if record.interrupted:
         sys.exit(130)
 

@@ -37,7 +37,7 @@ lr: Final = click.option(
 
 
 def host(what: str) -> _Decorator:
-    """Return the option that names a host; ``what`` says what it is for."""
+    """Return the option that names a host; ``what`` is its help."""
     return click.option(
         "--host", help=f"{what}, such as cnn:cnn. Default: the bundled one of the task's topology."
     )
@@ -91,35 +91,27 @@ def surroundings(name: str, what: str) -> _Decorator:
 
 
 def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | None) -> tuple[Task, str]:
-    """Return the task and the device of a run, once everything that it needs is known to be there."""
+    """Return the task and the device of a run; a missing device, package or data set is an error now, not later."""
     import torch
 
     from kasmina_core.experiments.report import require_plots
     from kasmina_core.experiments.tasks import load_task
 
-    torch.set_num_threads(threads)
-    place = pick_device(device)
-    require_plots()
-    return load_task(task, seed, place, data_dir=data_dir), place
-
-
-def pick_device(wanted: str) -> str:
-    """Return the device to compute on; CUDA that is not there is a usage error."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch sees no CUDA device here. Use --device auto or cpu.")
-    return wanted
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads)
+    require_plots()
+    return load_task(task, seed, device, data_dir=data_dir), device
 
 
 def make_folder(out: Path | None, name: str) -> Path:
-    """Make a folder for files, by default ``runs/NAME-DATE-TIME``; one that holds something already is refused."""
+    """Make a folder for files, by default ``runs/NAME-DATE-TIME``; it must be new or empty."""
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(
-            f"--out {folder}: there is something already. Name a folder that is new or empty."
+            f"--out {folder}: it holds something already. Name a folder that is new or empty."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def proposal(found: Calibration, effect: float | None) -> dict[str, Any]:
 
 
 def calibration_text(found: Calibration, effect: float | None) -> str:
-    """Return the noise floor look by look, the error rates and what follows from them."""
+    """Return the noise floor per look, the error rates and the proposed thresholds as text."""
     t = found.thresholds
     lines = [
         f"{len(found.placebos)} placebo seeds, {found.samples} held-out samples. Gain per sample in nats:",
@@ -138,7 +138,7 @@ def calibration_text(found: Calibration, effect: float | None) -> str:
 
 
 def calibration_png(found: Calibration, name: str) -> bytes:
-    """Draw what each placebo gained at each look, and its score beside what would have been accepted.
+    """Draw each placebo's gain and score at each look, with the limits for acceptance.
 
     Raises:
         ImportError: If matplotlib is missing.

@@ -1,9 +1,8 @@
-"""Display of a run in the terminal: its progress and its final figures."""
+"""Progress and final figures of a run, in the terminal."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 from typing import Final, Self, final
@@ -232,12 +231,6 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
     parts.append(Text(wording.summary(record)))
     for part in (*parts, *(Text(f"Note: {clean(note)}") for note in record.notes)):
         console.print(part)
-
-
-def print_files(folder: str | os.PathLike[str], console: Console | None = None) -> None:
-    """Print the folder of a run's files, by default on standard output."""
-    console = console if console is not None else Console()
-    console.print(Text(f"\nFiles: {os.fspath(folder)} (open report.html)"), soft_wrap=True)
 
 
 def _arms(record: RunRecord, width: int) -> Table:

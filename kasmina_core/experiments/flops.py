@@ -1,4 +1,4 @@
-"""Ledger of floating-point operations: counts what a run costs without slowing it down."""
+"""Ledger of the floating-point operations of a run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class FlopLedger:
     """Adds up the operations of a run.
 
-    The first call of each kind of work is counted by running it under the counter; later calls of the same kind cost
-    the same and are only added. Matrix products, convolutions and attention count; element-wise work does not.
+    Only the first call of each kind of work runs under the counter; later ones are charged the same. Matrix products,
+    convolutions and attention count; element-wise operations do not.
 
     Attributes:
         total: Operations so far.
@@ -26,7 +26,7 @@ class FlopLedger:
         self._known: dict[Hashable, int] = {}
 
     def charge(self, kind: Hashable, work: Callable[[], T]) -> T:
-        """Do the work and add what it costs.
+        """Do the work and add its operations.
 
         Args:
             kind: Equal for calls that do the same operations on the same shapes.

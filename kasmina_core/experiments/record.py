@@ -61,7 +61,7 @@ class EpochRecord(Record):
         epoch: Counted from 1.
         train_loss: Mean loss over the epoch's training samples, in nats.
         val_loss: Mean loss over the validation samples after the epoch, in nats.
-        val_metric: The task's metric there, in its own unit.
+        val_metric: The task's metric on them, in its own unit.
         parameters: Trainable parameters of the model.
         flops: Training FLOPs spent since the start of the run, this epoch included.
         slots: Every slot, in the model's order; empty for a model without slots.
@@ -100,8 +100,8 @@ class SeedRecord(Record):
         gain_high: Upper end of it.
         reason: Why it was fossilised or culled.
         samples: Held-out samples that ``gain`` was measured on; ``None`` if never measured.
-        finding: What the last gate that decided on evidence found on its own samples: ``gate`` and the fields of
-            `Finding`; ``None`` if none did.
+        finding: Result of the last gate that decided on evidence: ``gate`` and the fields of `Finding`; ``None`` if
+            none did.
     """
 
     seed_id: str
@@ -152,7 +152,7 @@ class ArmResult(Record):
 @final
 @dataclass(slots=True)
 class RunRecord(Record):
-    """Everything a report needs of one run; filled while it goes on.
+    """Data of one run, filled while it runs; a report needs nothing else.
 
     Attributes:
         task: Name of the task.
@@ -165,7 +165,7 @@ class RunRecord(Record):
         arms: The final figures of every arm.
         interrupted: Whether the run was stopped before its end.
         notes: Sentences for the reader, for instance what did not run.
-        higher_is_better: Which way the metric points; False for bits per character.
+        higher_is_better: Whether a larger metric is better; False for bits per character.
     """
 
     derived: ClassVar = ("format",)
@@ -205,7 +205,7 @@ class RunRecord(Record):
         if not isinstance(data, Mapping) or data.get("format") != RUN_FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise CheckpointError(
-                "This is no run record that this version of kasmina reads.\n"
+                "This version of kasmina cannot read this run record.\n"
                 f"  expected: format {RUN_FORMAT}\n"
                 f"  found:    format {found!r:.200}"
             )
@@ -240,10 +240,10 @@ class RunRecord(Record):
 
 
 def write_all(folder: Path, writers: Sequence[Callable[[], object]]) -> None:
-    """Call each of the functions that write into a folder, also after one of them failed.
+    """Call each function that writes into a folder, even if an earlier one failed.
 
     Raises:
-        FilesError: If one could not write; what could be written stays.
+        FilesError: If one could not write; the other files stay.
     """
     failed: OSError | None = None
     for write in writers:

@@ -1,4 +1,4 @@
-"""Report of a run: its data as files, a picture, and a page that explains both."""
+"""Report of a run: data files, a picture, and an HTML page that explains both."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ReportError(KasminaError):
 
 
 def require_plots() -> None:
-    """Make sure that the picture can be drawn, before a long run.
+    """Check, before a long run, that the picture can be drawn.
 
     Raises:
         ReportError: If matplotlib is missing.
@@ -101,7 +101,7 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def metrics_csv(record: RunRecord) -> str:
-    """Return one line per epoch of both arms, as CSV with a header; three columns per slot, empty where it does not apply."""
+    """Return one line per epoch of both arms as CSV; each slot has four columns, empty for the host alone."""
     slots = wording.every_slot(record)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -126,8 +126,8 @@ def metrics_csv(record: RunRecord) -> str:
 def render_png(record: RunRecord) -> bytes:
     """Draw losses, alphas and stages over the epochs of the grown run.
 
-    The host alone is drawn at the epoch by which the grown run had spent the same training FLOPs, so that points one
-    above the other stand for equal effort.
+    The host alone is drawn at the epoch by which the grown run had spent the same training FLOPs, so points at the same
+    place on the axis cost the same.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -151,7 +151,7 @@ def render_png(record: RunRecord) -> bytes:
 
 
 def blank_figure(size: tuple[float, float]) -> Figure:
-    """Return an empty picture, ``size`` inches wide and high, that needs no display.
+    """Return an empty figure, ``size`` inches wide and high, that needs no display.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -175,7 +175,7 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def _literal(text: str) -> str:
-    """Return text that matplotlib draws as it is: no formula, no label it would leave out of a legend."""
+    """Escape text for matplotlib: no formula, and no leading underscore, which would hide it from a legend."""
     shown = clean(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -302,14 +302,13 @@ def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
 def _spans(record: RunRecord, slot: str) -> list[tuple[int, int, str]]:
     """Return ``(first epoch, last epoch, stage)`` of each stretch in which the slot stayed in one stage."""
     spans: list[tuple[int, int, str]] = []
-    for epoch in record.epochs:
-        for held in epoch.slots:
-            if held.name != slot:
-                continue
-            if spans and spans[-1][2] == held.stage and spans[-1][1] == epoch.epoch - 1:
-                spans[-1] = (spans[-1][0], epoch.epoch, held.stage)
-            else:
-                spans.append((epoch.epoch, epoch.epoch, held.stage))
+    for epoch, stage in (
+        (e.epoch, held.stage) for e in record.epochs for held in e.slots if held.name == slot
+    ):
+        if spans and spans[-1][1:] == (epoch - 1, stage):
+            spans[-1] = (spans[-1][0], epoch, stage)
+        else:
+            spans.append((epoch, epoch, stage))
     return spans
 
 

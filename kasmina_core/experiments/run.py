@@ -57,19 +57,19 @@ from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult
 
 EVALUATION_BATCH: Final = 256
-"""Samples per batch where nothing is learned."""
+"""Samples per batch in evaluation."""
 
 FINAL_EPOCHS: Final = 5
-"""The final figures are means over the models of at most this many last epochs: one epoch's are mostly noise."""
+"""Final figures are means over the models of at most this many last epochs, because one epoch's are noisy."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a task is trained with unless the user says otherwise.
+    """Defaults of a task.
 
     Attributes:
-        host_options: Keywords for the host, where its factory takes them: a host small enough to need growth.
+        host_options: Keywords for the host's factory if it accepts them; the host is small enough to need growth.
         epochs: Epochs of the grown arm.
         batch_size: Samples per training batch.
         lr: Learning rate of Adam, constant.
@@ -135,7 +135,7 @@ class Display(Protocol):
         ...
 
     def phase(self, text: str, total: float | None = None) -> None:
-        """Say what comes next."""
+        """Show what comes next."""
         ...
 
     def advance(self, amount: float = 1.0) -> None:
@@ -184,7 +184,7 @@ class SeedLog:
             life |= {"outcome": "culled", "ended_epoch": event.epoch, "reason": event.reason + reverted}
 
     def records(self) -> list[SeedRecord]:
-        """Return the seeds in the order in which they germinated."""
+        """Return the seeds in order of germination."""
         records = []
         for seed_id, life in self._lives.items():
             known: dict[str, Any] = {"reason": self._reasons.get(seed_id, "")} | life
@@ -209,12 +209,12 @@ class SeedLog:
 def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
     """Build the host of a run, with weights that depend on ``settings.seed`` alone.
 
-    The factory is given ``in_channels`` and ``num_classes``, or ``vocab_size`` and ``max_len``, as the task is, and
-    those of the preset's options that it takes.
+    The factory is called with ``in_channels`` and ``num_classes``, or ``vocab_size`` and ``max_len``, depending on the
+    task, and with the preset's options that it accepts.
 
     Raises:
         UnknownNameError: If there is no such host, or none for the task.
-        BlueprintError: If an option that the user asked for is not one of the host's.
+        BlueprintError: If the host has no option of a name in ``settings.host_options``, or does not fit the task.
     """
     topology = Topology.CNN if task.kind == "classification" else Topology.TRANSFORMER
     host_id = plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, topology)
@@ -300,8 +300,8 @@ def candidates(
 def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: RunSettings) -> Policy:
     """Build the policy of a run.
 
-    A policy from a pack is called with ``blueprints=``, a function of a slot's observation that lists candidates, and
-    with the options that the user gave.
+    A policy from a pack is called with ``blueprints=``, a function that lists candidates for a slot's observation, and
+    with ``settings.policy_options``.
 
     Raises:
         UnknownNameError: If there is no policy of that name, or no such blueprint.
@@ -625,7 +625,7 @@ class GrowthRun:
 
 
 def test_figures_note(record: RunRecord) -> str:
-    """Say over how many epochs' models the final figures of each arm are means."""
+    """Return a sentence on how many epochs' models the final figures are means over."""
     counts = {arm.name: min(arm.epochs, FINAL_EPOCHS) for arm in record.arms}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{name}: {epochs}" for name, epochs in counts.items())

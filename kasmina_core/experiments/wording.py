@@ -1,4 +1,4 @@
-"""Figures of a run in words, for the terminal and the report."""
+"""Figures and stages of a run in words, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Final, NamedTuple, final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, RunRecord, SeedRecord
 
 EQUAL_FLOPS: Final = 0.05
-"""Two arms whose training FLOPs differ by less than this share were given equal ones."""
+"""Largest relative difference at which two arms' training FLOPs count as equal."""
 
 EQUAL_LOSS: Final = 0.01
-"""Two losses that differ by less than this share are called the same."""
+"""Largest relative difference at which two losses count as the same."""
 
 NEVER_MEASURED: Final = "never measured"
 
@@ -115,7 +115,7 @@ def metric(value: float, name: str) -> str:
 
 
 def gain(seed: SeedRecord) -> str:
-    """Return a seed's contribution with its 95 % interval and the samples, and say so if the interval holds zero."""
+    """Return a seed's contribution, its 95 % interval and sample size, marked if the interval contains zero."""
     if seed.gain is None:
         return NEVER_MEASURED
     if seed.gain_low is None or seed.gain_high is None:
@@ -144,7 +144,7 @@ def arms_table(record: RunRecord) -> TextTable:
 
 
 def seeds_table(record: RunRecord) -> TextTable:
-    """Return what became of each seed."""
+    """Return the outcome of each seed."""
     header = ("seed", "slot", "blueprint", "outcome", "epochs", "parameters", "contribution", "why")
     rows = tuple(
         (
@@ -163,7 +163,7 @@ def seeds_table(record: RunRecord) -> TextTable:
 
 
 def summary(record: RunRecord) -> str:
-    """Say in two sentences what the figures show, and what they do not."""
+    """Return two sentences: what the figures show, and what they do not."""
     grown, alone = record.arm(GROWN), record.arm(HOST_ALONE)
     if grown is None:
         return "The run was stopped before the grown model was measured. Nothing can be said of it."
@@ -207,7 +207,7 @@ def _comparison(record: RunRecord, grown: ArmResult, alone: ArmResult | None) ->
 
 
 def _metric_disagrees(record: RunRecord, grown: ArmResult, alone: ArmResult) -> bool:
-    """Say whether the metric, as it is shown, points the other way than the loss."""
+    """Whether the metric, rounded as shown, contradicts the loss."""
     if metric(grown.test_metric, record.metric_name) == metric(alone.test_metric, record.metric_name):
         return False
     metric_is_better = (grown.test_metric > alone.test_metric) == record.higher_is_better

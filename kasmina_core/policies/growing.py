@@ -26,7 +26,7 @@ Candidates = Mapping[Topology, Sequence[str]] | Callable[[SlotObservation], Sequ
 @final
 @dataclass(frozen=True, slots=True)
 class SeedCare:
-    """Fossilises what passes G5 and culls what takes too long or was stopped; a paused seed is left alone.
+    """Fossilise what passes G5, cull what takes too long or was stopped; a paused seed stays.
 
     Attributes:
         max_training_epochs: Epochs in GERMINATED or TRAINING after which a seed that its gate refuses is culled.
@@ -48,7 +48,7 @@ class SeedCare:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}.")
 
     def judge(self, slot: SlotObservation) -> Command | None:
-        """Return what is to become of a living seed now, if anything."""
+        """Return the command for a living seed, if any."""
         if slot.is_stopped:
             distance = "not known" if slot.deviation is None else f"{slot.deviation:.4g} times its RMS"
             return self.cull(slot, f"stopped in incubation: its deviation from the host is {distance}")
@@ -68,7 +68,7 @@ class SeedCare:
         return None
 
     def cull(self, slot: SlotObservation, reason: str) -> Cull:
-        """Return the command that removes a seed, and reverts the host where that can be."""
+        """Return the command that removes a seed, and reverts the host if that is possible."""
         return Cull(slot.slot, reason, revert=self.revert and slot.can_revert)
 
 
@@ -126,14 +126,14 @@ class GrowingPolicy(Remembering):
         return pairs[0]
 
     def judge(self, observation: Observation, slot: SlotObservation) -> Command | None:
-        """Return what is to become of a living seed now, if anything."""
+        """Return the command for a living seed, if any."""
         return self.care.judge(slot)
 
     def learn(self, observation: Observation) -> None:
-        """Take an epoch before anything is decided."""
+        """Called with each epoch before anything is decided."""
 
     def decide(self, observation: Observation) -> Sequence[Command]:
-        """Return at most one command a slot."""
+        """Return at most one command per slot."""
         was_refused = self._note_refusals(observation)
         diverged = self._note_silence(observation)
         self.learn(observation)
@@ -161,7 +161,7 @@ class GrowingPolicy(Remembering):
         return commands
 
     def pairs(self, observation: Observation) -> list[Pair]:
-        """Return what could be grown now, in the order of blueprints first and slots second."""
+        """Return the pairs that could be grown now, ordered by blueprint, then slot."""
         free = [slot for slot in observation.slots if slot.stage is SeedStage.DORMANT]
         ranked = [
             (rank, order, slot.slot, blueprint)
@@ -172,7 +172,7 @@ class GrowingPolicy(Remembering):
         return [(slot, blueprint) for _, _, slot, blueprint in sorted(ranked)]
 
     def germinate(self, pair: Pair) -> Germinate:
-        """Return the command that grows a pair, and watch what becomes of it."""
+        """Return the command that grows a pair, and note whether gate G0 refuses it."""
         self._pending.add(pair)
         return Germinate(*pair)
 
@@ -239,7 +239,7 @@ class GrowingPolicy(Remembering):
 
 
 def living_seeds(observation: Observation) -> list[SlotObservation]:
-    """Return the slots whose seed's fate is not known yet."""
+    """Return the slots with a living seed."""
     return [slot for slot in observation.slots if slot.stage in LIVING]
 
 

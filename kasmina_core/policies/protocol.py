@@ -1,4 +1,4 @@
-"""When to germinate, cull and fossilise: observations as plain data, commands, and the protocol between them."""
+"""Policies: observations as plain data, commands, and the protocol between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Germinate:
 @final
 @dataclass(frozen=True, slots=True)
 class Regerminate:
-    """Make the seed that was put aside in a dormant slot again, with the weights it had."""
+    """Put the seed that a `Cull` kept back into its dormant slot, with its weights."""
 
     slot: str
 
@@ -43,7 +43,7 @@ class Cull:
 
     Attributes:
         revert: Whether to put the host back to what it was before the seed began to contribute.
-        keep: Whether to put the seed aside for `Regerminate`, in place of another one of this slot.
+        keep: Whether to keep the seed for `Regerminate`; it replaces the one kept before.
     """
 
     slot: str
@@ -107,16 +107,16 @@ class SlotObservation:
     """One slot as a policy sees it; ``None`` means never measured.
 
     Attributes:
-        is_stopped: Whether the seed was paused because it had gone too far from the host.
-        deviation: How far it went, ``rms(seed - host) / rms(host)``, as last read in TRAINING.
-        kept_seed: Id of the seed that was put aside in this slot; empty for none.
+        is_stopped: Whether the seed was paused because its deviation exceeded ``max_incubation_deviation``.
+        deviation: ``rms(seed - host) / rms(host)``, as last read in TRAINING.
+        kept_seed: Id of the seed that a `Cull` kept; empty for none.
         can_revert: Whether a `Cull` may ask to revert the host.
         parameters: Parameters of the seed.
         shape: Shape of the features at the slot, for a batch of any size.
-        gain: Loss per held-out sample that the seed saves, as last measured.
-        gain_t: That over its standard error.
-        gate_passed: What the gate of this epoch said.
-        gate_reason: Why.
+        gain: Held-out loss per sample without the seed minus that with it, as last measured.
+        gain_t: ``gain`` over its standard error.
+        gate_passed: Result of this epoch's gate.
+        gate_reason: Its reason.
     """
 
     slot: str
@@ -168,7 +168,7 @@ class Observation:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Decides, once an epoch, what happens to the slots."""
+    """Decides, once per epoch, what happens to the slots."""
 
     def decide(self, observation: Observation) -> Sequence[Command]:
         """Return the commands to carry out, in order."""

@@ -71,7 +71,7 @@ class TournamentPolicy(GrowingPolicy):
         return list(self._results)
 
     def decide(self, observation: Observation) -> Sequence[Command]:
-        """Return at most one command a slot."""
+        """Return at most one command per slot."""
         if not (self._waiting or self._inside or self._winner):
             return super().decide(observation)
         self._note_refusals(observation)

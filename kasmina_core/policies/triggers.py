@@ -12,14 +12,14 @@ from kasmina_core.records import Count
 
 
 class Trigger(Protocol):
-    """Says when it is time for another seed."""
+    """Decides when another seed may germinate."""
 
     def is_due(self, observation: Observation, growing: bool) -> bool:
-        """Take an epoch, and say whether it is time.
+        """Called once per epoch; return whether a seed may germinate.
 
         Args:
             observation: The model after the epoch.
-            growing: Whether a seed lives whose fate is not known yet; it is never time then.
+            growing: Whether a seed is alive; the answer is then False.
         """
         ...
 
@@ -28,11 +28,11 @@ class Trigger(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, as plain data."""
+        """Return the state as plain data."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
@@ -40,8 +40,7 @@ class Trigger(Protocol):
 class Plateau(Remembering):
     """The metric's best has not improved by ``min_delta`` (relative to its size) for ``patience`` epochs.
 
-    Epochs in which a seed grows do not count: the metric is judged anew once its fate is known. Nor do epochs without
-    a finite metric: a diverged host is not on a plateau.
+    Epochs in which a seed grows do not count, nor do epochs without a finite metric.
 
     Args:
         patience: Epochs without improvement, at least 1.
@@ -64,7 +63,7 @@ class Plateau(Remembering):
         self._stale = 0
 
     def is_due(self, observation: Observation, growing: bool) -> bool:
-        """Take an epoch, and say whether there is a plateau."""
+        """Record an epoch and return whether there is a plateau."""
         metric = observation.metric
         if metric is not None and math.isfinite(metric):
             sign = 1.0 if observation.higher_is_better else -1.0
@@ -101,7 +100,7 @@ class FixedTimes(Remembering):
         self._spent = 0
 
     def is_due(self, observation: Observation, growing: bool) -> bool:
-        """Say whether the next time has come; not while the host's metric is no finite number."""
+        """Return whether the next time has come; never while the metric is NaN or infinite."""
         metric = observation.metric
         diverged = metric is not None and not math.isfinite(metric)
         left = self.epochs[self._spent :]

@@ -1,4 +1,4 @@
-"""Where events go: sinks, and the delivery to them off the training thread."""
+"""Sinks for events, and delivery to them off the training thread."""
 
 from __future__ import annotations
 

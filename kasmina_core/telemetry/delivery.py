@@ -26,7 +26,7 @@ MAX_ATTEMPTS: Final = 12
 """Attempts at one terminal event before it is given up for good."""
 
 EXIT_TIMEOUT: Final = 2.0
-"""Seconds that the end of the process waits for sinks."""
+"""Seconds that process exit waits for sinks."""
 
 
 class SinkSource(Protocol):
@@ -40,15 +40,15 @@ class SinkSource(Protocol):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkStatus:
-    """How one sink fares.
+    """Counters and last error of one sink.
 
     Attributes:
         name: Class name of the sink.
-        delivered: Events the sink took.
-        dropped: Events the sink never got: the queue was full, the batch raised, or the telemetry was closed.
-        errors: Times the sink raised.
-        last_error: What it raised last.
-        waiting: Events that are queued, being written, or terminal and to be tried again.
+        delivered: Events that were written.
+        dropped: Events that were not: the queue was full, the batch raised, or the telemetry was closed.
+        errors: Exceptions the sink raised.
+        last_error: The last of them.
+        waiting: Events that are queued, being written, or terminal and awaiting another attempt.
         lost_terminal: Terminal events given up after `MAX_ATTEMPTS`, or at close; they count as dropped too.
     """
 
@@ -63,21 +63,21 @@ class SinkStatus:
 
 @final
 class Telemetry:
-    """Hand events to sinks without letting any of them hold up or stop the training.
+    """Deliver events to sinks without delaying or stopping the training.
 
-    Each sink has a queue and a daemon thread of its own, so a slow or blocked one does not delay the others. A batch
-    is what gathered in the queue while the previous one was being written.
+    Each sink has its own queue and daemon thread, so a slow or blocked one does not delay the others. A batch is what
+    was queued while the previous one was written.
 
-    What is promised:
+    Guarantees:
 
     - `emit` does not wait for a sink and does not raise.
     - A sink gets events in the order they were emitted. When its queue is full, events are dropped and counted, but
-      never one that ends a seed's life (``event.type.is_terminal``): for such an event the newest other one makes room.
-    - A sink that raises is counted and reported once through ``logging``, and gets the later batches. The terminal
-      events of the batch that raised are tried again one by one, a few times at once and then after every batch
-      that succeeds, at `flush` and at `close`. So a terminal event arrives at least once, if the sink recovers
-      (perhaps late; ``event.sequence`` tells its place); every other event arrives at most once.
-    - After a fork the child delivers its own events only; those waiting at the fork are the parent's.
+      never one that ends a seed's life (``event.type.is_terminal``): the newest other event is dropped for it.
+    - Exceptions of a sink are counted, the first is logged, and the sink gets the later batches. Terminal events of a
+      failed batch are retried one by one: a few times immediately, then after every successful batch, at `flush` and at
+      `close`. So a terminal event arrives at least once if the sink recovers (perhaps late; ``event.sequence`` gives
+      its place); every other event arrives at most once.
+    - After a fork the child delivers only its own events; those queued before are the parent's.
     - A copy (``deepcopy``, pickle) has no sinks and emits nothing.
 
     The sinks belong to this object: `close` closes them. The end of the process waits up to `EXIT_TIMEOUT` for them.
@@ -89,7 +89,7 @@ class Telemetry:
         batch_size: Largest batch, at least 1.
         fast_mode: Emit nothing. Can be changed at any time; nothing else depends on it.
         registry: Where named sinks come from; ``None`` for the installed packs.
-        sink_config: What the packs of named sinks may want to know; see ``kasmina_sinks``.
+        sink_config: Configuration for the packs of named sinks; see ``kasmina_sinks``.
 
     Raises:
         PluginError: If the pack of a named sink is not available, or cannot make it; the cause is chained.
@@ -138,17 +138,17 @@ class Telemetry:
 
     @property
     def status(self) -> tuple[SinkStatus, ...]:
-        """How each sink fares, in the order of `sinks`."""
+        """Status of each sink, in the order of `sinks`."""
         return tuple(line.status() for line in self._lines)
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """Events that each sink never got, in the order of `sinks`."""
+        """Dropped events of each sink, in the order of `sinks`."""
         return tuple(status.dropped for status in self.status)
 
     @property
     def errors(self) -> tuple[int, ...]:
-        """Times each sink raised, in the order of `sinks`."""
+        """Exceptions of each sink, in the order of `sinks`."""
         return tuple(status.errors for status in self.status)
 
     def emit(self, event: TelemetryEvent) -> None:
@@ -179,8 +179,8 @@ class Telemetry:
         """Deliver what waits, close the sinks and end their threads; events emitted later are dropped.
 
         Args:
-            timeout: Seconds to wait at most, for all sinks together. A sink that is still blocked then keeps its
-                thread and its queue, and gets what waits if it ever comes back.
+            timeout: Seconds to wait at most, for all sinks together. A sink that is still blocked keeps its thread and
+                its queue, and gets the rest if it recovers.
 
         Returns:
             False if the time ran out or a terminal event was lost.
@@ -239,7 +239,7 @@ class _Line:
             _REGISTRY.lines.add(self)
 
     def begin(self) -> None:
-        """Set what a new process starts with: a free lock, an empty queue, no thread."""
+        """Set the state of a new process: a free lock, an empty queue, no thread."""
         self._changed = threading.Condition()  # on an RLock: a finalizer may emit while this thread holds it
         self._queue: OrderedDict[int, TelemetryEvent] = OrderedDict()  # by index, oldest first
         self._droppable: dict[int, None] = {}  # indices of queued events that end no life
@@ -341,7 +341,7 @@ class _Line:
             self._lost_terminal += 1
 
     def _make_room_for(self, event: TelemetryEvent) -> bool:
-        """Drop the newest event that ends no life, for one that does; a queue of such alone may outgrow its size."""
+        """Drop the newest non-terminal event for a terminal one; a queue of terminal events may exceed its size."""
         if not _is_terminal(event):
             return False
         if self._droppable:
@@ -456,7 +456,7 @@ class _Line:
 
 
 def _is_terminal(event: TelemetryEvent) -> bool:
-    # Tolerates what is no event: a wrong one must end neither the training nor the thread.
+    # Tolerates objects that are no events: they must stop neither the training nor the thread.
     return bool(getattr(getattr(event, "type", None), "is_terminal", False))
 
 

@@ -1,4 +1,4 @@
-"""Sinks: what receives batches of events."""
+"""Sinks: receivers of batches of events."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kasmina_core.events import TelemetryEvent
 
 @runtime_checkable
 class Sink(Protocol):
-    """What receives events. Both methods are called from one worker thread, never from the training thread.
+    """Receives events. Both methods are called from one worker thread, never from the training thread.
 
     A sink may have an attribute ``max_batch`` (int): the largest batch it wants.
     """
 
     def write(self, batch: Sequence[TelemetryEvent]) -> None:
-        """Take events in the order they were emitted; raise if they could not be taken."""
+        """Store or send events, in the order they were emitted; raise if that fails."""
         ...
 
     def close(self) -> None:
@@ -61,10 +61,10 @@ class MemorySink:
 
 @final
 class CallableSink:
-    """Call a function once an event.
+    """Call a function with each event.
 
     Args:
-        function: Called with the event; what it returns is ignored. If it raises, only that event is affected.
+        function: Called with one event; its result is ignored. If it raises, only that event is affected.
     """
 
     max_batch = 1
@@ -83,14 +83,13 @@ class CallableSink:
 
 @final
 class JsonLinesSink:
-    """Append events to a file, one JSON object a line.
+    """Append events to a file, one JSON object per line.
 
-    The JSON is strict: NaN and the infinities, which JSON has no numbers for, become the strings ``"NaN"``,
-    ``"Infinity"`` and ``"-Infinity"``, so that they stay distinct from ``null`` (never measured).
+    The JSON is strict: NaN and the infinities become the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
+    keeps them distinct from ``null`` (never measured).
 
-    A batch goes to the operating system in one append, so a crash of the process loses no batch that was written;
-    processes that append to one file do not mix their lines. A line that a crash cut short is left alone and the
-    next one starts on a line of its own; `read` skips it.
+    Each batch is one append, so a crash loses no written batch, and several processes may append to one file. A line
+    that a crash cut short stays; the next one starts on a new line, and `read` skips the cut one.
 
     Args:
         path: The file; it is created with its parent folders, or appended to.
@@ -102,7 +101,7 @@ class JsonLinesSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Read and append: the last byte tells whether the last line is whole.
+        # Opened for reading too: the last byte shows whether the last line is complete.
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._line_is_open = self._ends_inside_a_line()
 
@@ -156,7 +155,7 @@ class JsonLinesSink:
 
 
 def as_sink(sink: object) -> Sink:
-    """Return a sink as it is, a function as its `CallableSink`.
+    """Return a sink unchanged, and a function as a `CallableSink`.
 
     Raises:
         TypeError: If it is neither.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.display import RunDisplay, plain_line, print_files, print_final
+from kasmina_core.experiments.display import RunDisplay, plain_line, print_final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
@@ -157,13 +157,11 @@ def test_final_text_holds_the_arms_and_every_seed_at_any_width_without_escape_co
         assert "no gain after six epochs" in flat
 
 
-def test_print_final_names_the_folder_and_the_notes():
+def test_print_final_has_the_notes():
     out, run = console(), fake_run()
     run.notes.append("The gates decided on 200 samples.")
     print_final(run, out)
-    print_files("runs/one", out)
     assert "Note: The gates decided on 200 samples." in shown(out)
-    assert "runs/one" in shown(out)
 
 
 # The summary
