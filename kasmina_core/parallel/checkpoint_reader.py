@@ -1,4 +1,4 @@
-"""Reads what torch.distributed.checkpoint wrote, whose own description is a pickle, without running anything."""
+"""Reader of torch.distributed.checkpoint files, whose description is a pickle, that runs nothing from them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _HARMLESS: Final = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }
-"""What torch's own description of a checkpoint is made of."""
+"""Classes in torch's own description of a checkpoint."""
 
 
 @final
 class CheckpointReader(FileSystemReader):
-    """Reads what torch wrote, and nothing that a file made up: its description is a pickle."""
+    """Reads torch's description of a checkpoint, a pickle, if it holds only the classes that torch writes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -51,11 +51,7 @@ class CheckpointReader(FileSystemReader):
         return metadata
 
     def stored_tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return what tensors the checkpoint holds, by name.
-
-        Raises:
-            CheckpointError: If it describes more than its files hold.
-        """
+        """Return the tensors by name; a CheckpointError if the checkpoint describes more than its files hold."""
         metadata = self.read_metadata()
         described = metadata.state_dict_metadata.items()
         tensors = {name: found for name, found in described if isinstance(found, TensorStorageMetadata)}

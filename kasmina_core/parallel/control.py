@@ -1,9 +1,9 @@
-"""Words between the processes of a job, on a way of their own that ends in an error and never hangs."""
+"""Control messages between processes, over gloo with a timeout: a missing rank is an error, never a hang."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -20,14 +20,14 @@ _numbers = count()
 @final
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What one process says in an exchange.
+    """The message of one process in an exchange.
 
     Attributes:
         number: How many exchanges there were before.
         step: What it is about to decide, the same everywhere.
-        attempt: The attempt it is in: something that fails everywhere if it fails anywhere. Empty for none.
+        attempt: Name of an operation that fails everywhere if it fails anywhere. Empty for none.
         payload: What it contributes.
-        failure: Why it cannot go on, or empty.
+        failure: Why it cannot continue, or empty.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Word:
 
 @final
 class FailedSomewhere(Exception):
-    """A process, perhaps this one, said in an exchange that it cannot go on.
+    """A process, perhaps this one, reported in an exchange that it cannot continue.
 
     Attributes:
         failures: Why, by rank.
@@ -52,7 +52,7 @@ class FailedSomewhere(Exception):
 
 @final
 class ControlGroup:
-    """Exchanges words between all processes of a group over gloo, whatever backend the gradients use.
+    """Exchanges messages between all processes of a group over gloo, whatever backend the gradients use.
 
     After an error every exchange raises it again: the processes no longer stand at the same place.
 
@@ -61,7 +61,7 @@ class ControlGroup:
         timeout: Seconds to wait for the slowest one.
 
     Raises:
-        DistributedError: If a process does not come here too.
+        DistributedError: If a process does not call this too.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -73,15 +73,9 @@ class ControlGroup:
         limit = timedelta(seconds=timeout)
         try:
             # Only members of a smaller group come here, so that new_group must not wait for the others.
-            self.process_group: dist.ProcessGroup = (
-                dist.new_group(backend="gloo", timeout=limit)
-                if group is None
-                else dist.new_group(
-                    dist.get_process_group_ranks(group),
-                    backend="gloo",
-                    timeout=limit,
-                    use_local_synchronization=True,
-                )
+            members = dist.get_process_group_ranks(group) if group is not None else None
+            self.process_group: dist.ProcessGroup = dist.new_group(
+                members, backend="gloo", timeout=limit, use_local_synchronization=members is not None
             )
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
@@ -89,7 +83,7 @@ class ControlGroup:
                 f"  torch: {_one_line(error)}\n"
                 "Every process of the group must call distribute() with its own copy of the model."
             ) from error
-        self._store = _shared_store(f"kasmina/{'-'.join(map(str, _members(group)))}/{next(_numbers)}")
+        self._store = _shared_store(f"kasmina/{'-'.join(map(str, members or ()))}/{next(_numbers)}")
 
     @property
     def number(self) -> int:
@@ -97,11 +91,11 @@ class ControlGroup:
         return self._number
 
     def exchange(self, step: str, payload: Any = None, *, attempt: str = "", failure: str = "") -> list[Any]:
-        """Say a word, hear those of all, and return their payloads by rank.
+        """Send a message, receive those of all, and return their payloads by rank.
 
         Raises:
             DistributedError: If a process is missing, or is at another step.
-            FailedSomewhere: If a process, this one included, says that it cannot go on.
+            FailedSomewhere: If a process, this one included, reports a failure.
         """
         if self._broken is not None:
             raise self._broken
@@ -125,13 +119,12 @@ class ControlGroup:
         steps = [(said.number, said.step) for said in heard]
         if len(set(steps)) > 1:
             told = by_rank([f"{text} (number {number})" for number, text in steps])
-            raise self.give_up(
-                DistributedError(
-                    f"The processes are not at the same place.\n{told}\n"
-                    "Every rank must give the same commands in the same order; let a condition that differs between "
-                    "them (time, a local loss, the rank) not decide about growth."
-                )
+            elsewhere = DistributedError(
+                f"The processes are not at the same place.\n{told}\n"
+                "Every rank must give the same commands in the same order; a condition that differs between them "
+                "(time, a local loss, the rank) must not decide about growth."
             )
+            raise self.give_up(elsewhere)
         return [said.payload for said in heard]
 
     def give_up(self, error: DistributedError) -> DistributedError:
@@ -153,16 +146,13 @@ class ControlGroup:
         lines = []
         for rank in missing:
             number, step = last.get(rank, (0, ""))
-            lines.append(
-                f"  missing: rank {rank}, "
-                + (f"last at {step} (number {number})" if number else "never heard")
-            )
+            seen = f"last at {step} (number {number})" if number else "never heard"
+            lines.append(f"  missing: rank {rank}, {seen}")
         if not last:
             lines.append("  missing: unknown, the store of the process group cannot be read")
         elif not missing:
-            lines.append(
-                f"  missing: nobody; every rank came, and then rank {_others(self.rank, self.size)} was lost"
-            )
+            others = " or ".join(str(rank) for rank in range(self.size) if rank != self.rank)
+            lines.append(f"  missing: nobody; every rank came, and then rank {others} was lost")
         return DistributedError(
             f"Rank {self.rank} came to {word.step} (number {word.number}), but not every rank did.\n"
             + "\n".join(lines)
@@ -173,26 +163,23 @@ class ControlGroup:
         )
 
     def _last_words(self) -> dict[int, tuple[int, str]]:
-        """Return number and step of each rank's last word; empty if that cannot be known."""
+        """Return number and step of each rank's last message; empty if the store cannot be read."""
         found: dict[int, tuple[int, str]] = {}
         store = self._store
         if store is None:
             return found
 
         def read() -> None:
-            for rank in range(self.size):
-                if store.check([str(rank)]):
-                    number, _, step = store.get(str(rank)).decode().partition(" ")
-                    found[rank] = (int(number), step)
-
-        def quietly() -> None:
             try:
-                read()
+                for rank in range(self.size):
+                    if store.check([str(rank)]):
+                        number, _, step = store.get(str(rank)).decode().partition(" ")
+                        found[rank] = (int(number), step)
             except Exception:
                 found.clear()
 
         # The store may be in a process that hangs.
-        reader = threading.Thread(target=quietly, daemon=True)
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         reader.join(_DIAGNOSIS_SECONDS)
         return dict(found) if not reader.is_alive() else {}
@@ -214,16 +201,8 @@ def by_rank(values: Sequence[str]) -> str:
     )
 
 
-def _others(rank: int, size: int) -> str:
-    return " or ".join(str(other) for other in range(size) if other != rank)
-
-
-def _members(group: dist.ProcessGroup | None) -> Iterable[int]:
-    return dist.get_process_group_ranks(group) if group is not None else ()
-
-
 def _shared_store(prefix: str) -> Any:
-    """Return the store by which the processes found each other, if torch still has it where it was."""
+    """Return the store of the default process group; ``None`` if this version of torch keeps it elsewhere."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch exports it unseen by mypy
 
     find = getattr(dist.distributed_c10d, "_get_default_store", None)

@@ -1,4 +1,4 @@
-"""Growing in many processes on torch's own engines: DistributedDataParallel and FSDP2."""
+"""Growth in many processes under torch's DistributedDataParallel and FSDP2."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"  # read by DistributedDataParalle
 class Wrap(Enum):
     """Who averages gradients over the processes.
 
-    - ``DDP``: a ``DistributedDataParallel`` that we make, and make anew when a seed begins or ceases to contribute.
+    - ``DDP``: a ``DistributedDataParallel`` made here, and made anew when a seed begins or ceases to contribute.
     - ``FSDP``: ``torch.distributed.fsdp.fully_shard``, which the caller applied to the host; new seeds are sharded too.
-    - ``OUTSIDE``: somebody else wraps the model, such as a trainer. Seeds stay outside of that wrapper.
+    - ``OUTSIDE``: the caller or a trainer wraps the model. Seeds stay outside of that wrapper.
     """
 
     DDP = "ddp"
@@ -121,7 +121,7 @@ class DistributedGrowth:
             yield
 
     def _new_wrapper(self) -> DistributedDataParallel:
-        # Here a missing process is named within our time limit; the engine's own may be half an hour.
+        # This names a missing process within our time limit; the engine's own may be half an hour.
         self._control.exchange("a new DistributedDataParallel")
         with self._ignoring(self.model, self._outside_names(self.model)):
             return DistributedDataParallel(self.model, process_group=self._group, **self._options)
@@ -130,23 +130,20 @@ class DistributedGrowth:
         """Return the parameters that the loss of the host's own pass gives a gradient, without those of new seeds."""
         if not self._host:
             self._host = self.model.host_parameters()
-        seeds = (
-            p
-            for slot in self.model.slots.values()
-            if _contributes(slot)
-            for p in self.model.seed_parameters(slot.name)
-        )
+        contributing = [name for name, slot in self.model.slots.items() if _contributes(slot)]
+        seeds = [p for name in contributing for p in self.model.seed_parameters(name)]
         return [p for p in (*self._host, *seeds) if p.requires_grad]
 
     def _outside_names(self, module: nn.Module, *, all_seeds: bool = False) -> list[str]:
-        """Return names in ``module`` of what its wrapper shall not touch: slots, and seeds that do not contribute."""
+        """Return names in ``module`` of what its wrapper must not touch: slots, and seeds that do not contribute."""
         outside: set[int] = set()
         for slot in self.model.slots.values():
             outside |= {id(tensor) for tensor in slot.buffers(recurse=False)}
             if slot.seed is not None and (all_seeds or not _contributes(slot)):
                 outside |= {id(tensor) for tensor in _tensors(slot.seed)}
         outside -= {id(tensor) for tensor in _tensors(self.model.host)}
-        return [name for name, tensor in _named_tensors(module) if id(tensor) in outside]
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return [name for name, tensor in named if id(tensor) in outside]
 
     @contextmanager
     def _ignoring(self, module: nn.Module, names: list[str]) -> Iterator[None]:
@@ -161,11 +158,11 @@ class DistributedGrowth:
                 delattr(module, _IGNORED)
 
     def leave_out_seeds(self, module: nn.Module) -> None:
-        """Let a ``DistributedDataParallel(module)`` that somebody else makes after this leave seeds to us.
+        """Make a ``DistributedDataParallel(module)`` that is created after this ignore seeds.
 
         With ``wrap="outside"`` the gradients of all seeds are averaged in ``model.step()``. A wrapper that was made
-        before a seed germinated does not know it, and needs nothing; one that is made while there are seeds shall not
-        wait for their gradients.
+        before a seed germinated does not know it; one that is made while there are seeds must not wait for their
+        gradients.
 
         Args:
             module: What will be wrapped: the model, or a module around it.
@@ -230,12 +227,12 @@ class DistributedGrowth:
     # -- following the topology ------------------------------------------------------------------------------------
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Hear of a new seed."""
+        """Leave a new seed out of wrappers that others make."""
         if self.wrap is Wrap.OUTSIDE:
             self.leave_out_seeds(self.model)
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Forget a seed: a wrapper that knew it goes at once, with the seed's memory."""
+        """Drop a wrapper that knew the seed, which frees the seed's memory."""
         if self._wrapper is not None and not {id(p) for p in parameters}.isdisjoint(self._wrapped):
             self._wrapper, self._wrapped = None, ()
         if self.wrap is Wrap.OUTSIDE:
@@ -271,12 +268,8 @@ class DistributedGrowth:
 
 
 def _contributes(slot: SeedSlot) -> bool:
-    """Whether the host's own loss depends on the seed: only then it belongs into the wrapper."""
+    """Whether the host's own loss depends on the seed, which then belongs in the wrapper."""
     return slot.seed is not None and slot.stage in CONTRIBUTING and slot.alpha > 0.0
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -302,7 +295,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _begin_sharding(model: MorphogeneticModel) -> None:
-    """Let FSDP2 settle what its roots are; left to the first forward, a seed that ran before, alone, could not be in one."""
+    """Make FSDP2 choose its roots now: in the first forward, a seed that ran before, alone, could not be in one."""
     settled: set[nn.Module] = set()
     for module in sharded_modules(model):
         if module not in settled:
@@ -322,7 +315,7 @@ def _precision_around(seed: nn.Module, model: MorphogeneticModel) -> Any:
         module: Any = modules[".".join(names[:depth])]
         if hasattr(module, "set_reshard_after_forward"):
             found = getattr(module._get_fsdp_state(), "_mp_policy", found)
-    # What a layer gives out is its own affair: a seed's output gets the dtype of the features.
+    # A seed's output gets the dtype of the features, not that of the layer's output.
     return replace(found, output_dtype=None) if found is not None else None
 
 
@@ -348,7 +341,7 @@ def distribute(
     shard: Callable[[nn.Module], object] | None = None,
     **ddp_options: Any,
 ) -> DistributedGrowth:
-    """Let a model grow in many processes: one decision for all, on what all of them know.
+    """Let a model grow in many processes, with the same decisions in all of them.
 
     In the training loop two lines change: ``net = distribute(model)`` and ``net(x)`` instead of ``model(x)``. Every
     process calls this, and after it gives the same commands in the same order. Without an initialised process group

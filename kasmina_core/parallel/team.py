@@ -1,4 +1,4 @@
-"""One decision for all processes of a job: what each of them knows is compared and put together."""
+"""Agreement of the processes of a job: their models are compared, and their measurements combined."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Team(Agreement):
 
     Args:
         model: This process's copy.
-        control: For the words between them.
+        control: Exchanges messages between them.
         shard: Replaces a new seed's parameters by this process's shards, in place; ``None`` to leave them whole.
-        average: Makes the gradients of seeds the same everywhere; told whether an optimiser step follows.
+        average: Makes the gradients of seeds the same everywhere; its argument is whether an optimiser step follows.
 
     Raises:
         DistributedError: If hosts, slots or settings differ.
@@ -127,16 +127,16 @@ class Team(Agreement):
 
     @property
     def rank(self) -> int:
-        """This process's."""
+        """Rank of this process."""
         return self._control.rank
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """The processes, over gloo and with the time limit."""
+        """The gloo group of the processes, with the time limit."""
         return self._control.process_group
 
     def first(self, what: str, value: Any = None) -> Any:
-        """Return rank 0's value, when all have come here."""
+        """Return rank 0's value, when all have called this."""
         return self._say(what, value)[0]
 
     def everyone(self, what: str, value: Any) -> list[Any]:
@@ -206,14 +206,12 @@ class Team(Agreement):
             if len(set(values := [str(standing.get(key, "nothing")) for standing in standings])) > 1
         ]
         if told:
-            hint = (
-                "\nGradients of seeds are averaged in model.step(): call it after backward, on every rank."
-                if any("weights" in line for line in told)
-                else ""
-            )
-            raise self._control.give_up(
-                DistributedError(f"The processes disagree at {text}.\n" + "\n".join(told[:8]) + hint)
-            )
+            lines = [f"The processes disagree at {text}.", *told[:8]]
+            if any("weights" in line for line in told):
+                lines += [
+                    "Gradients of seeds are averaged in model.step(): call it after backward, on every rank."
+                ]
+            raise self._control.give_up(DistributedError("\n".join(lines)))
 
     # -- what is put together --------------------------------------------------------------------------------------
 
@@ -309,11 +307,7 @@ class Team(Agreement):
                 tensor.copy_(value)
 
     def seed_accepted(self, slot: SeedSlot) -> None:
-        """Hear whether anything prevents the new seed on another rank.
-
-        Raises:
-            GerminationError: If so.
-        """
+        """Raise a GerminationError if another rank refuses the new seed."""
         if self._attempted:
             self._say(f"acceptance of the seed of '{slot.name}'")
 
@@ -364,7 +358,7 @@ def _standing(model: MorphogeneticModel, *, with_weights: bool = True) -> dict[s
 
 
 def _checksum(tensors: Iterable[Tensor]) -> str:
-    """Return a number that depends on every bit of the tensors and their order; shards, which differ, count as nothing."""
+    """Return a number that depends on every bit of the tensors and their order; shards, which differ, are left out."""
     total = 0
     for tensor in tensors:
         if hasattr(tensor, "to_local") or tensor.device.type == "meta" or not tensor.numel():
