@@ -1,4 +1,4 @@
-"""The hooks a pack can implement. Few; each returns declarations; none is called from ``forward``.
+"""Hooks of packs. Each returns declarations; none is called from ``forward``.
 
 A pack is a module or object with functions marked `hookimpl`, named by one entry point of the group
 ``kasmina.plugins``:
@@ -8,8 +8,8 @@ A pack is a module or object with functions marked `hookimpl`, named by one entr
 ...     def kasmina_blueprints(self):
 ...         return [BlueprintSpec("scale", Topology.CNN, "my_pack.seeds:Scale", lambda dim: dim)]
 
-Beside the entry point the pack declares, in the group ``kasmina.api`` and under the same name, the version of this page
-that it is written for; one that declares none is taken to be written for ``v1``. In its ``pyproject.toml``:
+An entry point of the same name in the group ``kasmina.api`` declares the version of these hooks that the pack is written
+for; without one it counts as ``v1``. In its ``pyproject.toml``:
 
 ```toml
 [project.entry-points."kasmina.plugins"]
@@ -96,7 +96,7 @@ def kasmina_sinks(config: Mapping[str, Any]) -> Mapping[str, Callable[..., Any]]
     without arguments and returns a `Sink` or a function of one event.
 
     Args:
-        config: What the user says to the sinks; the command gives ``task`` and ``seed``.
+        config: The user's settings for sinks; the command gives ``task`` and ``seed``.
 
     >>> @hookimpl
     ... def kasmina_sinks(config):

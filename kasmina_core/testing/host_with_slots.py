@@ -179,9 +179,7 @@ def _compare(trial: Trial, model: MorphogeneticModel, name: str, what: str) -> R
 
 
 def _training(trial: Trial) -> None:
-    with trial.attempt(
-        "training_output", "cannot hold a seed", "germination in every slot", "See the error."
-    ):
+    with trial.attempt("training_output", "cannot hold a seed", "germination in every slot"):
         model = _model(trial, trial.twin())
         _grow(model, SeedStage.TRAINING)
         _make_loud(model)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,6 +65,18 @@ def pack_name_of(plugin: object) -> str:
     full = plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__name__
     name = full.rpartition(".")[2].lower()
     return name if NAME_PATTERN.fullmatch(name) else "pack"
+
+
+def run_alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a child process with the ``sys.path`` of this one."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def blueprints_of(given: object) -> list[OfferedBlueprint]:

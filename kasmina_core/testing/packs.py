@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -14,7 +11,7 @@ from kasmina_core.checks.blueprints import check_blueprint_spec
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.packs.checking import PackReport as PackReport
 from kasmina_core.packs.checking import unusable
-from kasmina_core.testing.offered import registry_of, registry_with
+from kasmina_core.testing.offered import registry_of, registry_with, run_alone
 
 if TYPE_CHECKING:
     import torch
@@ -133,14 +130,7 @@ def _repeats(first: Sequence[str], second: Sequence[str]) -> CheckResult:
 def _alone(module: str) -> CheckResult:
     """Import the pack in a fresh process and see whether torch came with it."""
     name = "imports_no_torch"
-    done = subprocess.run(
-        [sys.executable, "-c", _ALONE, module],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_alone(_ALONE, module)
     answer = done.stdout.strip().rpartition("\n")[2]
     if done.returncode or answer not in ("True", "False"):
         lines = done.stderr.strip().splitlines() or ["no output"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar, Final
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import BlueprintSpec
+from kasmina_core.testing.offered import run_alone
 from kasmina_core.topology import Topology
 
 DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,13 +109,7 @@ class SeedCases:
             metafunc.parametrize("spec", specs, ids=[spec.name for spec in specs])
 
     def test_listing_the_pack_imports_no_torch(self) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", _LISTING, self.pack.__name__],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_alone(_LISTING, self.pack.__name__)
         assert done.returncode == 0, done.stderr
 
     # -- sizes, shapes, numbers -------------------------------------------------------------------------------------
