@@ -342,9 +342,7 @@ class _Examination:
         return f"Set param_estimate={counts[width]}, estimate_dim={width}, or correct the function."
 
 
-def _devices(
-    device: str | torch.device | None,
-) -> tuple[tuple[str, ...], list[str], dict[str, str]]:
+def _devices(device: str | torch.device | None) -> tuple[tuple[str, ...], list[str], dict[str, str]]:
     """Return the kinds asked for, the devices that work, and why each other one does not.
 
     CUDA is never initialised where there is none.

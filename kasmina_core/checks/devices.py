@@ -156,12 +156,7 @@ def rms(values: Tensor) -> float:
 
 
 def _run_once(
-    module: nn.Module,
-    shape: tuple[int, ...],
-    device: torch.device,
-    where: str,
-    tally: Tally,
-    bench: Bench,
+    module: nn.Module, shape: tuple[int, ...], device: torch.device, where: str, tally: Tally, bench: Bench
 ) -> str:
     """Run forward and, in training mode, backward once; return why nothing could be checked, or ``""``."""
     import torch

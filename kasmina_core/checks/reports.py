@@ -252,7 +252,7 @@ class ValidationReport(Report):
             "not_run": [
                 {"name": c.name, "device": c.device, "where": c.where, "why": c.hint, "needed": c.needed}
                 for c in self.not_run
-            ],
+            ]
         }
 
     def to_markdown(self) -> str:

@@ -187,14 +187,7 @@ def _check_host_factory(full: str, factory: Any) -> CheckResult:
 
 
 def check_pack_apart(
-    name: str,
-    ids: Sequence[str],
-    *,
-    named: bool,
-    device: str | None,
-    tell: Tell,
-    timeout: float,
-    memory: int,
+    name: str, ids: Sequence[str], *, named: bool, device: str | None, tell: Tell, timeout: float, memory: int
 ) -> list[PackReport]:
     """Check one installed pack as `check_pack_here` does, in a process whose end is not the end of this one.
 

@@ -206,9 +206,7 @@ def _grow(model: MorphogeneticModel, stage: SeedStage) -> None:
 
 def _grown(trial: Trial) -> None:
     with trial.attempt(
-        "gradient_at_alpha_one",
-        "does not run with seeds at alpha 1",
-        "a forward and a backward pass",
+        "gradient_at_alpha_one", "does not run with seeds at alpha 1", "a forward and a backward pass"
     ):
         model = _model(trial, trial.twin())
         _grow(model, SeedStage.SHADOWING)
@@ -258,11 +256,7 @@ def _slots_take_features(trial: Trial, model: MorphogeneticModel) -> None:
 
 def _copies_with_seeds(trial: Trial, model: MorphogeneticModel) -> None:
     faults: dict[str, str] = {}
-    with trial.attempt(
-        "deepcopy_with_seeds",
-        "cannot be copied with seeds",
-        "copy.deepcopy(model) works",
-    ):
+    with trial.attempt("deepcopy_with_seeds", "cannot be copied with seeds", "copy.deepcopy(model) works"):
         before = _output(trial, model)
         twin = copy.deepcopy(model)
         faults["the copy"] = difference(before, _output(trial, twin))
