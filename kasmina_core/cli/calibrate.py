@@ -16,7 +16,7 @@ from kasmina_core.cli import options
 @options.task
 @options.host("Host")
 @options.slots
-@options.blueprints("Blueprint to make placebos from. Default: all that fit.")
+@options.many("--blueprint", "blueprints", "ID", "Blueprint to make placebos from. Default: all that fit.")
 @click.option("--seeds", default=20, show_default=True, type=click.IntRange(min=2), help="Placebo seeds.")
 @click.option(
     "--looks", default=6, show_default=True, type=click.IntRange(min=1), help="Looks at each of them."

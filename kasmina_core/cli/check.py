@@ -68,12 +68,12 @@ def check(
 ) -> None:
     """Run the checks of packs or blueprints.
 
-    PACK_OR_ID is the name of a pack or the full id of a blueprint, such as cnn:norm; without any, every installed pack
-    is checked. More is checked than when a pack is loaded: more sizes, precisions, memory formats, both modes, copies,
-    and the number of operations.
+    PACK_OR_ID is the name of a pack or the full id of a blueprint, such as cnn:norm; the default is every installed
+    pack. These checks cover more than those at loading: more sizes, precisions, memory formats, both modes, copies, and
+    the number of operations.
 
-    With --isolate a pack that crashes, never ends or wants too much memory is a failure in the report. Without it such
-    a pack ends this process.
+    With --isolate a pack that crashes, never ends or exceeds the memory limit is a failure in the report. Without it
+    such a pack ends this process.
 
     \b
     Exit code:
@@ -106,7 +106,7 @@ def check(
 
 
 def _chosen(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the packs to check, each with the ids of those blueprints that are asked for; none stands for all.
+    """Return the packs to check, each with the ids of the chosen blueprints; an empty list means all.
 
     Raises:
         UnknownNameError: If no installed pack has a name.
@@ -165,14 +165,10 @@ def _counts(report: ValidationReport) -> str:
 
 
 def _absences(outcomes: Sequence[PackReport]) -> list[str]:
-    """Say once what did not run and was not asked for."""
-    reasons: dict[str, None] = {}
-    for outcome in outcomes:
-        for report in outcome.blueprints.values():
-            for check_ in report.not_run:
-                if not check_.needed and check_.device:
-                    reasons[f"Not run on {check_.device}: {check_.hint}."] = None
-    return list(reasons)
+    """Return, each once, why optional checks did not run on a device."""
+    reports = [report for outcome in outcomes for report in outcome.blueprints.values()]
+    absent = [c for report in reports for c in report.not_run if c.device and not c.needed]
+    return list(dict.fromkeys(f"Not run on {c.device}: {c.hint}." for c in absent))
 
 
 def _summary(outcomes: Sequence[PackReport], verdict: ValidationVerdict) -> str:

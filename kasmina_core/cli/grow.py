@@ -21,23 +21,20 @@ from kasmina_core.cli import options
 @click.command(short_help="Train a host and grow it with seeds.")
 @options.task
 @options.host("Host to grow")
-@click.option(
-    "--host-option", "host_options", multiple=True, metavar="NAME=VALUE", help="Option of the host."
-)
+@options.many("--host-option", "host_options", "NAME=VALUE", "Option of the host.")
 @options.slots
-@options.blueprints("Blueprint to grow from. Default: the policy's choice.")
+@options.many("--blueprint", "blueprints", "ID", "Blueprint to grow from. Default: the policy's choice.")
 @click.option(
     "--policy",
     default="plateau",
     show_default=True,
     help="plateau, fixed-times, budget, bandit, tournament, none, or one from a pack.",
 )
-@click.option(
+@options.many(
     "--policy-option",
     "policy_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Option of the policy, such as patience=5, parameters=500 or, a list, 'epochs=[3,8]'. Repeat it for more.",
+    "NAME=VALUE",
+    "Option of the policy, such as patience=5, parameters=500 or, a list, 'epochs=[3,8]'. Repeat it for more.",
 )
 @click.option(
     "--incubation",
@@ -53,9 +50,7 @@ from kasmina_core.cli import options
     show_default=True,
     help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
 )
-@click.option(
-    "--sink", "sinks", multiple=True, metavar="ID", help="Also send the events to this sink of a pack."
-)
+@options.many("--sink", "sinks", "ID", "Also send the events to this sink of a pack.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr

@@ -1,4 +1,4 @@
-"""``kasmina new``: write a package to start from, the same as the templates that are tested with the library."""
+"""``kasmina new``: write a package to start from, copied from a template that the library's tests cover."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATES: Final = {
     "transformer": "template-transformer-pack",
     "host": "template-host",
 }
-"""What can be written, and the folder of its template."""
+"""Kinds of package, and the folder of each template."""
 
 _TEMPLATE_CLASS: Final = "TemplateHost"
 _LITTER: Final = ("__pycache__", "build", "dist")
@@ -93,7 +93,7 @@ def _report(folder: Path, name: str, source: str) -> None:
 def write_package(kind: str, name: str, out: Path) -> Path:
     """Write a package from a template and return its folder, ``out / name``.
 
-    It is made elsewhere and moved in whole, so that a failure leaves nothing behind.
+    It is written to a temporary folder and then moved, so a failure leaves nothing behind.
 
     Args:
         kind: A key of `TEMPLATES`.
@@ -148,7 +148,7 @@ def class_name(name: str) -> str:
 
 
 def _copy(template: Path, made: Path, name: str) -> None:
-    """Copy a template, its names replaced in paths and in text."""
+    """Copy a template, with its names replaced in paths and text."""
     old = template.name
     words = {old: name, module_name(old): module_name(name), _TEMPLATE_CLASS: class_name(name)}
     pattern = re.compile("|".join(map(re.escape, words)))
@@ -168,7 +168,7 @@ def _copy(template: Path, made: Path, name: str) -> None:
 
 
 def _templates() -> Path:
-    """Return the folder of the templates: beside this file in a wheel, ``blueprint_kits`` in a checkout."""
+    """Return the folder of the templates: next to this file in a wheel, ``blueprint_kits`` in a checkout."""
     here = Path(__file__).resolve()
     places = (here.parent / "templates", here.parents[2] / "blueprint_kits")
     for place in places:
@@ -208,6 +208,6 @@ def _demand_free_name(name: str) -> None:
 
 
 def _origin_of(module: str) -> str:
-    """Return the file of a top-level module without importing it; empty for none, and for a mere folder."""
+    """Return the file of a top-level module without importing it; empty if it has none."""
     spec = importlib.util.find_spec(module)
     return str(spec.origin) if spec is not None and spec.origin is not None else ""

@@ -28,9 +28,14 @@ class RunFolderError(KasminaError):
 task: Final = click.option(
     "--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10."
 )
-slots: Final = click.option(
-    "--slots", multiple=True, metavar="NAME", help="Injection point or glob. Default: all of the host's."
-)
+
+
+def many(flag: str, name: str, metavar: str, what: str) -> _Decorator:
+    """Return an option that may be given more than once; ``what`` is its help."""
+    return click.option(flag, name, multiple=True, metavar=metavar, help=what)
+
+
+slots: Final = many("--slots", "slots", "NAME", "Injection point or glob. Default: all of the host's.")
 lr: Final = click.option(
     "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's."
 )
@@ -41,11 +46,6 @@ def host(what: str) -> _Decorator:
     return click.option(
         "--host", help=f"{what}, such as cnn:cnn. Default: the bundled one of the task's topology."
     )
-
-
-def blueprints(what: str) -> _Decorator:
-    """Return the option that names blueprints; ``what`` is its help."""
-    return click.option("--blueprint", "blueprints", multiple=True, metavar="ID", help=what)
 
 
 def surroundings(name: str, what: str) -> _Decorator:

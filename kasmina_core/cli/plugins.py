@@ -113,9 +113,6 @@ def info_command(name: str, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-# -- gathering ----------------------------------------------------------------------------------------------------
-
-
 def _facts(registry: PluginRegistry, name: str) -> dict[str, Any]:
     """Return what is known of a pack, blueprint or host as plain data; raise what asking for it raises."""
     packs = [record for record in registry.packs if record.name == name]
@@ -190,9 +187,6 @@ def _plain(value: object) -> object:
     except (TypeError, ValueError):
         return repr(value)
     return value
-
-
-# -- printing -----------------------------------------------------------------------------------------------------
 
 
 def _print_facts(facts: Mapping[str, Any]) -> None:
