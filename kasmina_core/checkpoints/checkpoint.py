@@ -220,11 +220,11 @@ def _load_weights(model: MorphogeneticModel, state: dict[str, Any]) -> None:
     handle = model.register_load_state_dict_post_hook(same_kinds)  # type: ignore[no-untyped-call]  # torch
     try:
         model.load_state_dict(state)
+    except CheckpointError:
+        raise
     except RuntimeError as error:
         raise CheckpointError(f"The saved weights do not fit this model.\n{error}") from error
     except KasminaError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(str(error)) from error
     finally:
         handle.remove()

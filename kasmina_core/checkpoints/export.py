@@ -1,4 +1,4 @@
-"""The grown model as a plain module, without slots and without us."""
+"""Export of a grown model as a plain module without slots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNFINISHED: Final = (REFUSE, DROP)
 @final
 @dataclass(slots=True)
 class _Joint:
-    """What was seen where a fossil joins its host."""
+    """What was observed where a fossil joins its host."""
 
     args: int = 0
     keywords: tuple[str, ...] = ()
@@ -43,12 +43,11 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
 
     Each module behind which a seed was fossilised is replaced by one that calls it and then the seed: an
     ``nn.Sequential``, or where its output is a tuple or a dataclass, a ``torch.fx.GraphModule``. So a module at path
-    ``p`` is at ``p.0`` (or ``p.body``) then, its seed at ``p.1`` (or ``p.seed``), and the plain attributes of the one
-    that was replaced are those of its replacement. Slots and hooks of ours are gone. ``torch.export.export`` takes the
-    result. Its weights need nothing but torch; to unpickle the module itself, the classes of host and seeds must be
-    importable: for a bundled host or seed that is kasmina, for a host of your own your package.
+    ``p`` moves to ``p.0`` (or ``p.body``) and its seed to ``p.1`` (or ``p.seed``); the replacement has its plain
+    attributes. Slots and their hooks are gone. ``torch.export.export`` takes the result. Its weights need only torch;
+    to unpickle the module itself, the classes of host and seeds must be importable, from kasmina or your own package.
 
-    The copy is run once beside the model, in eval mode, and must give the same output, bit for bit.
+    The copy is run once, in eval mode, and must give the model's output, bit for bit.
 
     Args:
         model: The grown model; it stays as it is.
@@ -133,14 +132,10 @@ def _watch(
             def at_seed(_: Any, args: Any, output: Any, joint: _Joint = joint) -> None:
                 joint.features, joint.seed = args[0], output
 
-            handles = (
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after),
-                slot.seed.register_forward_hook(at_seed) if slot.seed is not None else None,
-            )
-            for handle in handles:
-                if handle is not None:
-                    stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+            if slot.seed is not None:
+                stack.callback(slot.seed.register_forward_hook(at_seed).remove)
         return joints, call_with(model, example)
 
 
@@ -161,21 +156,14 @@ def _without_slots(host: nn.Module, names: list[str]) -> nn.Module:
 def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -> nn.Module:
     body = submodule(host, path)
     assert seed is not None and joint.features is not None and joint.seed is not None  # noqa: PT018
+    features, grown = joint.features, joint.seed
     is_plain = isinstance(joint.output, Tensor) and (joint.args, joint.keywords) == (1, ())
-    like_features = (
-        joint.seed.dtype == joint.features.dtype and joint.seed.stride() == joint.features.stride()
-    )
-    if is_plain and like_features:
-        joined: nn.Module = nn.Sequential(body, seed)
-    else:
-        joined = _graph(body, seed, joint)
+    is_alike = grown.dtype == features.dtype and grown.stride() == features.stride()
+    joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint)
     joined.training = body.training
-    for name, value in vars(body).items():
-        if (
-            not name.startswith("_")
-            and name not in vars(joined)
-            and not isinstance(value, (Tensor, nn.Module))
-        ):
+    missing = [name for name in vars(body) if not name.startswith("_") and name not in vars(joined)]
+    for name in missing:
+        if not isinstance(value := vars(body)[name], (Tensor, nn.Module)):
             setattr(joined, name, value)
     if body is host:
         return joined
@@ -224,13 +212,10 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
-        return type(a) is type(b) and _same(_shallow(a), _shallow(b))
+        names = [field.name for field in dataclasses.fields(a)]
+        return type(a) is type(b) and all(_same(getattr(a, name), getattr(b, name)) for name in names)
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
     return True  # what is no tensor, such as a cache, need not be comparable
-
-
-def _shallow(data: Any) -> dict[str, Any]:
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}

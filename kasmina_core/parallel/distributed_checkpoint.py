@@ -1,4 +1,4 @@
-"""Checkpoints that many processes write and read together, by torch.distributed.checkpoint; the number may change."""
+"""Checkpoints of many processes, by torch.distributed.checkpoint; their number may change."""
 
 from __future__ import annotations
 
@@ -104,9 +104,8 @@ def save_distributed(
 
         data = collect(run, rng=rng, extra=extra if rank == 0 else None)
         own = to_json({name: data.pop(name) for name in _PER_RANK}, f"ranks[{rank}]", keep)
-        data["ranks"] = (
-            [own] if team is None else team.everyone("what each rank of save_distributed() has", own)
-        )
+        step = "what each rank of save_distributed() has"
+        data["ranks"] = [own] if team is None else team.everyone(step, own)
         text = to_json(data, "The checkpoint", keep)
         with NewFolder(Path(folder), keep_previous) if rank == 0 else nullcontext() as path:
             # Nobody writes before all have come.
@@ -185,7 +184,7 @@ def load_distributed(
             wanted.read |= {name: torch.empty_like(tensor) for name, tensor in own.items()}
             filled: Mapping[str, Any] = wanted.filled(data, _known(inner))
             if team is not None:
-                team.first("reading in load_distributed()")  # torch's words take the same way as ours
+                team.first("reading in load_distributed()")  # torch's messages take the same group as ours
             with _as_checkpoint_error(f"The checkpoint in {place} cannot be read"):
                 load(
                     wanted.read,
@@ -214,11 +213,7 @@ def load_distributed(
 
 @final
 class _Wanted:
-    """The tensors of a checkpoint that are to be read, and where to.
-
-    Args:
-        stored: What the checkpoint holds.
-    """
+    """The tensors of a checkpoint that are to be read, and their targets."""
 
     def __init__(self, stored: Mapping[str, TensorStorageMetadata]) -> None:
         self._stored = stored
@@ -226,7 +221,7 @@ class _Wanted:
         self.read: dict[str, Tensor] = {}
 
     def stand_in(self, name: str) -> Tensor:
-        """Return a tensor without values for the one of this name, until it is known where its values shall be."""
+        """Return a tensor without values for the one of this name, until its device and sharding are known."""
         name = f"training/{name}"
         if name not in self._stored:
             raise CheckpointError(f"The checkpoint lacks the tensor '{name:.80}'.")
@@ -236,13 +231,10 @@ class _Wanted:
         return tensor
 
     def filled(self, value: Any, known: Mapping[str, Tensor], like: Tensor | None = None) -> Any:
-        """Return data with tensors that will be read for the stand-ins in it.
+        """Return data with tensors that will be read in place of its stand-ins.
 
-        Args:
-            value: The data.
-            known: The model's tensors by name.
-            like: A tensor of its shape is placed, and sharded, as it is; others are whole and on the CPU. Below a key
-                that names one of ``known`` it is that one.
+        A tensor of the shape of ``like`` is placed, and sharded, as that is; others are whole and on the CPU. Below a key
+        that names one of the ``known`` tensors of the model, ``like`` is that one.
         """
         if isinstance(value, dict):
             return {key: self.filled(item, known, known.get(key, like)) for key, item in value.items()}
@@ -259,15 +251,11 @@ class _Wanted:
         return self.read[name]
 
     def values_under(self, prefix: str) -> int:
-        """Return how many values the checkpoint holds in tensors with this prefix."""
+        """Return the number of values in the checkpoint's tensors with this prefix."""
         return sum(found.size.numel() for name, found in self._stored.items() if name.startswith(prefix))
 
     def compare(self, own: Mapping[str, Tensor], prefix: str) -> None:
-        """Require that the checkpoint holds exactly these tensors under a prefix.
-
-        Raises:
-            CheckpointError: If not.
-        """
+        """Raise a CheckpointError unless the checkpoint holds exactly these tensors under a prefix."""
         faults = [f"  {n}: saved, not here" for n in self._stored if n.startswith(prefix) and n not in own]
         for name, tensor in own.items():
             saved = self._stored.get(name)
@@ -294,7 +282,7 @@ def _of_this_rank(
     rng: bool,
     fetch: Callable[[str], Tensor],
 ) -> dict[str, Any]:
-    """Return what each process has of its own: random numbers and generators."""
+    """Return the random numbers and generators that this process saved."""
     rank, size = (0, 1) if team is None else (team.rank, team.process_group.size())
     if ranks and len(ranks) != size:
         numbers = f"  saved by: {len(ranks)} processes\n  here:     {size}"
@@ -323,7 +311,7 @@ def _known(model: MorphogeneticModel) -> dict[str, Tensor]:
 
 
 def _tensors(model: MorphogeneticModel) -> dict[str, Tensor]:
-    """Return the tensors of a model's state by plain names; what a slot knows beside its weights is in the topology."""
+    """Return the tensors of a model's state by plain names, without the slots' records, which are in the topology."""
     records = tuple(f"{SLOTS_KEY}.{name}._extra_state" for name in model.slots)
     named = {plain_name(name): value for name, value in model.state_dict().items() if name not in records}
     return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
@@ -343,12 +331,11 @@ def _team(model: MorphogeneticModel) -> Team | None:
 
 @contextmanager
 def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Say what torch's exceptions, which come from any process, mean here."""
+    """Turn torch's exceptions, which come from any process, into a CheckpointError."""
+    alone = ".*assuming the intent is to (save|load) in a single process"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*assuming the intent is to (save|load) in a single process"
-            )
+            warnings.filterwarnings("ignore", message=alone)
             yield
     except CheckpointError:
         raise
