@@ -101,7 +101,7 @@ class ExportError(KasminaError):
 
 
 class MisuseWarning(UserWarning):
-    """Something was forgotten, or cannot work as it was given, so that growth stands still; each is said once."""
+    """A call was forgotten, or an argument cannot work, so that growth stands still; warned once for each."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ DEVIATION_EPS: Final = 1e-12
 class _SeedGradientOnly(torch.autograd.Function):
     """Negative zeros forward, the identity backward: adding it changes no value and routes the gradient."""
 
+    # vmap needs a rule. A jvp of our own would break graphs with fullgraph=True.
     generate_vmap_rule = True
 
     @staticmethod

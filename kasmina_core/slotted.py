@@ -15,14 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
-from kasmina_core.probing import (
-    ProbedPoint,
-    example_of,
-    lookup,
-    parameter_dtype,
-    probe,
-    requested_points,
-)
+from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
 from kasmina_core.quiet import Turns, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.slots.slot import SeedSlot
@@ -108,6 +101,7 @@ class SlottedModel(nn.Module):
             SLOTS_KEY,
             nn.ModuleDict({found.point.name: make_slot(found).train(host.training) for found in proved}),
         )
+        # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
         try:
             for slot in self.slots.values():
@@ -152,9 +146,8 @@ class SlottedModel(nn.Module):
         if is_own or name not in _parts_of(self.__dict__):
             super().__setattr__(name, value)
         elif name in self.host._parameters and isinstance(value, Tensor):
-            self.host._parameters[name] = cast(
-                "nn.Parameter", value
-            )  # functional_call puts plain tensors there
+            # functional_call puts plain tensors there.
+            self.host._parameters[name] = cast("nn.Parameter", value)
         else:
             setattr(self.host, name, value)
 
@@ -383,8 +376,8 @@ _Model = TypeVar("_Model", bound=SlottedModel)
 def held_weakly(model: _Model) -> Callable[[], _Model]:
     """Return a function that returns the model, and raises `KasminaError` once the model is gone.
 
-    What a model owns, its slots and what they ask, must know it in this way: a strong reference back would keep the model
-    and its memory until Python's collector comes by.
+    What a model owns refers back to it in this way: a strong reference would keep its memory until the garbage
+    collector runs.
     """
     reference = weakref.ref(model)
 

@@ -146,9 +146,9 @@ class Slot(nn.Module):
             return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
         if mode == _BLEND:
             return blend_with_isolation(features, seed(features), self.alpha_buffer)
-        apart = features.detach()
-        replaced = like_host(seed(apart), apart)
-        found = relative_deviation(apart, replaced)
+        detached = features.detach()
+        replaced = like_host(seed(detached), detached)
+        found = relative_deviation(detached, replaced)
         if mode == _REPLACE:
             self._note_training(found)
         else:

@@ -177,8 +177,7 @@ class SeedSlot(Slot):
         """
         if not isinstance(blueprint_id, str):
             raise TypeError(
-                f"A blueprint is named by text, 'pack:name' or 'name', not {blueprint_id!r:.200} "
-                f"(slot '{self.name}')."
+                f"A blueprint is named by text, 'pack:name' or 'name', not {blueprint_id!r:.200} (slot '{self.name}')."
             )
         if self.state is not None:
             way = "Cull it and let the cooldown pass, or use another slot."
@@ -214,7 +213,7 @@ class SeedSlot(Slot):
         self._emit(SeedGerminated, blueprint_id=found, parameters=sum(p.numel() for p in seed.parameters()))
         if joined := self.judge.joined:
             self._emit(GateChecksJoined, checks=joined)
-        self._emit(GateEvaluated, **_as_event(result))
+        self._emit_result(result)
         self._transition(SeedStage.GERMINATED)
         return state
 
@@ -265,7 +264,7 @@ class SeedSlot(Slot):
         result = self.judge.judge(self, gate)
         if result.gate is not None:
             self.notes.answers[result.gate] = result
-        self._emit(GateEvaluated, **_as_event(result))
+        self._emit_result(result)
         return result
 
     @shared_command
@@ -352,8 +351,8 @@ class SeedSlot(Slot):
     def check_deviation(self) -> float | None:
         """Read how far a seed in TRAINING went from the host, and stop it if that is too far.
 
-        It is measured in every pass in which the seed learns, and read once an epoch and every ``isolation_every``
-        steps. A stopped seed is paused, fails G2 and says so in an event; `resume` gives it another chance.
+        Every pass in which the seed learns measures it. A stopped seed is paused, fails G2 and emits an event; `resume`
+        gives it another chance.
 
         Returns:
             The largest ``rms(seed - host) / rms(host)`` since the last reading, or ``None`` if there was none.
@@ -519,7 +518,7 @@ class SeedSlot(Slot):
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _announce(self, state: SeedState, seed: nn.Module) -> None:
-        """Tell of a seed that is to come; it is in place while listeners look, and they may raise to prevent it."""
+        """Call the owner with a new seed, which is in place meanwhile; the owner may raise to prevent it."""
         before = self.state, self.seed
         self.state, self.seed = state, seed
         try:
@@ -597,6 +596,11 @@ class SeedSlot(Slot):
         if self.state is not None:
             self.owner.emit(kind(slot=self.name, seed_id=self.state.seed_id, **details))
 
+    def _emit_result(self, result: GateResult) -> None:
+        gate = result.gate.name if result.gate is not None else "unknown"
+        checks = tuple(check.to_dict() for check in result.checks)
+        self._emit(GateEvaluated, gate=gate, passed=result.passed, reason=result.reason, checks=checks)
+
     def clear(self) -> None:
         """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""
         if self.seed is not None:
@@ -614,12 +618,3 @@ def _plain_result(name: str, passed: bool, state: SeedState, detail: str = "") -
     verdict = CheckVerdict.PASSED if passed else CheckVerdict.FAILED
     check = GateCheck(name, float(passed), verdict, minimum=1.0, detail=detail)
     return GateResult(None, (check,), state.metrics.epochs_total)
-
-
-def _as_event(result: GateResult) -> dict[str, Any]:
-    return {
-        "gate": result.gate.name if result.gate is not None else "unknown",
-        "passed": result.passed,
-        "reason": result.reason,
-        "checks": tuple(check.to_dict() for check in result.checks),
-    }
