@@ -34,7 +34,6 @@ from kasmina_core.checkpoints.run_state import (
     Run,
     apply,
     collect,
-    mapping,
     unwrapped,
 )
 from kasmina_core.errors import CheckpointError, KasminaError
@@ -199,7 +198,7 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _shared(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    saved = mapping("shared", raw.get("shared"))
+    saved = part(raw, "shared", Mapping, "The manifest")
     shared = {file: saved.get(file) for file in raw["files"]}
     return cast(
         "dict[str, dict[str, str]]", read(dict[str, dict[str, str]], shared, "The manifest", "shared")

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core._version import __version__
 from kasmina_core.checkpoints.growth_state import growth_of, rebuilding, restore_counters, set_counters
+from kasmina_core.checkpoints.migrations import part
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
 from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
@@ -31,6 +32,8 @@ from kasmina_core.growth.undo import undo_of_attributes, undo_of_optimizer
 from kasmina_core.lifecycle import REVERTIBLE, SeedStage
 from kasmina_core.state_keys import WRAPPER
 from kasmina_core.training.schedulers import unwrapped as without_accelerate
+
+_MANIFEST: Final = "The manifest"
 
 
 class Remembers(Protocol):
@@ -207,21 +210,15 @@ def memory_of(thing: Any) -> Any:
 def _restore_rest(
     run: Run, data: Mapping[str, Any], rng: bool
 ) -> tuple[dict[str, KeptSeed], dict[str, HostSnapshot]]:
-    kept_seeds = _kept_seeds(run.model, data.get("kept_seeds"))
-    snapshots = _snapshots(run, data.get("snapshots", {}))
+    kept_seeds = _kept_seeds(run.model, part(data, "kept_seeds", Mapping, _MANIFEST))
+    snapshots = _snapshots(run, part({"snapshots": {}, **data}, "snapshots", Mapping, _MANIFEST))
     _recall("policy", run.policy, data.get("policy"), data.get("policy_class"))
     if run.policy is not None:
         run.model.growth.misuse.awaits_memory = False
-    _load_generators(run.generators, data.get("generators"))
+    _load_generators(run.generators, part(data, "generators", Mapping, _MANIFEST))
     if rng:
-        restore_random_states(mapping("rng", data.get("rng")))
+        restore_random_states(part(data, "rng", Mapping, _MANIFEST))
     return kept_seeds, snapshots
-
-
-def mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"The manifest is damaged: {name} cannot be {value!r:.80}.")
-    return value
 
 
 def _recall(name: str, thing: Any, state: Any, saved_class: object = None) -> None:
@@ -247,8 +244,7 @@ def _recall(name: str, thing: Any, state: Any, saved_class: object = None) -> No
         raise CheckpointError("\n".join(lines)) from error
 
 
-def _kept_seeds(model: MorphogeneticModel, saved: Any) -> dict[str, KeptSeed]:
-    found = mapping("kept_seeds", saved)
+def _kept_seeds(model: MorphogeneticModel, found: Mapping[str, Any]) -> dict[str, KeptSeed]:
     if unknown := [name for name in found if name not in model.slots]:
         raise CheckpointError(
             f"The checkpoint has a seed put aside in slot {unknown[0]!r:.80}, and this model has no such slot."
@@ -276,9 +272,9 @@ def _snapshots_of(run: Run) -> dict[str, Any]:
     return found
 
 
-def _snapshots(run: Run, saved: Any) -> dict[str, HostSnapshot]:
+def _snapshots(run: Run, saved: Mapping[str, Any]) -> dict[str, HostSnapshot]:
     model, found = run.model, {}
-    for name, data in mapping("snapshots", saved).items():
+    for name, data in saved.items():
         slot = model.slots.get(name)
         if slot is None or slot.stage not in REVERTIBLE:
             raise CheckpointError(
@@ -289,8 +285,7 @@ def _snapshots(run: Run, saved: Any) -> dict[str, HostSnapshot]:
     return found
 
 
-def _load_generators(generators: Mapping[str, torch.Generator], saved: Any) -> None:
-    states = mapping("generators", saved)
+def _load_generators(generators: Mapping[str, torch.Generator], states: Mapping[str, Any]) -> None:
     for name, generator in generators.items():
         if name not in states:
             raise CheckpointError(
