@@ -136,6 +136,7 @@ def test_ramp_per_epoch_moves_the_blend_through_a_real_slot() -> None:
     for step in range(4):
         assert slot.stage is SeedStage.BLENDING
         assert slot.alpha == ramp(step)
+        slot(features).sum().backward()
         model.step()  # optimiser steps do not move it
         expected = torch.lerp(features, slot.seed(features), ramp(step))
         torch.testing.assert_close(slot(features), expected)
@@ -155,6 +156,7 @@ def test_ramp_per_optimiser_step_moves_alpha_and_epochs_do_not() -> None:
         model.step_epoch()
         assert slot.alpha == ramp(step)
         assert slot.stage is SeedStage.BLENDING
+        slot(torch.randn(2, 4, 3, 3)).sum().backward()
         model.step()
     assert slot.alpha == 1.0
     model.step()
