@@ -69,7 +69,7 @@ def clip_gradients(
     host_norm = clip_grad_norm_(model.host_parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
     seeds = _learning(model)
     norms = _norms(seeds, norm_type, foreach)
-    dropped = _drop_nonfinite(seeds, norms)
+    dropped = _drop_nonfinite(model, seeds, norms)
     for slot, parameters in seeds.items():
         if slot not in dropped:
             clip_grads_with_norm_(parameters, limit, norms[slot], foreach)
@@ -87,7 +87,7 @@ def drop_nonfinite_seed_gradients(model: MorphogeneticModel) -> tuple[str, ...]:
     """
     seeds = _learning(model)
     # The largest element, and not a sum of squares: that overflows where a scaled gradient does not.
-    return _drop_nonfinite(seeds, _norms(seeds, torch.inf, None))
+    return _drop_nonfinite(model, seeds, _norms(seeds, torch.inf, None))
 
 
 def _learning(model: MorphogeneticModel) -> dict[str, list[nn.Parameter]]:
@@ -102,7 +102,9 @@ def _norms(seeds: dict[str, list[nn.Parameter]], norm_type: float, foreach: bool
     return {slot: get_total_norm(found, norm_type, foreach=foreach) for slot, found in gradients.items()}
 
 
-def _drop_nonfinite(seeds: dict[str, list[nn.Parameter]], norms: dict[str, Tensor]) -> tuple[str, ...]:
+def _drop_nonfinite(
+    model: MorphogeneticModel, seeds: dict[str, list[nn.Parameter]], norms: dict[str, Tensor]
+) -> tuple[str, ...]:
     if not norms:
         return ()
     whole = [whole_tensor(norm).detach() for norm in norms.values()]
@@ -111,4 +113,5 @@ def _drop_nonfinite(seeds: dict[str, list[nn.Parameter]], norms: dict[str, Tenso
     dropped = tuple(slot for slot, is_finite in zip(norms, finite, strict=True) if not is_finite)
     for parameter in [p for slot in dropped for p in seeds[slot]]:
         parameter.grad = None
+    model.growth.misuse.note_dropped(dropped)
     return dropped

@@ -44,6 +44,7 @@ class Misuse:
         self.awaits_memory = False
         self._said: set[str] = set()
         self._had_gradients = False
+        self._dropped: set[str] = set()
         self._versions: list[tuple[weakref.ref[nn.Parameter], int]] = []
         self._living: dict[str, tuple[str, int]] = {}
         self._pending: dict[str, str] = {}
@@ -58,6 +59,10 @@ class Misuse:
         """Take the first step of an epoch."""
         self.awaits_step = False
         self._had_gradients = any(p.grad is not None for p in model.parameters())
+
+    def note_dropped(self, slots: Collection[str]) -> None:
+        """Take the slots whose seeds had a gradient that was not finite, and was dropped."""
+        self._dropped.update(slots)
 
     def note_failure(self, slot: SeedSlot, error: Exception) -> None:
         """Take an error that a measurement for a gate raised."""
@@ -115,7 +120,11 @@ class Misuse:
         # Where something else is trained and no step saw a gradient of anything, zero_grad came first: warned of below.
         seen = [] if self.awaits_step or (self._trained and not self._had_gradients) else stayed
         dead = [
-            slot.name for slot in seen if self._should_have_learned(slot) and not slot.notes.epoch.norms.count
+            slot.name
+            for slot in seen
+            if self._should_have_learned(slot)
+            and not slot.notes.epoch.norms.count
+            and slot.name not in self._dropped
         ]
         if dead:
             self._pending[f"no gradient: {dead}"] = (
@@ -168,6 +177,7 @@ class Misuse:
         """Warn of what the epoch has shown, and begin the next one."""
         pending, trained = self._pending, self._trained
         self._pending, self.awaits_step, self._had_gradients = {}, True, False
+        self._dropped = set()
         self._living = {
             name: (seed, slot.notes.incubations)
             for name, slot in model.slots.items()
