@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
+from kasmina_core.lifecycle import SeedStage
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
 from kasmina_core.quiet import Turns, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode
@@ -96,6 +97,8 @@ class SlottedModel(nn.Module):
         proved = probe(host, requested_points(host, slots), example, causal=causal)
         self.host = host
         self._handles: dict[str, RemovableHandle] = {}
+        self._is_detached = False
+        self._hung: set[str] = set()
         self._turns = Turns()
         self.add_module(
             SLOTS_KEY,
@@ -210,7 +213,20 @@ class SlottedModel(nn.Module):
         """Take the slots off the host and return it as it was; seeds stay behind with this model."""
         for slot in self.slots.values():
             self._detach(slot)
+        self._hung, self._is_detached = set(), True
         return self.host
+
+    def demand_slots(self) -> None:
+        """Demand that `detach_slots` was not called.
+
+        Raises:
+            HostError: If it was.
+        """
+        if self._is_detached:
+            raise HostError(
+                "The slots of this model were taken off its host with detach_slots(): a seed would take no part.\n"
+                "Make a new model of the host: MorphogeneticModel(host, ...)."
+            )
 
     def follow_modules(self) -> None:
         """Hang slots whose module was replaced or wrapped on the one that stands at their path now.
@@ -224,12 +240,27 @@ class SlottedModel(nn.Module):
         Warns:
             MisuseWarning: If a slot moved.
         """
+        moved = []
         # Not `self.slots`: this runs in every forward.
         for slot in cast("Iterable[SeedSlot]", getattr(self, SLOTS_KEY).values()):
             if slot.seed is not None and slot.point.name in self._hung:
-                self._follow_module(slot)
+                module = self._module_of(slot)
+                if not _has_slot(module, slot):
+                    moved.append((slot, module))
+        for slot, _ in moved:  # all of them first: two modules may have changed places
+            self._detach(slot)
+        for slot, module in moved:
+            self._attach(slot)
+            way_out = "" if slot.stage is SeedStage.FOSSILIZED else ", or cull the seed"
+            warnings.warn(
+                f"The module of slot '{slot.name}' was replaced: its seed ({slot.stage.name}) now follows the "
+                f"{type(module).__name__} that stands at '{slot.point.path}'. If it does not belong there, put the former "
+                f"module back{way_out}. Give new parameters to the optimiser, and compile a compiled model again.",
+                MisuseWarning,
+                stacklevel=2,
+            )
 
-    def _follow_module(self, slot: SeedSlot) -> None:
+    def _module_of(self, slot: SeedSlot) -> nn.Module:
         path, module = slot.point.path, cast("nn.Module | None", self.host)
         for part in path.split("."):
             module = module._modules.get(part) if module is not None else None
@@ -237,19 +268,9 @@ class SlottedModel(nn.Module):
             raise HostError(
                 f"The module of slot '{slot.name}' is gone: {type(self.host).__name__} has no '{path}' any more, so its "
                 f"seed ({slot.stage.name}) would take no part.\n"
-                f"Put a module there, or take all slots off with model.detach_slots()."
+                "Put a module there, or take all slots off with model.detach_slots()."
             )
-        if _has_slot(module, slot):
-            return
-        self._detach(slot)
-        self._attach(slot)
-        warnings.warn(
-            f"The module of slot '{slot.name}' was replaced: its seed ({slot.stage.name}) now follows the "
-            f"{type(module).__name__} that stands at '{path}'. If the seed does not belong there, cull it or call "
-            "detach_slots(). Compile a compiled model again.",
-            MisuseWarning,
-            stacklevel=2,
-        )
+        return module
 
     def _attach(self, slot: SeedSlot) -> None:
         if isinstance(self.host, HostProtocol) and slot.point in list(self.host.injection_points()):

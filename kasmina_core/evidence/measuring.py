@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
+from kasmina_core.errors import MisuseWarning
 from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import sharded_modules
@@ -48,6 +51,9 @@ class GateSamples:
 
         Raises:
             TypeError: If it returns no tensor.
+
+        Warns:
+            MisuseWarning: If it returns booleans, and a larger number is not said to be better.
         """
         found: object = self.evaluator()
         if not isinstance(found, Tensor):
@@ -58,6 +64,13 @@ class GateSamples:
         if found.is_complex():
             raise TypeError(
                 f"An evaluator must return real numbers or booleans, one per held-out sample, not {found.dtype}."
+            )
+        if found.dtype is torch.bool and not self.higher_is_better:
+            warnings.warn(
+                "The evaluator returns booleans, which count as losses: True is bad. If True means right, say "
+                "higher_is_better=True; if it means wrong, return numbers: wrong.float().",
+                MisuseWarning,
+                stacklevel=2,
             )
         return found
 

@@ -64,7 +64,7 @@ class GateCheckSpec:
         screens: Whether it runs between those two kinds.
 
     Raises:
-        BlueprintError: If there is neither a minimum nor a maximum, or no gate.
+        BlueprintError: If there is neither a minimum nor a maximum, no gate, or a field is of another kind.
     """
 
     name: str
@@ -76,10 +76,28 @@ class GateCheckSpec:
     screens: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise BlueprintError(f"A gate check is named by text, not {self.name!r:.80}.")
+        what = f"Gate check '{self.name}'"
         if self.minimum is None and self.maximum is None:
-            raise BlueprintError(f"Gate check '{self.name}' needs a minimum or a maximum.")
-        if not self.gates:
-            raise BlueprintError(f"Gate check '{self.name}' names no gate.")
+            raise BlueprintError(f"{what} needs a minimum or a maximum.")
+        for bound, value in (("minimum", self.minimum), ("maximum", self.maximum)):
+            if value is not None and not isinstance(value, int | float):
+                raise BlueprintError(f"{what}: {bound} must be a number, not {value!r:.80}.")
+        if not callable(self.measure):
+            raise BlueprintError(
+                f"{what}: measure must be a function of the context, not {self.measure!r:.80}."
+            )
+        try:
+            gates = tuple(map(GateLevel, self.gates))
+        except (TypeError, ValueError) as error:
+            raise BlueprintError(
+                f"{what}: gates must be a tuple of {', '.join(f'GateLevel.{level.name}' for level in GateLevel)}, "
+                f"not {self.gates!r:.80}."
+            ) from error
+        if not gates:
+            raise BlueprintError(f"{what} names no gate.")
+        object.__setattr__(self, "gates", gates)
 
     @property
     def cost(self) -> int:

@@ -75,6 +75,8 @@ def one_number(metric: object) -> float:
             "Give its mean: metric.mean()."
         )
     try:
+        if isinstance(metric, str | bytes):
+            raise TypeError("text is no number")
         return float(cast("Any", metric.detach() if isinstance(metric, Tensor) else metric))
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

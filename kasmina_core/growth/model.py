@@ -125,6 +125,7 @@ class MorphogeneticModel(SlottedModel):
 
         The global random generators are borrowed for a moment: a thread that draws from them meanwhile draws others.
         """
+        self.demand_slots()
         state = self.slots[slot].germinate(blueprint, seed_id, **options)
         self.follow_modules()
         return state

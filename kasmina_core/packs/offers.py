@@ -119,8 +119,10 @@ def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: dict[
                     if not isinstance(thing, kind):
                         raise _wrong_type(hook, f"only {kind.__name__}", thing)
                     kind.__post_init__(thing)  # it may have been changed since it was made
-                    if cleaned(thing.name, 100) != thing.name:
-                        raise _wrong_type(hook, "names of at most 100 printable characters", thing.name)
+                    if cleaned(thing.name, 100) != thing.name or thing.name.split() != [thing.name]:
+                        raise _wrong_type(
+                            hook, "names of at most 100 printable characters without blanks", thing.name
+                        )
                     _keep(kept, hook, thing.name, thing)
         except RefusalError:
             raise

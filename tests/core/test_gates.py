@@ -783,3 +783,24 @@ def test_right_and_wrong_answers_are_judged_however_few_differ() -> None:
     wrong[:30] = False
     measured = SeedEvidence.from_losses(right, wrong, 0.5, higher_is_better=True)
     assert QualityGates().check(GateLevel.G2, context(measured=measured)).passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gates": GateLevel.G1}, "gates must be a tuple of GateLevel.G0, .*, not <GateLevel.G1"),
+        ({"gates": ("G1",)}, "gates must be a tuple .*not .'G1'"),
+        ({"gates": ()}, "names no gate"),
+        ({"minimum": "1"}, "minimum must be a number, not '1'"),
+        ({"measure": 1.0}, "measure must be a function"),
+        ({"name": 5}, "named by text, not 5"),
+    ],
+)
+def test_a_declaration_of_a_check_that_cannot_be_asked_is_refused_where_it_is_made(changes, says) -> None:
+    given = {"name": "never", "gates": (GateLevel.G1,), "measure": lambda context: 0.0, "minimum": 1.0}
+    with pytest.raises(BlueprintError, match=says):
+        GateCheckSpec(**{**given, **changes})
+
+
+def test_the_gates_of_a_check_may_be_given_by_their_numbers() -> None:
+    assert GateCheckSpec("n", [1], lambda context: 0.0, minimum=1.0).gates == (GateLevel.G1,)

@@ -92,6 +92,43 @@ def test_a_seed_whose_module_is_gone_is_an_error_at_every_door(notice) -> None:
         notice(model)
 
 
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean((2, 3))
+
+
+def test_two_modules_that_hold_seeds_may_change_places() -> None:
+    model = MorphogeneticModel(
+        Twins(), ["layers.1", "layers.2"], example=torch.zeros(2, 1, 5, 5), registry=make_registry()
+    )
+    for slot in model.slots:
+        model.germinate(slot, "scale")
+    layers = model.host.layers
+    layers[1], layers[2] = layers[2], layers[1]
+    with pytest.warns(MisuseWarning, match="was replaced"):
+        model(torch.ones(2, 1, 5, 5))
+    model(torch.ones(2, 1, 5, 5))
+    del layers[1]
+    with pytest.raises(HostError, match="The module of slot 'layers_2' is gone"):
+        model(torch.ones(2, 1, 5, 5))
+
+
+def test_slots_that_were_taken_off_stay_off() -> None:
+    model = fossil()
+    x, _ = make_batch()
+    host = model.detach_slots()
+    assert torch.equal(model(x), host(x))
+    with pytest.raises(HostError, match=r"taken off its host with detach_slots\(\)"):
+        model.germinate(FIRST, "scale")
+    assert torch.equal(model(x), host(x))
+
+
 def test_an_empty_slot_follows_once_it_holds_a_seed() -> None:
     model, _ = make_model()
     model.host[int(FIRST)] = nn.ReLU()
