@@ -58,6 +58,7 @@ GOOD: dict[str, Callable[[], HostReport]] = {
 
 @pytest.mark.parametrize("report", GOOD.values(), ids=list(GOOD))
 def test_a_good_host_passes_every_check(report: Callable[[], HostReport]) -> None:
+    torch.manual_seed(0)  # of three channels behind a ReLU all may be dead
     found = report()
     assert found.verdict is ValidationVerdict.PASSED, str(found)
     found.raise_if_failed()
