@@ -104,6 +104,13 @@ def test_the_tree_of_contributing_names_every_module_of_the_core() -> None:
         assert set(modules.split()) == named, room
 
 
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_/]+\.py)`", text)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / "kasmina_core" / name).exists()] == []
+
+
 def test_readme_has_code_that_runs() -> None:
     assert len(BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))) >= 4
 
