@@ -161,7 +161,7 @@ def test_fixed_times_germinate_and_insertions_wait_for_the_plateau() -> None:
 
 
 def test_bad_blueprints_are_of_their_kind() -> None:
-    names = {entry.split(":")[1] for entry in (*registry()._blueprints,) if entry.startswith("bad:")}
+    names = {entry.id.split(":")[1] for entry in registry().list_all() if entry.id.startswith("bad:")}
     assert {name.removesuffix("-t") for name in names} == {*NULL, *HARMFUL, *OVERFITTING}
     assert kind_of("bad:static-t") == "harmful"
     assert kind_of("cnn:conv_light") == "useful"
