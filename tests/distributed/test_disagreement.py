@@ -175,7 +175,7 @@ def wrong_argument_on_one_rank_is_refused_on_both_and_the_job_goes_on(rank: int)
     model = cnn_model()
     distribute(model)
     for right, wrong, error, kind in (
-        (lambda: model.step_epoch(0.5), lambda: model.step_epoch("x"), ValueError, KasminaError),
+        (lambda: model.step_epoch(0.5), lambda: model.step_epoch("x"), TypeError, KasminaError),
         (
             lambda: model.germinate("norm", "conv"),
             lambda: model.germinate("no-such-slot", "conv"),
