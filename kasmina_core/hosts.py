@@ -165,9 +165,12 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
     Raises:
         HostError: If there is none; the message suggests a near path.
     """
-    named: dict[str, nn.Module] = dict(host.named_modules(remove_duplicate=False))
-    if path in named:
-        return named[path]
+    found: nn.Module | None = host
+    for part in path.split(".") if path else ():
+        found = found._modules.get(part) if found is not None else None
+    if found is not None:
+        return found
+    named = dict(host.named_modules(remove_duplicate=False))
     raise HostError(
         f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, short_list(named))}"
     )

@@ -17,7 +17,7 @@ from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
-from kasmina_core.quiet import Turns, quiet_evaluation
+from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
@@ -32,8 +32,8 @@ _Slot = TypeVar("_Slot", bound=SeedSlot, covariant=True)
 class SlotMap(Mapping[str, _Slot]):
     """The slots by name; a point's path works too."""
 
-    def __init__(self, slots: Iterable[_Slot]) -> None:
-        self._slots = {slot.name: slot for slot in slots}
+    def __init__(self, slots: Mapping[str, _Slot]) -> None:
+        self._slots = slots
 
     def __getitem__(self, name: str) -> _Slot:
         if not isinstance(name, str):
@@ -161,7 +161,7 @@ class SlottedModel(nn.Module):
     @property
     def slots(self) -> SlotMap[SeedSlot]:
         """The slots by name, in the order in which they were asked for."""
-        return SlotMap(cast("Iterable[SeedSlot]", getattr(self, SLOTS_KEY).values()))
+        return SlotMap(cast("Mapping[str, SeedSlot]", getattr(self, SLOTS_KEY)._modules))
 
     def host_parameters(self) -> list[nn.Parameter]:
         """Return the host's parameters, each once."""
@@ -173,10 +173,12 @@ class SlottedModel(nn.Module):
         Args:
             slot: Name of one slot; default all.
         """
-        owned = {id(p) for p in self.host.parameters()}
         chosen = [self.slots[slot]] if slot is not None else list(self.slots.values())
-        unique = {id(p): p for s in chosen for p in s.seed_parameters() if id(p) not in owned}
-        return list(unique.values())
+        unique = {id(p): p for s in chosen for p in s.seed_parameters()}
+        if unique:
+            host = parameters_by_id(self.host)
+            return [p for key, p in unique.items() if key not in host]
+        return []
 
     @contextmanager
     def bypassed(self, slot: str) -> Iterator[Self]:

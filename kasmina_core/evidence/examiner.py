@@ -107,7 +107,7 @@ class Examiner:
 
     def isolation(self, slot: SeedSlot) -> IsolationReading:
         """Measure in this process what a slot's seed leaks into the host."""
-        return GradientIsolationMonitor(self._model().host.named_parameters()).measure(slot)
+        return GradientIsolationMonitor(self._model().host).measure(slot)
 
     def error_share(self, slot: SeedSlot) -> float:
         """Return the part of the gates' error rate that a slot's seed may spend, as it moves to its present stage."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kasmina_core.blending import like_host
 from kasmina_core.isolation import IsolationReading
-from kasmina_core.quiet import private_rng
+from kasmina_core.quiet import parameters_by_id, private_rng
 
 if TYPE_CHECKING:
     from kasmina_core.slots.slot import SeedSlot
@@ -35,14 +35,14 @@ class GradientIsolationMonitor:
     sample, so call it once an epoch, or every few dozen steps.
 
     Args:
-        host_parameters: Names and parameters of the host.
+        host: The host, or names and parameters of it.
         threshold: Largest relative leak that is not a violation.
     """
 
     def __init__(
-        self, host_parameters: Iterable[tuple[str, nn.Parameter]], threshold: float = LEAK_TOLERANCE
+        self, host: nn.Module | Iterable[tuple[str, nn.Parameter]], threshold: float = LEAK_TOLERANCE
     ) -> None:
-        self._host = list(host_parameters)
+        self._host = host if isinstance(host, nn.Module) else list(host)
         self.threshold = threshold
         self.violations = 0
 
@@ -60,19 +60,16 @@ class GradientIsolationMonitor:
             features, gradient = (torch.randn(shape).to(slot.device, dtype) for _ in range(2))
             features.requires_grad_()
             output = like_host(slot.isolated_forward(features), features)
-            trainable = [(name, p) for name, p in self._host if p.requires_grad]
+            leaves = _leaves_of(output)
+            shared = [p for key, p in self._parameters().items() if key in leaves]
             reached = torch.autograd.grad(
-                output,
-                [features, *(p for _, p in trainable)],
-                gradient,
-                allow_unused=True,
-                materialize_grads=False,
+                output, [features, *shared], gradient, allow_unused=True, materialize_grads=False
             )
         at_input = reached[0] if reached[0] is not None else torch.zeros_like(gradient)
         parts = {"features": at_input.double() - gradient.double()}
-        for (name, _), grad in zip(trainable, reached[1:], strict=True):
+        for parameter, grad in zip(shared, reached[1:], strict=True):
             if grad is not None:
-                parts[name] = grad.double()
+                parts[self._name_of(parameter)] = grad.double()
         sizes = {name: float(torch.linalg.vector_norm(part)) for name, part in parts.items()}
         whole = math.sqrt(sum(size * size for size in sizes.values()))
         leak = whole / max(float(torch.linalg.vector_norm(gradient.double())), 1e-30)
@@ -80,3 +77,26 @@ class GradientIsolationMonitor:
         reading = IsolationReading(leak, self.threshold, touched)
         self.violations += reading.is_violation
         return reading
+
+    def _parameters(self) -> dict[int, nn.Parameter]:
+        if isinstance(self._host, nn.Module):
+            return parameters_by_id(self._host)
+        return {id(parameter): parameter for _, parameter in self._host}
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        named = self._host.named_parameters() if isinstance(self._host, nn.Module) else self._host
+        return next(name for name, candidate in named if candidate is parameter)
+
+
+def _leaves_of(output: Tensor) -> set[int]:
+    """Return the ``id`` of each leaf of the graph that computed a tensor, which requires gradients."""
+    leaves, seen, waiting = set[int](), set[Any](), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.add(id(variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return leaves

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from kasmina_core.lifecycle import SeedState
 from kasmina_core.policies.protocol import Observation, SlotObservation
+from kasmina_core.quiet import parameters_by_id
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kasmina_core.growth.config import GrowthConfig
     from kasmina_core.growth.context import Growth
     from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.growth.slot import SeedSlot
+    from kasmina_core.slots.forward import Slot
     from kasmina_core.slotted import SlottedModel
 
 
@@ -36,18 +41,31 @@ class SlotSummary:
 
 def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> Observation:
     """Return what a policy may look at, as plain data."""
+    host = parameters_by_id(model.host)
+    slots = model.slots.values()
+    seeds = [_added_by(slot, host) for slot in slots]
     return Observation(
         epoch=growth.epoch,
         metric=growth.last_metric,
         higher_is_better=config.higher_is_better,
-        host_parameters=sum(p.numel() for p in model.host_parameters()),
-        seed_parameters=sum(p.numel() for p in model.seed_parameters()),
-        slots=tuple(_observe_slot(model, growth, slot) for slot in model.slots.values()),
+        host_parameters=_size(host.values()),
+        seed_parameters=_size({id(p): p for added in seeds for p in added}.values()),
+        slots=tuple(
+            _observe_slot(growth, slot, _size(added)) for slot, added in zip(slots, seeds, strict=True)
+        ),
         lost_epochs=growth.lost_epochs,
     )
 
 
-def _observe_slot(model: SlottedModel, growth: Growth, slot: SeedSlot) -> SlotObservation:
+def _added_by(slot: Slot, host: Container[int]) -> list[nn.Parameter]:
+    return [p for p in slot.seed_parameters() if id(p) not in host]
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _observe_slot(growth: Growth, slot: SeedSlot, parameters: int) -> SlotObservation:
     state = slot.state or SeedState("", "", slot.name)
     metrics, gate, evidence = state.metrics, slot.last_gate, slot.last_evidence
     return SlotObservation(
@@ -65,7 +83,7 @@ def _observe_slot(model: SlottedModel, growth: Growth, slot: SeedSlot) -> SlotOb
         deviation=metrics.deviation,
         kept_seed=growth.kept_seeds[slot.name].seed_id if slot.name in growth.kept_seeds else "",
         can_revert=not growth.obstacle_to_revert(slot),
-        parameters=sum(p.numel() for p in model.seed_parameters(slot.name)),
+        parameters=parameters,
         shape=slot.shape,
         isolation_violations=metrics.isolation_violations,
         ramp_progress=metrics.ramp_progress,
@@ -80,34 +98,38 @@ def _observe_slot(model: SlottedModel, growth: Growth, slot: SeedSlot) -> SlotOb
 
 def summary(model: SlottedModel) -> list[SlotSummary]:
     """Return one row per slot: stage, blueprint, alpha, parameters, trainable share."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = []
-    for slot in model.slots.values():
-        parameters = model.seed_parameters(slot.name)
-        own = sum(p.numel() for p in parameters if p.requires_grad)
-        rows.append(
-            SlotSummary(
-                slot=slot.name,
-                stage=slot.stage.name,
-                blueprint=slot.state.blueprint_id if slot.seed is not None and slot.state is not None else "",
-                alpha=slot.alpha,
-                parameters=sum(p.numel() for p in parameters),
-                trainable_share=own / trainable if trainable else 0.0,
-            )
+    return _summary(model)[0]
+
+
+def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
+    """Return one row per slot, the host's parameters, and the host's share of what is trainable."""
+    host = parameters_by_id(model.host)
+    slots = model.slots.values()
+    seeds = [_added_by(slot, host) for slot in slots]
+    learning = _size(p for p in host.values() if p.requires_grad)
+    own = {id(p): p for added in seeds for p in added if p.requires_grad}
+    trainable = learning + _size(own.values())
+    rows = [
+        SlotSummary(
+            slot=slot.name,
+            stage=slot.stage.name,
+            blueprint=slot.state.blueprint_id if slot.seed is not None and slot.state is not None else "",
+            alpha=slot.alpha,
+            parameters=_size(added),
+            trainable_share=_size(p for p in added if p.requires_grad) / trainable if trainable else 0.0,
         )
-    return rows
+        for slot, added in zip(slots, seeds, strict=True)
+    ]
+    return rows, _size(host.values()), learning / trainable if trainable else 0.0
 
 
 def summary_table(model: SlottedModel) -> str:
     """Return `summary` as aligned text, the host in the last line."""
-    found = summary(model)
+    found, host, share = _summary(model)
     rows = [("slot", "stage", "blueprint", "alpha", "parameters", "trainable")]
     for row in found:
         numbers = f"{row.alpha:.2f}", f"{row.parameters:,}", f"{row.trainable_share:.1%}"
         rows.append((row.slot, row.stage, row.blueprint or "-", *numbers))
-    host = sum(p.numel() for p in model.host_parameters())
-    learns = any(p.requires_grad for p in model.parameters())
-    share = 1.0 - sum(row.trainable_share for row in found) if learns else 0.0
     rows.append(("(host)", "-", type(model.host).__name__, "-", f"{host:,}", f"{share:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
