@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 from kasmina_core.errors import HostError, did_you_mean
+from kasmina_core.outputs import passed_through, split_path
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ class InjectionPoint:
 
     Attributes:
         name: Name of the slot there; no dots.
-        path: Dotted path of the submodule whose output is the features, as in ``host.get_submodule``.
+        path: Dotted path of the submodule whose output is the features, as in ``host.get_submodule``; ``""`` is the
+            host itself. If the output holds more than the features, their index or key follows after a colon:
+            ``"encoder.layers.3:1"`` is the second element of a tuple or list, ``"block:hidden"`` a field or a key,
+            ``"lstm:1:0"`` the first element of the second. Without one, a tuple's first element and a dataclass's
+            first field that is not ``None`` are the features.
         dim: Width of the features: ``c`` of ``(b, c, h, w)`` or ``d`` of ``(b, t, d)``.
         topology: Layout of the features.
         causal: Whether position ``t`` must not see positions after it.
@@ -106,7 +111,9 @@ class HookedHost:
 
         if not isinstance(self, nn.Module):
             raise HostError(f"{type(self).__name__} is not a torch.nn.Module.")
-        handles[name] = submodule(self, points[name].path).register_forward_hook(SlotHook(slot))
+        handles[name] = submodule(self, points[name].path).register_forward_hook(
+            SlotHook(slot, points[name].path)
+        )
 
     def unregister_slot(self, name: str) -> None:
         """Undo `register_slot`; nothing happens if there is no slot."""
@@ -119,52 +126,38 @@ class HookedHost:
 class SlotHook:
     """A forward hook that passes a module's output through a slot.
 
-    The output is the features, or holds them first (see `features_in`); the rest of it is kept. A slot whose ``mode`` is
-    0 gives back what it is given, so it is only called if somebody else listens to it.
+    The output is the features, or holds them (see `features_in`); the rest of it is kept. A slot whose ``mode`` is 0
+    gives back what it is given, so it is only called if somebody else listens to it.
+
+    Args:
+        slot: The slot.
+        path: The path of its point, which says where in the output the features are.
 
     Attributes:
         slot: The slot.
+        keys: What leads to the features, see `split_path`.
         origin: The same in every copy of the hook, and of the host that it hangs on.
     """
 
-    def __init__(self, slot: nn.Module) -> None:
+    def __init__(self, slot: nn.Module, path: str = "") -> None:
         self.slot = slot
+        self.keys = split_path(path)[1]
         self.origin = uuid.uuid4().hex
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         slot = self.slot
         if getattr(slot, "mode", None) == 0 and not (slot._forward_hooks or slot._forward_pre_hooks):
             return None  # torch then keeps the output; a call would be half of what an empty slot costs
-        if isinstance(output, tuple):
-            return (self.slot(output[0]), *output[1:])
-        if (name := _first_field(output)) is not None:
-            return replace(output, **{name: self.slot(getattr(output, name))})
-        return self.slot(output)
-
-
-def features_in(output: Any) -> Any:
-    """Return what a slot takes of a module's output: all of it, a tuple's first element, or a dataclass's first field.
-
-    A field that is ``None`` does not count.
-    """
-    if isinstance(output, tuple) and output:
-        return output[0]
-    name = _first_field(output)
-    return output if name is None else getattr(output, name)
-
-
-def _first_field(output: Any) -> str | None:
-    if isinstance(output, type) or not is_dataclass(output):
-        return None
-    return next((field.name for field in fields(output) if getattr(output, field.name) is not None), None)
+        return passed_through(slot, output, self.keys)
 
 
 def submodule(host: nn.Module, path: str) -> nn.Module:
-    """Return the submodule at a dotted path.
+    """Return the module of a point's path; an index or key in it plays no part.
 
     Raises:
         HostError: If there is none; the message suggests a near path.
     """
+    path = split_path(path)[0]
     found: nn.Module | None = host
     for part in path.split(".") if path else ():
         found = found._modules.get(part) if found is not None else None

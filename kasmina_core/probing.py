@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostProtocol, InjectionPoint, features_in, short_list, submodule
+from kasmina_core.hosts import HostProtocol, InjectionPoint, short_list, submodule
+from kasmina_core.isolation import straight_through
+from kasmina_core.outputs import features_in, keys_in, name_for, passed_unchanged, what_it_holds
 from kasmina_core.quiet import kept_buffers, quiet_evaluation
 from kasmina_core.topology import Topology
 
@@ -20,17 +22,18 @@ def matching_paths(host: nn.Module, pattern: str) -> list[str]:
     """Return the paths that a pattern names, in module order.
 
     ``*``, ``?`` and ``[…]`` match within one part of a dotted path: ``"layers.*"`` names the layers, not what is in
-    them.
+    them. An index or key behind a colon is that of each of them: ``"layers.*:1"``.
 
     Raises:
         HostError: If nothing matches.
     """
-    if not any(sign in pattern for sign in "*?["):
+    modules, *keys = pattern.split(":", 1)
+    if not any(sign in modules for sign in "*?["):
         submodule(host, pattern)
         return [pattern]
-    wanted = pattern.split(".")
+    wanted = modules.split(".")
     found = [
-        path
+        ":".join([path, *keys])
         for path, _ in host.named_modules(remove_duplicate=False)
         if path and len(parts := path.split(".")) == len(wanted) and all(map(fnmatchcase, parts, wanted))
     ]
@@ -138,11 +141,11 @@ def probe(
         HostError: If a point does not fire, fires more than once, or is not as declared; every fault is listed.
     """
     paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
-    seen: dict[str, list[tuple[Any, bool]]] = {path: [] for path in paths}
+    seen: dict[str, list[tuple[Any, bool, str]]] = {path: [] for path in paths}
     handles = []
     try:
         for path, record in seen.items():
-            handles.append(submodule(host, path).register_forward_hook(_noting(record)))
+            handles.append(submodule(host, path).register_forward_hook(_noting(record, path)))
         with kept_buffers(host), quiet_evaluation(host):
             try:
                 call_with(host, example)
@@ -156,10 +159,17 @@ def probe(
             handle.remove()
     faults: list[str] = []
     proved: list[ProbedPoint] = []
+    taken: dict[tuple[nn.Module, tuple[str, ...]], str] = {}
     for item, path in zip(wanted, paths, strict=True):
         try:
-            found = _prove(item, path, [output for output, _ in seen[path]], causal)
-            if seen[path][0][1]:
+            found = _prove(item, path, [output for output, *_ in seen[path]], causal)
+            output, is_cast, fault = seen[path][0]
+            if fault:
+                raise HostError(fault)
+            other = taken.setdefault((submodule(host, path), keys_in(output, path)), path)
+            if other != path:
+                raise HostError(f"names the features of '{other}' once more; name each place once")
+            if is_cast:
                 found = replace(found, dtype=parameter_dtype(host, path, found.dtype))
             proved.append(found)
         except HostError as error:
@@ -172,15 +182,27 @@ def probe(
     return proved
 
 
-def _noting(record: list[tuple[Any, bool]]) -> Callable[[nn.Module, Any, Any], None]:
+def _noting(record: list[tuple[Any, bool, str]], path: str) -> Callable[[nn.Module, Any, Any], Any]:
     # A closure: of a default argument a compiled host may fill a copy.
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        features = features_in(output)
-        device = features.device.type if isinstance(features, Tensor) else "meta"
-        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        record.append((output, is_cast))
+    def note(module: nn.Module, args: Any, output: Any) -> Any:
+        passed, fault, is_cast = output, "", False
+        try:
+            features = features_in(output, path)
+            if isinstance(features, Tensor) and features.is_floating_point():
+                device = features.device.type
+                is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+                # By the code that a seed's features take: what cannot be put back is found here, and not in training.
+                passed = passed_unchanged(output, path, _in_training)
+        except HostError as error:
+            fault = str(error)
+        record.append((output, is_cast, fault))
+        return passed
 
     return note
+
+
+def _in_training(features: Tensor) -> Tensor:
+    return straight_through(features, features.clone())
 
 
 def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bool) -> ProbedPoint:
@@ -189,14 +211,10 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
             "does not fire: the forward pass never calls it" if not outputs else f"fires {len(outputs)} times"
         )
         raise HostError(f"{times}; a point must fire once per forward pass")
-    output = features_in(outputs[0])
-    if not isinstance(output, Tensor):
-        raise HostError(
-            f"returns {type(outputs[0]).__name__}, not a tensor or a tuple or dataclass that begins with one; "
-            "name a submodule that returns the features"
-        )
-    if not output.is_floating_point():
-        raise HostError(f"returns {output.dtype}, not floating-point features")
+    output = features_in(outputs[0], path)
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = outputs[0].dtype if isinstance(outputs[0], Tensor) else type(outputs[0]).__name__
+        raise HostError(f"returns {kind}, not floating-point features; {what_it_holds(outputs[0], path)}")
     layouts = {topology.ndim: topology for topology in Topology}
     if output.dim() not in layouts:
         raise HostError(
@@ -206,7 +224,7 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
     dim = output.shape[topology.feature_dim]
     if isinstance(item, str):
         point = InjectionPoint(
-            path.replace(".", "_"), path, dim, topology, causal and topology is Topology.TRANSFORMER
+            name_for(path), path, dim, topology, causal and topology is Topology.TRANSFORMER
         )
     else:
         point = item

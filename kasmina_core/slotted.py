@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.outputs import split_path
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
 from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode
@@ -45,7 +46,8 @@ class SlotMap(Mapping[str, _Slot]):
         by_path = {slot.point.path: slot for slot in self._slots.values()}
         if name in by_path:
             return by_path[name]
-        return cast("_Slot", lookup(name, self._slots, "slot"))
+        is_path = any(sign in name for sign in ".:")
+        return cast("_Slot", lookup(name, by_path if is_path else self._slots, "slot"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -263,8 +265,8 @@ class SlottedModel(nn.Module):
             )
 
     def _module_of(self, slot: SeedSlot) -> nn.Module:
-        path, module = slot.point.path, cast("nn.Module | None", self.host)
-        for part in path.split("."):
+        path, module = split_path(slot.point.path)[0], cast("nn.Module | None", self.host)
+        for part in path.split(".") if path else ():
             module = module._modules.get(part) if module is not None else None
         if module is None:
             raise HostError(
@@ -279,12 +281,13 @@ class SlottedModel(nn.Module):
             self.host.register_slot(slot.name, slot)
             return
         module = submodule(self.host, slot.point.path)
-        if any(isinstance(hook, SlotHook) for hook in module._forward_hooks.values()):
+        hanging = [hook.slot for hook in module._forward_hooks.values() if isinstance(hook, SlotHook)]
+        if any(all(other is not own for own in self.slots.values()) for other in hanging):
             raise HostError(
                 f"'{slot.point.path}' already has a slot: a host can be in one model at a time.\n"
                 "Take the slots of the other model off first: old_model.detach_slots()."
             )
-        self._handles[slot.name] = module.register_forward_hook(SlotHook(slot))
+        self._handles[slot.name] = module.register_forward_hook(SlotHook(slot, slot.point.path))
 
     def _detach(self, slot: SeedSlot) -> None:
         if (handle := self._handles.pop(slot.name, None)) is not None:

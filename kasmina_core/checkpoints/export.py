@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -16,8 +17,9 @@ from kasmina_core.errors import ExportError, HostError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
-from kasmina_core.hosts import HostProtocol, SlotHook, features_in, submodule
+from kasmina_core.hosts import HostProtocol, SlotHook, submodule
 from kasmina_core.lifecycle import SeedStage
+from kasmina_core.outputs import features_in, keys_in, own_key
 from kasmina_core.probing import call_with, example_of
 from kasmina_core.quiet import quiet_evaluation
 
@@ -159,7 +161,7 @@ def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -
     features, grown = joint.features, joint.seed
     is_plain = isinstance(joint.output, Tensor) and (joint.args, joint.keywords) == (1, ())
     is_alike = grown.dtype == features.dtype and grown.stride() == features.stride()
-    joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint)
+    joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint, path)
     joined.training = body.training
     missing = [name for name in vars(body) if not name.startswith("_") and name not in vars(joined)]
     for name in missing:
@@ -175,12 +177,12 @@ def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -
     return host
 
 
-def _graph(body: nn.Module, seed: nn.Module, joint: _Joint) -> nn.Module:
+def _graph(body: nn.Module, seed: nn.Module, joint: _Joint, path: str) -> nn.Module:
     graph = torch.fx.Graph()
     given = tuple(graph.placeholder(f"given_{i}") for i in range(joint.args))
     keywords: dict[str, Any] = {name: graph.placeholder(name) for name in joint.keywords}
     output = graph.call_module("body", given, keywords)
-    features, put_back = _features(graph, output, joint.output)
+    features, put_back = _features(graph, output, joint.output, keys_in(joint.output, path))
     grown = graph.call_module("seed", (features,))
     assert joint.features is not None and joint.seed is not None  # noqa: PT018
     if joint.seed.dtype != joint.features.dtype:
@@ -193,19 +195,48 @@ def _graph(body: nn.Module, seed: nn.Module, joint: _Joint) -> nn.Module:
     return torch.fx.GraphModule({"body": body, "seed": seed}, graph)
 
 
-def _features(graph: torch.fx.Graph, node: torch.fx.Node, output: Any) -> tuple[torch.fx.Node, Any]:
+def _features(
+    graph: torch.fx.Graph, node: torch.fx.Node, output: Any, keys: tuple[str, ...]
+) -> tuple[torch.fx.Node, Callable[[Any], Any]]:
     """Return the features in an output, as `SlotHook` finds them, and how they are put back."""
-    if isinstance(output, Tensor):
+    if not keys:
         return node, lambda grown: grown
-    if isinstance(output, tuple):
-        first = graph.call_function(operator.getitem, (node, 0))
-        rest = graph.call_function(operator.getitem, (node, slice(1, None)))
-        return first, lambda grown: graph.call_function(operator.add, ((grown,), rest))
-    names = [field.name for field in dataclasses.fields(output) if field.init]
-    fields: dict[str, Any] = {name: graph.call_function(getattr, (node, name)) for name in names}
-    chosen = next(name for name in names if getattr(output, name) is features_in(output))
-    # The class itself, not dataclasses.replace: a GraphModule is traced again when it is unpickled.
-    return fields[chosen], lambda grown: graph.call_function(type(output), (), fields | {chosen: grown})
+    key, place = keys[0], features_in(output, f":{keys[0]}")
+    if dataclasses.is_dataclass(output):
+        names = [field.name for field in dataclasses.fields(output) if field.init]
+    else:
+        names = list(getattr(output, "_fields", ()))
+    put: Callable[[Any], Any]
+    if names:
+        key = key if key in names else names[int(key)]
+        parts: dict[str, Any] = {name: graph.call_function(getattr, (node, name)) for name in names}
+        element = parts[key]
+
+        # The class itself, not dataclasses.replace: a GraphModule is traced again when it is unpickled.
+        def put(grown: Any) -> Any:
+            return graph.call_function(type(output), (), parts | {key: grown})
+    elif isinstance(output, Mapping):
+        element = graph.call_function(operator.getitem, (node, own_key(output, key)))
+
+        def put(grown: Any) -> Any:
+            return graph.call_function(operator.or_, (node, {own_key(output, key): grown}))
+    else:
+        at = int(key) % len(output)
+        element = graph.call_function(operator.getitem, (node, at))
+
+        def put(grown: Any) -> Any:
+            new = [grown] if isinstance(output, list) else (grown,)
+            before, after = (
+                graph.call_function(operator.getitem, (node, part))
+                for part in (slice(at), slice(at + 1, None))
+            )
+            begun = graph.call_function(operator.add, (before, new))
+            whole = graph.call_function(operator.add, (begun, after))
+            is_plain = type(output) in (tuple, list)
+            return whole if is_plain else graph.call_function(type(output), (whole,))
+
+    features, put_inside = _features(graph, element, place, keys[1:])
+    return features, lambda grown: put(put_inside(grown))
 
 
 def _same(a: Any, b: Any) -> bool:

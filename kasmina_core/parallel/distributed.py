@@ -18,6 +18,7 @@ from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.lifecycle import CONTRIBUTING
+from kasmina_core.outputs import split_path
 from kasmina_core.parallel.control import ControlGroup
 from kasmina_core.parallel.team import Team
 from kasmina_core.sharding import sharded_modules
@@ -309,7 +310,7 @@ def _precision_around(seed: nn.Module, model: MorphogeneticModel) -> Any:
     """Return the mixed precision of the innermost sharded module of the host around a seed; ``None`` for none."""
     path = next(slot.point.path for slot in model.slots.values() if slot.seed is seed)
     modules = dict(model.host.named_modules(remove_duplicate=False))
-    names = path.split(".")
+    names = split_path(path)[0].split(".")
     found: Any = None
     for depth in range(len(names) + 1):
         module: Any = modules[".".join(names[:depth])]

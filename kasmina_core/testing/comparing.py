@@ -10,7 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.hosts import InjectionPoint, features_in, submodule
+from kasmina_core.errors import HostError
+from kasmina_core.hosts import InjectionPoint, submodule
+from kasmina_core.outputs import features_in
 from kasmina_core.probing import call_with
 from kasmina_core.quiet import generator_states, private_rng
 
@@ -180,22 +182,27 @@ def unlike(bare: Run, found: Run) -> str:
     )
 
 
-def outputs_at(
+def features_at(
     host: nn.Module, paths: Iterable[str], example: object, device: torch.device
 ) -> dict[str, list[Any]]:
-    """Run a host once without gradients and return what the submodules at ``paths`` returned."""
+    """Run a host once without gradients and return the features at ``paths``, or what is in their place."""
     seen: dict[str, list[Any]] = {path: [] for path in paths}
-    for path, outputs in seen.items():
-        submodule(host, path).register_forward_hook(lambda _m, _a, out, kept=outputs: kept.append(_kept(out)))
+    for path, found in seen.items():
+        submodule(host, path).register_forward_hook(
+            lambda _m, _a, out, path=path, found=found: found.append(_features(out, path))
+        )
     with private_rng(SEED, device), torch.no_grad():
         call_with(host, example)
     return seen
 
 
-def _kept(output: Any) -> Any:
-    """Return an output whose features cannot be written to by what comes after (an in-place ReLU)."""
-    features = features_in(output)
-    return features.clone() if isinstance(features, Tensor) else output
+def _features(output: Any, path: str) -> Any:
+    try:
+        features = features_in(output, path)
+    except HostError:
+        return output
+    # What comes after may write to them, as an in-place ReLU does.
+    return features.clone() if isinstance(features, Tensor) else features
 
 
 def mapped(example: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kasmina_core.checks.reports import CheckStatus
-from kasmina_core.hosts import InjectionPoint, features_in
-from kasmina_core.testing.comparing import mapped, outputs_at, path_of, tensors_in
+from kasmina_core.hosts import InjectionPoint
+from kasmina_core.testing.comparing import features_at, mapped, path_of, tensors_in
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def _with(example: object, old: Tensor, new: Tensor) -> object:
 
 
 def _features(trial: Trial, path: str, example: object) -> Tensor:
-    seen = outputs_at(trial.twin().eval(), [path], example, trial.device)
-    features: Tensor = features_in(seen[path][0])
+    seen = features_at(trial.twin().eval(), [path], example, trial.device)
+    features: Tensor = seen[path][0]
     return features
 
 

@@ -14,7 +14,7 @@ from kasmina_core.blueprints.declarations import HostSpec, import_factory
 from kasmina_core.checks.global_state import preserved_global_state
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import KasminaError
-from kasmina_core.hosts import InjectionPoint, features_in, submodule
+from kasmina_core.hosts import InjectionPoint, submodule
 from kasmina_core.probing import call_with, requested_points
 from kasmina_core.quiet import private_rng
 from kasmina_core.testing.comparing import (
@@ -22,9 +22,9 @@ from kasmina_core.testing.comparing import (
     Run,
     all_tensors,
     difference,
+    features_at,
     mapped,
     mode_name,
-    outputs_at,
     path_of,
     run,
     tensors_in,
@@ -306,13 +306,13 @@ class Trial:
         shapes: dict[str, str] = {}
         found: list[tuple[str | InjectionPoint, tuple[int, ...]]] = []
         for training in (True, False):
-            seen = outputs_at(self.twin().train(training), paths, self.example, self.device)
+            seen = features_at(self.twin().train(training), paths, self.example, self.device)
             for item, path in zip(self.wanted, paths, strict=True):
                 where = f"'{path}', {mode_name(training)}"
                 if (times := len(seen[path])) != 1:
                     counts[where] = f"{times} times"
                     continue
-                features = features_in(seen[path][0])
+                features = seen[path][0]
                 if misfit := _misfit(item, features):
                     shapes[where] = misfit
                 elif not training:

@@ -164,7 +164,7 @@ class Count(nn.Module):
 IMPOSSIBLE = [
     ("unused", "'unused': does not fire"),
     ("twice", "'twice': fires 2 times"),
-    ("several", "'several': returns dict, not a tensor or a tuple"),
+    ("several", "'several': returns dict, not floating-point features; it holds .*\n *'several:features' "),
     ("flat", r"'flat': has features of shape \(2, 100\)"),
     ("count", "'count': returns torch.int64, not floating-point features"),
     (

@@ -37,7 +37,7 @@ class GrowingModel(MorphogeneticModel):
     def __init__(self, host: PreTrainedModel, *args: Any, **options: Any) -> None:
         super().__init__(host, *args, **options)
         for slot in self.slots.values():
-            _put_first(host.get_submodule(slot.point.path), slot)
+            _put_first(host.get_submodule(slot.point.path.partition(":")[0]), slot)
         self._guards = [attach_guard(host, slot) for slot in self.slots.values()]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,9 @@ def checkpoints(host: nn.Module) -> bool:
 
 def attach_guard(host: nn.Module, path: str) -> RemovableHandle | None:
     """Guard the slot at ``path``; ``None`` if checkpointing cannot pass it by, or is on already and did not."""
-    at_risk = hasattr(host, "grad_checkpointing") and isinstance(host.get_submodule(path), nn.Sequential)
+    at_risk = hasattr(host, "grad_checkpointing") and isinstance(
+        host.get_submodule(path.partition(":")[0]), nn.Sequential
+    )
     if not at_risk or checkpoints(host):
         return None
     return host.register_forward_pre_hook(CheckpointingGuard(path))
