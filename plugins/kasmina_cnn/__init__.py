@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from kasmina_layers.sizes import DEFAULT_REDUCTION, bottleneck_refusal, norm_params, waist_params
+
 from kasmina_cnn import sizes
 from kasmina_core import BlueprintSpec, HostSpec, Topology, hookimpl
 
@@ -26,19 +28,19 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             "attention",
             Topology.CNN,
             "kasmina_cnn.blueprints.attention:AttentionSeed",
-            sizes.attention_params,
+            waist_params,
             "Channel attention: scales each channel by what the whole image holds",
-            options={"reduction": 4},
+            options={"reduction": DEFAULT_REDUCTION},
             source="https://arxiv.org/abs/1709.01507",
         ),
         BlueprintSpec(
             "bottleneck",
             Topology.CNN,
-            "kasmina_cnn.blueprints.bottleneck:BottleneckSeed",
+            "kasmina_cnn.blueprints.conv:BottleneckSeed",
             sizes.bottleneck_params,
             "3x3 convolution through a narrow waist: few parameters at large widths",
-            options={"reduction": 4},
-            accepts_width=sizes.bottleneck_refusal,
+            options={"reduction": DEFAULT_REDUCTION},
+            accepts_width=bottleneck_refusal,
             source="https://arxiv.org/abs/1512.03385",
         ),
         BlueprintSpec(
@@ -60,7 +62,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "depthwise",
             Topology.CNN,
-            "kasmina_cnn.blueprints.depthwise:DepthwiseSeed",
+            "kasmina_cnn.blueprints.conv:DepthwiseSeed",
             sizes.depthwise_params,
             "Depthwise separable convolution: a 3x3 per channel, then a 1x1 across channels",
             source="https://arxiv.org/abs/1704.04861",
@@ -68,8 +70,8 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "norm",
             Topology.CNN,
-            "kasmina_cnn.blueprints.norm:NormSeed",
-            sizes.norm_params,
+            "kasmina_layers.convolutions:NormSeed",
+            norm_params,
             "Learned mixture of the features and their group normalisation",
             source="https://arxiv.org/abs/1803.08494",
         ),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from kasmina_layers.sizes import DEFAULT_EXPANSION, layer_norm_refusal, mlp_params, norm_params
+
 from kasmina_core import BlueprintSpec, HostSpec, Topology, hookimpl
 from kasmina_transformer import sizes
 
@@ -29,7 +31,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             sizes.attention_params,
             "Self-attention with pre-normalisation; causal where the host is",
             options={"heads": None},
-            accepts_width=sizes.layer_norm_refusal,
+            accepts_width=layer_norm_refusal,
             takes_causal=True,
             source="https://arxiv.org/abs/1706.03762",
         ),
@@ -45,20 +47,20 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "mlp",
             Topology.TRANSFORMER,
-            "kasmina_transformer.blueprints.mlp:MLPSeed",
-            sizes.mlp_params,
+            "kasmina_layers.features:MLPSeed",
+            mlp_params,
             "Position-wise feed-forward network with pre-normalisation",
-            options={"expansion": sizes.DEFAULT_EXPANSION},
-            accepts_width=sizes.layer_norm_refusal,
+            options={"expansion": DEFAULT_EXPANSION},
+            accepts_width=layer_norm_refusal,
             source="https://arxiv.org/abs/1706.03762",
         ),
         BlueprintSpec(
             "norm",
             Topology.TRANSFORMER,
-            "kasmina_transformer.blueprints.norm:NormSeed",
-            sizes.norm_params,
+            "kasmina_layers.features:NormSeed",
+            norm_params,
             "Learned mixture of the features and their layer normalisation",
-            accepts_width=sizes.layer_norm_refusal,
+            accepts_width=layer_norm_refusal,
             source="https://arxiv.org/abs/1607.06450",
         ),
     ]

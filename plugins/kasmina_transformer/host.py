@@ -7,11 +7,12 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+from kasmina_layers.sizes import require_at_least
 from torch import Tensor, nn
 
 from kasmina_core import HookedHost, InjectionPoint, Topology
 from kasmina_transformer.layers import merge_heads, split_heads
-from kasmina_transformer.sizes import require_at_least, require_divisor
+from kasmina_transformer.sizes import require_divisor
 
 INIT_STD: Final = 0.02
 

@@ -1,19 +1,8 @@
-"""Layers shared by the pack's seeds."""
+"""Heads of attention, for the pack's seeds and host."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-
-def zero_init_(layer: nn.Linear) -> None:
-    """Set weight and bias of a branch's last layer to zero, in place.
-
-    The branch then adds nothing at birth, and yet the layer's own gradient is not zero, since its input is not: it
-    moves in the first step, and the layers before it from the second on.
-    """
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+from torch import Tensor
 
 
 def split_heads(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

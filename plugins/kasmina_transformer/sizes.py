@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from kasmina_layers.sizes import require_at_least
+
 MAX_DEFAULT_HEADS: Final = 4
 MAX_DEFAULT_RANK: Final = 8
-DEFAULT_EXPANSION: Final = 4
-
-
-def require_at_least(owner: str, option: str, value: object, minimum: int) -> int:
-    """Return ``value`` if it is a whole number of at least ``minimum``.
-
-    Raises:
-        ValueError: If it is not; the message names the owner, the option and both values.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(
-            f"{owner} cannot use the {option} it was given.\n"
-            f"  given:   {option}={value!r}\n"
-            f"  allowed: a whole number, {minimum} or more\n"
-            f"Give {option}={minimum} or more."
-        )
-    return value
 
 
 def require_divisor(owner: str, option: str, value: object, dim: int) -> int:
@@ -61,13 +46,6 @@ def default_rank(dim: int) -> int:
     return min(dim, MAX_DEFAULT_RANK)
 
 
-def layer_norm_refusal(dim: int) -> str | None:
-    """Return why a seed with layer normalisation does not take width ``dim``, or ``None`` if it does."""
-    if dim == 1:
-        return "the layer normalisation of a single feature is constant; it takes 2 features or more"
-    return None
-
-
 def attention_params(dim: int) -> int:
     """Norm, queries, keys and values without biases, output with bias: ``4 dim² + 3 dim``."""
     return 4 * dim * dim + 3 * dim
@@ -76,13 +54,3 @@ def attention_params(dim: int) -> int:
 def lora_params(dim: int) -> int:
     """Two matrices of rank ``r = min(dim, 8)``: ``2 dim r``."""
     return 2 * dim * default_rank(dim)
-
-
-def mlp_params(dim: int) -> int:
-    """Norm and two linear maps with biases, four times as wide between: ``8 dim² + 7 dim``."""
-    return 2 * DEFAULT_EXPANSION * dim * dim + (DEFAULT_EXPANSION + 3) * dim
-
-
-def norm_params(dim: int) -> int:
-    """Three numbers per feature: ``3 dim``."""
-    return 3 * dim

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kasmina_cnn import sizes as cnn_sizes
+from kasmina_layers.sizes import group_count, waist_width
 from kasmina_transformer import sizes as transformer_sizes
 from pack_cases import SPECS, every_blueprint
 
@@ -114,7 +114,7 @@ def test_the_registry_hands_on_what_a_seed_says_of_an_option() -> None:
 @settings(deadline=None)
 @given(st.integers(1, 4096))
 def test_groups_divide_the_channels_and_are_the_most_that_leave_four_channels_each(channels: int) -> None:
-    groups = cnn_sizes.group_count(channels)
+    groups = group_count(channels)
     fitting = [g for g in range(1, 9) if channels % g == 0 and channels // g >= 4]
     assert groups == max(fitting, default=1)
 
@@ -128,6 +128,6 @@ def test_default_heads_divide_the_width_and_are_the_most_up_to_four(dim: int) ->
 @settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 64))
 def test_a_waist_is_never_wider_than_the_features_nor_needlessly_narrow(dim: int, reduction: int) -> None:
-    waist = cnn_sizes.waist_width(dim, reduction)
+    waist = waist_width(dim, reduction)
     assert min(4, dim) <= waist <= dim
     assert waist == dim // reduction or waist == min(4, dim)

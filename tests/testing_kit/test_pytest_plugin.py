@@ -94,7 +94,7 @@ def foreign_run(folder: Path, *arguments: str, start: str = "") -> subprocess.Co
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kasmina\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[pytest11]\nkasmina = kasmina_pytest\n")
-    packages = ("kasmina_core", "kasmina_cnn", "kasmina_transformer", "kasmina_pytest")
+    packages = ("kasmina_core", "kasmina_cnn", "kasmina_layers", "kasmina_transformer", "kasmina_pytest")
     (info / "RECORD").write_text("".join(f"{package}/__init__.py,,\n" for package in packages))
     path = os.pathsep.join([str(info.parent), *HOMES])
     return subprocess.run(

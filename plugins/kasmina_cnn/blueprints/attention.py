@@ -6,14 +6,13 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
+from kasmina_layers.layers import Residual, zero_init_
+from kasmina_layers.sizes import DEFAULT_REDUCTION, require_at_least, require_width, waist_width
 from torch import Tensor, nn
-
-from kasmina_cnn.layers import zero_init_
-from kasmina_cnn.sizes import require_at_least, waist_width
 
 
 @final
-class AttentionSeed(nn.Module):
+class AttentionSeed(Residual):
     """Channel attention (squeeze and excite): scales each channel by what the whole image holds.
 
     ``y = x + x tanh(W2 silu(W1 mean(x) + b1) + b2)``, with ``W2`` and ``b2`` 0 at birth. ``1 + tanh(z)`` is the
@@ -33,17 +32,17 @@ class AttentionSeed(nn.Module):
     Source: Hu et al. 2018, https://arxiv.org/abs/1709.01507
     """
 
-    def __init__(self, dim: int, *, reduction: int = 4) -> None:
+    def __init__(self, dim: int, *, reduction: int = DEFAULT_REDUCTION) -> None:
         super().__init__()
         owner = "Blueprint 'attention'"
-        require_at_least(owner, "dim", dim, 1)
+        require_width(owner, dim)
         require_at_least(owner, "reduction", reduction, 1)
         m = waist_width(dim, reduction)
         self.squeeze = nn.Linear(dim, m)
         self.excite = nn.Linear(m, dim)
         zero_init_(self.excite)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x + x tanh(z)`` with one ``z`` per sample and channel."""
+    def branch(self, x: Tensor) -> Tensor:
+        """Return ``x tanh(z)`` with one ``z`` per sample and channel."""
         z = self.excite(F.silu(self.squeeze(x.mean(dim=(2, 3)))))  # (b, c)
-        return x + x * torch.tanh(z)[:, :, None, None]
+        return x * torch.tanh(z)[:, :, None, None]

@@ -1,50 +1,36 @@
-"""Residual convolution as a seed, in two sizes."""
+"""Convolutions as seeds."""
 
 from __future__ import annotations
 
 from typing import final
 
 import torch.nn.functional as F
+from kasmina_layers import convolutions
+from kasmina_layers.layers import FeatureNorm, Residual, zero_init_
+from kasmina_layers.sizes import require_width
 from torch import Tensor, nn
 
-from kasmina_cnn.layers import FeatureNorm, zero_init_
-from kasmina_cnn.sizes import require_at_least
+# Without docstrings of their own the first three show those of the modules that they specialise.
 
 
 @final
-class ConvLightSeed(nn.Module):
-    """Residual convolution, the small one: sees 3x3 pixels.
-
-    ``y = x + conv1x1(silu(norm(conv3x3(x))))``, with the 1x1 convolution 0 at birth.
-
-    Args:
-        dim: Number of channels ``c``, at least 1.
-
-    Shape:
-        ``(b, c, h, w)`` to the same.
-
-    Raises:
-        ValueError: If ``dim`` is not a whole number of at least 1.
-
-    Source: He et al. 2016, https://arxiv.org/abs/1603.05027
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        require_at_least("Blueprint 'conv_light'", "dim", dim, 1)
-        self.spread = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.norm = FeatureNorm(dim)
-        self.merge = nn.Conv2d(dim, dim, 1)
-        zero_init_(self.merge)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the branch."""
-        branch: Tensor = self.merge(F.silu(self.norm(self.spread(x))))
-        return x + branch
+class BottleneckSeed(convolutions.BottleneckSeed):
+    conv = nn.Conv2d
 
 
 @final
-class ConvHeavySeed(nn.Module):
+class ConvLightSeed(convolutions.ConvLightSeed):
+    conv = nn.Conv2d
+    owner = "Blueprint 'conv_light'"
+
+
+@final
+class DepthwiseSeed(convolutions.DepthwiseSeed):
+    conv = nn.Conv2d
+
+
+@final
+class ConvHeavySeed(Residual):
     """Residual convolution, the large one: sees 5x5 pixels.
 
     ``y = x + conv3x3(silu(norm(conv3x3(x))))``, with the last convolution 0 at birth.
@@ -63,13 +49,13 @@ class ConvHeavySeed(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        require_at_least("Blueprint 'conv_heavy'", "dim", dim, 1)
+        require_width("Blueprint 'conv_heavy'", dim)
         self.spread = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.norm = FeatureNorm(dim)
         self.merge = nn.Conv2d(dim, dim, 3, padding=1)
         zero_init_(self.merge)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the branch."""
+    def branch(self, x: Tensor) -> Tensor:
+        """Return ``conv3x3(silu(norm(conv3x3(x))))``."""
         branch: Tensor = self.merge(F.silu(self.norm(self.spread(x))))
-        return x + branch
+        return branch

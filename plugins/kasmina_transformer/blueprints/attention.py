@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import final
 
 import torch.nn.functional as F
+from kasmina_layers.layers import zero_init_
+from kasmina_layers.sizes import layer_norm_refusal, require_width
 from torch import Tensor, nn
 
-from kasmina_transformer.layers import merge_heads, split_heads, zero_init_
-from kasmina_transformer.sizes import default_heads, layer_norm_refusal, require_at_least, require_divisor
+from kasmina_transformer.layers import merge_heads, split_heads
+from kasmina_transformer.sizes import default_heads, require_divisor
 
 
 @final
@@ -35,9 +37,7 @@ class AttentionSeed(nn.Module):
     def __init__(self, dim: int, *, heads: int | None = None, causal: bool = False) -> None:
         super().__init__()
         owner = "Blueprint 'attention'"
-        require_at_least(owner, "dim", dim, 1)
-        if (reason := layer_norm_refusal(dim)) is not None:
-            raise ValueError(f"{owner} does not take width {dim}: {reason}")
+        require_width(owner, dim, layer_norm_refusal)
         self.heads = default_heads(dim) if heads is None else require_divisor(owner, "heads", heads, dim)
         self.causal = causal
         self.norm = nn.LayerNorm(dim)

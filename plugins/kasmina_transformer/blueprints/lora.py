@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
+from kasmina_layers.layers import zero_init_
+from kasmina_layers.sizes import require_at_least, require_width
 from torch import Tensor, nn
 
-from kasmina_transformer.layers import zero_init_
-from kasmina_transformer.sizes import default_rank, require_at_least
+from kasmina_transformer.sizes import default_rank
 
 
 @final
@@ -33,7 +34,7 @@ class LoRASeed(nn.Module):
     def __init__(self, dim: int, *, rank: int | None = None) -> None:
         super().__init__()
         owner = "Blueprint 'lora'"
-        require_at_least(owner, "dim", dim, 1)
+        require_width(owner, dim)
         r = default_rank(dim) if rank is None else require_at_least(owner, "rank", rank, 1)
         if r > dim:
             raise ValueError(

@@ -1,24 +1,38 @@
-"""Layers shared by the pack's seeds and host."""
+"""Layers shared by the bundled seeds and hosts."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
-from kasmina_cnn.sizes import group_count
+from kasmina_layers.sizes import group_count
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class Residual(nn.Module):
+    """``y = x + branch(x)``; a subclass gives the branch."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Return what is added to ``x``, of the same shape; 0 at birth."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` plus the branch."""
+        return x + self.branch(x)  # x first: the sum takes its memory format
 
 
 @final
 class FeatureNorm(nn.GroupNorm):
     """Group normalisation that also takes a group of a single value.
 
-    ``nn.GroupNorm`` raises where batch, channels of a group and image are all of size 1. Here such a value normalises
+    ``nn.GroupNorm`` raises where batch, channels of a group and positions are all of size 1. Here such a value normalises
     to 0, as the formula says, so that a network works whatever its input has shrunk to.
 
     Args:
-        channels: Number of channels of the ``(b, c, h, w)`` features; the groups follow from `group_count`.
+        channels: Number of channels of the ``(b, c, …)`` features; the groups follow from `group_count`.
         affine: Whether to learn a scale and a shift per channel.
 
     Source: Wu & He 2018, https://arxiv.org/abs/1803.08494
@@ -28,11 +42,11 @@ class FeatureNorm(nn.GroupNorm):
         super().__init__(group_count(channels), channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(x - mean) / sqrt(var + eps)`` over each group of channels and the image, scaled and shifted."""
+        """Return ``(x - mean) / sqrt(var + eps)`` over each group of channels and all positions, scaled and shifted."""
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def zero_init_(layer: nn.Conv2d | nn.Linear) -> None:
+def zero_init_(layer: Convolution | nn.Linear) -> None:
     """Set weight and bias of a branch's last layer to zero, in place.
 
     The branch then adds nothing at birth, and yet the layer's own gradient is not zero, since its input is not: it
