@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kasmina_core import HookedHost, InjectionPoint, Topology
-from kasmina_layers.layers import Convolution, FeatureNorm
+from kasmina_layers.layers import Convolution, FeatureNorm, spread_values
 from kasmina_layers.sizes import require_at_least
 
 NORMS: Final = ("batch", "group")
@@ -132,9 +131,3 @@ class ConvHost(HookedHost, nn.Module):
             x = block(x)
         logits: Tensor = self.head(x.mean(dim=tuple(range(2, x.ndim))))
         return logits
-
-
-def spread_values(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return a tensor of values from -1 to 1, on the device and of the dtype of another."""
-    values = torch.linspace(-1.0, 1.0, torch.Size(shape).numel(), device=like.device)
-    return values.reshape(shape).to(like.dtype)

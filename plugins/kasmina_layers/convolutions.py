@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kasmina_layers.layers import Convolution, FeatureNorm, Residual, zero_init_
+from kasmina_layers.layers import Convolution, FeatureNorm, zero_init_
 from kasmina_layers.sizes import (
     DEFAULT_REDUCTION,
     bottleneck_refusal,
@@ -19,7 +19,7 @@ from kasmina_layers.sizes import (
 
 
 @final
-class NormSeed(Residual):
+class NormSeed(nn.Module):
     """Learned mixture of the features and their group normalisation.
 
     ``y = x + a x + g norm(x) + s``, with ``a``, ``g``, ``s`` per channel, all 0 at birth. It is linear in what it
@@ -45,13 +45,13 @@ class NormSeed(Residual):
         self.gain = nn.Parameter(torch.zeros(dim))
         self.shift = nn.Parameter(torch.zeros(dim))
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``a x + g norm(x) + s``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + a x + g norm(x) + s``."""
         a, g, s = (p.view(-1, *[1] * (x.ndim - 2)) for p in (self.keep, self.gain, self.shift))
-        return a * x + g * self.norm(x) + s
+        return x + (a * x + g * self.norm(x) + s)
 
 
-class ConvLightSeed(Residual):
+class ConvLightSeed(nn.Module):
     """Residual convolution, the small one: sees 3 positions along each axis.
 
     ``y = x + conv1(silu(norm(conv3(x))))``, with the pointwise convolution ``conv1`` 0 at birth.
@@ -83,13 +83,13 @@ class ConvLightSeed(Residual):
         self.merge = self.conv(dim, dim, 1)
         zero_init_(self.merge)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``conv1(silu(norm(conv3(x))))``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + conv1(silu(norm(conv3(x))))``."""
         branch: Tensor = self.merge(F.silu(self.norm(self.spread(x))))
-        return branch
+        return x + branch
 
 
-class DepthwiseSeed(Residual):
+class DepthwiseSeed(nn.Module):
     """Depthwise separable convolution: one over 3 positions along each axis per channel, then one across channels.
 
     ``y = x + conv1(silu(norm(depthwise3(x))))``, with the pointwise convolution ``conv1`` 0 at birth.
@@ -119,13 +119,13 @@ class DepthwiseSeed(Residual):
         self.pointwise = self.conv(dim, dim, 1)
         zero_init_(self.pointwise)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``conv1(silu(norm(depthwise3(x))))``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + conv1(silu(norm(depthwise3(x))))``."""
         branch: Tensor = self.pointwise(F.silu(self.norm(self.depthwise(x))))
-        return branch
+        return x + branch
 
 
-class BottleneckSeed(Residual):
+class BottleneckSeed(nn.Module):
     """A convolution over 3 positions along each axis, through a narrow waist: few parameters at large widths.
 
     ``y = x + conv1(silu(norm(conv3(silu(norm(conv1(x)))))))``, with the last convolution 0 at birth.
@@ -162,9 +162,9 @@ class BottleneckSeed(Residual):
         self.widen = self.conv(m, dim, 1)
         zero_init_(self.widen)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``conv1(silu(norm(conv3(silu(norm(conv1(x)))))))``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + conv1(silu(norm(conv3(silu(norm(conv1(x)))))))``."""
         waist = F.silu(self.narrow_norm(self.narrow(x)))  # (b, m, …)
         waist = F.silu(self.spread_norm(self.spread(waist)))
         branch: Tensor = self.widen(waist)
-        return branch
+        return x + branch

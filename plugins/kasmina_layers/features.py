@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kasmina_layers.layers import Residual, zero_init_
+from kasmina_layers.layers import zero_init_
 from kasmina_layers.sizes import (
     DEFAULT_EXPANSION,
     DEFAULT_REDUCTION,
@@ -19,7 +19,7 @@ from kasmina_layers.sizes import (
 )
 
 
-class NormSeed(Residual):
+class NormSeed(nn.Module):
     """Learned mixture of the features and their layer normalisation.
 
     ``y = x + a x + g norm(x) + s``, with ``a``, ``g``, ``s`` per feature, all 0 at birth. It is linear in what it
@@ -45,12 +45,13 @@ class NormSeed(Residual):
         self.gain = nn.Parameter(torch.zeros(dim))
         self.shift = nn.Parameter(torch.zeros(dim))
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``a x + g norm(x) + s``."""
-        return self.keep * x + self.gain * self.norm(x) + self.shift
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + a x + g norm(x) + s``."""
+        branch: Tensor = self.keep * x + self.gain * self.norm(x) + self.shift
+        return x + branch
 
 
-class BottleneckSeed(Residual):
+class BottleneckSeed(nn.Module):
     """Two linear maps through a narrow waist, with a nonlinearity between: few parameters at large widths.
 
     ``y = x + W2 gelu(W1 x + b1) + b2``, with ``W2`` and ``b2`` 0 at birth.
@@ -79,14 +80,14 @@ class BottleneckSeed(Residual):
         self.widen = nn.Linear(m, dim)
         zero_init_(self.widen)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``W2 gelu(W1 x + b1) + b2``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + W2 gelu(W1 x + b1) + b2``."""
         branch: Tensor = self.widen(F.gelu(self.narrow(x)))
-        return branch
+        return x + branch
 
 
 @final
-class MLPSeed(Residual):
+class MLPSeed(nn.Module):
     """Feed-forward network with pre-normalisation, applied to each feature vector by itself.
 
     ``y = x + W2 gelu(W1 norm(x) + b1) + b2``, with ``W2`` and ``b2`` 0 at birth.
@@ -114,7 +115,7 @@ class MLPSeed(Residual):
         self.contract = nn.Linear(expansion * dim, dim)
         zero_init_(self.contract)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``W2 gelu(W1 norm(x) + b1) + b2``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + W2 gelu(W1 norm(x) + b1) + b2``."""
         branch: Tensor = self.contract(F.gelu(self.expand(self.norm(x))))
-        return branch
+        return x + branch

@@ -12,18 +12,6 @@ from kasmina_layers.sizes import group_count
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class Residual(nn.Module):
-    """``y = x + branch(x)``; a subclass gives the branch."""
-
-    def branch(self, x: Tensor) -> Tensor:
-        """Return what is added to ``x``, of the same shape; 0 at birth."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the branch."""
-        return x + self.branch(x)  # x first: the sum takes its memory format
-
-
 @final
 class FeatureNorm(nn.GroupNorm):
     """Group normalisation that also takes a group of a single value.
@@ -55,3 +43,9 @@ def zero_init_(layer: Convolution | nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def spread_values(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return a tensor of values from -1 to 1, on the device and of the dtype of another."""
+    values = torch.linspace(-1.0, 1.0, torch.Size(shape).numel(), device=like.device)
+    return values.reshape(shape).to(like.dtype)

@@ -6,13 +6,13 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from kasmina_layers.layers import Residual, zero_init_
+from kasmina_layers.layers import zero_init_
 from kasmina_layers.sizes import DEFAULT_REDUCTION, require_at_least, require_width, waist_width
 from torch import Tensor, nn
 
 
 @final
-class AttentionSeed(Residual):
+class AttentionSeed(nn.Module):
     """Channel attention (squeeze and excite): scales each channel by what the whole image holds.
 
     ``y = x + x tanh(W2 silu(W1 mean(x) + b1) + b2)``, with ``W2`` and ``b2`` 0 at birth. ``1 + tanh(z)`` is the
@@ -42,7 +42,7 @@ class AttentionSeed(Residual):
         self.excite = nn.Linear(m, dim)
         zero_init_(self.excite)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``x tanh(z)`` with one ``z`` per sample and channel."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + x tanh(z)`` with one ``z`` per sample and channel."""
         z = self.excite(F.silu(self.squeeze(x.mean(dim=(2, 3)))))  # (b, c)
-        return x * torch.tanh(z)[:, :, None, None]
+        return x + x * torch.tanh(z)[:, :, None, None]

@@ -6,7 +6,7 @@ from typing import final
 
 import torch.nn.functional as F
 from kasmina_layers import convolutions
-from kasmina_layers.layers import FeatureNorm, Residual, zero_init_
+from kasmina_layers.layers import FeatureNorm, zero_init_
 from kasmina_layers.sizes import require_width
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class DepthwiseSeed(convolutions.DepthwiseSeed):
 
 
 @final
-class ConvHeavySeed(Residual):
+class ConvHeavySeed(nn.Module):
     """Residual convolution, the large one: sees 5x5 pixels.
 
     ``y = x + conv3x3(silu(norm(conv3x3(x))))``, with the last convolution 0 at birth.
@@ -55,7 +55,7 @@ class ConvHeavySeed(Residual):
         self.merge = nn.Conv2d(dim, dim, 3, padding=1)
         zero_init_(self.merge)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ``conv3x3(silu(norm(conv3x3(x))))``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + conv3x3(silu(norm(conv3x3(x))))``."""
         branch: Tensor = self.merge(F.silu(self.norm(self.spread(x))))
-        return branch
+        return x + branch
