@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 from kasmina_core.errors import HostError, did_you_mean
 from kasmina_core.outputs import passed_through, split_path
+from kasmina_core.state_keys import WRAPPER
 from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -155,12 +156,19 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
     """Return the module of a point's path; an index or key in it plays no part.
 
     Raises:
-        HostError: If there is none; the message suggests a near path.
+        HostError: If there is none; the message suggests a near path. If torch.jit made it: it calls no hooks.
     """
+    from torch.jit import ScriptModule  # the declarations above need no torch
+
     path = split_path(path)[0]
     found: nn.Module | None = host
     for part in path.split(".") if path else ():
         found = found._modules.get(part) if found is not None else None
+        if isinstance(found, ScriptModule):
+            raise HostError(
+                f"'{path}' is, or is inside of, a module scripted or traced by torch.jit: it calls no hooks.\n"
+                "Put the Python module that it was made of there, or name one outside of it."
+            )
     if found is not None:
         return found
     named = dict(host.named_modules(remove_duplicate=False))
@@ -172,3 +180,69 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
 def short_list(named: Mapping[str, object], limit: int = 40) -> list[str]:
     """Return the first ``limit`` names for an error message, the empty one left out."""
     return [name for name in named if name][:limit]
+
+
+def demand_openness(host: nn.Module) -> None:
+    """Demand that hooks on a host's submodules are called, and that a seed would be trained like the host.
+
+    Raises:
+        HostError: If the host, or a part of it, is of a kind in which slots would have no effect, or wrong ones.
+    """
+    import torch  # the declarations above need none
+    from torch import nn
+    from torch.nn.parameter import is_lazy
+
+    kind = type(host).__name__
+    if isinstance(host, torch.jit.ScriptModule):
+        raise HostError(
+            f"{kind} is scripted or traced by torch.jit: it calls no hooks of its submodules, so no slot can be in it.\n"
+            "Give the Python module that it was made of."
+        )
+    if any(base.__module__.startswith("torch.export") for base in type(host).__mro__):
+        raise HostError(
+            f"{kind} was made by torch.export: its submodules only hold weights, and are not called.\n"
+            "Give the Python module that was exported; a grown model can be exported afterwards."
+        )
+    if WRAPPER in host._modules:
+        raise HostError(
+            f"{kind} was compiled before it has slots: a graph calls no hook that comes later.\n"
+            "Give what was compiled, and compile the model: torch.compile(MorphogeneticModel(host._orig_mod, ...))."
+        )
+    for path, module in host.named_modules():
+        where = f" at '{path}'" if path else ""
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or any(
+            base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__
+        ):
+            raise HostError(
+                f"{kind} holds a {type(module).__name__}{where}, which knows the parameters of its own start alone: seeds "
+                "would not be copied or averaged.\n"
+                "Give the module inside, and distribute afterwards: distribute(MorphogeneticModel(module, ...))."
+            )
+        if hasattr(type(module), "demand_slots"):
+            raise HostError(
+                f"{kind} is or holds a {type(module).__name__}{where}: a host can be in one model at a time.\n"
+                "Name all points in one model, or take the slots of the other off first: host = old_model.detach_slots()."
+            )
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise HostError(
+                f"{kind} holds a {type(module).__name__}{where} that has no weights yet.\n"
+                "Run the host once on an input, then attach: host(example)."
+            )
+
+
+def demand_open_path(host: nn.Module, path: str) -> None:
+    """Demand that the module of a path is not inside of a part that was compiled before.
+
+    Raises:
+        HostError: If it is: a graph calls no hook that comes later.
+    """
+    names = [name for name in split_path(path)[0].split(".") if name]
+    for depth in range(len(names) + 1):
+        module, outer = submodule(host, ".".join(names[:depth])), ".".join(names[:depth])
+        # The hooks of the wrapper that torch.compile returns run outside of its graph, those of module.compile() do not.
+        if module._compiled_call_impl is not None or (WRAPPER in module._modules and depth < len(names)):
+            raise HostError(
+                f"'{path}' is inside of {repr(outer) if outer else type(host).__name__}, which is compiled: a graph "
+                "calls no hook that comes later.\n"
+                "Attach slots to the module as it was before, and compile the model afterwards: model.compile()."
+            )

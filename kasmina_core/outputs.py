@@ -88,6 +88,36 @@ def passed_unchanged(output: Any, path: str, slot: Callable[[Any], Any]) -> Any:
     return built
 
 
+def demand_plain(output: Any, path: str) -> None:
+    """Demand that the features are a plain tensor in which samples and positions lie on axes of their own.
+
+    Raises:
+        HostError: If they are packed, nested or sparse.
+    """
+    from torch import Tensor, strided  # what only handles paths needs none
+    from torch.nn.utils.rnn import PackedSequence
+
+    place = output
+    for key in (*keys_in(output, path), None):
+        if isinstance(place, PackedSequence):
+            raise HostError(
+                "returns a PackedSequence, in which the positions of all samples are mixed: a seed could not tell "
+                "samples apart.\n"
+                "    Name a submodule before pack_padded_sequence or after pad_packed_sequence, or do not pack."
+            )
+        if key is not None:
+            place = _element(place, key)
+    if isinstance(place, Tensor) and place.is_nested:
+        raise HostError(
+            "returns a nested tensor, whose samples have different lengths; seeds take padded ones.\n"
+            "    Pad before this module. nn.TransformerEncoder(..., enable_nested_tensor=False) does not nest."
+        )
+    if isinstance(place, Tensor) and place.layout is not strided:
+        raise HostError(
+            f"returns a tensor of layout {place.layout}; name a submodule that returns a dense one"
+        )
+
+
 def what_it_holds(output: Any, path: str) -> str:
     """Return the lines of a message that list the paths of floating-point tensors in an output."""
     found = list(_tensors(output, split_path(path)[0]))
@@ -102,7 +132,7 @@ def what_it_holds(output: Any, path: str) -> str:
 
 
 def _tensors(output: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    from torch import Tensor  # the declarations above need none
+    from torch import Tensor  # what only handles paths needs none
 
     if isinstance(output, Tensor):
         if output.is_floating_point():
@@ -223,7 +253,7 @@ def _lost(before: Any, after: Any, keys: tuple[str, ...]) -> str:
 def _is_same(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    from torch import Tensor, equal  # the declarations above need none
+    from torch import Tensor, equal  # what only handles paths needs none
 
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and equal(a.nan_to_num(), b.nan_to_num())

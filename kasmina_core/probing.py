@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostProtocol, InjectionPoint, short_list, submodule
+from kasmina_core.hosts import HostProtocol, InjectionPoint, demand_open_path, short_list, submodule
 from kasmina_core.isolation import straight_through
-from kasmina_core.outputs import features_in, keys_in, name_for, passed_unchanged, what_it_holds
+from kasmina_core.outputs import demand_plain, features_in, keys_in, name_for, passed_unchanged, what_it_holds
 from kasmina_core.quiet import kept_buffers, quiet_evaluation
 from kasmina_core.topology import Topology
 
@@ -141,7 +141,9 @@ def probe(
         HostError: If a point does not fire, fires more than once, or is not as declared; every fault is listed.
     """
     paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
-    seen: dict[str, list[tuple[Any, bool, str]]] = {path: [] for path in paths}
+    for path in paths:
+        demand_open_path(host, path)
+    seen: dict[str, list[_Seen]] = {path: [] for path in paths}
     handles = []
     try:
         for path, record in seen.items():
@@ -162,14 +164,13 @@ def probe(
     taken: dict[tuple[nn.Module, tuple[str, ...]], str] = {}
     for item, path in zip(wanted, paths, strict=True):
         try:
-            found = _prove(item, path, [output for output, *_ in seen[path]], causal)
-            output, is_cast, fault = seen[path][0]
-            if fault:
-                raise HostError(fault)
-            other = taken.setdefault((submodule(host, path), keys_in(output, path)), path)
+            for one in seen[path][:1]:
+                one.demand()
+            found = _prove(item, path, [one.output for one in seen[path]], causal)
+            other = taken.setdefault((submodule(host, path), keys_in(seen[path][0].output, path)), path)
             if other != path:
                 raise HostError(f"names the features of '{other}' once more; name each place once")
-            if is_cast:
+            if seen[path][0].is_cast:
                 found = replace(found, dtype=parameter_dtype(host, path, found.dtype))
             proved.append(found)
         except HostError as error:
@@ -182,20 +183,58 @@ def probe(
     return proved
 
 
-def _noting(record: list[tuple[Any, bool, str]], path: str) -> Callable[[nn.Module, Any, Any], Any]:
+@final
+@dataclass(slots=True)
+class _Seen:
+    """One call of a point's module.
+
+    Attributes:
+        output: What it returned.
+        is_cast: Whether autocast was on.
+        fault: Why a seed's features could not take the place of the host's; empty if they could.
+        features: Those of the host, if they are a tensor.
+        version: How often they had been written to when the slot took them.
+    """
+
+    output: Any
+    is_cast: bool = False
+    fault: str = ""
+    features: Tensor | None = None
+    version: int = 0
+
+    def demand(self) -> None:
+        """Demand that a slot's output can take the place of the features.
+
+        Raises:
+            HostError: If it cannot.
+        """
+        if self.fault:
+            raise HostError(self.fault)
+        if self.features is not None and self.features._version != self.version:
+            raise HostError(
+                "its features are changed in place after the slot took them, through another reference to them: with a "
+                "seed the change would not arrive.\n"
+                "    Write x = x + y instead of x += y there, or name the submodule after it."
+            )
+
+
+def _noting(record: list[_Seen], path: str) -> Callable[[nn.Module, Any, Any], Any]:
     # A closure: of a default argument a compiled host may fill a copy.
     def note(module: nn.Module, args: Any, output: Any) -> Any:
-        passed, fault, is_cast = output, "", False
+        passed, seen = output, _Seen(output)
+        record.append(seen)
         try:
+            demand_plain(output, path)
             features = features_in(output, path)
             if isinstance(features, Tensor) and features.is_floating_point():
                 device = features.device.type
-                is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+                seen.is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
                 # By the code that a seed's features take: what cannot be put back is found here, and not in training.
                 passed = passed_unchanged(output, path, _in_training)
+                if not features.is_inference():
+                    seen.features, seen.version = features, features._version
         except HostError as error:
-            fault = str(error)
-        record.append((output, is_cast, fault))
+            seen.fault = str(error)
         return passed
 
     return note
@@ -207,10 +246,15 @@ def _in_training(features: Tensor) -> Tensor:
 
 def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bool) -> ProbedPoint:
     if len(outputs) != 1:
-        times = (
-            "does not fire: the forward pass never calls it" if not outputs else f"fires {len(outputs)} times"
+        if not outputs:
+            raise HostError(
+                "does not fire: the forward pass never calls it, or only its forward() or its weights. A point must fire "
+                "once per forward pass"
+            )
+        raise HostError(
+            f"fires {len(outputs)} times; a point must fire once per forward pass. If layers share it, give each its own, "
+            "or name a module around it that is called once"
         )
-        raise HostError(f"{times}; a point must fire once per forward pass")
     output = features_in(outputs[0], path)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = outputs[0].dtype if isinstance(outputs[0], Tensor) else type(outputs[0]).__name__

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
-from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, submodule
+from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import split_path
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
@@ -94,6 +94,7 @@ class SlottedModel(nn.Module):
             hint = f" Make one of the class: {host.__name__}(...)." if isinstance(host, type) else ""
             raise TypeError(f"host must be a module, not {host!r:.200}.{hint}")
         _take_off_lost_slots(host)
+        demand_openness(host)
         if example is None:
             example = example_of(host)
         proved = probe(host, requested_points(host, slots), example, causal=causal)
@@ -371,14 +372,23 @@ def _has_slot(module: nn.Module, slot: nn.Module) -> bool:
 
 
 def _take_off_lost_slots(host: nn.Module) -> None:
-    """Take slots off a host whose model is gone: nobody else can."""
+    """Take slots off a host whose model is gone: nobody else can.
+
+    Raises:
+        HostError: If the model is there.
+    """
     for module in host.modules():
         for key, hook in list(module._forward_hooks.items()):
             if not isinstance(hook, SlotHook):
                 continue
             slot = cast("SeedSlot", hook.slot)
-            if (model := _MODEL_OF.get(slot)) is None or model() is not None:
+            if (model := _MODEL_OF.get(slot)) is None:
                 continue
+            if model() is not None:
+                raise HostError(
+                    f"'{slot.point.path}' already has a slot: a host can be in one model at a time.\n"
+                    "Name all points in one model, or take the slots of the other off first: old_model.detach_slots()."
+                )
             if isinstance(host, HostProtocol):
                 host.unregister_slot(slot.name)
             module._forward_hooks.pop(key, None)
