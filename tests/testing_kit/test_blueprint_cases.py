@@ -106,7 +106,7 @@ def test_there_is_a_case_for_each_blueprint_and_check_that_says_something_of_it(
     assert {id.rpartition("-")[2] for id in cases(kasmina_cnn)} == set(CHECK_NAMES) - {"param_count"}
 
 
-@pytest.mark.parametrize("given", [SCALE, [SCALE], "cnn:norm", ["cnn:norm", SCALE]], ids=str)
+@pytest.mark.parametrize("given", [SCALE, [SCALE], "cnn:norm", ["cnn:norm", SCALE]])
 def test_every_case_of_a_good_blueprint_passes_or_says_why_it_did_not_run(given: Any) -> None:
     for parameter in cases(given).values():
         spec, check = parameter.values
@@ -130,7 +130,6 @@ def test_no_case_is_about_a_check_that_a_blueprint_never_gets(module: Any) -> No
         ([], ValueError),
         (3, TypeError),
     ],
-    ids=str,
 )
 def test_what_names_blueprints(given: Any, ids: Any) -> None:
     if isinstance(ids, list):
