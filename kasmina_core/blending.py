@@ -18,6 +18,8 @@ STEPS_PER_TEMPERATURE: Final = 12.0
 LARGEST_STEEPNESS: Final = 24.0
 """Steepest ramp allowed: beyond it a single step would exceed about 6 / total_steps."""
 
+_CHANNELS_LAST: Final = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 @final
 @dataclass(init=False, repr=False, slots=True, unsafe_hash=True)
@@ -106,11 +108,16 @@ def like_host(seed: Tensor, host: Tensor) -> Tensor:
         raise SeedShapeError(host.shape, seed.shape)
     if seed.dtype != host.dtype:
         seed = seed.to(host.dtype)
-    if host.is_contiguous():
-        return seed.contiguous()
-    if host.dim() == 4 and host.is_contiguous(memory_format=torch.channels_last):
-        return seed.contiguous(memory_format=torch.channels_last)
-    return seed
+    memory_format = memory_format_of(host)
+    return seed if memory_format is None else seed.contiguous(memory_format=memory_format)
+
+
+def memory_format_of(features: Tensor) -> torch.memory_format | None:
+    """Return the memory format in which features are whole; ``None`` if they are, say, a part of something else."""
+    if features.is_contiguous():
+        return torch.contiguous_format
+    last = _CHANNELS_LAST.get(features.dim())
+    return last if last is not None and features.is_contiguous(memory_format=last) else None
 
 
 def blend_with_isolation(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
-from kasmina_core.errors import HostError, did_you_mean
+from kasmina_core.errors import HostError, TopologyError, did_you_mean
 from kasmina_core.outputs import passed_through, split_path
 from kasmina_core.state_keys import WRAPPER
 from kasmina_core.topology import Topology
@@ -28,12 +28,15 @@ class InjectionPoint:
             ``"encoder.layers.3:1"`` is the second element of a tuple or list, ``"block:hidden"`` a field or a key,
             ``"lstm:1:0"`` the first element of the second. Without one, a tuple's first element and a dataclass's
             first field that is not ``None`` are the features.
-        dim: Width of the features: ``c`` of ``(b, c, h, w)`` or ``d`` of ``(b, t, d)``.
-        topology: Layout of the features.
+        dim: Width of the features: ``c`` of ``(b, c, h, w)``, ``d`` of ``(b, t, d)``.
+        topology: What the axes of the features mean.
         causal: Whether position ``t`` must not see positions after it.
+        layout: The order in which the host holds the axes, in the letters of ``topology.axes``: ``"bhwc"`` or ``"tbd"``.
+            ``None`` for the topology's own. A slot there turns the features and turns them back: seeds see them in the
+            topology's order, batch first.
 
     Raises:
-        HostError: If the name or the width cannot be used.
+        HostError: If the name, the width or the layout cannot be used.
     """
 
     name: str
@@ -41,6 +44,7 @@ class InjectionPoint:
     dim: int
     topology: Topology
     causal: bool = False
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
@@ -49,6 +53,16 @@ class InjectionPoint:
             )
         if self.dim < 1:
             raise HostError(f"Injection point '{self.name}': the width must be at least 1, not {self.dim}.")
+        if self.layout is not None:
+            try:
+                self.topology.order(self.layout)
+            except TopologyError as error:
+                raise HostError(f"Injection point '{self.name}': {error}") from error
+
+    @property
+    def axes(self) -> str:
+        """The letters of the axes in the order in which the host holds them."""
+        return self.layout or self.topology.layout
 
 
 @runtime_checkable

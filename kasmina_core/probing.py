@@ -49,6 +49,7 @@ class ProbedPoint:
     """A point that a probe forward has proved, with the features seen there.
 
     Attributes:
+        shape: Shape of the features, in the order of the topology.
         dtype: What a seed there has: the dtype of the features, or under autocast, which casts them, of the parameters.
     """
 
@@ -259,26 +260,27 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = outputs[0].dtype if isinstance(outputs[0], Tensor) else type(outputs[0]).__name__
         raise HostError(f"returns {kind}, not floating-point features; {what_it_holds(outputs[0], path)}")
-    layouts = {topology.ndim: topology for topology in Topology}
-    if output.dim() not in layouts:
-        raise HostError(
-            f"has features of shape {tuple(output.shape)}; they must be (b, c, h, w) or (b, t, d)"
-        )
-    topology = layouts[output.dim()]
-    dim = output.shape[topology.feature_dim]
     if isinstance(item, str):
+        topology = next((t for t in Topology if t.ndim == output.dim()), None)
+        if topology is None:
+            known = ", ".join(f"{t.value} {t}" for t in Topology)
+            raise HostError(f"has features of shape {tuple(output.shape)}; they must be one of: {known}")
+        dim = output.shape[topology.feature_dim]
         point = InjectionPoint(
             name_for(path), path, dim, topology, causal and topology is Topology.TRANSFORMER
         )
     else:
         point = item
-        if (point.topology, point.dim) != (topology, dim):
+        fits = output.dim() == point.topology.ndim
+        if not fits or output.shape[point.axes.index(point.topology.width)] != point.dim:
+            held = f"({', '.join(point.axes)})"
             raise HostError(
                 "is not as declared\n"
-                f"    declared: {point.topology.value}, width {point.dim}\n"
-                f"    found:    {topology.value}, width {dim}, features {tuple(output.shape)}"
+                f"    declared: {point.topology.value} {held}, width {point.dim}\n"
+                f"    found:    features {tuple(output.shape)}"
             )
-    return ProbedPoint(point, tuple(output.shape), output.dtype, output.device)
+    shape = tuple(output.shape[axis] for axis in point.topology.order(point.axes))
+    return ProbedPoint(point, shape, output.dtype, output.device)
 
 
 def parameter_dtype(host: nn.Module, path: str, otherwise: torch.dtype) -> torch.dtype:

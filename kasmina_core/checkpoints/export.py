@@ -13,6 +13,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from kasmina_core.blending import memory_format_of
 from kasmina_core.errors import ExportError, HostError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
@@ -90,7 +91,7 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     host, seeds = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}))
     host = _without_slots(host, list(model.slots))
     for slot in sorted(fossils, key=lambda one: -one.point.path.count(".")):
-        host = _inline(host, slot.point.path, seeds[slot.name], joints[slot.name])
+        host = _inline(host, slot, seeds[slot.name], joints[slot.name])
     for parameter in host.parameters():
         parameter.grad = None
     try:
@@ -155,13 +156,13 @@ def _without_slots(host: nn.Module, names: list[str]) -> nn.Module:
     return host
 
 
-def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -> nn.Module:
-    body = submodule(host, path)
+def _inline(host: nn.Module, slot: SeedSlot, seed: nn.Module | None, joint: _Joint) -> nn.Module:
+    body = submodule(host, slot.point.path)
     assert seed is not None and joint.features is not None and joint.seed is not None  # noqa: PT018
     features, grown = joint.features, joint.seed
     is_plain = isinstance(joint.output, Tensor) and (joint.args, joint.keywords) == (1, ())
-    is_alike = grown.dtype == features.dtype and grown.stride() == features.stride()
-    joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint, path)
+    is_alike = grown.dtype == features.dtype and grown.stride() == features.stride() and slot.turn is None
+    joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint, slot)
     joined.training = body.training
     missing = [name for name in vars(body) if not name.startswith("_") and name not in vars(joined)]
     for name in missing:
@@ -177,20 +178,24 @@ def _inline(host: nn.Module, path: str, seed: nn.Module | None, joint: _Joint) -
     return host
 
 
-def _graph(body: nn.Module, seed: nn.Module, joint: _Joint, path: str) -> nn.Module:
+def _graph(body: nn.Module, seed: nn.Module, joint: _Joint, slot: SeedSlot) -> nn.Module:
     graph = torch.fx.Graph()
     given = tuple(graph.placeholder(f"given_{i}") for i in range(joint.args))
     keywords: dict[str, Any] = {name: graph.placeholder(name) for name in joint.keywords}
     output = graph.call_module("body", given, keywords)
-    features, put_back = _features(graph, output, joint.output, keys_in(joint.output, path))
+    features, put_back = _features(graph, output, joint.output, keys_in(joint.output, slot.point.path))
+    if slot.turn is not None:
+        features = graph.call_method("permute", (features, slot.turn[0]))
     grown = graph.call_module("seed", (features,))
     assert joint.features is not None and joint.seed is not None  # noqa: PT018
     if joint.seed.dtype != joint.features.dtype:
         grown = graph.call_method("type_as", (grown, features))
-    if joint.features.is_contiguous():
-        grown = graph.call_method("contiguous", (grown,))
-    elif joint.features.is_contiguous(memory_format=torch.channels_last):
-        grown = graph.call_method("contiguous", (grown,), {"memory_format": torch.channels_last})
+    given_features = joint.features
+    if slot.turn is not None:
+        grown = graph.call_method("permute", (grown, slot.turn[1]))
+        given_features = given_features.permute(slot.turn[1])
+    if (memory_format := memory_format_of(given_features)) is not None:
+        grown = graph.call_method("contiguous", (grown,), {"memory_format": memory_format})
     graph.output(put_back(grown))
     return torch.fx.GraphModule({"body": body, "seed": seed}, graph)
 

@@ -78,12 +78,14 @@ def screen(
 def _weighed(slot: SeedSlot) -> Iterator[list[Tensor]]:
     """Let the slot add its seed's change with a weight of 0 per sample; give the weights, one tensor per forward."""
     weights: list[Tensor] = []
+    batch = slot.point.axes.index("b")
 
     def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         features = args[0]
-        weight = features.new_zeros(features.shape[0], requires_grad=True)
+        weight = features.new_zeros(features.shape[batch], requires_grad=True)
         weights.append(weight)
-        return features + weight.view(-1, *[1] * (features.dim() - 1)) * (output - features).detach()
+        sizes = [-1 if axis == batch else 1 for axis in range(features.dim())]
+        return features + weight.view(sizes) * (output - features).detach()
 
     with slot.forced(ForwardMode.MEASURE):
         handle = slot.register_forward_hook(add)

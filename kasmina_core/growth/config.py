@@ -35,7 +35,8 @@ class GrowthConfig:
         embargo_epochs: Epochs in EMBARGOED before the slot is reset.
         isolation_every: Optimiser steps between two measurements of isolation in TRAINING; 0 for once an epoch only.
         higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
-        gradient_policies: Gradient policy of each topology.
+        gradient_policies: Gradient policy of each topology; for one that is left out, the topology's own
+            (``Topology.detach_input_in_blending``).
         gates: The quality gates.
         pack_gate_checks: Whether the gate checks of packs (``kasmina_gate_checks``) join the gates: those of the packs that
             the model's registry holds. They may refuse a transition, never allow one.
@@ -58,8 +59,7 @@ class GrowthConfig:
     higher_is_better: bool = False
     gradient_policies: Mapping[Topology, GradientPolicy] = field(
         default_factory=lambda: {
-            Topology.CNN: GradientPolicy(detach_input_in_blending=True),
-            Topology.TRANSFORMER: GradientPolicy(detach_input_in_blending=False),
+            topology: GradientPolicy(topology.detach_input_in_blending) for topology in Topology
         }
     )
     gates: QualityGates = field(default_factory=QualityGates)
@@ -77,8 +77,8 @@ class GrowthConfig:
         for name in ("embargo_epochs", "isolation_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")
-        if missing := [t.value for t in Topology if t not in self.gradient_policies]:
-            raise ValueError(f"gradient_policies lacks: {', '.join(missing)}.")
+        if odd := [key for key in self.gradient_policies if not isinstance(key, Topology)]:
+            raise ValueError(f"gradient_policies must map topologies, such as Topology.CNN, not {odd[0]!r}.")
         self.make_schedule()
 
     def make_schedule(self) -> AlphaSchedule:

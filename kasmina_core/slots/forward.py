@@ -10,12 +10,11 @@ from typing import Self, cast, final
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.blending import blend_with_isolation, like_host
+from kasmina_core.blending import blend_with_isolation, like_host, memory_format_of
 from kasmina_core.errors import SeedShapeError, TransitionError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import bounded_straight_through, note_largest, relative_deviation
 from kasmina_core.quiet import kept_buffers, kept_modes
-from kasmina_core.topology import Topology
 
 
 @final
@@ -43,7 +42,7 @@ class Slot(nn.Module):
 
     Args:
         point: Where the slot is.
-        shape: Shape of the features seen there; its batch size is ignored.
+        shape: Shape of the features seen there, in the order of the topology; its batch size is ignored.
         max_deviation: Bound of the straight-through gradient, see `bounded_straight_through`.
         dtype: Floating dtype of the host at this point.
         device: Device of the host at this point.
@@ -51,6 +50,7 @@ class Slot(nn.Module):
     Attributes:
         seed: The seed's module, or ``None``.
         mode: The present `ForwardMode`, as an int.
+        turn: Orders for ``permute``, from the host's layout to the topology's and back; ``None`` if they are the same.
         deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
         ran_compiled: Whether a pass of the present measurement ran in a compiled graph.
         training_deviation: Largest deviation since it was last read, of passes in which the seed learned.
@@ -74,15 +74,17 @@ class Slot(nn.Module):
     ) -> None:
         super().__init__()
         if len(shape) != point.topology.ndim or shape[point.topology.feature_dim] != point.dim:
-            raise SeedShapeError(
-                (1, point.dim, 1, 1) if point.topology is Topology.CNN else (1, 1, point.dim), shape
-            )
+            raise SeedShapeError(point.topology.shape(point.dim), shape)
         self.point = point
         self.shape = tuple(shape)
         self.max_deviation = max_deviation
         self.seed: nn.Module | None = None
         self.mode: int = _PASS
         self._override: int | None = None
+        self.turn: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        if point.axes != point.topology.layout:
+            back = tuple(map(point.topology.axes.index, point.axes))
+            self.turn = (point.topology.order(point.axes), back)
         for name, kind in (
             ("alpha_buffer", dtype),
             ("deviation", torch.float32),
@@ -125,14 +127,24 @@ class Slot(nn.Module):
         """Return the features with what the seed does to them in the present mode.
 
         Args:
-            features: The host's, ``(b, c, h, w)`` or ``(b, t, d)``.
+            features: The host's, in the layout of the point.
 
         Raises:
             SeedShapeError: If the seed returns another shape.
         """
-        mode = self.mode
-        if mode == _PASS:
+        if self.mode == _PASS:
             return features
+        if self.turn is None:
+            return self._compute(features)
+        there, back = self.turn
+        # Views: isolation needs the batch first, and the seed the order of its topology.
+        output = self._compute(features.permute(there)).permute(back)
+        memory_format = memory_format_of(features)
+        return output if memory_format is None else output.contiguous(memory_format=memory_format)
+
+    def _compute(self, features: Tensor) -> Tensor:
+        """Compute the present mode on features in the order of the topology."""
+        mode = self.mode
         seed = cast("nn.Module", self.seed)
         if mode == _SEED:
             return like_host(seed(features), features)
@@ -165,6 +177,9 @@ class Slot(nn.Module):
     def isolated_forward(self, features: Tensor) -> Tensor:
         """Compute the straight-through forward, whatever the present mode; buffers are kept.
 
+        Args:
+            features: In the order of the topology, whatever the host's layout.
+
         Raises:
             TransitionError: If there is no seed.
         """
@@ -172,7 +187,7 @@ class Slot(nn.Module):
             raise TransitionError(f"Slot '{self.name}' holds no seed.")
         with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
             self.seed.eval()
-            return self.forward(features)
+            return self._compute(features)
 
     def begin_measurement(self) -> None:
         """Forget the deviation of the measurement before."""

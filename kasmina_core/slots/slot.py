@@ -122,8 +122,8 @@ class SeedSlot(Slot):
     @property
     def blending_mode(self) -> ForwardMode:
         """The forward mode of BLENDING, by the gradient policy of the slot's topology."""
-        is_detached = self.config.gradient_policies[self.point.topology].detach_input_in_blending
-        return ForwardMode.BLEND_DETACHED if is_detached else ForwardMode.BLEND
+        policy = self.config.gradient_policies.get(self.point.topology, self.point.topology)
+        return ForwardMode.BLEND_DETACHED if policy.detach_input_in_blending else ForwardMode.BLEND
 
     @property
     def natural_mode(self) -> ForwardMode:

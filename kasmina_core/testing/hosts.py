@@ -328,8 +328,8 @@ class Trial:
             "points_as_declared",
             shapes,
             "has a point that is not as declared",
-            "(b, c, h, w) or (b, t, d) of the declared width",
-            "Set dim and topology of the InjectionPoint to what the submodule returns.",
+            "features of the declared topology, layout and width",
+            "Set dim, topology and layout of the InjectionPoint to what the submodule returns.",
         )
         if counts or shapes:
             raise Stop("its points are not as declared")
@@ -340,14 +340,11 @@ def _misfit(item: str | InjectionPoint, features: object) -> str:
     """Return in what features differ from what a point declares; empty if they fit."""
     if not isinstance(features, Tensor):
         return f"{type(features).__name__}, no tensor"
-    layouts = {topology.ndim: topology for topology in Topology}
-    if not features.is_floating_point() or features.dim() not in layouts:
-        return f"{features.dtype} of shape {tuple(features.shape)}"
-    topology = layouts[features.dim()]
-    dim = features.shape[topology.feature_dim]
-    if isinstance(item, InjectionPoint) and (item.topology, item.dim) != (topology, dim):
-        return (
-            f"{topology.value}, width {dim}, where {item.topology.value}, width {item.dim}, is declared "
-            f"(features {tuple(features.shape)})"
-        )
+    shape = tuple(features.shape)
+    if not features.is_floating_point() or features.dim() not in {topology.ndim for topology in Topology}:
+        return f"{features.dtype} of shape {shape}"
+    if isinstance(item, InjectionPoint):
+        fits = features.dim() == item.topology.ndim
+        if not fits or shape[item.axes.index(item.topology.width)] != item.dim:
+            return f"features {shape}, where {item.topology.value} ({', '.join(item.axes)}), width {item.dim}, is declared"
     return ""

@@ -139,7 +139,7 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.unused = nn.Conv2d(4, 4, 1)
         self.twice = nn.Conv2d(4, 4, 1)
-        self.flat = nn.Flatten()
+        self.flat = nn.Flatten(0)
         self.several = Several()
         self.count = Count()
 
@@ -165,15 +165,18 @@ IMPOSSIBLE = [
     ("unused", "'unused': does not fire"),
     ("twice", "'twice': fires 2 times"),
     ("several", "'several': returns dict, not floating-point features; it holds .*\n *'several:features' "),
-    ("flat", r"'flat': has features of shape \(2, 100\)"),
+    (
+        "flat",
+        r"'flat': has features of shape \(200,\); they must be one of: cnn \(b, c, h, w\), transformer \(b, t, d\), ",
+    ),
     ("count", "'count': returns torch.int64, not floating-point features"),
     (
         InjectionPoint("body", "body", 8, Topology.CNN),
-        "declared: cnn, width 8\n    found:    cnn, width 4, features",
+        r"declared: cnn \(b, c, h, w\), width 8\n    found:    features \(2, 4, 5, 5\)",
     ),
     (
         InjectionPoint("body", "body", 4, Topology.TRANSFORMER),
-        "declared: transformer, width 4\n    found:    cnn",
+        r"declared: transformer \(b, t, d\), width 4\n    found:    features \(2, 4, 5, 5\)",
     ),
 ]
 
@@ -512,7 +515,9 @@ def test_a_host_whose_declared_width_is_wrong_is_refused() -> None:
         def injection_points(self) -> Sequence[InjectionPoint]:
             return [InjectionPoint("norm", "body.norm", 64, Topology.CNN)]
 
-    with pytest.raises(HostError, match="declared: cnn, width 64\n    found:    cnn, width 4"):
+    with pytest.raises(
+        HostError, match=r"declared: cnn \(b, c, h, w\), width 64\n    found:    features \(2, 4, 5, 5\)"
+    ):
         attach(Wrong())
 
 

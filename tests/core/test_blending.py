@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from kasmina_core import (
     AlphaSchedule,
     CheckpointError,
+    ForwardMode,
     GrowthConfig,
     MorphogeneticModel,
     RampUnit,
@@ -246,8 +247,7 @@ def test_detached_host_path_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("detached", [True, False])
 def test_gradient_policy_decides_whether_the_host_learns_through_a_blending_seed(detached: bool) -> None:
-    policies = {topology: GrowthConfig().gradient_policies[topology] for topology in Topology}
-    policies[Topology.CNN] = type(policies[Topology.CNN])(detached)
+    policies = {Topology.CNN: type(GrowthConfig().gradient_policies[Topology.CNN])(detached)}
     slot = grow_to(cnn_model(gradient_policies=policies), "norm", SeedStage.BLENDING, alpha=0.25)
     features = torch.randn(2, 4, 3, 3, requires_grad=True)
     slot(features).sum().backward()
@@ -260,6 +260,11 @@ def test_default_policies_detach_for_cnn_and_attach_for_transformers() -> None:
     policies = GrowthConfig().gradient_policies
     assert policies[Topology.CNN].detach_input_in_blending
     assert not policies[Topology.TRANSFORMER].detach_input_in_blending
+
+
+def test_a_policy_that_is_left_out_is_that_of_the_topology() -> None:
+    slot = grow_to(cnn_model(gradient_policies={}), "norm", SeedStage.BLENDING, alpha=0.25)
+    assert slot.mode == ForwardMode.BLEND_DETACHED
 
 
 # -- the host goes on learning -------------------------------------------------------------------------------------

@@ -921,7 +921,7 @@ def test_a_pickled_model_goes_on_like_the_original(stage):
         ({"embargo_epochs": -1}, "embargo_epochs must not be negative, but is -1"),
         ({"isolation_every": -1}, "isolation_every must not be negative, but is -1"),
         ({"temperature": 0.0}, "temperature=0.0 makes the ramp of 5 steps a jump"),
-        ({"gradient_policies": {}}, "gradient_policies lacks: cnn, transformer"),
+        ({"gradient_policies": {"cnn": None}}, "gradient_policies must map topologies, .* not 'cnn'"),
         (
             {"incubation": "straight_through"},
             "incubation must be one of .*'counterfactual'.* not 'straight_through'. Did you mean 'straight-through'",

@@ -90,12 +90,12 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     "another width than declared": (
         tiny.DeclaresAnotherWidth,
         ["points_as_declared"],
-        "cnn, width 4, where cnn, width 8, is declared",
+        "where cnn (b, c, h, w), width 8, is declared",
     ),
     "another layout than declared": (
         tiny.DeclaresAnotherLayout,
         ["points_as_declared"],
-        "where transformer, width 5, is declared",
+        "where transformer (b, t, d), width 5, is declared",
     ),
     "refuses slots": (tiny.RefusesSlots, ["attaches"], "no slots today"),
     "owns its slots": (tiny.OwnsSlots, ["keys_unchanged", "slots_take_features"], "also slot_early"),

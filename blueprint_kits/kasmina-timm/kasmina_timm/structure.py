@@ -266,7 +266,7 @@ def _layout(fired: Sequence[Fired], width: int | None, channels_last: bool) -> t
     shape = fired[0]
     if isinstance(shape, str):
         return f"returns {shape}"
-    topology = {topology.ndim: topology for topology in Topology}.get(len(shape))
+    topology = {each.ndim: each for each in (Topology.CNN, Topology.TRANSFORMER)}.get(len(shape))
     if topology is None:
         return f"has features of shape {shape}"
     if topology is Topology.CNN and (channels_last or shape[1] != width == shape[-1]):
