@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
 from typing import Any, Final, Self, TypeVar, cast, final
 from weakref import WeakKeyDictionary
 
@@ -66,6 +69,12 @@ class SlottedModel(nn.Module):
     """A host whose features pass through slots.
 
     The host keeps its class, its keys and its own hooks. Empty slots add no key to the ``state_dict``.
+
+    Public methods and properties of the host's class work on the model too, where it has none of that name:
+    ``model.generate(...)``, ``model.device``, ``model.get_input_embeddings()``. The host's forward runs in them as
+    always, slots included. Not taken over are: what torch defines; what would save or publish the host without its
+    seeds (``save_pretrained``, ``push_to_hub``, ``from_pretrained``); how the host takes slots; and attributes of the instance, above all
+    ``config``, by which trainers take a model for one of transformers. They are at ``model.host``.
 
     Args:
         host: Any module. One with `HostProtocol` declares its points.
@@ -145,7 +154,25 @@ class SlottedModel(nn.Module):
         except AttributeError:
             if name in _parts_of(self.__dict__):
                 return getattr(self.host, name)
-            raise
+            kind = _own_of_host(self.__dict__, name)
+            if kind is None:
+                raise
+            found = getattr(self.host, name)
+            return found if isinstance(kind, property) else self._following(found)
+
+    def _following(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method of the host that keeps what a forward of the model does: slots follow, and other threads wait."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._turns.enter()
+            try:
+                self.follow_modules()
+                return method(*args, **kwargs)
+            finally:
+                self._turns.leave()
+
+        return call
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_own = name in self.__dict__ or hasattr(type(self), name)
@@ -404,6 +431,29 @@ def _take_off_lost_slots(host: nn.Module) -> None:
 def _parts_of(attributes: Mapping[str, Any]) -> set[str]:
     host = attributes.get("_modules", {}).get("host")
     return set() if host is None else {*host._modules, *host._parameters, *host._buffers}
+
+
+_NOT_TAKEN_OVER: Final = {
+    "example_inputs",
+    "from_pretrained",
+    "injection_points",
+    "push_to_hub",
+    "register_slot",
+    "save_pretrained",
+    "unregister_slot",
+}
+
+
+def _own_of_host(attributes: Mapping[str, Any], name: str) -> FunctionType | property | None:
+    """Return the public method or property of the host's class that works on the model too, if there is one."""
+    host = attributes.get("_modules", {}).get("host")
+    if host is None or name.startswith("_") or name in _NOT_TAKEN_OVER:
+        return None
+    found = inspect.getattr_static(type(host), name, None)
+    function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] == "torch":
+        return None
+    return cast("FunctionType | property", found)
 
 
 _Model = TypeVar("_Model", bound=SlottedModel)

@@ -17,6 +17,7 @@ from numeric_helpers import (
     CNN_SLOTS,
     FAILURE_STAGES,
     LIVING_STAGES,
+    PERMISSIVE,
     ConvSeed,
     causal_host,
     causal_model,
@@ -38,9 +39,15 @@ from torch import Tensor, nn
 from kasmina_core import (
     CheckpointError,
     GateLevel,
+    GrowthConfig,
+    HookedHost,
+    HostProtocol,
+    InjectionPoint,
     KasminaError,
+    MisuseWarning,
     MorphogeneticModel,
     SeedStage,
+    Topology,
     UnknownNameError,
     tie_optimizer,
 )
@@ -554,3 +561,101 @@ def causal_model_on_meta(host: nn.Module) -> MorphogeneticModel:
 def test_every_error_of_the_library_can_be_caught_as_one() -> None:
     with pytest.raises(KasminaError):
         cnn_model().germinate("norm", "nothing")
+
+
+class Speaker(HookedHost, nn.Module):
+    """Has methods and properties of its own, as the models of libraries have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.config = {"architectures": ["Speaker"]}
+
+    def injection_points(self) -> list[InjectionPoint]:
+        return [InjectionPoint("point", "layer", 4, Topology.TRANSFORMER)]
+
+    def example_inputs(self) -> tuple[Tensor]:
+        return (torch.ones(2, 3, 4),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.layer
+
+    @torch.no_grad()
+    def generate(self, x: Tensor, *, steps: int) -> Tensor:
+        for _ in range(steps):
+            x = self(x)
+        return x
+
+    def save_pretrained(self, path: str) -> None:
+        raise AssertionError("the host would be saved without its seeds")
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return cls is Speaker
+
+    @classmethod
+    def from_pretrained(cls) -> Speaker:
+        return cls()
+
+
+def test_methods_and_properties_of_the_host_work_on_the_model_with_its_seeds() -> None:
+    host = Speaker()
+    calls: list[int] = []
+    host.register_forward_pre_hook(lambda _m, args: calls.append(len(args)))
+    model = MorphogeneticModel(host, registry=registry(), config=GrowthConfig(gates=PERMISSIVE))
+    x = torch.ones(2, 3, 4)
+    bare = model.generate(x, steps=2)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.get_input_embeddings() is host.layer
+    assert model.can_generate()
+    model.evaluate_with(lambda: model(x).flatten())
+    grow_to(model, "point", SeedStage.BLENDING, "mlp")
+    scramble(model.slots["point"].seed)
+    model.slots["point"].set_alpha(1.0)
+    calls.clear()
+    generated = model.generate(x, steps=2)
+    assert calls == [1, 1]
+    assert torch.equal(generated, model(model(x)).detach())
+    assert not torch.equal(generated, bare)
+    host.layer = nn.Linear(4, 4)
+    with pytest.warns(MisuseWarning, match="module of slot 'point' was replaced"):
+        moved = model.generate(x, steps=1)
+    assert torch.equal(moved, model(x).detach())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config",
+        "save_pretrained",
+        "from_pretrained",
+        "injection_points",
+        "register_slot",
+        "example_inputs",
+        "nothing",
+    ],
+)
+def test_what_would_pass_by_the_seeds_is_at_the_host_alone(name: str) -> None:
+    model = MorphogeneticModel(Speaker(), registry=registry())
+    assert hasattr(model.host, name) is (name != "nothing")
+    with pytest.raises(AttributeError, match=f"'MorphogeneticModel' object has no attribute '{name}'"):
+        getattr(model, name)
+    assert not isinstance(model, HostProtocol)
+
+
+def test_a_copy_uses_the_methods_of_its_own_host() -> None:
+    model = MorphogeneticModel(Speaker(), registry=registry())
+    twin = copy.deepcopy(model)
+    assert twin.get_input_embeddings() is twin.host.layer
+    assert pickle.loads(pickle.dumps(model)).device == model.device
