@@ -266,9 +266,7 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
             known = ", ".join(f"{t.value} {t}" for t in Topology)
             raise HostError(f"has features of shape {tuple(output.shape)}; they must be one of: {known}")
         dim = output.shape[topology.feature_dim]
-        point = InjectionPoint(
-            name_for(path), path, dim, topology, causal and topology is Topology.TRANSFORMER
-        )
+        point = InjectionPoint(name_for(path), path, dim, topology, causal and topology.can_be_causal)
     else:
         point = item
         fits = output.dim() == point.topology.ndim

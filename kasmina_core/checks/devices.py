@@ -98,7 +98,7 @@ def device_check_names(topology: Topology, full: bool) -> tuple[str, ...]:
     """Return the checks of a device, in the order of reports."""
     if not full:
         return QUICK_DEVICE_CHECKS
-    of_topology = [c for c in FULL_DEVICE_CHECKS if topology is Topology.CNN or c != "channels_last"]
+    of_topology = [c for c in FULL_DEVICE_CHECKS if topology.memory_formats or c != "channels_last"]
     return (*QUICK_DEVICE_CHECKS, *of_topology)
 
 
@@ -142,9 +142,8 @@ def check_on_device(bench: Bench, built: Sequence[Built], device: torch.device, 
 
 def example_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], bool]]:
     """Return shapes of features, each with whether the module is in training mode."""
-    if topology is Topology.CNN:
-        return [((2, width, 8, 8), True), ((1, width, 7, 5), True), ((3, width, 5, 6), False)]
-    return [((2, 16, width), True), ((1, 7, width), True), ((3, 1, width), False)]
+    *shapes, last = topology.example_shapes(width)
+    return [*((shape, True) for shape in shapes), (last, False)]
 
 
 def rms(values: Tensor) -> float:
@@ -269,8 +268,8 @@ class _FullChecks:
         import torch
 
         jobs = {"other_dtypes": self._dtypes, "autocast": self._autocast}
-        if self.bench.spec.topology is Topology.CNN:
-            jobs["channels_last"] = self._format
+        if self.bench.spec.topology.memory_formats:
+            jobs["channels_last"] = self._formats
         for name, job in jobs.items():
             try:
                 job(name)
@@ -348,16 +347,21 @@ class _FullChecks:
         self.tally.judge(name, finite and y.is_floating_point(), where, found)
         self.tally.measured[name] = f"{str(half).removeprefix('torch.')}, forward and backward"
 
-    def _format(self, name: str) -> None:
+    def _formats(self, name: str) -> None:
+        for memory_format in self.bench.spec.topology.memory_formats:
+            self._format(name, memory_format)
+
+    def _format(self, name: str, format_name: str) -> None:
         import torch
 
         module, plain = self._module(), self._features()
-        where = f"{self.where} in channels_last"
-        y = self._call(name, module, plain.to(memory_format=torch.channels_last), where)
+        memory_format: torch.memory_format = getattr(torch, format_name)
+        where = f"{self.where} in {format_name}"
+        y = self._call(name, module, plain.to(memory_format=memory_format), where)
         z = self._call(name, module, plain, self.where)
         if y is None or z is None:
             return
-        if not (self.width == 1 or y.is_contiguous(memory_format=torch.channels_last)):
+        if not (self.width == 1 or y.is_contiguous(memory_format=memory_format)):
             found = "contiguous" if y.is_contiguous() else f"strides {tuple(y.stride())}"
             self.tally.fail(name, where, found)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,9 @@ GRID_WIDTHS: Final = (1, 2, 3, 5, 12, 33, 96)
 
 MODE_TOLERANCE: Final = 1e-4
 """Largest difference of outputs between modes and between copies, as a part of their RMS."""
+
+_GRID: Final = ((2, 1), (1, 5), (1, 7, 3, 2), (2, 13, 9, 5), (3, 4, 6, 3), (3, 33, 2))
+"""Batch, and sizes of the axes of positions, which are repeated as often as a topology needs."""
 
 _TOLERANCE: Final = f"{MODE_TOLERANCE:g} of the output's RMS"
 
@@ -121,10 +125,14 @@ def grid_shapes(topology: Topology, width: int) -> list[tuple[tuple[int, ...], b
     >>> grid_shapes(Topology.TRANSFORMER, 8)[0]
     ((1, 1, 8), False)
     """
-    if topology is Topology.CNN:
-        sizes = [(2, 1, 1), (1, 5, 5), (1, 7, 3), (2, 13, 9), (3, 4, 6)]
-        return [((b, width, h, w), h * w > 1) for b, h, w in sizes]
-    return [((b, t, width), t > 1) for b, t in [(1, 1), (1, 5), (2, 13), (3, 33)]]
+    shapes = {}
+    # A sequence may grow by one position at a time, of one sample.
+    for batch, *sizes in [(1, 1), *_GRID] if topology.sequence_axis is not None else _GRID:
+        positions = [sizes[axis % len(sizes)] for axis in range(topology.ndim - 2)]
+        # Statistics over a batch need several values: positions, or where there are none, samples.
+        several = math.prod(positions) > 1 if positions else batch > 1
+        shapes[topology.shape(width, batch, positions)] = several
+    return list(shapes.items())
 
 
 def _first_misfit(bench: Bench, widths: Sequence[int], device: torch.device) -> tuple[str, Any] | None:

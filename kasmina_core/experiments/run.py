@@ -206,6 +206,10 @@ class SeedLog:
         return records
 
 
+_TOPOLOGIES: Final = {"classification": Topology.CNN, "language-model": Topology.TRANSFORMER}
+"""Topology of the hosts for each kind of task: pictures, and rows of characters."""
+
+
 def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
     """Build the host of a run, with weights that depend on ``settings.seed`` alone.
 
@@ -216,7 +220,7 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
         UnknownNameError: If there is no such host, or none for the task.
         BlueprintError: If the host has no option of a name in ``settings.host_options``, or does not fit the task.
     """
-    topology = Topology.CNN if task.kind == "classification" else Topology.TRANSFORMER
+    topology = _TOPOLOGIES[task.kind]
     host_id = plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, topology)
     spec = plugins.hosts.get(host_id)
     if spec.topology is not topology:
@@ -224,7 +228,7 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
             f"Host '{host_id}' does not fit task '{task.name}'.\n"
             f"  host: {spec.topology.value}\n  task: {topology.value}"
         )
-    if topology is Topology.CNN:
+    if task.kind == "classification":
         needed: dict[str, Any] = {"in_channels": task.input_shape[0], "num_classes": task.n_classes}
     else:
         needed = {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}

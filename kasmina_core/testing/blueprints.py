@@ -12,7 +12,6 @@ from kasmina_core.checks.blueprints import CHECK_NAMES, check_blueprint_spec
 from kasmina_core.checks.reports import CheckStatus, ValidationReport
 from kasmina_core.errors import UnknownNameError, did_you_mean
 from kasmina_core.testing.offered import OfferedBlueprint, blueprints_of
-from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     import pytest
@@ -147,7 +146,7 @@ def _names_for(spec: BlueprintSpec) -> list[str]:
     silent = {"param_count"}  # a count without a declaration can neither pass nor fail
     if not spec.options:
         silent.add("options")
-    if spec.topology is not Topology.CNN:
+    if not spec.topology.memory_formats:
         silent.add("channels_last")
     return [name for name in CHECK_NAMES if name not in silent]
 

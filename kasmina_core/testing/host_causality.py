@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 def check_causality(trial: Trial) -> None:
     """Change later inputs and look at earlier features, at each point that is declared causal."""
     claimed = [
-        (path_of(item), shape[1])
+        (path_of(item), axis, shape[axis])
         for item, shape in trial.points
-        if len(shape) == Topology.TRANSFORMER.ndim
-        and (item.causal if isinstance(item, InjectionPoint) else trial.causal)
+        if (axis := _causal_axis(trial, item, shape)) is not None
     ]
     if not claimed:
         return
-    verdicts = [_causal_at(trial, path, length) for path, length in claimed]
-    untested = [path for (path, _), verdict in zip(claimed, verdicts, strict=True) if verdict is None]
-    faults = {f"'{path}'": verdict or "" for (path, _), verdict in zip(claimed, verdicts, strict=True)}
+    verdicts = [_causal_at(trial, path, axis, length) for path, axis, length in claimed]
+    untested = [path for (path, *_), verdict in zip(claimed, verdicts, strict=True) if verdict is None]
+    faults = {f"'{path}'": verdict or "" for (path, *_), verdict in zip(claimed, verdicts, strict=True)}
     if untested and not any(faults.values()):
         trial.keep(
             "causal_claim",
@@ -47,23 +46,41 @@ def check_causality(trial: Trial) -> None:
     )
 
 
-def _causal_at(trial: Trial, path: str, length: int) -> str | None:
-    """Return how a point looks ahead, ``""`` if it does not, ``None`` if no input tells."""
+def _causal_axis(trial: Trial, item: str | InjectionPoint, shape: tuple[int, ...]) -> int | None:
+    """Return the axis of the host's features along which a point is said to be causal; ``None`` if it is not."""
+    if isinstance(item, str):
+        return 1 if trial.causal and len(shape) == Topology.TRANSFORMER.ndim else None
+    axis = item.topology.causal_axis
+    return item.axes.index(item.topology.axes[axis]) if item.causal and axis is not None else None
+
+
+def _causal_at(trial: Trial, path: str, axis: int, length: int) -> str | None:
+    """Return how a point looks ahead, ``""`` if it does not, ``None`` if no input tells.
+
+    Every axis of an input that is as long as the features' may be the one of their positions.
+    """
     plain = _features(trial, path, trial.example)
     leaks: list[str] = []
-    for name, tensor in tensors_in(trial.example, "input"):
-        if tensor.dim() < 2 or tensor.shape[1] != length or length < 2:
-            continue
+    places = [
+        (name, tensor, place)
+        for name, tensor in tensors_in(trial.example, "input")
+        for place in range(tensor.dim())
+        if tensor.dim() > 1 and tensor.shape[place] == length > 1
+    ]
+    for name, tensor, place in places:
         effective, leak = False, ""
         for cut in sorted({1, length // 2, length - 1}):
             try:
-                features = _features(trial, path, _with(trial.example, tensor, _changed_from(tensor, cut)))
+                changed = _changed_from(tensor.movedim(place, 1), cut).movedim(1, place)
+                features = _features(trial, path, _with(trial.example, tensor, changed))
             except Exception:  # a value that this input does not take; it says nothing
                 continue
             if features.shape != plain.shape:
                 continue
-            effective = effective or not _close(plain[:, cut:], features[:, cut:])
-            if not leak and not _close(plain[:, :cut], features[:, :cut]):
+            before = [part.narrow(axis, 0, cut) for part in (plain, features)]
+            after = [part.narrow(axis, cut, length - cut) for part in (plain, features)]
+            effective = effective or not _close(*after)
+            if not leak and not _close(*before):
                 leak = f"{name} from position {cut} on changes features before position {cut}"
         if effective and not leak:
             return ""

@@ -17,6 +17,7 @@ from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.model import MorphogeneticModel
+from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.slots.forward import ForwardMode
 from kasmina_core.testing.comparing import (
@@ -43,7 +44,7 @@ class BendSeed(nn.Module):
 
     def __init__(self, dim: int, topology: Topology) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros((dim, 1, 1) if topology is Topology.CNN else (dim,)))
+        self.weight = nn.Parameter(torch.zeros(topology.shape(dim)[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the bent features."""
@@ -68,9 +69,10 @@ def check_slots(trial: Trial) -> None:
     _grown(trial)
 
 
-def _registry() -> BlueprintRegistry:
+def _registry(trial: Trial) -> BlueprintRegistry:
     registry = BlueprintRegistry()
-    for topology in (Topology.CNN, Topology.TRANSFORMER):
+    declared = (item.topology for item, _ in trial.points if isinstance(item, InjectionPoint))
+    for topology in dict.fromkeys([*Topology, *declared]):  # that of a pack under test may not be loaded
         spec = BlueprintSpec(topology.value, topology, partial(BendSeed, topology=topology), lambda dim: dim)
         registry.register(spec, pack="conformance")
     return registry
@@ -81,7 +83,12 @@ def _model(trial: Trial, host: nn.Module) -> MorphogeneticModel:
     gates = open_gates(max_isolation_violations=10**9, **at_once)
     config = GrowthConfig(gates=gates, isolation_every=0)
     model = MorphogeneticModel(
-        host, trial.slots, example=trial.example, config=config, registry=_registry(), causal=trial.causal
+        host,
+        trial.slots,
+        example=trial.example,
+        config=config,
+        registry=_registry(trial),
+        causal=trial.causal,
     )
     model.evaluate_with(lambda: torch.zeros(2))
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from collections.abc import Iterable
 from types import ModuleType
@@ -61,9 +62,18 @@ def grown(spec: BlueprintSpec, dim: int, seed: int = 0, std: float = 0.3, **opti
 def features(
     spec: BlueprintSpec, dim: int, batch: int = 4, size: tuple[int, int] = (6, 5), seed: int = 2
 ) -> Tensor:
-    """Return random features of the blueprint's layout; a sequence is ``size[0] * size[1]`` long."""
-    h, w = size
-    shape = (batch, dim, h, w) if spec.topology is Topology.CNN else (batch, h * w, dim)
+    """Return random features of the blueprint's topology.
+
+    Args:
+        spec: The blueprint.
+        dim: The width.
+        batch: Number of samples.
+        size: Sizes of two axes of positions; one alone is ``size[0] * size[1]`` long, more are as long as the shorter.
+        seed: Seed of the numbers.
+    """
+    positions = spec.topology.ndim - 2
+    sizes = [math.prod(size)] if positions == 1 else [*size, *[min(size)] * positions][:positions]
+    shape = spec.topology.shape(dim, batch, sizes)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -169,13 +179,14 @@ class SeedCases:
 
     def test_takes_each_memory_format(self, spec: BlueprintSpec) -> None:
         seed, x = grown(spec, 8), features(spec, 8)
-        if self.topology is not Topology.CNN:
-            torch.testing.assert_close(seed(x.transpose(0, 1).contiguous().transpose(0, 1)), seed(x))
-            return
-        y, z = seed(x), seed(x.to(memory_format=torch.channels_last))
+        y = seed(x)
         assert y.is_contiguous()
-        assert z.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(z, y)
+        torch.testing.assert_close(seed(x.transpose(0, 1).contiguous().transpose(0, 1)), y)
+        for name in self.topology.memory_formats:
+            memory_format: torch.memory_format = getattr(torch, name)
+            z = seed(x.to(memory_format=memory_format))
+            assert z.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(z, y)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_runs_under_autocast(self, spec: BlueprintSpec, dtype: torch.dtype) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny_hosts as tiny
 import torch
+import torch.nn.functional as F
 from kasmina_cnn import CNNHost
 from kasmina_transformer import TransformerHost
-from torch import nn
+from torch import Tensor, nn
 
 from kasmina_core import (
     CheckStatus,
@@ -247,3 +248,29 @@ def test_a_report_is_plain_data_and_readable_text() -> None:
     assert len(lines) == 1 + len(HOST_CHECKS)
     assert lines[1].split()[:2] == ["passed", "builds"]
     assert lines[-1].split()[:2] == ["failed", "causal_claim"]
+
+
+class CausalSignal(nn.Module):
+    """A convolution over time ``(b, c, t)`` that sees no later position, or with ``ahead=True`` the next one."""
+
+    def __init__(self, layout: str, *, ahead: bool = False) -> None:
+        super().__init__()
+        self.layout, self.ahead = layout, ahead
+        self.conv = nn.Conv1d(2, 3, 3)
+        self.features = nn.Identity()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = [Topology.SIGNAL.axes.index(axis) for axis in self.layout]
+        held = self.conv(F.pad(x, (1, 1) if self.ahead else (2, 0))).permute(there).contiguous()
+        held = self.features(held).permute(Topology.SIGNAL.order(self.layout))
+        return self.head(held.mT)
+
+
+@pytest.mark.parametrize("layout", ["bct", "tbc"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_signal_that_looks_ahead_is_found_in_each_layout(layout: str, ahead: bool) -> None:
+    point = InjectionPoint("features", "features", 3, Topology.SIGNAL, causal=True, layout=layout)
+    example = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
+    report = check_host(CausalSignal(layout, ahead=ahead), slots=[point], example=example)
+    assert [check.name for check in report.failures] == ["causal_claim"] * ahead
