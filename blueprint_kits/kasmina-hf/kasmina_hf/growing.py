@@ -18,8 +18,9 @@ from kasmina_core import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kasmina_hf.inputs import example_inputs
 from kasmina_hf.positions import attach_guard, needs_every_position
-from kasmina_hf.structure import example_inputs, is_causal, points
+from kasmina_hf.structure import places, points
 
 
 @final
@@ -105,11 +106,12 @@ def grow(
             f"{type(model).__name__} is not a transformers model. kasmina_core.MorphogeneticModel takes any module: "
             "name its points there."
         )
+    example = example_inputs(model) if example is None else example
+    named = [slots] if isinstance(slots, (str, InjectionPoint)) else slots
     return GrowingModel(
         model,
-        points(model, every) if slots is None else _named(model, slots),
-        example=example_inputs(model) if example is None else example,
-        causal=slots is not None and is_causal(model),
+        points(model, every, example) if named is None else places(model, named, example),
+        example=example,
         config=config,
         registry=registry,
         telemetry=telemetry,
@@ -123,15 +125,3 @@ def _put_first(module: nn.Module, slot: SeedSlot) -> None:
     hooks.move_to_end(
         next(key for key, hook in hooks.items() if getattr(hook, "slot", None) is slot), last=False
     )
-
-
-def _named(
-    model: PreTrainedModel, slots: str | InjectionPoint | Iterable[str | InjectionPoint]
-) -> list[str | InjectionPoint]:
-    """Return ``slots`` with names of derived points replaced by these."""
-    wanted = [slots] if isinstance(slots, (str, InjectionPoint)) else list(slots)
-    try:
-        derived = {point.name: point for point in points(model)}
-    except HostError:
-        derived = {}
-    return [derived.get(item, item) if isinstance(item, str) else item for item in wanted]

@@ -28,8 +28,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from kasmina_hf.inputs import example_inputs
 from kasmina_hf.positions import attach_guard
-from kasmina_hf.structure import example_inputs, points
+from kasmina_hf.structure import points
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -39,7 +40,9 @@ class DeclaresPoints(HookedHost):
 
     def injection_points(self) -> Sequence[InjectionPoint]:
         """Return the model's points, one a layer or stage."""
-        return points(cast("PreTrainedModel", self))
+        if "_points" not in self.__dict__:  # found by forwards, which must not go through slots
+            self.__dict__["_points"] = points(cast("PreTrainedModel", self))
+        return cast("Sequence[InjectionPoint]", self.__dict__["_points"])
 
     def example_inputs(self) -> dict[str, Tensor]:
         """Return two sequences or images, always the same ones."""

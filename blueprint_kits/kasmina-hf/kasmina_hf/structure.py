@@ -1,39 +1,78 @@
-"""Points of a transformers model, from its config and modules, and inputs to run it once."""
+"""Points of a transformers model: its lists of layers, as one forward shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any, Final, final
 
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
-EXAMPLE_TOKENS = 8
-DEFAULT_IMAGE_SIZE = 64  # for configs without one; a ResNet shrinks images 32 times
+from kasmina_hf.inputs import call, example_inputs, quiet
+
+_Layers = nn.ModuleList | nn.Sequential
+_TOPOLOGIES: Final = {"bchw": Topology.CNN, "btd": Topology.TRANSFORMER}
 
 
-def points(model: PreTrainedModel, every: int = 1) -> list[InjectionPoint]:
-    """Return the places in a model where a slot can be: after its layers, or its stages if it is convolutional.
+@final
+@dataclass(frozen=True)
+class Tower:
+    """A list of layers whose features a forward has shown.
 
-    - Models of tokens or patches: the list of ``config.num_hidden_layers`` layers, each of width
-      ``config.hidden_size``; points are named ``layer1``, ``layer2``, …
-    - Convolutional models: the list of stages, of widths ``config.hidden_sizes``; points are named ``stage1``, …
+    Attributes:
+        path: Path of the list in the model.
+        kind: What its members are called: layers, or stages where features are images or change their shape.
+        shapes: Shape of the features after each layer that runs, as the model holds them.
+        layout: The order of their axes, such as ``"btd"``.
+        causal: Whether a position may not see those after it.
+    """
 
-    A point is causal if the model is: if its modules or its config say so, or two forwards show it.
+    path: str
+    kind: str
+    shapes: dict[int, tuple[int, ...]]
+    layout: str
+    causal: bool
+
+    def points(self, prefix: str, every: int) -> list[InjectionPoint]:
+        """Return points after every so many members, with names that begin with ``prefix``."""
+        topology = _TOPOLOGIES[self.layout]
+        width = self.layout.index("d" if "d" in self.layout else "c")
+        return [
+            InjectionPoint(
+                f"{prefix}{self.kind}{i + 1}",
+                f"{self.path}.{i}",
+                shape[width],
+                topology,
+                self.causal,
+            )
+            for i, shape in self.shapes.items()
+            if (i + 1) % every == 0
+        ]
+
+
+def points(model: PreTrainedModel, every: int = 1, example: Any = None) -> list[InjectionPoint]:
+    """Return the places in a model where a slot can be: after the layers, or stages, of each of its towers.
+
+    A tower is a list of modules that run once each, one after the other, and return features of one layout: the
+    decoder of a language model, the encoder of a sequence-to-sequence model, the text and the vision part of a CLIP.
+    Points of a model with one such list are named ``layer1``, ``layer2``, … or ``stage1``, …; where a model has more,
+    the first parts of their paths that differ come before: ``encoder_layer1``, ``decoder_layer1``.
+
+    Layouts and widths are read off the modules and off a forward of ``example``; a tower that does not run there has
+    no points. A tower is causal if other features at its last position leave those before it as they were.
 
     Args:
         model: The model, with or without a head.
-        every: Distance between points: 2 gives every second layer or stage, ``layer2``, ``layer4``, …
+        every: Distance between points of a tower: 2 gives every second layer, ``layer2``, ``layer4``, …
+        example: Inputs for one forward, a mapping of keywords, a tuple or a tensor; default `example_inputs`.
 
     Raises:
-        HostError: If the config and the modules do not say where the layers are; the message says how to name places
-            by hand.
+        HostError: If no tower is found; the message says how to name places by hand.
         ValueError: If ``every`` is not from 1 to the number of layers.
 
     >>> from transformers import LlamaConfig, LlamaModel
@@ -42,122 +81,347 @@ def points(model: PreTrainedModel, every: int = 1) -> list[InjectionPoint]:
     >>> [(point.name, point.path, point.dim, point.causal) for point in points(LlamaModel(config))]
     [('layer1', 'layers.0', 4, True), ('layer2', 'layers.1', 4, True)]
     """
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(model, "it is an encoder with a decoder, and their inputs and masks differ")
-    if (widths := getattr(config, "hidden_sizes", None)) is not None:
-        path, layers = _the_list(model, "stages", len(widths), "config.hidden_sizes")
-        if any("Attention" in type(module).__name__ for module in layers.modules()):
-            raise _unsupported(model, "its stages attend, and do not say how their features are laid out")
-        kind, topology, causal = "stage", Topology.CNN, False
-    else:
-        if getattr(config, "depths", None) is not None:
-            raise _unsupported(
-                model, "its config gives no width for each of its stages (config.hidden_sizes)"
-            )
-        count, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
-        if not (isinstance(count, int) and isinstance(width, int)):
-            raise _unsupported(model, "its config has no num_hidden_layers and hidden_size")
-        path, layers = _the_list(model, None, count, "config.num_hidden_layers")
-        widths = [width] * count
-        kind, topology, causal = "layer", Topology.TRANSFORMER, is_causal(model)
-    if not 1 <= every <= len(widths):
-        raise ValueError(f"every must be from 1 to {len(widths)}, the number of {kind}s, not {every!r}.")
-    return [
-        InjectionPoint(f"{kind}{i + 1}", f"{path}.{i}", widths[i], topology, causal)
-        for i in range(every - 1, len(widths), every)
-    ]
+    return _points_of(model, towers(model, example), every)
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Return whether a position of a model may not see those after it.
-
-    Where an attention module says so (``is_causal``), or the config or kind of a model does, it is. Where none does, a
-    model of tokens is asked itself: it is causal if another last token leaves the features before it as they were.
-    """
-    kind = model.config.model_type
-    return (
-        any(getattr(module, "is_causal", None) is True for module in model.modules())
-        or getattr(model.config, "is_decoder", False) is True
-        or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-        or _behaves_causally(model)
-    )
+def _points_of(model: PreTrainedModel, found: list[Tower], every: int) -> list[InjectionPoint]:
+    most = max(max(tower.shapes) + 1 for tower in found)
+    if not 1 <= every <= most:
+        raise ValueError(f"every must be from 1 to {most}, the number of {found[0].kind}s, not {every!r}.")
+    prefixes = _prefixes([path for path, _ in _layer_lists(model)])
+    return [point for tower in found for point in tower.points(prefixes[tower.path], every)]
 
 
-@torch.no_grad()
-def _behaves_causally(model: PreTrainedModel) -> bool:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        ids = example_inputs(model)["input_ids"]
-        changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % model.config.vocab_size], dim=1)
-        model.train(False)
-        before, after = (model.base_model(input_ids=tokens)[0][:, :-1] for tokens in (ids, changed))
-        return torch.equal(before, after)
-    except Exception:  # takes no tokens, or does not run like that: nothing speaks for it
-        return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return inputs for one forward of a model, always the same ones, on its device: two sequences or images.
+def towers(model: PreTrainedModel, example: Any = None) -> list[Tower]:
+    """Return the towers of a model that run in a forward of ``example``, in the order of its modules.
 
     Raises:
-        HostError: If the model takes something else than token indices or images.
-
-    >>> from transformers import GPT2Config, GPT2Model
-    >>> inputs = example_inputs(GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)))
-    >>> {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-    {'input_ids': (2, 8)}
+        HostError: If there is none.
     """
-    config, name = model.config, model.main_input_name
-    if name == "input_ids" and getattr(config, "vocab_size", None):
-        t = min(EXAMPLE_TOKENS, getattr(config, "max_position_embeddings", None) or EXAMPLE_TOKENS)
-        ids = (torch.arange(2 * t, device=model.device) + 1) % config.vocab_size  # 0 is often padding
-        return {"input_ids": ids.view(2, t)}
-    if name == "pixel_values" and getattr(config, "num_channels", None):
-        size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
-        h, w = size if isinstance(size, Sequence) else (size, size)
-        pixels = torch.linspace(-1.0, 1.0, 2 * config.num_channels * h * w, device=model.device)
-        return {"pixel_values": pixels.view(2, config.num_channels, h, w).to(model.dtype)}
-    raise HostError(
-        f"{type(model).__name__} takes '{name}', and its config does not say what that looks like: "
-        "pass example={'input name': tensor, ...} with inputs for one forward."
-    )
+    inputs = example_inputs(model) if example is None else example
+    lists = list(_layer_lists(model))
+    record = _Record(lists)
+    with quiet(model), record:
+        call(model, inputs)
+    found, reasons = [], []
+    for path, layers in lists:
+        try:
+            members = record.members(path)
+            layout = _layout(layers, members, inputs)
+            ends = layers[members[0][0]], layers[members[-1][0]]
+            if layout == "btd" and _repeats(model, inputs, ends, members[-1][2].shape):
+                raise _NotATowerError("its positions are those of the tokens several times over")
+        except _NotATowerError as reason:
+            reasons.append(f"  {path}.*  ({len(layers)}): {reason}")
+            continue
+        causal = "t" in layout and (
+            any(getattr(module, "is_causal", None) is True for module in layers.modules())
+            or not _looks_ahead(model, inputs, ends, layout.index("t"))
+        )
+        keeps = all(x.shape == y.shape for _, x, y in members) and len(layout) == 3
+        found.append(
+            Tower(
+                path,
+                "layer" if keeps else "stage",
+                {i: tuple(y.shape) for i, _, y in members},
+                layout,
+                causal,
+            )
+        )
+    if not found:
+        raise _unsupported(model, reasons)
+    return found
 
 
-def _the_list(
-    model: PreTrainedModel, name: str | None, length: int, source: str
-) -> tuple[str, nn.ModuleList]:
-    """Return the one outermost list of modules of that length, and of that name if one is given."""
-    found = [
-        (path, modules)
-        for path, modules in _outermost_lists(model)
-        if len(modules) == length and name in (None, path.rpartition(".")[2])
+def places(
+    model: PreTrainedModel, slots: Iterable[str | InjectionPoint], example: Any = None
+) -> list[str | InjectionPoint]:
+    """Return what a caller asked for, with names of `points` replaced by these, and causal places declared as such.
+
+    A path or glob names modules. What lies in a tower, or is one, is causal if that tower is; what does not, if any
+    tower is.
+
+    Args:
+        model: The model.
+        slots: Names of points, paths, globs, or declarations, which stay as they are.
+        example: As for `points`.
+    """
+    inputs = example_inputs(model) if example is None else example
+    wanted = list(slots)
+    try:
+        found = towers(model, inputs)
+        derived = {point.name: point for point in _points_of(model, found, 1)}
+    except HostError:
+        found, derived = [], {}
+    placed: list[str | InjectionPoint] = []
+    for item in wanted:
+        if not isinstance(item, str) or item in derived:
+            placed.append(derived[item] if isinstance(item, str) else item)
+            continue
+        parts = item.split(".")
+        for path in [
+            path
+            for path, _ in model.named_modules(remove_duplicate=False)
+            if path.count(".") + 1 == len(parts) and all(map(fnmatchcase, path.split("."), parts))
+        ] or [item]:
+            nearest = [
+                t for t in found if f"{path}.".startswith(f"{t.path}.") or f"{t.path}.".startswith(f"{path}.")
+            ]
+            causal = any(tower.causal for tower in nearest or found)
+            placed.append(_causal_point(model, path, inputs) if causal or not found else path)
+    return placed
+
+
+def _causal_point(model: PreTrainedModel, path: str, inputs: Any) -> str | InjectionPoint:
+    """Return a causal point at a path; the path itself if no single ``(b, t, d)`` comes out there."""
+    seen: list[Tensor | None] = []
+    try:
+        handle = model.get_submodule(path).register_forward_hook(
+            lambda _m, _a, output: seen.append(_features([output]))
+        )
+    except AttributeError:
+        return path
+    try:
+        with quiet(model):
+            call(model, inputs)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0] is None or seen[0].dim() != 3:
+        return path
+    return InjectionPoint(path.replace(".", "_"), path, seen[0].shape[-1], Topology.TRANSFORMER, causal=True)
+
+
+class _NotATowerError(Exception):
+    """Says why a list of modules is no tower."""
+
+
+class _Record:
+    """Notes the features that come into and out of the members of lists of modules."""
+
+    def __init__(self, lists: list[tuple[str, _Layers]]) -> None:
+        self.runs: dict[str, list[tuple[int, Tensor | None, Tensor | None]]] = {path: [] for path, _ in lists}
+        self._lists = lists
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for path, layers in self._lists:
+            for i, layer in enumerate(layers):
+                self._handles.append(layer.register_forward_hook(self._note(path, i), with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, path: str, i: int) -> Callable[..., None]:
+        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.runs[path].append((i, _features([*args, *kwargs.values()]), _features([output])))
+
+        return note
+
+    def members(self, path: str) -> list[tuple[int, Tensor, Tensor]]:
+        """Return number, features before and features after of each member that runs."""
+        run = self.runs[path]
+        numbers = [i for i, *_ in run]
+        if not run:
+            raise _NotATowerError("does not run with these inputs")
+        if numbers != sorted(set(numbers)):
+            raise _NotATowerError("its members do not run once each, in order")
+        members = [(i, x, y) for i, x, y in run if x is not None and y is not None]
+        if len(members) < len(run) or len({y.dim() for _, _, y in members}) != 1:
+            raise _NotATowerError("its members do not all return features of as many axes")
+        return members
+
+
+def _features(values: list[Any]) -> Tensor | None:
+    """Return the first floating-point tensor, looking into tuples and model outputs."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dim() > 1:
+                return value
+        elif isinstance(value, (tuple, list)) and value:
+            return _features([value[0]])
+        elif isinstance(value, Mapping) and value:
+            return _features([next(iter(value.values()))])
+    return None
+
+
+def _layout(layers: _Layers, members: list[tuple[int, Tensor, Tensor]], inputs: Any) -> str:
+    """Return the one layout that all members agree with."""
+    tensors = _tensors_in(inputs)
+    batch = tensors[0].shape[0]
+    images = [tensor.shape[-2:] for tensor in tensors if tensor.dim() > 3]
+    is_stream = all(x.shape == y.shape for _, x, y in members)
+    is_chain = all(y.shape == x.shape for (_, _, y), (_, x, _) in pairwise(members))
+    if not (is_stream or is_chain):
+        raise _NotATowerError("what leaves its members is not what enters the next")
+    possible: set[str] | None = None
+    for i, _, y in members:
+        shape, (last, channels) = tuple(y.shape), _widths(layers[i])
+        fits = set()
+        if len(shape) == 3:
+            if shape[0] == batch and shape[2] in last:
+                fits.add("btd")
+            if shape[1] == batch != shape[0] and shape[2] in last and is_stream:
+                fits.add("tbd")
+            if shape[0] == batch and shape[1] in channels:
+                fits.add("bct")
+        elif len(shape) == 4 and shape[0] == batch and images:
+            if shape[1] in channels or (shape[1] in last and shape[3] not in last):
+                fits.add("bchw")
+            if shape[3] in last and any(shape[1] * w == shape[2] * h for h, w in images):
+                fits.add("bhwc")
+        possible = fits if possible is None else possible & fits
+    shape = tuple(members[0][2].shape)
+    if not possible:
+        raise _NotATowerError(f"which axes of its features {shape} are batch and width does not show")
+    if len(possible) > 1:
+        raise _NotATowerError(f"its features {shape} may be laid out as {' or '.join(sorted(possible))}")
+    layout = possible.pop()
+    if layout not in _TOPOLOGIES:
+        raise _NotATowerError(f"its features {shape} are laid out as {layout}")
+    return layout
+
+
+def _tensors_in(inputs: Any) -> list[Tensor]:
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    given = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+    return [tensor for tensor in given if isinstance(tensor, Tensor)]
+
+
+def _widths(layer: nn.Module) -> tuple[set[int], set[int]]:
+    """Return the sizes that modules in a layer give to the last axis, and to the axis of channels."""
+    last: set[int] = set()
+    channels: set[int] = set()
+    for module in layer.modules():
+        named = [
+            getattr(module, name, None)
+            for name in ("in_channels", "out_channels", "num_features", "num_channels")
+        ]
+        sizes = {size for size in named if isinstance(size, int)}
+        if sizes:  # convolutions and their norms
+            channels |= sizes
+        elif isinstance(weight := getattr(module, "weight", None), Tensor):  # Linear, other norms, Conv1D
+            last.update(weight.shape[-2:])
+    return last, channels
+
+
+def _looks_ahead(model: PreTrainedModel, inputs: Any, ends: tuple[nn.Module, nn.Module], axis: int) -> bool:
+    """Return whether features at the end of a tower's input are seen to change its output before."""
+    try:
+        enters, before = _through(model, inputs, ends, axis, None)
+        t, left = enters.shape[axis], before.shape[axis]
+        _, after = _through(model, inputs, ends, axis, t - 1)
+    except (
+        Exception
+    ):  # a model may not run with other features: nothing is seen, and a causal seed is right anyway
+        return False
+    earlier = (t - 1) * left // t
+    return _differ(before.narrow(axis, 0, earlier), after.narrow(axis, 0, earlier))
+
+
+def _through(
+    model: PreTrainedModel, inputs: Any, ends: tuple[nn.Module, nn.Module], axis: int, changed: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the features before and after a tower, if those that enter it are others at position ``changed``."""
+    enters: list[Tensor] = []
+    leaves: list[Tensor] = []
+
+    def change(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        features = _features([*args, *kwargs.values()])
+        assert features is not None  # it was there when the tower was recorded
+        other = features.clone()
+        if changed is not None:
+            place = other.select(axis, changed)
+            place.copy_(1.0 - 2.0 * place)
+        enters.append(other)
+        return tuple(other if x is features else x for x in args), {
+            name: other if x is features else x for name, x in kwargs.items()
+        }
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        if (features := _features([output])) is not None:
+            leaves.append(features)
+
+    handles = [
+        ends[0].register_forward_pre_hook(change, with_kwargs=True),
+        ends[1].register_forward_hook(note),
     ]
-    if len(found) != 1:
-        what = f"module lists{f' named {name!r}' if name else ''} of length {length} ({source})"
-        raise _unsupported(model, f"it has {len(found)} {what}, where one was expected")
-    return found[0]
+    try:
+        with quiet(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return enters[0], leaves[0]
 
 
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def _differ(a: Tensor, b: Tensor) -> bool:
+    if not a.numel():
+        return False
+    noise = 8 * torch.finfo(a.dtype).eps * float(a.abs().max())  # experts add up in another order
+    return not bool((a - b).abs().max() <= noise)
+
+
+def _repeats(
+    model: PreTrainedModel, inputs: Any, ends: tuple[nn.Module, nn.Module], shape: torch.Size
+) -> bool:
+    """Return whether positions of a tower of ``(b, t, d)`` are those of the tokens several times over."""
+    t = shape[1]
+    for ids in _tensors_in(inputs):
+        n = ids.shape[1] if ids.dim() == 2 and not ids.is_floating_point() else t
+        if t > n and t % n == 0:
+            _, before = _through(model, inputs, ends, 1, None)
+            last = ids[:, -1].clone()
+            ids[:, -1] = ids[:, 0]
+            try:
+                _, after = _through(model, inputs, ends, 1, None)
+            finally:
+                ids[:, -1] = last
+            changed = [_differ(before[:, i], after[:, i]) for i in range(t)]
+            if any(changed) and changed.index(True) == n - 1 and not all(changed[n - 1 :]):
+                return True
+    return False
+
+
+def _layer_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Layers]]:
+    """Yield the outermost lists of modules that can run and are not plain modules of torch."""
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield prefix + name, child
+        path = prefix + name
+        if (
+            isinstance(child, (nn.ModuleList, nn.Sequential))
+            and len(child)
+            and not any(type(item).__module__.startswith("torch.") for item in child.children())
+        ):
+            yield path, child
         else:
-            yield from _outermost_lists(child, f"{prefix}{name}.")
+            yield from _layer_lists(child, f"{path}.")
 
 
-def _unsupported(model: PreTrainedModel, reason: str) -> HostError:
-    lists = [f"{path}.*  ({len(modules)})" for path, modules in _outermost_lists(model) if len(modules)]
-    there = "\n  ".join(lists) or "none"
+def _prefixes(paths: list[str]) -> dict[str, str]:
+    """Return what tells each path from the others: the first parts in which they differ, or nothing for a single one."""
+    parts = {path: path.split(".") for path in paths}
+    if len(paths) < 2:
+        return dict.fromkeys(paths, "")
+    common = 0
+    while len({tuple(p[: common + 1]) for p in parts.values()}) == 1:
+        common += 1
+    prefixes = {}
+    for path, own in parts.items():
+        for n in range(common + 1, len(own) + 1):
+            if sum(other[:n] == own[:n] for other in parts.values()) == 1:
+                break
+        prefixes[path] = "_".join(own[common:n]) + "_"
+    return prefixes
+
+
+def _unsupported(model: PreTrainedModel, reasons: list[str]) -> HostError:
+    there = "\n".join(reasons) or "  none"
     name = type(model).__name__
-    example: Any = lists[0].partition(" ")[0] if lists else "path.of.a.layer"
+    path = reasons[0].split()[0] if reasons else "path.of.a.layer"
     return HostError(
-        f"The points of {name} cannot be derived: {reason}.\n"
-        f"Name modules by hand whose output is (b, t, d) or (b, c, h, w), or begins with that; globs work:\n"
-        f"  kasmina_hf.grow(model, [{example!r}], example={{'{model.main_input_name}': ...}})\n"
-        f"Lists of modules that it has:\n  {there}"
+        f"The points of {name} cannot be derived.\n"
+        f"Lists of modules that it has, and why they are not taken:\n{there}\n"
+        f"Name modules by hand; globs work:\n"
+        f"  kasmina_hf.grow(model, [{path!r}], example={{'{model.main_input_name}': ...}})"
     )

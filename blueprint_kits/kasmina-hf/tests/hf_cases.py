@@ -32,17 +32,17 @@ DIM = 16
 VOCAB = 48
 BATCH = 4
 _ATTENTION = {"hidden_size": DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=DIM, n_layer=2, n_head=2, **_NO_TOKENS)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=DIM, n_layer=2, n_head=2, **NO_TOKENS)
     return GPT2LMHeadModel(config)
 
 
 def llama() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=32, **_ATTENTION, **_NO_TOKENS
+        vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=32, **_ATTENTION, **NO_TOKENS
     )
     return LlamaForCausalLM(config)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from hf_cases import CASES, DIM, VOCAB, Case, bert
-from kasmina_core import HostError, InjectionPoint, Topology
+from hf_cases import CASES, DIM, NO_TOKENS, VOCAB, Case, bert
+from kasmina_core import HostError, InjectionPoint, SeedStage, Topology
+from kasmina_core.testing.lives import bring_to, open_config, shake
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertModel,
     CLIPConfig,
     CLIPModel,
@@ -15,13 +20,21 @@ from transformers import (
     CLIPTextModel,
     GPT2Model,
     LlamaModel,
+    LlavaConfig,
+    LlavaModel,
+    ProphetNetConfig,
+    ProphetNetModel,
     SwinConfig,
     SwinModel,
     T5Config,
-    T5Model,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperModel,
 )
 
-from kasmina_hf import example_inputs, grow, points
+from kasmina_hf import GrowingModel, example_inputs, grow, points
 
 TOKENS, IMAGES = Topology.TRANSFORMER, Topology.CNN
 
@@ -141,8 +154,62 @@ def test_a_place_whose_output_is_a_model_output_can_hold_a_slot() -> None:
     )
 
 
-def t5() -> T5Model:
-    return T5Model(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+def albert() -> AlbertModel:
+    return AlbertModel(
+        AlbertConfig(
+            vocab_size=8, embedding_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=1
+        )
+    )
+
+
+def test_a_model_whose_layers_are_shared_is_refused_with_what_can_be_done() -> None:
+    with pytest.raises(HostError, match=r"(?s)cannot be derived.*albert_layer_groups.*do not run once each"):
+        points(albert())
+
+
+def prophetnet() -> ProphetNetModel:
+    return ProphetNetModel(
+        ProphetNetConfig(
+            vocab_size=VOCAB,
+            hidden_size=8,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            num_encoder_attention_heads=2,
+            num_decoder_attention_heads=2,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+        )
+    )
+
+
+def test_a_decoder_whose_positions_are_those_of_the_tokens_several_times_over_has_no_points() -> None:
+    assert [point.name for point in points(prophetnet())] == ["encoder_layer1", "encoder_layer2"]
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+    )
+
+
+def whisper() -> WhisperModel:
+    return WhisperModel(
+        WhisperConfig(
+            vocab_size=VOCAB,
+            d_model=8,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            num_mel_bins=4,
+            max_source_positions=8,
+            **{**NO_TOKENS, "pad_token_id": 0},
+        )
+    )
 
 
 def swin() -> SwinModel:
@@ -153,33 +220,121 @@ def swin() -> SwinModel:
 
 def clip() -> CLIPModel:
     part = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return CLIPModel(CLIPConfig(text_config=part, vision_config={**part, "image_size": 8, "patch_size": 4}))
+    text = {**part, "vocab_size": VOCAB, **NO_TOKENS, "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config={**part, "image_size": 8, "patch_size": 4}))
 
 
-@pytest.mark.parametrize(
-    ("build", "reason", "lists"),
-    [
-        (t5, "it is an encoder with a decoder", r"encoder\.block\.\*  \(2\)\n  decoder\.block\.\*  \(2\)"),
-        (swin, "its config gives no width for each of its stages", r"encoder\.layers\.\*  \(2\)"),
-        (
-            clip,
-            "its config has no num_hidden_layers and hidden_size",
-            r"text_model\.encoder\.layers\.\*  \(1\)",
-        ),
-    ],
-)
-def test_an_unsupported_model_is_refused_with_what_can_be_done(
-    build: object, reason: str, lists: str
-) -> None:
-    model = build()  # type: ignore[operator]
-    with pytest.raises(HostError, match=rf"(?s)cannot be derived: {reason}.*Name modules by hand.*{lists}"):
-        points(model)
+def llava() -> LlavaModel:
+    part = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlavaModel(
+        LlavaConfig(
+            text_config={"model_type": "llama", "vocab_size": VOCAB, **part},
+            vision_config={"model_type": "clip_vision_model", **part, "image_size": 8, "patch_size": 4},
+            image_token_id=VOCAB - 1,
+        )
+    )
 
 
-def test_an_unsupported_model_grows_where_places_are_named_by_hand() -> None:
-    ids = torch.arange(8).view(2, 4)
-    model = grow(t5(), ["encoder.block.*"], example={"input_ids": ids, "decoder_input_ids": ids})
-    assert [slot.point.dim for slot in model.slots.values()] == [8, 8]
+def wav2vec2() -> Wav2Vec2Model:
+    return Wav2Vec2Model(
+        Wav2Vec2Config(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            conv_dim=[8] * 7,
+            num_conv_pos_embedding_groups=2,
+        )
+    )
+
+
+FAMILIES = {
+    "encoder-decoder": (t5, {"encoder_layer": (2, 8, False), "decoder_layer": (2, 8, True)}),
+    "speech": (whisper, {"encoder_layer": (1, 8, False), "decoder_layer": (1, 8, True)}),
+    "sound": (wav2vec2, {"encoder_layer": (2, 8, False)}),
+    "two towers": (clip, {"text_model_layer": (1, 8, True), "vision_model_layer": (1, 8, False)}),
+    "language model with a vision part": (llava, {"language_model_layer": (2, 8, True)}),
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_tower_has_points_of_its_own_with_its_own_causality(family: str) -> None:
+    build, expected = FAMILIES[family]
+    found = [(point.name, point.dim, point.causal) for point in points(build())]
+    assert [point for point in found if "conv" not in point[0] and "feature" not in point[0]] == [
+        (f"{prefix}{i + 1}", dim, causal) for prefix, (n, dim, causal) in expected.items() for i in range(n)
+    ]
+
+
+def test_stages_of_tokens_have_the_width_that_each_returns() -> None:
+    found = points(swin())
+    assert [(p.name, p.path, p.dim, p.topology) for p in found] == [
+        ("stage1", "encoder.layers.0", 16, TOKENS),
+        ("stage2", "encoder.layers.1", 16, TOKENS),
+    ]
+
+
+def test_a_tower_that_the_example_runs_has_points_too() -> None:
+    model = llava()
+    ids = torch.tensor([[VOCAB - 1] * 4 + [1, 2], [VOCAB - 1] * 4 + [3, 4]])
+    example = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+    names = [point.name for point in points(model, example=example)]
+    assert "vision_tower_layer1" in names
+    assert "language_model_layer2" in names
+    assert "vision_tower_layer1" in grow(model, example=example).slots
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_seed_of_each_family_is_isolated_fossilises_and_loads(family: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        host = FAMILIES[family][0]().eval()
+    example = example_inputs(host)
+    bare = host(**example)[0]
+    twin = copy.deepcopy(host)
+    model = grow(host, config=open_config())
+    model.evaluate_with(lambda: model(**example)[0].detach().flatten(1).square().mean(1))
+    slot = next(name for name in model.slots if name.endswith("layer1"))
+    bring_to(model, SeedStage.TRAINING, slot, "transformer:mlp")
+    assert torch.equal(model(**example)[0], bare)
+    bring_on(model, SeedStage.FOSSILIZED, slot)
+    shake(model)
+    assert not torch.equal(model.eval()(**example)[0], bare)
+    other = grow(twin, config=open_config())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(**example)[0], model(**example)[0])
+
+
+def bring_on(model: GrowingModel, stage: SeedStage, slot: str) -> None:
+    for _ in range(40):
+        if model.slots[slot].stage is stage:
+            return
+        model.step_epoch(1.0)
+        if model.slots[slot].stage is SeedStage.PROBATIONARY:
+            model.advance_stage(slot)
+    raise AssertionError(f"{stage.name} was not reached")
+
+
+def test_an_encoder_decoder_generates_with_a_seed_that_treats_each_position_by_itself() -> None:
+    model = grow(t5().eval(), config=open_config())
+    ids = torch.arange(1, 9).view(2, 4)
+    model.evaluate_with(lambda: model(input_ids=ids, labels=ids).loss.detach().expand(4))
+    for slot in ("encoder_layer2", "decoder_layer1"):
+        bring_to(model, SeedStage.FOSSILIZED, slot, "transformer:mlp")
+    shake(model)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    cached = model.eval().generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+def test_places_that_are_named_by_path_are_causal_where_their_tower_is() -> None:
+    model = grow(t5(), ["encoder.block.*", "decoder.block.*.layer.2"])
+    assert {slot.point.path: slot.point.causal for slot in model.slots.values()} == {
+        "encoder.block.0": False,
+        "encoder.block.1": False,
+        "decoder.block.0.layer.2": True,
+        "decoder.block.1.layer.2": True,
+    }
 
 
 def test_a_module_that_is_no_transformers_model_is_refused() -> None:

@@ -1,0 +1,403 @@
+"""Try every architecture of the installed transformers: ``python -m kasmina_hf.sweep``.
+
+Each is built from a shrunken config with random weights, in a process of its own with a time limit; nothing is
+downloaded. Its points are derived, a glob is tried, and one seed lives its life: trained while the host is as without
+it, bit for bit, fossilised, saved and loaded.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import argparse
+import copy
+import dataclasses
+import io
+import json
+import multiprocessing
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Final
+
+import torch
+import transformers
+from kasmina_core import GrowthConfig, SeedStage, Topology, __version__, default_registry
+from kasmina_core.testing.comparing import same_bits, tensors_in
+from kasmina_core.testing.host_with_slots import open_gates
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from kasmina_hf.growing import GrowingModel, grow
+from kasmina_hf.inputs import example_inputs
+from kasmina_hf.shrinking import RECIPES, shrunken
+from kasmina_hf.structure import points
+
+MOST_PARAMETERS: Final = 200_000_000
+SECONDS: Final = 120.0
+BLUEPRINTS: Final = {Topology.CNN: "cnn:conv_light", Topology.TRANSFORMER: "transformer:mlp"}
+
+
+@dataclasses.dataclass
+class Row:
+    """What was found out about one architecture.
+
+    Attributes:
+        name: Its ``model_type``.
+        model: The model's class.
+        part_of: Architectures of which it is a part: their configs hold one of its kind.
+        recipe: How its config was shrunken; empty if it could not be built.
+        inputs: The shapes of the example that ran.
+        points: Number of points derived.
+        towers: Where they are: path, number, layout and whether causal.
+        glob: A glob that holds slots.
+        life: ``"whole"``, or where the life of a seed ended.
+        blueprint: Of the seed.
+        reason: Why something did not work.
+    """
+
+    name: str
+    model: str = ""
+    part_of: list[str] = dataclasses.field(default_factory=list)
+    recipe: str = ""
+    inputs: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    points: int = 0
+    towers: list[str] = dataclasses.field(default_factory=list)
+    glob: str = ""
+    life: str = ""
+    blueprint: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def architectures() -> dict[str, list[str]]:
+    """Return every ``model_type`` with a base model, and the architectures that it is a part of."""
+    parts: dict[type[PreTrainedConfig], list[str]] = {}
+    for name in MODEL_MAPPING_NAMES:
+        for kind in CONFIG_MAPPING[name].sub_configs.values():
+            if kind is not transformers.AutoConfig:
+                parts.setdefault(kind, []).append(name)
+    return {name: parts.get(CONFIG_MAPPING[name], []) for name in MODEL_MAPPING_NAMES}
+
+
+def examine(row: Row) -> None:
+    """Fill in a row, as far as it goes."""
+    name = MODEL_MAPPING_NAMES[row.name]
+    row.model = name if isinstance(name, str) else name[0]
+    model, example = _build(row)
+    if model is None:
+        return
+    row.reason = ""
+    if example is not None:
+        try:
+            found = points(model, example=example)
+            row.points = len(found)
+            row.towers = _towers(found)
+        except Exception as error:
+            row.reason = _said(error)
+        row.glob = _glob(model, example)
+        if row.points:
+            _live(row, model, example)
+
+
+def _build(row: Row) -> tuple[PreTrainedModel | None, dict[str, Tensor] | None]:
+    """Build a model by the first recipe with which it runs, or at least builds."""
+    config, kind = CONFIG_MAPPING[row.name], None
+    built: PreTrainedModel | None = None
+    for recipe in RECIPES:
+        try:
+            kind = getattr(transformers, row.model)
+            small = shrunken(config, recipe)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in kind(copy.deepcopy(small)).parameters())
+            if size > MOST_PARAMETERS:
+                row.reason = row.reason or f"{size:,} parameters by the recipe '{recipe.name}'"
+                continue
+            torch.manual_seed(0)
+            model = kind(small).eval()
+        except Exception as error:
+            row.reason = row.reason or _said(error)
+            continue
+        try:
+            example = example_inputs(model)
+        except Exception as error:
+            if built is None:
+                built, row.recipe, row.reason = model, recipe.name, _said(error)
+            continue
+        row.recipe = recipe.name
+        row.inputs = {name: list(tensor.shape) for name, tensor in example.items()}
+        return model, example
+    return built, None
+
+
+def _towers(found: list[Any]) -> list[str]:
+    """Say where points are, one text a tower."""
+    towers: dict[str, list[Any]] = {}
+    for point in found:
+        towers.setdefault(point.path.rpartition(".")[0], []).append(point)
+    return [
+        f"{path}.* {len(own)} {own[0].topology.value}{' causal' if own[0].causal else ''}"
+        for path, own in towers.items()
+    ]
+
+
+def _glob(model: PreTrainedModel, example: dict[str, Tensor]) -> str:
+    """Return the first glob that holds slots: of the members of a container, or of a part of each."""
+    whole, inner = [], []
+    for path, module in model.named_modules():
+        if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+            whole.append(f"{path}.*")
+            inner += [f"{path}.*.{name}" for name, _ in module[0].named_children()]
+    for pattern in (*whole, *inner[:40]):
+        try:
+            grow(model, pattern, example=example).detach_slots()
+        except Exception:
+            continue
+        return pattern
+    return ""
+
+
+def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
+    """Let one seed live its life in the first tower."""
+    bare = copy.deepcopy(host)
+    stage = "attach"
+    try:
+        model = grow(host, example=example, config=_config())
+        model.evaluate_with(lambda: _loss(host(**example)).detach().expand(4))
+        _run(bare, example)
+        place = next(slot for slot in model.slots.values() if _learns(bare, slot.point.path))
+        row.blueprint = BLUEPRINTS.get(place.point.topology, "") or next(
+            spec.id for spec in default_registry().blueprints.list_for_topology(place.point.topology)
+        )
+        stage = "training"
+        model.germinate(place.name, row.blueprint)
+        _until(model, place.name, SeedStage.TRAINING)
+        _compare(bare, model, example)
+        stage = "fossilising"
+        with torch.no_grad():
+            for parameter in model.seed_parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        _until(model, place.name, SeedStage.FOSSILIZED)
+        stage = "saving and loading"
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        other = grow(bare, example=example, config=_config())
+        other.load_state_dict(torch.load(file, weights_only=True))
+        if not _same(_outputs(model.eval(), example), _outputs(other.eval(), example)):
+            raise AssertionError("the loaded model computes something else")
+    except Exception as error:
+        row.life, row.reason = f"ends at {stage}", _said(error)
+    else:
+        row.life = "whole"
+
+
+def _config() -> GrowthConfig:
+    return GrowthConfig(ramp_steps=2, gates=open_gates(min_training_epochs=1, min_probation_epochs=1))
+
+
+def _until(model: GrowingModel, slot: str, stage: SeedStage) -> None:
+    for _ in range(40):
+        if model.slots[slot].stage is stage:
+            return
+        model.step_epoch(1.0)
+        if stage is SeedStage.FOSSILIZED and model.slots[slot].stage is SeedStage.PROBATIONARY:
+            model.advance_stage(slot)
+    raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
+
+
+def _learns(bare: nn.Module, path: str) -> bool:
+    """Return whether the loss depends on the module at a path."""
+    return any(p.grad is not None and bool(p.grad.any()) for p in bare.get_submodule(path).parameters())
+
+
+def _compare(bare: nn.Module, model: GrowingModel, example: dict[str, Tensor]) -> None:
+    """Run forward and backward, in evaluation and, if the bare host can, in training; compare with the bare host."""
+    learned = False
+    for training in (False, True):
+        bare.train(training), model.train(training)
+        try:
+            expected = _run(bare, example)
+        except Exception:  # some train on labels only, and one in training only
+            continue
+        _compare_runs(bare, model, expected, _run(model, example))
+        learned |= any(p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters())
+    if not learned:
+        raise AssertionError("the seed has no gradient")
+
+
+def _compare_runs(bare: nn.Module, model: GrowingModel, expected: list[Tensor], found: list[Tensor]) -> None:
+    if not _same(expected, found):
+        raise AssertionError("outputs are not those of the bare host")
+    grown = dict(model.host.named_parameters())
+    for name, parameter in bare.named_parameters():
+        ours = grown[name].grad
+        if (parameter.grad is None) != (ours is None) or (
+            ours is not None and parameter.grad is not None and not same_bits(parameter.grad, ours)
+        ):
+            raise AssertionError(f"the gradient of {name} is not that of the bare host")
+
+
+def _run(module: nn.Module, example: dict[str, Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
+    module.zero_grad()
+    output = module(**example)
+    _loss(output).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    return [tensor.detach() for _, tensor in tensors_in(output)]
+
+
+def _outputs(module: nn.Module, example: dict[str, Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [tensor for _, tensor in tensors_in(module(**example))]
+
+
+def _loss(output: Any) -> Tensor:
+    """Return a number in which every differentiable output has a part."""
+    terms = [
+        (tensor.float() * torch.linspace(-1.0, 1.0, tensor.numel()).view_as(tensor)).mean()
+        for _, tensor in tensors_in(output)
+        if tensor.is_floating_point() and (tensor.requires_grad or not torch.is_grad_enabled())
+    ]
+    return torch.stack(terms).sum()
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:600]
+
+
+def _work(row: Row, channel: Connection) -> None:
+    """Examine one architecture in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    try:
+        examine(row)
+    except Exception as error:
+        row.reason = _said(error)
+    row.seconds = round(time.perf_counter() - start, 1)
+    channel.send(row)
+
+
+def sweep(rows: list[Row], jobs: int = 1, seconds: float = SECONDS) -> Iterator[Row]:
+    """Examine architectures in processes of their own, and yield each when it is done or its time is over."""
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(
+            [
+                "kasmina_hf.growing",
+                "kasmina_hf.shrinking",
+                "kasmina_core.testing.hosts",
+                "transformers.generation",
+            ]
+        )
+    waiting = list(reversed(rows))
+    running: dict[Any, tuple[Row, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            row = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(row, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[ours] = (row, process, time.monotonic() + seconds)
+        wait(list(running), timeout=1.0)
+        for channel, (row, process, end) in list(running.items()):
+            if channel.poll():
+                try:
+                    row = channel.recv()
+                except EOFError:
+                    row.reason = f"its process ended ({process.exitcode})"
+            elif time.monotonic() > end:
+                row.reason, row.seconds = f"not done after {seconds:.0f} s", seconds
+                process.kill()
+            else:
+                continue
+            process.join()
+            del running[channel]
+            yield row
+
+
+def table(rows: list[Row]) -> str:
+    """Return Markdown: one line an architecture."""
+    lines = ["| architecture | points | where | by glob | a seed's life |", "|---|---|---|---|---|"]
+    for row in rows:
+        built = row.recipe and row.inputs
+        where = "<br>".join(f"`{tower}`" for tower in row.towers)
+        life = f"{row.life} ({row.blueprint})" if row.life == "whole" else row.life or ""
+        reason = "" if row.life == "whole" else f" {row.reason[:160]}".replace("|", "/").replace("\n", " ")
+        if not built:
+            lines.append(f"| {row.name} | not {'run' if row.recipe else 'built'} |{reason} | | |")
+        else:
+            lines.append(
+                f"| {row.name} | {row.points or 'none'} | {where} | {f'`{row.glob}`' if row.glob else 'no'} | {life}{reason} |"
+            )
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the counts, for whole architectures and for parts of others."""
+    lines = []
+    for what, chosen in (
+        ("architectures", [row for row in rows if not row.part_of]),
+        ("parts of others", [row for row in rows if row.part_of]),
+    ):
+        built = [row for row in chosen if row.recipe]
+        ran = [row for row in built if row.inputs]
+        if ran:
+            counts = {
+                "offer points by themselves": sum(row.points > 0 for row in ran),
+                "by a glob": sum(bool(row.glob) for row in ran),
+                "whole lives": sum(row.life == "whole" for row in ran),
+            }
+            lines.append(
+                f"{what}: {len(chosen)}, built {len(built)}, run with derived inputs {len(ran)}; of these "
+                + ", ".join(f"{what} {n} ({n / len(ran):.1%})" for what, n in counts.items())
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m kasmina_hf.sweep", description=__doc__)
+    parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression for model types")
+    parser.add_argument("--json", metavar="FILE", help="write all that was found out to a file")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="processes at once")
+    parser.add_argument("--seconds", metavar="S", type=float, default=SECONDS, help="time limit of each")
+    options = parser.parse_args(arguments)
+    chosen = [
+        Row(name, part_of=parts) for name, parts in architectures().items() if re.search(options.only, name)
+    ]
+    done: list[Row] = []
+    for row in sweep(chosen, options.jobs, options.seconds):
+        done.append(row)
+        state = row.life or ("no points" if row.inputs else "not run" if row.recipe else "not built")
+        reason = "" if row.life == "whole" else row.reason[:100]
+        print(f"{len(done)}/{len(chosen)} {row.name}: {state} {reason}", file=sys.stderr, flush=True)
+    done.sort(key=lambda row: row.name)
+    versions = f"kasmina {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"{table(done)}\n\n{summary(done)}\n{versions}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump([dataclasses.asdict(row) for row in done], file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    from kasmina_hf.sweep import main as _main  # the processes unpickle rows of this module by its name
+
+    raise SystemExit(_main())
