@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from kasmina_hf.inputs import call, example_inputs, quiet
 
 _Layers = nn.ModuleList | nn.Sequential
-_TOPOLOGIES: Final = {"bchw": Topology.CNN, "btd": Topology.TRANSFORMER}
+_TOPOLOGIES: Final = {
+    "bchw": Topology.CNN,
+    "bct": Topology.SIGNAL,
+    "bhwc": Topology.CNN,
+    "btd": Topology.TRANSFORMER,
+    "tbd": Topology.TRANSFORMER,
+}
 
 
 @final
@@ -41,7 +47,7 @@ class Tower:
     def points(self, prefix: str, every: int) -> list[InjectionPoint]:
         """Return points after every so many members, with names that begin with ``prefix``."""
         topology = _TOPOLOGIES[self.layout]
-        width = self.layout.index("d" if "d" in self.layout else "c")
+        width = self.layout.index(topology.width)
         return [
             InjectionPoint(
                 f"{prefix}{self.kind}{i + 1}",
@@ -49,6 +55,7 @@ class Tower:
                 shape[width],
                 topology,
                 self.causal,
+                None if self.layout == topology.layout else self.layout,
             )
             for i, shape in self.shapes.items()
             if (i + 1) % every == 0
@@ -276,10 +283,7 @@ def _layout(layers: _Layers, members: list[tuple[int, Tensor, Tensor]], inputs: 
         raise _NotATowerError(f"which axes of its features {shape} are batch and width does not show")
     if len(possible) > 1:
         raise _NotATowerError(f"its features {shape} may be laid out as {' or '.join(sorted(possible))}")
-    layout = possible.pop()
-    if layout not in _TOPOLOGIES:
-        raise _NotATowerError(f"its features {shape} are laid out as {layout}")
-    return layout
+    return possible.pop()
 
 
 def _tensors_in(inputs: Any) -> list[Tensor]:

@@ -144,7 +144,7 @@ def _towers(found: list[Any]) -> list[str]:
     for point in found:
         towers.setdefault(point.path.rpartition(".")[0], []).append(point)
     return [
-        f"{path}.* {len(own)} {own[0].topology.value}{' causal' if own[0].causal else ''}"
+        f"{path}.* {len(own)} {own[0].layout or own[0].topology.layout}{' causal' if own[0].causal else ''}"
         for path, own in towers.items()
     ]
 
@@ -173,10 +173,12 @@ def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
         model = grow(host, example=example, config=_config())
         model.evaluate_with(lambda: _loss(host(**example)).detach().expand(4))
         _run(bare, example)
-        place = next(slot for slot in model.slots.values() if _learns(bare, slot.point.path))
-        row.blueprint = BLUEPRINTS.get(place.point.topology, "") or next(
-            spec.id for spec in default_registry().blueprints.list_for_topology(place.point.topology)
+        place = next(
+            slot
+            for slot in model.slots.values()
+            if _blueprint(slot.point.topology) and _learns(bare, slot.point.path)
         )
+        row.blueprint = _blueprint(place.point.topology)
         stage = "training"
         model.germinate(place.name, row.blueprint)
         _until(model, place.name, SeedStage.TRAINING)
@@ -198,6 +200,13 @@ def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
         row.life, row.reason = f"ends at {stage}", _said(error)
     else:
         row.life = "whole"
+
+
+def _blueprint(topology: Topology) -> str:
+    """Return the id of an installed blueprint for a topology, empty if there is none."""
+    known = [spec.id for spec in default_registry().blueprints.list_for_topology(topology)]
+    chosen = BLUEPRINTS.get(topology)
+    return chosen if chosen in known else next(iter(known), "")
 
 
 def _config() -> GrowthConfig:
