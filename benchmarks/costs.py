@@ -38,6 +38,7 @@ from kasmina_core import GradientIsolationMonitor, Incubation, MorphogeneticMode
 GOAL_DORMANT: Final = {"eager": 1.01, "compiled": 1.00}
 GOAL_TRAINING: Final = 1.05
 GOAL_BY_HAND: Final = 1.02
+GOAL_STRAIGHT: Final = 1.10
 STAGES: Final = (SeedStage.FOSSILIZED, SeedStage.BLENDING)
 MIB: Final = 2**20
 
@@ -116,6 +117,13 @@ class Costs:
 
             case = f"{_many(count, 'seed')} in straight-through TRAINING"
             yield self._row(case, "host + seeds alone", build, GOAL_TRAINING)
+
+            def beside(count: int = count) -> tuple[Step, ...]:
+                model = self.work.grown(count, SeedStage.TRAINING)
+                twin = self.work.by_hand(seeds_of(model), SeedStage.TRAINING, straight=True)
+                return self._step(model), self._step(twin)
+
+            yield self._row(case, "the same by hand, without a bound", beside, GOAL_STRAIGHT)
 
     def counterfactual(self) -> Iterator[Row | None]:
         """Yield the rows of seeds that learn in a pass of their own: it is one more of the host for each of them."""

@@ -39,6 +39,7 @@ from kasmina_core import (
 from kasmina_core.evidence.replay import ReplayTape
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.tasks import Task, load_task
+from kasmina_core.isolation import relative_deviation
 from kasmina_core.lifecycle import SeedState
 from kasmina_core.quiet import kept_buffers
 from kasmina_core.slots.forward import ForwardMode
@@ -153,9 +154,10 @@ class Curvature:
             self.coefficient = 0.7 * self.coefficient + 0.3 * found if self.coefficient else found
 
 
-def not_pulled_back(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+def not_pulled_back(host: Tensor, seed: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Bound what the loss sees of a seed, and leave a seed that is beyond the bound there."""
-    return straight_through(host, bound_deviation(host.detach(), seed, bound))
+    bounded = bound_deviation(host.detach(), seed, bound)
+    return straight_through(host, bounded), relative_deviation(host, seed)
 
 
 class Run:
@@ -180,7 +182,7 @@ class Run:
         """Train from the plateau, with a seed that is incubated in a way, or without one."""
         if way is None or way.pull:
             return self._go(way)
-        with patch("kasmina_core.slots.forward.bounded_straight_through", not_pulled_back):
+        with patch("kasmina_core.slots.forward.isolated", not_pulled_back):
             return self._go(way)
 
     def _go(self, way: Way | None) -> Result:

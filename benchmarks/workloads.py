@@ -91,10 +91,15 @@ class ConvNet(nn.Module):
 class ByHand(nn.Module):
     """What somebody would write who puts seeds into a host without this library."""
 
-    def insert(self, seeds: Mapping[int, nn.Module], stage: SeedStage, detach: bool) -> None:
-        """Take the seeds of some blocks in, as they compute in ``stage``; in TRAINING, in place of the host's output."""
+    def insert(
+        self, seeds: Mapping[int, nn.Module], stage: SeedStage, detach: bool, straight: bool = False
+    ) -> None:
+        """Take the seeds of some blocks in, as they compute in ``stage``.
+
+        In TRAINING a seed's output stands in place of the host's, or gets the gradient of the host's if ``straight``.
+        """
         self.seeds = nn.ModuleDict({str(at): seed for at, seed in seeds.items()})
-        self.stage, self.detach = stage, detach
+        self.stage, self.detach, self.straight = stage, detach, straight
         self.register_buffer("alpha", torch.tensor(0.5))
 
     def grown(self, at: int, x: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ class ByHand(nn.Module):
         if self.stage is SeedStage.BLENDING:
             return torch.lerp(x, seed(x.detach() if self.detach else x), self.alpha)
         if self.stage is SeedStage.TRAINING:
-            return seed(x.detach())
+            output = seed(x.detach())
+            return x + (output - output.detach()) if self.straight else output
         return seed(x)
 
 
@@ -212,11 +218,12 @@ class Workload:
         if stage is SeedStage.BLENDING:
             slot.set_alpha(0.5)
 
-    def by_hand(self, seeds: Sequence[nn.Module], stage: SeedStage) -> ByHand:
+    def by_hand(self, seeds: Sequence[nn.Module], stage: SeedStage, straight: bool = False) -> ByHand:
         """Return the host with copies of seeds written into it, where a model with as many slots has them."""
         twin = self.host(by_hand=True)
         assert isinstance(twin, ByHand)
-        twin.insert(dict(zip(self.places(len(seeds)), copy.deepcopy(seeds), strict=True)), stage, self.is_cnn)
+        placed = dict(zip(self.places(len(seeds)), copy.deepcopy(seeds), strict=True))
+        twin.insert(placed, stage, self.is_cnn, straight)
         return twin.to(self.device)
 
     def losses(self, logits: Tensor) -> Tensor:

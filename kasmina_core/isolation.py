@@ -89,37 +89,54 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _BoundedSeedGradient(torch.autograd.Function):
-    """`_SeedGradientOnly` of `bound_deviation`: its value is not needed, so nothing is computed before backward."""
+    """`_SeedGradientOnly` of `bound_deviation`: its value is not needed, and its gradient is found from two sums."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(host: Tensor, seed: Tensor, bound: float) -> Tensor:
+    def forward(host: Tensor, seed: Tensor, host_square: Tensor, square: Tensor, bound: float) -> Tensor:
         return seed.new_full((), -0.0).expand_as(seed)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        host, seed, ctx.bound = inputs
-        ctx.save_for_backward(host, seed)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        *tensors, ctx.bound = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
-        host, seed = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
+        host, seed, host_square, square = ctx.saved_tensors
+        # Only where asking does not wait for a device, and is not part of a graph.
+        can_ask = not (torch.compiler.is_compiling() or host.is_cuda) and _is_eager()
+        eps = DEVIATION_EPS * math.prod(host.shape[1:])
+        if can_ask and bool((((host_square + eps) / (square + eps)).sqrt() * ctx.bound >= 1.0).all()):
+            return None, grad_output, None, None, None
+        if torch.is_grad_enabled():  # the sums of the forward pass have no derivative
+            host_square, square = _squares(host, seed)
         dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
         delta, gradient = (seed - host).to(wide), grad_output.to(wide)
-        # Sums over a sample, (b, 1, ...): of squares, and of what lies along delta.
-        eps = DEVIATION_EPS * math.prod(host.shape[1:])
-        host_square = torch.linalg.vector_norm(host, dim=dims, keepdim=True, dtype=wide).square() + eps
-        square = torch.linalg.vector_norm(delta, dim=dims, keepdim=True).square() + eps
         along = (gradient * delta).sum(dims, keepdim=True)
+        square = square + eps
+        scale = ((host_square + eps) / square).sqrt() * ctx.bound
         # d(delta * limit / size): beyond the bound what lies along delta is taken out, and the rest is scaled.
-        scale = (host_square / square).sqrt() * ctx.bound
-        along = scale * along / square * (scale < 1.0)
-        bounded = torch.addcmul(gradient * scale.clamp(max=1.0), delta, along, value=-1.0)
+        taken = scale * along / square * (scale < 1.0)
+        bounded = torch.addcmul(gradient * scale.clamp(max=1.0), delta, taken, value=-1.0)
         # Beyond the bound a gradient of the same length along delta pulls the seed back.
         length = torch.linalg.vector_norm(bounded, dim=dims, keepdim=True)
         bounded = torch.addcmul(bounded, delta, length * (scale < 1.0) / square.sqrt())
-        return None, bounded.to(grad_output.dtype), None
+        return None, bounded.to(grad_output.dtype), None, None, None
+
+
+def _squares(host: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of squares over a sample, of the host and of the seed's deviation from it: ``(b, 1, ...)``."""
+    dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
+    host_norm, norm = (
+        torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide) for x in (host, seed - host)
+    )
+    return host_norm.square(), norm.square()
+
+
+def _is_eager() -> bool:
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor:
@@ -128,7 +145,7 @@ def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor
     `bound_deviation` bounds the seed's part in the loss, not the seed: its steps across ``delta`` still lengthen it,
     and what is blended in later is the seed itself. So where a sample is beyond the bound, a gradient of the same
     length as the bounded one, along ``delta = seed - host``, is added to it: a descending step then shortens the
-    deviation as much as it turns it. All is computed in backward.
+    deviation as much as it turns it. Where no sample is beyond, the gradient goes on as it is.
 
     Args:
         host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
@@ -138,12 +155,20 @@ def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor
     Raises:
         SeedShapeError: If the two shapes differ.
     """
+    return isolated(host, seed, bound)[0]
+
+
+def isolated(host: Tensor, seed: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Return `bounded_straight_through` and `relative_deviation`, which need the same sums."""
     if math.isinf(bound):
-        return straight_through(host, seed)
+        return straight_through(host, seed), relative_deviation(host, seed)
     if seed.shape != host.shape:
         raise SeedShapeError(host.shape, seed.shape)
-    routed = _BoundedSeedGradient.apply(host.detach(), seed.to(host.dtype), bound)  # type: ignore[no-untyped-call]  # torch
-    return host + cast("Tensor", routed)
+    fixed, seed = host.detach(), seed.to(host.dtype)
+    squares = _squares(fixed, seed.detach())
+    routed = _BoundedSeedGradient.apply(fixed, seed, *squares, bound)  # type: ignore[no-untyped-call]  # torch
+    whole, part = (square.sum().sqrt().float() for square in squares)
+    return host + cast("Tensor", routed), _ratio(whole, part, host.numel())
 
 
 def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
@@ -153,7 +178,11 @@ def relative_deviation(host: Tensor, seed: Tensor) -> Tensor:
     """
     host, delta = host.detach(), seed.detach() - host.detach()
     whole, part = (torch.linalg.vector_norm(x, dtype=_wide(x.dtype)).float() for x in (host, delta))
-    ratio = part / (whole.square() + DEVIATION_EPS * host.numel()).sqrt()
+    return _ratio(whole, part, host.numel())
+
+
+def _ratio(whole: Tensor, part: Tensor, count: int) -> Tensor:
+    ratio = part / (whole.square() + DEVIATION_EPS * count).sqrt()
     return torch.where(whole > 0.0, ratio, 0.0 * part)
 
 
@@ -162,7 +191,7 @@ def note_largest(noted: Tensor, value: Tensor) -> bool:
 
     ``torch.func`` transforms forbid writes to captured tensors, so nothing is noted within them.
     """
-    can_write = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
+    can_write = torch.compiler.is_compiling() or _is_eager()
     if can_write:
         noted.copy_(torch.maximum(noted, value))
     return can_write

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kasmina_core.blending import blend_with_isolation, like_host, memory_format_of
 from kasmina_core.errors import SeedShapeError, TransitionError
 from kasmina_core.hosts import InjectionPoint
-from kasmina_core.isolation import bounded_straight_through, note_largest, relative_deviation
+from kasmina_core.isolation import isolated, note_largest, relative_deviation
 from kasmina_core.quiet import kept_buffers, kept_modes
 
 
@@ -151,8 +151,8 @@ class Slot(nn.Module):
         if mode == _STRAIGHT_THROUGH:
             # Detached: a gradient that goes on from the seed would change the host, which trains as if it were alone.
             output = seed(features.detach())
-            learned = bounded_straight_through(features, output, self.max_deviation)
-            self._note_training(relative_deviation(features, output))
+            learned, deviation = isolated(features, output, self.max_deviation)
+            self._note_training(deviation)
             return learned
         if mode == _BLEND_DETACHED:
             return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
