@@ -12,11 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kasmina_cnn import CNNHost
+from kasmina_signal import TCNHost
 from kasmina_transformer import TransformerHost
+from kasmina_vector import MLPHost
+from kasmina_volume import VolumeHost
 from pack_cases import PACKS, SPECS, generator
 from torch import Tensor, nn
 
 from kasmina_core import HostProtocol, HostSpec, Topology
+from kasmina_core.testing import check_host
 from kasmina_core.testing.seeds import grown, newborn
 
 HOSTS: dict[str, Callable[[], Any]] = {
@@ -29,6 +33,12 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "transformer, one layer, odd": lambda: TransformerHost(
         7, 9, n_layers=1, n_heads=3, max_len=5, expansion=1
     ),
+    "vector": MLPHost,
+    "vector, one layer, one value": lambda: MLPHost(1, 3, n_layers=1, width=7),
+    "signal": TCNHost,
+    "signal, not causal, even kernel": lambda: TCNHost(3, 4, n_blocks=2, channels=5, kernel=4, causal=False),
+    "volume": lambda: VolumeHost(base_channels=4),
+    "volume, group norm": lambda: VolumeHost(2, 3, n_blocks=2, base_channels=5, width_factor=1, norm="group"),
 }
 
 
@@ -44,7 +54,7 @@ def _loss(host: Any) -> Tensor:
     return (logits.log_softmax(-1) * weights).sum()
 
 
-# Both hosts
+# Every host
 
 
 def test_points_are_where_and_what_they_say(host: Any) -> None:
@@ -58,7 +68,9 @@ def test_points_are_where_and_what_they_say(host: Any) -> None:
     for point, (_, shape) in zip(host.injection_points(), seen, strict=True):
         assert len(shape) == point.topology.ndim
         assert shape[point.topology.feature_dim] == point.dim
-        assert point.causal == (point.topology is Topology.TRANSFORMER)
+        assert point.causal == (
+            host.causal if isinstance(host, TCNHost) else isinstance(host, TransformerHost)
+        )
 
 
 def test_is_a_host(host: Any) -> None:
@@ -86,7 +98,13 @@ class _Negate(nn.Module):
 @pytest.mark.parametrize("name", list(SPECS))
 def test_with_a_seed_at_every_point_a_host_is_unchanged_at_birth_and_trains_whole(name: str) -> None:
     spec = SPECS[name]
-    host: Any = CNNHost() if spec.topology is Topology.CNN else TransformerHost(17, 16)
+    host: Any = {
+        Topology.CNN: CNNHost,
+        Topology.SIGNAL: TCNHost,
+        Topology.TRANSFORMER: lambda: TransformerHost(17, 16),
+        Topology.VECTOR: MLPHost,
+        Topology.VOLUME: lambda: VolumeHost(base_channels=4),
+    }[spec.topology]()
     bare = host.eval()(*host.example_inputs())
     options = {"causal": True} if spec.takes_causal else {}
     for point in host.injection_points():
@@ -150,13 +168,23 @@ def test_copies_and_pickles_exactly(host: Any) -> None:
         assert torch.equal(twin(*inputs), host(*inputs))
 
 
-@pytest.mark.parametrize(("pack", "kind"), [("cnn", CNNHost), ("transformer", TransformerHost)])
-def test_pack_offers_its_host_by_name(pack: str, kind: type) -> None:
+@pytest.mark.parametrize(
+    ("pack", "name", "kind"),
+    [
+        ("cnn", "cnn", CNNHost),
+        ("signal", "tcn", TCNHost),
+        ("transformer", "transformer", TransformerHost),
+        ("vector", "mlp", MLPHost),
+        ("volume", "cnn3d", VolumeHost),
+    ],
+)
+def test_pack_offers_its_host_by_name(pack: str, name: str, kind: type) -> None:
     (spec,) = PACKS[pack].kasmina_hosts()
     assert isinstance(spec, HostSpec)
-    assert (spec.name, spec.topology) == (pack, Topology(pack))
+    assert (spec.name, spec.topology) == (name, Topology(pack))
     assert spec.factory == f"{kind.__module__}:{kind.__qualname__}"
     assert all(p.default is not p.empty for p in inspect.signature(kind).parameters.values())
+    check_host(spec).raise_if_failed()
 
 
 # CNNHost
@@ -300,13 +328,116 @@ def test_transformer_says_which_argument_is_wrong(options: dict[str, Any], messa
         TransformerHost(**options)
 
 
+# MLPHost
+
+
+def test_mlp_points_are_every_layer() -> None:
+    points = [(p.name, p.path, p.dim) for p in MLPHost(5, width=7).injection_points()]
+    assert points == [("layer1", "layers.0", 7), ("layer2", "layers.1", 7)]
+
+
+def test_mlp_takes_whatever_has_as_many_values_per_sample() -> None:
+    host = MLPHost(6, 2)
+    x = torch.randn(1, 1, 2, 3, generator=generator(0))
+    assert torch.equal(host(x), host(x.view(1, 6)))
+
+
+def test_mlp_learns() -> None:
+    x = torch.randn(32, 4, generator=generator(0))
+    assert _train(MLPHost(4, 2, width=16), x, (x[:, 0] * x[:, 1] > 0).long()) < 0.5
+
+
+# TCNHost
+
+
+def test_tcn_points_are_every_block() -> None:
+    points = [(p.name, p.path, p.dim) for p in TCNHost(n_blocks=2, channels=6).injection_points()]
+    assert points == [("block1", "blocks.0", 6), ("block2", "blocks.1", 6)]
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_tcn_sees_its_receptive_field_and_if_causal_only_the_past_of_it(kernel: int) -> None:
+    for causal in (True, False):
+        host = TCNHost(kernel=kernel, causal=causal)
+        x = torch.randn(1, 1, 40, generator=generator(0)).requires_grad_()
+        host(x)[0, :, 20].square().sum().backward()
+        assert x.grad is not None
+        steps = (x.grad[0, 0].nonzero().flatten() - 20).tolist()
+        assert steps[-1] - steps[0] == (kernel - 1) * (1 + 2 + 4)
+        assert (steps[-1] == 0) is causal
+
+
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_tcn_takes_signals_of_any_length(length: int) -> None:
+    logits = TCNHost(2, 3)(torch.randn(1, 2, length, generator=generator(0)))
+    assert logits.shape == (1, 3, length)
+    assert logits.isfinite().all()
+
+
+def test_tcn_learns() -> None:
+    x = torch.randn(8, 1, 20, generator=generator(0))
+    host = TCNHost(1, 2, n_blocks=2, channels=8)
+    assert _train(host, x, F.pad(x, (2, -2))[:, 0].gt(0).long()) < 0.5  # of two steps ago
+
+
+# VolumeHost
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 7, 3), (8, 8, 8)])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_volume_host_takes_volumes_of_any_size(size: tuple[int, int, int], norm: str) -> None:
+    logits = VolumeHost(3, 4, base_channels=4, norm=norm).eval()(torch.ones(1, 3, *size))
+    assert logits.shape == (1, 4)
+    assert logits.isfinite().all()
+
+
+def test_volume_host_with_a_seed_keeps_channels_last() -> None:
+    host = VolumeHost(2, base_channels=4).to(memory_format=torch.channels_last_3d).eval()
+    x = torch.randn(2, 2, 4, 4, 4, generator=generator(0)).to(memory_format=torch.channels_last_3d)
+    formats: list[bool] = []
+    host.blocks[2].register_forward_pre_hook(
+        lambda _m, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last_3d))
+    )
+    bare = host(x)
+    for name in ("volume:norm", "volume:conv", "volume:depthwise", "volume:bottleneck"):
+        host.register_slot("block2", newborn(SPECS[name], 8).to(memory_format=torch.channels_last_3d))
+        torch.testing.assert_close(host(x), bare)
+        host.unregister_slot("block2")
+    assert formats == [True] * 5
+
+
+def test_volume_host_learns() -> None:
+    x = torch.randn(16, 1, 4, 4, 4, generator=generator(0))
+    y = (x[..., 1:] * x[..., :-1]).mean(dim=(1, 2, 3, 4)).gt(0).long()
+    assert _train(VolumeHost(num_classes=2, n_blocks=2, base_channels=4), x, y) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "message"),
+    [
+        (MLPHost, {"width": 0}, r"MLPHost .*\n +given: +width=0\n"),
+        (MLPHost, {"in_features": "64"}, r"given: +in_features='64'\n"),
+        (MLPHost, {"n_layers": 0}, r"given: +n_layers=0\n"),
+        (TCNHost, {"channels": 1}, r"TCNHost .*\n +given: +channels=1\n +allowed: a whole number, 2 or more"),
+        (TCNHost, {"kernel": 0}, r"given: +kernel=0\n"),
+        (VolumeHost, {"n_blocks": 1}, r"VolumeHost .*\n +given: +n_blocks=1\n"),
+    ],
+)
+def test_hosts_say_which_argument_is_wrong(host: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        host(**options)
+
+
 def _train(host: nn.Module, x: Tensor, y: Tensor) -> float:
     """Train for 40 steps, and return the last loss as a part of the first."""
     optimizer = torch.optim.Adam(host.parameters(), lr=0.02)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss = F.cross_entropy(host(x).flatten(0, -2), y.flatten())
+        logits = host(x)
+        if isinstance(host, TCNHost):
+            logits = logits.mT  # classes last
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 
 import kasmina_cnn
+import kasmina_signal
 import kasmina_transformer
+import kasmina_vector
+import kasmina_volume
 import pytest
 import torch
 from pack_cases import PACKS, SPECS, every_blueprint
@@ -20,9 +23,24 @@ class TestConvolutions(SeedCases):
     topology = Topology.CNN
 
 
+class TestSignals(SeedCases):
+    pack = kasmina_signal
+    topology = Topology.SIGNAL
+
+
 class TestTransformers(SeedCases):
     pack = kasmina_transformer
     topology = Topology.TRANSFORMER
+
+
+class TestVectors(SeedCases):
+    pack = kasmina_vector
+    topology = Topology.VECTOR
+
+
+class TestVolumes(SeedCases):
+    pack = kasmina_volume
+    topology = Topology.VOLUME
 
 
 @every_blueprint
@@ -41,12 +59,18 @@ def test_declared_size_is_the_size_that_fvcore_counts(spec: BlueprintSpec, dim: 
         ("cnn:conv_heavy", {}),
         ("cnn:conv_light", {}),
         ("cnn:depthwise", {}),
+        ("signal:conv", {}),
+        ("signal:depthwise", {}),
+        ("signal:dilated", {"dilation": 1}),
+        ("volume:bottleneck", {"reduction": 1}),
+        ("volume:conv", {}),
+        ("volume:depthwise", {}),
     ],
 )
-def test_convolutions_learn_to_look_at_the_pixel_beside(name: str, options: dict[str, int]) -> None:
+def test_convolutions_learn_to_look_at_the_position_beside(name: str, options: dict[str, int]) -> None:
     spec = SPECS[name]
     x = features(spec, 8, batch=8)
-    assert fit(newborn(spec, 8, **options), x, x + x.roll(1, dims=3), steps=80) < 0.5
+    assert fit(newborn(spec, 8, **options), x, x + x.roll(1, dims=-1), steps=80) < 0.5
 
 
 def test_attention_learns_to_average_the_past() -> None:
@@ -71,10 +95,22 @@ def test_bundled_ids_are_these() -> None:
         "cnn:conv_light",
         "cnn:depthwise",
         "cnn:norm",
+        "signal:bottleneck",
+        "signal:conv",
+        "signal:depthwise",
+        "signal:dilated",
+        "signal:norm",
         "transformer:attention",
         "transformer:lora",
         "transformer:mlp",
         "transformer:norm",
+        "vector:bottleneck",
+        "vector:mlp",
+        "vector:norm",
+        "volume:bottleneck",
+        "volume:conv",
+        "volume:depthwise",
+        "volume:norm",
     ]
 
 
@@ -86,7 +122,18 @@ def test_every_width_but_one_is_accepted_up_to_96(spec: BlueprintSpec) -> None:
     assert set(range(2, 97)) <= set(accepted_widths(spec))
 
 
-REFUSED = ["cnn:bottleneck", "transformer:attention", "transformer:mlp", "transformer:norm"]
+REFUSED = [
+    "cnn:bottleneck",
+    "signal:conv",
+    "signal:depthwise",
+    "signal:norm",
+    "transformer:attention",
+    "transformer:mlp",
+    "transformer:norm",
+    "vector:mlp",
+    "vector:norm",
+    "volume:bottleneck",
+]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -36,7 +36,14 @@ assert {host}.__name__ == "{host}"
 
 
 @pytest.mark.parametrize(
-    ("module", "host"), [("kasmina_cnn", "CNNHost"), ("kasmina_transformer", "TransformerHost")]
+    ("module", "host"),
+    [
+        ("kasmina_cnn", "CNNHost"),
+        ("kasmina_signal", "TCNHost"),
+        ("kasmina_transformer", "TransformerHost"),
+        ("kasmina_vector", "MLPHost"),
+        ("kasmina_volume", "VolumeHost"),
+    ],
 )
 def test_listing_a_pack_imports_no_torch(module: str, host: str) -> None:
     done = subprocess.run(

@@ -11,20 +11,28 @@ from pack_cases import SPECS
 from kasmina_core import BlueprintRegistry
 from kasmina_core.testing.seeds import DTYPES, features, grown
 
-TRANSFORMER = [name for name in SPECS if name.startswith("transformer:")]
+CAN_BE_CAUSAL = [name for name, spec in SPECS.items() if spec.topology.can_be_causal]
+LOOKS_ELSEWHERE = ["signal:conv", "signal:depthwise", "signal:dilated", "transformer:attention"]
 
 
 def _grown_from_registry(name: str, dim: int, causal: bool) -> torch.nn.Module:
     """A seed made the way a slot makes it, every parameter moved."""
     registry = BlueprintRegistry()
-    registry.register(SPECS[name], pack="transformer")
+    registry.register(SPECS[name], pack=name.partition(":")[0])
     with torch.random.fork_rng(devices=[]):
         seed = registry.create(name, dim, causal=causal)
     seed.load_state_dict(grown(SPECS[name], dim).state_dict())
     return seed
 
 
-@pytest.mark.parametrize("name", TRANSFORMER)
+def _time_first(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The features with the axis of time in front."""
+    axis = SPECS[name].topology.causal_axis
+    assert axis is not None
+    return x.movedim(axis, 0)
+
+
+@pytest.mark.parametrize("name", CAN_BE_CAUSAL)
 @settings(deadline=None, max_examples=15)
 @given(
     dim=st.integers(2, 40),
@@ -37,28 +45,53 @@ def test_earlier_outputs_are_bit_equal_when_later_inputs_change(
     seed = _grown_from_registry(name, dim, causal=True).to(dtype)
     x = features(SPECS[name], dim, size=(4, 3)).to(dtype)
     changed = x.clone()
-    changed[:, cut:] = features(SPECS[name], dim, size=(4, 3), seed=7).to(dtype)[:, cut:]
-    before, after = seed(x), seed(changed)
-    assert torch.equal(before[:, :cut], after[:, :cut])
-    assert not torch.equal(before[:, cut:], after[:, cut:])
+    other = features(SPECS[name], dim, size=(4, 3), seed=7).to(dtype)
+    _time_first(name, changed)[cut:] = _time_first(name, other)[cut:]
+    before, after = (_time_first(name, seed(each)) for each in (x, changed))
+    assert torch.equal(before[:cut], after[:cut])
+    assert not torch.equal(before[cut:], after[cut:])
 
 
-def test_no_gradient_reaches_a_later_position_in_a_causal_host() -> None:
-    seed = _grown_from_registry("transformer:attention", 8, causal=True)
-    x = features(SPECS["transformer:attention"], 8).requires_grad_()
-    seed(x)[:, 3].square().sum().backward()
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("signal:conv", [1, 2, 3]),
+        ("signal:depthwise", [0, 1, 2, 3]),
+        ("signal:dilated", [3]),  # steps 3, -1 and -5
+        ("transformer:attention", [0, 1, 2, 3]),
+    ],
+)
+def test_no_gradient_reaches_a_later_position_in_a_causal_host(name: str, reached: list[int]) -> None:
+    seed = _grown_from_registry(name, 8, causal=True)
+    x = features(SPECS[name], 8).requires_grad_()
+    _time_first(name, seed(x))[3].square().sum().backward()
     assert x.grad is not None
-    reached = x.grad.abs().amax(dim=(0, 2)) > 0
-    assert reached.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    sizes = _time_first(name, x.grad).abs().amax(dim=(1, 2))
+    assert (sizes > 0).nonzero().flatten().tolist() == reached
 
 
-def test_attention_outside_a_causal_host_sees_every_position() -> None:
-    seed = _grown_from_registry("transformer:attention", 8, causal=False)
-    x = features(SPECS["transformer:attention"], 8)
-    changed = x.clone()
-    changed[:, -1] = -x[:, -1]
-    assert (seed(x)[:, :-1] != seed(changed)[:, :-1]).any(dim=2).all()
+@pytest.mark.parametrize("name", LOOKS_ELSEWHERE)
+def test_outside_a_causal_host_a_seed_looks_ahead(name: str) -> None:
+    seed = _grown_from_registry(name, 8, causal=False)
+    x = features(SPECS[name], 8).requires_grad_()
+    _time_first(name, seed(x))[9].square().sum().backward()
+    assert x.grad is not None
+    reached = (_time_first(name, x.grad).abs().amax(dim=(1, 2)) > 0).nonzero().flatten() - 9
+    assert len(reached) == 30 if name == "transformer:attention" else 0 < max(reached) == -min(reached)
 
 
-def test_only_attention_asks_whether_the_host_is_causal() -> None:
-    assert [name for name, spec in SPECS.items() if spec.takes_causal] == ["transformer:attention"]
+@pytest.mark.parametrize(("causal", "reached"), [(True, [0, 3, 6, 9]), (False, [4, 7, 10, 13])])
+def test_an_even_kernel_keeps_the_length_and_looks_farther_back_than_ahead(
+    causal: bool, reached: list[int]
+) -> None:
+    seed = grown(SPECS["signal:depthwise"], 8, kernel=4, dilation=3, causal=causal)
+    x = features(SPECS["signal:depthwise"], 8).requires_grad_()
+    y = seed(x)
+    assert y.shape == x.shape
+    (y - x)[:, :, 9].square().sum().backward()
+    assert x.grad is not None
+    assert (x.grad.abs().amax(dim=(0, 1)) > 0).nonzero().flatten().tolist() == reached
+
+
+def test_only_seeds_that_look_at_other_positions_ask_whether_the_host_is_causal() -> None:
+    assert [name for name, spec in SPECS.items() if spec.takes_causal] == LOOKS_ELSEWHERE

@@ -27,9 +27,16 @@ def _count(name: str, dim: int, **options: Any) -> int:
         ("cnn:attention", {"reduction": 2}, 2 * 64 * 32 + 32 + 64),
         ("cnn:attention", {"reduction": 64}, 2 * 64 * 4 + 4 + 64),
         ("cnn:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 9 * 32 * 32 + 4 * 32 + 64),
+        ("signal:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 32 + 64),
+        ("signal:conv", {"kernel": 2, "dilation": 5}, 3 * 64 * 64 + 3 * 64),
+        ("signal:depthwise", {"kernel": 31}, 64 * 64 + 34 * 64),
+        ("signal:dilated", {"kernel": 1}, 3 * 64 * 64 + 3 * 64),
         ("transformer:lora", {"rank": 3}, 2 * 64 * 3),
         ("transformer:lora", {"rank": 64}, 2 * 64 * 64),
         ("transformer:mlp", {"expansion": 1}, 2 * 64 * 64 + 4 * 64),
+        ("vector:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 32 + 64),
+        ("vector:mlp", {"expansion": 1}, 2 * 64 * 64 + 4 * 64),
+        ("volume:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 27 * 32 * 32 + 4 * 32 + 64),
     ],
 )
 def test_an_option_sets_the_size(name: str, options: dict[str, Any], params: int) -> None:
@@ -41,6 +48,9 @@ def test_an_option_sets_the_size(name: str, options: dict[str, Any], params: int
     [
         ("cnn:attention", {"reduction": 1}),
         ("cnn:bottleneck", {"reduction": 1}),
+        ("signal:conv", {"kernel": 4, "dilation": 3}),
+        ("signal:depthwise", {"kernel": 2, "causal": True}),
+        ("signal:dilated", {"kernel": 40}),  # longer than the signal
         ("transformer:attention", {"heads": 1}),
         ("transformer:attention", {"heads": 12}),
         ("transformer:attention", {"causal": True}),
@@ -70,6 +80,11 @@ def test_heads_change_the_result_and_not_the_size() -> None:
     [
         ("cnn:attention", "reduction"),
         ("cnn:bottleneck", "reduction"),
+        ("signal:bottleneck", "reduction"),
+        ("signal:conv", "dilation"),
+        ("signal:conv", "kernel"),
+        ("signal:dilated", "dilation"),
+        ("signal:dilated", "kernel"),
         ("transformer:attention", "heads"),
         ("transformer:lora", "rank"),
         ("transformer:mlp", "expansion"),
