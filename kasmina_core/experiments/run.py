@@ -206,32 +206,36 @@ class SeedLog:
         return records
 
 
-_TOPOLOGIES: Final = {"classification": Topology.CNN, "language-model": Topology.TRANSFORMER}
-"""Topology of the hosts for each kind of task: pictures, and rows of characters."""
+def _host_options(task: Task) -> dict[Topology, dict[str, Any]]:
+    """Return the topologies of hosts that fit a task, the task's own first, with the options that such hosts get."""
+    if task.kind == "classification":
+        return {
+            Topology.CNN: {"in_channels": task.input_shape[0], "num_classes": task.n_classes},
+            Topology.VECTOR: {"in_features": math.prod(task.input_shape), "num_classes": task.n_classes},
+        }
+    return {Topology.TRANSFORMER: {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}}
 
 
 def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
     """Build the host of a run, with weights that depend on ``settings.seed`` alone.
 
-    The factory is called with ``in_channels`` and ``num_classes``, or ``vocab_size`` and ``max_len``, depending on the
-    task, and with the preset's options that it accepts.
+    The factory is called with ``in_channels`` and ``num_classes`` (a host for vectors: ``in_features``, and it flattens
+    the images), or ``vocab_size`` and ``max_len``, depending on the task, and with the preset's options that it accepts.
 
     Raises:
         UnknownNameError: If there is no such host, or none for the task.
         BlueprintError: If the host has no option of a name in ``settings.host_options``, or does not fit the task.
     """
-    topology = _TOPOLOGIES[task.kind]
-    host_id = plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, topology)
+    fitting = _host_options(task)
+    host_id = (
+        plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, next(iter(fitting)))
+    )
     spec = plugins.hosts.get(host_id)
-    if spec.topology is not topology:
+    if spec.topology not in fitting:
         raise BlueprintError(
             f"Host '{host_id}' does not fit task '{task.name}'.\n"
-            f"  host: {spec.topology.value}\n  task: {topology.value}"
+            f"  host: {spec.topology.value}\n  task: {' or '.join(topology.value for topology in fitting)}"
         )
-    if task.kind == "classification":
-        needed: dict[str, Any] = {"in_channels": task.input_shape[0], "num_classes": task.n_classes}
-    else:
-        needed = {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}
     taken = _accepted_keywords(import_factory(f"Host '{host_id}'", spec.factory))
     preset = PRESETS[task.name].host_options
     chosen = {
@@ -241,7 +245,7 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
         if taken is not None and name not in taken:
             raise BlueprintError(f"Host '{host_id}' has no option '{name}'.{did_you_mean(name, taken)}")
     with private_rng(derived_seed(settings.seed, "host")):
-        host = plugins.hosts.create(host_id, **needed, **chosen, **settings.host_options)
+        host = plugins.hosts.create(host_id, **fitting[spec.topology], **chosen, **settings.host_options)
     return host_id, host.to(settings.device)
 
 

@@ -212,6 +212,16 @@ def test_chars_trains_a_language_model(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "report.html").exists()
 
 
+def test_a_host_for_vectors_learns_the_pixels_of_images(tmp_path: Path) -> None:
+    result = _grow(
+        *("--host", "vector:mlp", "--host-option", "width=8", "--out", str(tmp_path / "a"), "--epochs", "5"),
+        *("--policy", "fixed-times", "--policy-option", "epochs=[1]", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    (seed,) = json.loads(result.stdout)["seeds"]
+    assert (seed["slot"], seed["blueprint"]) == ("layer1", "vector:mlp")
+
+
 def test_without_a_terminal_there_are_no_escape_codes(tmp_path: Path) -> None:
     result = _grow("--out", str(tmp_path / "a"), *SHORT)
     assert "\x1b" not in result.stdout + result.stderr
@@ -225,7 +235,11 @@ def test_without_a_terminal_there_are_no_escape_codes(tmp_path: Path) -> None:
         (("--task", "digit"), "Did you mean 'digits'?", 1),
         (("--task", "cifar10"), "torchvision", 1),
         (("--host", "cnn:cn"), "cnn:cnn", 1),
-        (("--host", "transformer:transformer"), "does not fit task 'digits'", 1),
+        (
+            ("--host", "transformer:transformer"),
+            "does not fit task 'digits'.\n  host: transformer\n  task: cnn or vector",
+            1,
+        ),
         (("--host-option", "base_chanels=4"), "Did you mean 'base_channels'?", 1),
         (("--host-option", "base_channels=0"), "0", 1),
         (("--host-option", "nonsense"), "NAME=VALUE", 2),
