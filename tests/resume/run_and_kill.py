@@ -1,4 +1,4 @@
-"""A training run that checkpoints and resumes, and a driver that kills it with SIGKILL until it is done.
+"""A training run that checkpoints and resumes, and a driver that has it killed by the system until it is done.
 
 ``python run_and_kill.py FOLDER VARIANT KILLS SEED``. The run is made twice: whole, without a checkpoint, logging to
 ``whole.log``; and killed at random moments and before chosen calls of a save, logging to ``killed.log``. Each run is a
@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,10 @@ def die_before(call: int) -> None:
         setattr(place, name, dying(getattr(place, name)))
 
 
-def fork(variant: str, log: Path, folder: Path | None, call: int | None = None) -> int:
+def fork(
+    variant: str, log: Path, folder: Path | None, call: int | None = None, seconds: float | None = None
+) -> int:
+    """Start a run, which the system ends before its ``call``-th call in a save or after ``seconds`` of computing."""
     if (child := os.fork()) != 0:
         return child
     code = 1
@@ -273,6 +276,10 @@ def fork(variant: str, log: Path, folder: Path | None, call: int | None = None) 
         warnings.simplefilter("ignore", InterruptedSave)
         if call is not None:
             die_before(call)
+        if (
+            seconds is not None
+        ):  # of computing, so that a busy machine gives no other moments; nothing handles SIGPROF
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         train(variant, Log(log), folder)
         code = 0
     except BaseException:
@@ -282,18 +289,6 @@ def fork(variant: str, log: Path, folder: Path | None, call: int | None = None) 
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def ended(child: int, within: float) -> int | None:
-    """Return the exit status, or nothing if it still runs after so many seconds."""
-    until = time.monotonic() + within
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return status
-        if time.monotonic() >= until:
-            return None
-        time.sleep(0.001)
 
 
 def warm_up(variant: str) -> None:
@@ -312,24 +307,19 @@ def warm_up(variant: str) -> None:
 
 def main(folder: Path, variant: str, kills: int, seed: int) -> int:
     warm_up(variant)
-    began = time.monotonic()
     _, status = os.waitpid(fork(variant, folder / "whole.log", None), 0)
     if status:
         return 1
-    usual = time.monotonic() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    usual = used.ru_utime + used.ru_stime
     chance, calls, killed = random.Random(seed), 0, 0
     while True:
         # Every third dies inside of a save, before the next of the calls that make one up; the others at any time.
         inside = killed % 3 == 2 and killed < kills
-        child = fork(variant, folder / "killed.log", folder / "point", calls if inside else None)
-        if inside:
-            calls += 1
-            _, status = os.waitpid(child, 0)
-        elif killed >= kills:
-            _, status = os.waitpid(child, 0)
-        elif (status := ended(child, chance.uniform(0.0, usual / 2))) is None:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+        call = calls if inside else None
+        seconds = None if inside or killed >= kills else chance.uniform(0.001, usual / 2)
+        calls += inside
+        _, status = os.waitpid(fork(variant, folder / "killed.log", folder / "point", call, seconds), 0)
         if os.WIFSIGNALED(status):
             killed += 1
             continue

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks"),
 ]
 
-KILLS = 45
+KILLS = 60
 
 
 def read(log: Path) -> dict[str, list[str]]:
