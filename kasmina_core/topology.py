@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final, final
+from weakref import WeakSet
 
-from kasmina_core.errors import TopologyError, did_you_mean
+from kasmina_core.errors import NameConflictError, TopologyError, did_you_mean
 
 _VALUE: Final = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -82,7 +83,7 @@ class Topology(metaclass=_Members):
             return found
         raise TopologyError(
             f"{value!r} is not a topology.{did_you_mean(str(value), _KNOWN)} Valid: {', '.join(_KNOWN)}. "
-            "A pack can add others: a name is known once its pack is loaded."
+            "A pack can add others: a name is known once its pack is loaded (kasmina plugins list)."
         )
 
     @classmethod
@@ -215,6 +216,39 @@ class Topology(metaclass=_Members):
 _ROWS: Final[dict[tuple[Any, ...], Topology]] = {}
 _KNOWN: Final[dict[str, Topology]] = {}
 
+_HOLDERS: Final[dict[str, WeakSet[Any]]] = {}
+
+
+def admit(topology: Topology, holder: object) -> None:
+    """Make a topology known by its name, for as long as something holds it.
+
+    Args:
+        topology: The topology.
+        holder: What needs it, such as the declarations of a pack. It is not kept alive; ``str(holder)`` is for messages.
+
+    Raises:
+        NameConflictError: If another topology has the name, and something holds that; the message names both holders.
+    """
+    known, holders = _KNOWN.get(topology.value), _HOLDERS.setdefault(topology.value, WeakSet())
+    if known is not None and known is not topology and (known in _BUNDLED or holders):
+        raise NameConflictError(
+            f"2 topologies are named '{topology.value}':\n"
+            f"  {known}, {', '.join(sorted(map(str, holders))) or 'bundled with kasmina'}\n"
+            f"  {topology}, {holder}\nRename one, or let one pack import that of the other."
+        )
+    if known is not topology:
+        holders.clear()
+        _KNOWN[topology.value] = topology
+    holders.add(holder)
+
+
+def withdraw(topology: Topology, holder: object) -> None:
+    """Undo `admit`: a name that nothing holds is forgotten, unless it is a bundled one."""
+    holders = _HOLDERS.get(topology.value, WeakSet())
+    holders.discard(holder)
+    if not holders and topology not in _BUNDLED and _KNOWN.get(topology.value) is topology:
+        del _KNOWN[topology.value]
+
 
 def _of_row(*row: Any) -> Topology:
     """Return the one object of a row; a row that is new is not known by name."""
@@ -290,5 +324,6 @@ Topology.VECTOR = Topology.declare("vector", "bd", width="d")
 Topology.SIGNAL = Topology.declare("signal", "bct", width="c", causal="t", examples=((2, 16), (1, 7), (3, 5)))
 Topology.VOLUME = Topology.declare("volume", "bcdhw", width="c", memory_formats=("channels_last_3d",))
 
-for _topology in (Topology.CNN, Topology.TRANSFORMER, Topology.VECTOR, Topology.SIGNAL, Topology.VOLUME):
+_BUNDLED: Final = (Topology.CNN, Topology.TRANSFORMER, Topology.VECTOR, Topology.SIGNAL, Topology.VOLUME)
+for _topology in _BUNDLED:
     _KNOWN[_topology.value] = _topology

@@ -95,6 +95,7 @@ class PluginRegistry:
         self._lock = threading.RLock()
         self._manager = new_manager()
         self._records: dict[tuple[str, str, str], PackRecord] = {}
+        self._offers: dict[tuple[str, str, str], Offer] = {}
         self._reports: dict[str, ValidationReport] = {}
         self.blueprints = BlueprintRegistry()
         self._unavailable = self.blueprints.unavailable
@@ -231,6 +232,7 @@ class PluginRegistry:
                 for full in getattr(record, kind):
                     catalogue.discard(full)
             self.blueprints.mark_available(name)
+            self._offers.pop(record.key).withdraw_topologies()
             del self._records[record.key]
             return record
 
@@ -300,7 +302,7 @@ class PluginRegistry:
 
     def _load(self, record: PackRecord, load_plugin: Callable[[], object]) -> PackRecord:
         """Take a pack whole or not at all, and keep the record of that."""
-        offer = Offer()
+        offer = Offer(f"pack '{record.name}' ({_place(record)})")
         withheld: tuple[str, ...] = ()
         try:
             with contained(), _named_if_slow(record), self._guard():
@@ -311,6 +313,7 @@ class PluginRegistry:
                     self._examine(record, offer)
             self._commit(record, plugin, offer)
         except Exception as error:
+            offer.withdraw_topologies()
             if not isinstance(error, RefusalError):
                 error = RefusalError(
                     PackReason.HOOK_FAILED, f"Taking what it declares raised {described(error)}", error
@@ -318,6 +321,7 @@ class PluginRegistry:
             return self._refuse(record.refused(error.reason, error.cause, error.error), offer)
         record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
         self._records[record.key] = record
+        self._offers[record.key] = offer
         self.blueprints.mark_available(record.name)
         for full in withheld:
             self.blueprints.mark_unavailable(
@@ -373,6 +377,14 @@ class PluginRegistry:
                 self._manager.unregister(name=name)
 
         name = _plugin_name(record)
+        for topology in offer.topologies:
+            for other in self.packs:
+                if other.state is PackState.ACTIVE and topology in other.topologies:
+                    cause = (
+                        f"2 packs add the topology '{topology}':\n  {other.name} ({_place(other)})\n"
+                        f"  {record.name} ({_place(record)})\nLet one of them import that of the other, and not return it."
+                    )
+                    raise RefusalError(PackReason.DUPLICATE_ID, cause, NameConflictError(cause))
         try:
             with ExitStack() as undo:
                 undo.callback(forget_plugin)
@@ -466,7 +478,8 @@ def _with_ids(record: PackRecord, offer: Offer) -> PackRecord:
         kind: tuple(sorted(f"{record.name}:{name}" for name in things))
         for kind, things in offer.by_kind().items()
     }
-    return replace(record, **ids)  # type: ignore[arg-type]  # of the fields that are tuples
+    topologies = tuple(sorted(offer.topologies))
+    return replace(record, topologies=topologies, **ids)  # type: ignore[arg-type]  # of the fields that are tuples
 
 
 # -- the registry of the process ------------------------------------------------------------------------------------

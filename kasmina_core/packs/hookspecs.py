@@ -44,6 +44,20 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 
 @hookspec
+def kasmina_topologies() -> Iterable[Topology]:  # type: ignore[empty-body]  # a hook declaration
+    """Return the topologies that the pack adds; it is called before the hooks for blueprints and hosts.
+
+    Each becomes known by its name, which belongs to one pack. Blueprints and hosts of other packs may be for it: they
+    import it from this one, and do not return it again.
+
+    >>> GRAPH = Topology.declare("graph", "bnf", width="f")  # (b, n, f): nodes without an order
+    >>> @hookimpl
+    ... def kasmina_topologies():
+    ...     return [GRAPH]
+    """
+
+
+@hookspec
 def kasmina_blueprints() -> Iterable[BlueprintSpec]:  # type: ignore[empty-body]  # a hook declaration
     """Return the blueprints that the pack offers.
 

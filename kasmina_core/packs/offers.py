@@ -14,6 +14,7 @@ from kasmina_core.blueprints.foreign import EscapeError, cleaned, contained, des
 from kasmina_core.errors import NameConflictError
 from kasmina_core.packs import hookspecs
 from kasmina_core.packs.scanning import PackReason
+from kasmina_core.topology import Topology, admit, withdraw
 
 if TYPE_CHECKING:
     from kasmina_core.checks.reports import ValidationReport
@@ -43,10 +44,18 @@ KINDS: Final = ("blueprints", "hosts", "gate_checks", "policies")
 """Kinds of declarations, as fields of `Offer` and `PackRecord`; sinks depend on a config and are not among them."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Offer:
-    """Declarations of one pack, by short name."""
+    """Declarations of one pack, by short name.
 
+    Attributes:
+        origin: The pack, for messages.
+        topologies: Those it adds, by name. These, and those that its blueprints and hosts are for, are known by name as
+            long as the offer lives and is not withdrawn.
+    """
+
+    origin: str = ""
+    topologies: dict[str, Topology] = field(default_factory=dict)
     blueprints: dict[str, BlueprintSpec] = field(default_factory=dict)
     hosts: dict[str, HostSpec] = field(default_factory=dict)
     gate_checks: dict[str, GateCheckSpec] = field(default_factory=dict)
@@ -56,6 +65,28 @@ class Offer:
     def by_kind(self) -> dict[str, dict[str, Any]]:
         """Return the declarations of each of `KINDS`."""
         return {kind: getattr(self, kind) for kind in KINDS}
+
+    @property
+    def needed_topologies(self) -> set[Topology]:
+        """Those it adds, and those that its blueprints and hosts are for."""
+        specs: tuple[BlueprintSpec | HostSpec, ...] = (*self.blueprints.values(), *self.hosts.values())
+        return {*self.topologies.values(), *(spec.topology for spec in specs)}
+
+    def admit_topologies(self) -> None:
+        """Make its topologies known by name; raises `RefusalError` if a name is another's."""
+        try:
+            for topology in self.needed_topologies:
+                admit(topology, self)
+        except NameConflictError as error:
+            raise RefusalError(PackReason.DUPLICATE_ID, str(error), error) from error
+
+    def withdraw_topologies(self) -> None:
+        """Undo `admit_topologies`."""
+        for topology in self.needed_topologies:
+            withdraw(topology, self)
+
+    def __str__(self) -> str:
+        return self.origin
 
 
 def import_plugin(load_plugin: Callable[[], object]) -> object:
@@ -99,8 +130,11 @@ def collect_offer(plugin: object, offer: Offer) -> None:
                     f"{name} is a hook wrapper. A pack returns declarations of its own and wraps nobody's."
                 )
                 raise RefusalError(PackReason.WRONG_TYPE, cause)
+    _gather(trial, "kasmina_topologies", Topology, offer.topologies)
+    offer.admit_topologies()  # its other hooks may ask for them by name
     _gather(trial, "kasmina_blueprints", BlueprintSpec, offer.blueprints)
     _gather(trial, "kasmina_hosts", HostSpec, offer.hosts)
+    offer.admit_topologies()
     if "kasmina_gate_checks" in implemented:
         from kasmina_core.gates.checks import GateCheckSpec
 
@@ -118,6 +152,9 @@ def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: dict[
                 for thing in value:
                     if not isinstance(thing, kind):
                         raise _wrong_type(hook, f"only {kind.__name__}", thing)
+                    if isinstance(thing, Topology):  # it cannot have been changed
+                        _keep(kept, hook, thing.value, thing)
+                        continue
                     kind.__post_init__(thing)  # it may have been changed since it was made
                     if cleaned(thing.name, 100) != thing.name or thing.name.split() != [thing.name]:
                         raise _wrong_type(

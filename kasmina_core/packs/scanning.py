@@ -105,7 +105,8 @@ class PackRecord(Record):
         state: See `PackState`.
         reason: Why it is not active, as a code; ``None`` if it is, or was not loaded yet.
         cause: Why it is not active, for people.
-        blueprints: Ids of the blueprints it declared; they are available only if it is active.
+        topologies: Names of the topologies it adds; they are known only if it is active.
+        blueprints: Ids of the blueprints it declared; likewise.
         hosts: Ids of the hosts it declared; likewise.
         gate_checks: Ids of its gate checks; likewise.
         policies: Ids of its policies; likewise.
@@ -120,6 +121,7 @@ class PackRecord(Record):
     state: PackState = PackState.DISCOVERED
     reason: PackReason | None = None
     cause: str = ""
+    topologies: tuple[str, ...] = ()
     blueprints: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     gate_checks: tuple[str, ...] = ()

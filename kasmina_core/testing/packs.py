@@ -97,6 +97,7 @@ def check_pack(
 
 def _declared(registry: PluginRegistry) -> list[str]:
     return [
+        *(topology for record in registry.packs for topology in record.topologies),
         *(entry.id for entry in registry.blueprints.list_all()),
         *registry.hosts,
         *(check.name for check in registry.gate_checks()),
