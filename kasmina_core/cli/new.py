@@ -53,9 +53,10 @@ def new() -> None:
 @click.argument("name")
 @click.option(
     "--topology",
-    type=click.Choice([topology.value for topology in Topology]),
+    type=click.Choice([topology.value for topology in Topology if topology.value in TEMPLATES]),
     required=True,
-    help="Layout of the features that its seeds work on: cnn (b, c, h, w), transformer (b, t, d).",
+    help="Layout of the features that its seeds work on: cnn (b, c, h, w), transformer (b, t, d). For another topology, "
+    "change the one that the package declares.",
 )
 @_out
 def pack_command(name: str, topology: str, out: Path) -> None:

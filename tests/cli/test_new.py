@@ -142,6 +142,13 @@ def test_the_next_steps_are_shown(tmp_path: Path) -> None:
     ]
 
 
+def test_a_topology_without_a_template_is_refused_with_those_that_have_one(tmp_path: Path) -> None:
+    done = kasmina("new", "pack", "acme-more", "--topology", "vector", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "'vector' is not one of 'cnn', 'transformer'" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_empty_is_filled(tmp_path: Path) -> None:
     (tmp_path / "acme").mkdir()
     assert kasmina("new", "host", "acme", "--out", tmp_path).exit_code == 0
