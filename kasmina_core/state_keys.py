@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 WRAPPER: Final = "_orig_mod"
 """The name under which ``torch.compile(module)`` holds the module."""
