@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kasmina_core import MorphogeneticModel, PluginRegistry
+from kasmina_core import MorphogeneticModel, PluginRegistry, Topology
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,7 +54,7 @@ def contributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     files = re.findall(
         r"<!-- file: (\S+) -->\n```(?:python|toml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
     )
-    assert len(files) == len(re.findall(r"^```(?:python|toml)$", text, re.MULTILINE)) == 5
+    assert len(files) == len(re.findall(r"^```(?:python|toml)$", text, re.MULTILINE)) == 6
     for name, code in files:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -77,6 +77,14 @@ def test_the_pack_of_contributing_grows(contributed: Path) -> None:
     model = MorphogeneticModel(registry.hosts.create("two-layers"), registry=registry.blueprints)
     model.germinate("between", "scale")
     assert model.advance_stage("between").passed
+
+
+def test_the_topology_of_contributing_is_added(contributed: Path) -> None:
+    registry = PluginRegistry()
+    record = registry.register_pack("stations", importlib.import_module("kasmina_scale.stations"))
+    assert record.topologies == ("stations",)
+    assert str(Topology("stations")) == "(b, n, f, t)"
+    registry.unregister_pack("stations")
 
 
 def test_the_pack_of_contributing_passes_its_own_tests(contributed: Path) -> None:
