@@ -134,6 +134,12 @@ from .policies.tournament import TournamentPolicy as TournamentPolicy
 from .policies.triggers import FixedTimes as FixedTimes
 from .policies.triggers import Plateau as Plateau
 from .policies.triggers import Trigger as Trigger
+from .positions import WHOLE_SEQUENCES as WHOLE_SEQUENCES
+from .positions import ContextReader as ContextReader
+from .positions import SeedContext as SeedContext
+from .readers import EveryPosition as EveryPosition
+from .readers import TorchTransformer as TorchTransformer
+from .readers import call_arguments as call_arguments
 from .slots.forward import ForwardMode as ForwardMode
 from .slots.settings import GradientPolicy as GradientPolicy
 from .slots.settings import Incubation as Incubation

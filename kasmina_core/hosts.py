@@ -71,7 +71,8 @@ class HostProtocol(Protocol):
 
     A module that lacks this becomes a host by naming points: see `MorphogeneticModel`. ``HookedHost`` gives
     ``register_slot`` and ``unregister_slot`` to any module that declares ``injection_points``. A host may also offer
-    ``example_inputs() -> tuple`` for the probe at attach.
+    ``example_inputs() -> tuple`` for the probe at attach, and ``context_reader() -> ContextReader``, which says for each
+    of its calls what the positions mean to seeds that mix them.
     """
 
     def injection_points(self) -> Sequence[InjectionPoint]:

@@ -20,6 +20,7 @@ from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import split_path
+from kasmina_core.positions import CallBegins, CallEnds, ContextReader, HostCalls
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
 from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode
@@ -82,11 +83,12 @@ class SlottedModel(nn.Module):
         make_slot: Makes the slot for a point that was proved.
         example: Inputs for one forward; default the host's ``example_inputs()``.
         causal: Whether points given by path lie in a causal host.
+        context: Reads what positions mean off the host's call; default the host's ``context_reader()``, if it has one.
 
     Raises:
         HostError: If a point does not exist, does not fire exactly once, or is not as declared; the host is left as
             it was.
-        TypeError: If the host is no module, or ``slots`` names something else than points.
+        TypeError: If the host is no module, ``slots`` names something else than points, or ``context`` cannot be called.
     """
 
     def __init__(
@@ -97,11 +99,17 @@ class SlottedModel(nn.Module):
         *,
         example: object = None,
         causal: bool = False,
+        context: ContextReader | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(host, nn.Module):
             hint = f" Make one of the class: {host.__name__}(...)." if isinstance(host, type) else ""
             raise TypeError(f"host must be a module, not {host!r:.200}.{hint}")
+        if context is None and callable(offered := getattr(host, "context_reader", None)):
+            context = offered()
+        if context is not None and not callable(context):
+            raise TypeError(f"context must read a call, as EveryPosition() does, not {context!r:.200}.")
+        read = submodule(host, getattr(context, "module", ""))
         _take_off_lost_slots(host)
         demand_openness(host)
         if example is None:
@@ -126,6 +134,15 @@ class SlottedModel(nn.Module):
             for slot in attached:
                 self._detach(slot)
             raise
+        calls, taking = HostCalls(context), list(self.slots.values())
+        for slot in taking:
+            slot.calls = calls
+        self._reading: list[RemovableHandle] = []
+        if context is not None:
+            self._reading = [
+                read.register_forward_pre_hook(CallBegins(calls, taking), with_kwargs=True),
+                read.register_forward_hook(CallEnds(calls, taking), always_call=True),
+            ]
         self.training = host.training
         self._hang_together()
         self.register_state_dict_post_hook(_strip_host_prefix)  # type: ignore[no-untyped-call]  # torch
@@ -245,7 +262,9 @@ class SlottedModel(nn.Module):
         """Take the slots off the host and return it as it was; seeds stay behind with this model."""
         for slot in self.slots.values():
             self._detach(slot)
-        self._hung, self._is_detached = set(), True
+        for handle in self._reading:
+            handle.remove()
+        self._hung, self._is_detached, self._reading = set(), True, []
         return self.host
 
     def demand_slots(self) -> None:
@@ -398,6 +417,10 @@ def _has_slot(module: nn.Module, slot: nn.Module) -> bool:
     return any(isinstance(hook, SlotHook) and hook.slot is slot for hook in module._forward_hooks.values())
 
 
+def _is_lost(slot: nn.Module) -> bool:
+    return (model := _MODEL_OF.get(slot)) is not None and model() is None
+
+
 def _take_off_lost_slots(host: nn.Module) -> None:
     """Take slots off a host whose model is gone: nobody else can.
 
@@ -405,7 +428,12 @@ def _take_off_lost_slots(host: nn.Module) -> None:
         HostError: If the model is there.
     """
     for module in host.modules():
+        for key, begins in list(module._forward_pre_hooks.items()):
+            if isinstance(begins, CallBegins) and _is_lost(begins.slots[0]):
+                module._forward_pre_hooks.pop(key)
         for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, CallEnds) and _is_lost(hook.slots[0]):
+                module._forward_hooks.pop(key)
             if not isinstance(hook, SlotHook):
                 continue
             slot = cast("SeedSlot", hook.slot)
@@ -434,6 +462,7 @@ def _parts_of(attributes: Mapping[str, Any]) -> set[str]:
 
 
 _NOT_TAKEN_OVER: Final = {
+    "context_reader",
     "example_inputs",
     "from_pretrained",
     "injection_points",

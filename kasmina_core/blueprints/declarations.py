@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME_PATTERN: Final = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
+MIXES_POSITIONS: Final = "positions"
 NAME_RULE: Final = "use lower case letters, digits, '_' and '-', a letter first."
 
 
@@ -35,6 +36,9 @@ class BlueprintSpec:
         options: Names of the options that ``germinate`` may pass, with their defaults.
         accepts_width: Says why a width is refused (text), or ``None`` if it is accepted. The default accepts all.
         takes_causal: Whether the factory wants ``causal=`` from the injection point.
+        mixes: ``"positions"`` if what a seed computes at a position of a sequence depends on other positions, or on
+            where it is. Its module then takes ``forward(features, context=WHOLE_SEQUENCES)``, a `SeedContext`, and
+            heeds padding, documents and cached positions. Empty if it treats each position by itself.
         source: Paper or page the module comes from.
 
     Raises:
@@ -55,6 +59,7 @@ class BlueprintSpec:
     accepts_width: Callable[[int], str | None] | None = None
     takes_causal: bool = False
     source: str = ""
+    mixes: str = ""
 
     def __post_init__(self) -> None:
         _demand_name_and_topology(self, "blueprint", BlueprintError)
@@ -72,6 +77,10 @@ class BlueprintSpec:
                 )
         elif not problem and not callable(estimate):
             problem = f"param_estimate must be an int or a function of the width, not {estimate!r}."
+        if self.mixes not in ("", MIXES_POSITIONS):
+            problem = f"mixes must be '{MIXES_POSITIONS}' or empty, not {self.mixes!r}."
+        elif self.mixes and self.topology is not Topology.TRANSFORMER:
+            problem = f"mixes='{self.mixes}' is for sequences, and {self.topology.value} features have no positions."
         if problem:
             raise BlueprintError(f"Blueprint '{self.name}': {problem}")
 

@@ -43,6 +43,7 @@ def try_seed(
     trial = Trial()
     findings = trial.findings
     spec = registry.get(blueprint_id).spec
+    trial.mixes = bool(spec.mixes)
     findings["blueprint known"] = (True, "")
     fits = spec.topology is point.topology
     findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")

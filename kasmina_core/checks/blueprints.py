@@ -27,6 +27,7 @@ from kasmina_core.checks.modules import (
     check_independence,
     check_module,
 )
+from kasmina_core.checks.positions import POSITIONS, check_positions
 from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport
 from kasmina_core.records import is_plain
 
@@ -46,6 +47,7 @@ CHECK_NAMES: Final = (
     "param_estimate",
     "param_count",
     "independent_builds",
+    POSITIONS,
     *QUICK_DEVICE_CHECKS,
     "shape_grid",
     *FULL_DEVICE_CHECKS,
@@ -127,6 +129,7 @@ class _Examination:
             self._check_options(built)
             self._check_size(built)
             check_independence(self.bench, built)
+            check_positions(self.bench, built)
             used = [
                 name
                 for name in self.runnable

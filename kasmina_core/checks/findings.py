@@ -70,11 +70,11 @@ class Bench:
         for name, value in restore_settings(self._settings).items():
             self._changed.setdefault(name, value)
 
-    def call(self, module: nn.Module, x: Tensor) -> Any:
-        """Run a module, and put back at once the settings that it changed: what comes next depends on them."""
+    def call(self, module: nn.Module, x: Tensor, *context: Any) -> Any:
+        """Run a module, on features and perhaps their context, and put back at once the settings that it changed: what comes next depends on them."""
         try:
             with contained():
-                return module(x)
+                return module(x, *context)
         finally:
             self.note_settings()
 

@@ -139,6 +139,7 @@ _GERMINATION_CHECKS: Final = (
     "blueprint known",
     "topology",
     "width",
+    "positions",
     "builds",
     "shape",
     "dtype",

@@ -23,6 +23,7 @@ from kasmina_core.growth.slot import SeedSlot, SeedTelemetry
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
+from kasmina_core.positions import ContextReader
 from kasmina_core.probing import ProbedPoint
 from kasmina_core.slotted import SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
@@ -54,6 +55,9 @@ class MorphogeneticModel(SlottedModel):
         telemetry: Takes the events.
         evaluator: See `evaluate_with`.
         causal: Whether points given by path lie in a causal host.
+        context: Reads what positions mean off each call of the host: which are padding, which belong to one document,
+            which are cached. Seeds that mix positions need it: `EveryPosition`, `TorchTransformer` or a `ContextReader`
+            of one's own. Default: the host's ``context_reader()``, if it has one.
 
     Raises:
         HostError: If a point does not exist, does not fire exactly once, or is not as declared; the host is left as
@@ -74,6 +78,7 @@ class MorphogeneticModel(SlottedModel):
         telemetry: EventTarget | None = None,
         evaluator: Evaluator | None = None,
         causal: bool = False,
+        context: ContextReader | None = None,
     ) -> None:
         config = config or GrowthConfig()
         if not isinstance(config, GrowthConfig):
@@ -87,7 +92,7 @@ class MorphogeneticModel(SlottedModel):
                 found.point, found.shape, config, blueprints, dtype=found.dtype, device=found.device
             )
 
-        super().__init__(host, slots, make_slot, example=example, causal=causal)
+        super().__init__(host, slots, make_slot, example=example, causal=causal, context=context)
         # Not `config`: trainers take a model's `config` for that of a transformers model.
         self.growth_config = config
         self._grow_with(Growth(self, config, samples, telemetry))

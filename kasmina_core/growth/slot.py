@@ -252,14 +252,14 @@ class SeedSlot(core.SeedSlot):
             UnknownNameError: If nobody offers the blueprint.
         """
         record = self._record(state)
-        saved, seed = record.state, None
+        saved, seed, takes_context = record.state, None, False
         if saved is not None and not is_failure_stage(saved.stage):
             trial = self._make_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
             if trial.seed is None or trial.faults:
                 raise CheckpointError(
                     f"The saved seed '{saved.seed_id}' cannot be rebuilt in slot '{self.name}': {trial.faults}"
                 )
-            seed = trial.seed.train(self.training)
+            seed, takes_context = trial.seed.train(self.training), trial.mixes
             known = dict(seed.named_parameters())
             if unknown := [name for name in record.frozen_by_pause if name not in known]:
                 raise CheckpointError(
@@ -272,6 +272,7 @@ class SeedSlot(core.SeedSlot):
         if saved is None:
             return
         self.state, self.seed, self.schedule = saved, seed, record.schedule
+        self.takes_context = takes_context
         self.options, self.notes = record.options, record.notes
         if not record.deviation < 0.0:  # NaN was measured too
             self.training_deviation.fill_(record.deviation)

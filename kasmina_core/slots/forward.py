@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blending import blend_with_isolation, like_host, memory_format_of
-from kasmina_core.errors import SeedShapeError, TransitionError
+from kasmina_core.errors import HostError, SeedShapeError, TransitionError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import isolated, note_largest, relative_deviation
+from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, HostCalls, mixed
 from kasmina_core.quiet import kept_buffers, kept_modes
 
 
@@ -49,6 +50,8 @@ class Slot(nn.Module):
 
     Attributes:
         seed: The seed's module, or ``None``.
+        takes_context: Whether the seed mixes positions and so is given a `SeedContext` with its features.
+        calls: The calls of the host, which say what positions mean.
         mode: The present `ForwardMode`, as an int.
         turn: Orders for ``permute``, from the host's layout to the topology's and back; ``None`` if they are the same.
         deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
@@ -79,6 +82,8 @@ class Slot(nn.Module):
         self.shape = tuple(shape)
         self.max_deviation = max_deviation
         self.seed: nn.Module | None = None
+        self.takes_context = False
+        self.calls = HostCalls()
         self.mode: int = _PASS
         self._override: int | None = None
         self.turn: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -131,6 +136,8 @@ class Slot(nn.Module):
 
         Raises:
             SeedShapeError: If the seed returns another shape.
+            HostError: If the features are a nested tensor, or the seed mixes positions and it is not known what they
+                mean.
         """
         if self.mode == _PASS:
             return features
@@ -145,21 +152,20 @@ class Slot(nn.Module):
     def _compute(self, features: Tensor) -> Tensor:
         """Compute the present mode on features in the order of the topology."""
         mode = self.mode
-        seed = cast("nn.Module", self.seed)
         if mode == _SEED:
-            return like_host(seed(features), features)
+            return like_host(self._grow(features), features)
         if mode == _STRAIGHT_THROUGH:
             # Detached: a gradient that goes on from the seed would change the host, which trains as if it were alone.
-            output = seed(features.detach())
+            output = self._grow(features.detach())
             learned, deviation = isolated(features, output, self.max_deviation)
             self._note_training(deviation)
             return learned
         if mode == _BLEND_DETACHED:
-            return blend_with_isolation(features, seed(features.detach()), self.alpha_buffer)
+            return blend_with_isolation(features, self._grow(features.detach()), self.alpha_buffer)
         if mode == _BLEND:
-            return blend_with_isolation(features, seed(features), self.alpha_buffer)
+            return blend_with_isolation(features, self._grow(features), self.alpha_buffer)
         detached = features.detach()
-        replaced = like_host(seed(detached), detached)
+        replaced = like_host(self._grow(detached), detached)
         found = relative_deviation(detached, replaced)
         if mode == _REPLACE:
             self._note_training(found)
@@ -170,12 +176,21 @@ class Slot(nn.Module):
                 self.ran_compiled.fill_(True)
         return replaced
 
+    def _grow(self, features: Tensor) -> Tensor:
+        if features.is_nested:
+            raise HostError(NESTED.format(where=f"Slot '{self.name}'"))
+        seed = cast("nn.Module", self.seed)
+        if self.takes_context:
+            return mixed(seed, features, self.calls.context_at(self.point, features))
+        grown: Tensor = seed(features)
+        return grown
+
     def _note_training(self, deviation: Tensor) -> None:
         if note_largest(self.training_deviation, deviation):
             self.has_training_deviation.fill_(True)
 
     def isolated_forward(self, features: Tensor) -> Tensor:
-        """Compute the straight-through forward, whatever the present mode; buffers are kept.
+        """Compute the straight-through forward, whatever the present mode, on whole sequences; buffers are kept.
 
         Args:
             features: In the order of the topology, whatever the host's layout.
@@ -187,7 +202,8 @@ class Slot(nn.Module):
             raise TransitionError(f"Slot '{self.name}' holds no seed.")
         with self.forced(ForwardMode.STRAIGHT_THROUGH), kept_buffers(self), kept_modes(self.seed):
             self.seed.eval()
-            return self._compute(features)
+            with self.calls.stated(WHOLE_SEQUENCES):
+                return self._compute(features)
 
     def begin_measurement(self) -> None:
         """Forget the deviation of the measurement before."""

@@ -29,6 +29,7 @@ from kasmina_core.events import (
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.lifecycle import VALID_TRANSITIONS, SeedStage, SeedState, is_active_stage, is_failure_stage
+from kasmina_core.positions import NO_READER
 from kasmina_core.quiet import derived_seed
 from kasmina_core.records import is_plain
 from kasmina_core.slots.forward import ForwardMode, Slot
@@ -209,6 +210,7 @@ class SeedSlot(Slot):
         self._announce(state, seed)
         self.germinations = number
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
+        self.takes_context = trial.mixes
         self._begin_notes()
         self._emit(SeedGerminated, blueprint_id=found, parameters=sum(p.numel() for p in seed.parameters()))
         if joined := self.judge.joined:
@@ -542,7 +544,10 @@ class SeedSlot(Slot):
         may_draw = self.config.incubation is Incubation.COUNTERFACTUAL or not is_learning_in_place
         like = self.alpha_buffer.new_empty((1, *self.shape[1:]))
         random_seed = derived_seed(self.config.seed, self.name, number)
-        return self.maker.make(blueprint_id, self.point, options, like, random_seed, may_draw)
+        trial = self.maker.make(blueprint_id, self.point, options, like, random_seed, may_draw)
+        knows = not trial.mixes or self.calls.reader is not None
+        trial.findings["positions"] = (knows, "" if knows else NO_READER)
+        return trial
 
     def measure(self) -> Evidence | None:
         """Return the seed's evidence of this epoch, measuring it if nobody has yet.

@@ -148,6 +148,8 @@ def _names_for(spec: BlueprintSpec) -> list[str]:
         silent.add("options")
     if not spec.topology.memory_formats:
         silent.add("channels_last")
+    if spec.topology is not Topology.TRANSFORMER:
+        silent.add("positions")
     return [name for name in CHECK_NAMES if name not in silent]
 
 

@@ -129,6 +129,7 @@ class GrowingAveragedModel(AveragedModel):
                 if twin.alpha_buffer.dtype != slot.alpha_buffer.dtype:
                     seed = seed.to(twin.alpha_buffer.dtype)
                 twin.seed = seed.to(twin.device).train(twin.training)
+                twin.takes_context = slot.takes_context
                 self.seed_updates[index] = 0
             if _identity(twin) != _identity(slot) or _place(twin) != _place(slot):
                 twin.state, twin.schedule = copy.deepcopy(slot.state), slot.schedule

@@ -33,6 +33,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             options={"heads": None},
             accepts_width=layer_norm_refusal,
             takes_causal=True,
+            mixes="positions",
             source="https://arxiv.org/abs/1706.03762",
         ),
         BlueprintSpec(

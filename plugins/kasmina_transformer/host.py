@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kasmina_layers.sizes import require_at_least
 from torch import Tensor, nn
 
-from kasmina_core import HookedHost, InjectionPoint, Topology
+from kasmina_core import ContextReader, EveryPosition, HookedHost, InjectionPoint, Topology
 from kasmina_transformer.layers import merge_heads, split_heads
 from kasmina_transformer.sizes import require_divisor
 
@@ -131,6 +131,10 @@ class TransformerHost(HookedHost, nn.Module):
         t = min(8, self.max_len)
         tokens = torch.arange(2 * t, device=self.tok_emb.weight.device) % self.vocab_size
         return (tokens.view(2, t),)
+
+    def context_reader(self) -> ContextReader:
+        """Return that every position is real: this host knows no padding, no packed documents and no cache."""
+        return EveryPosition()
 
     def forward(self, idx: Tensor) -> Tensor:
         """Return the logits of the next token at each position of ``idx``.

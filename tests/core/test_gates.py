@@ -39,6 +39,7 @@ GERMINATION = (
     "blueprint known",
     "topology",
     "width",
+    "positions",
     "builds",
     "shape",
     "dtype",

@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from kasmina_hf.growing import GrowingModel as GrowingModel
     from kasmina_hf.growing import grow as grow
     from kasmina_hf.inputs import example_inputs as example_inputs
+    from kasmina_hf.positions import TransformersCall as TransformersCall
     from kasmina_hf.structure import points as points
 
-_HOME = {"GrowingModel": "growing", "example_inputs": "inputs", "grow": "growing", "points": "structure"}
+_HOME = {
+    "GrowingModel": "growing",
+    "TransformersCall": "positions",
+    "example_inputs": "inputs",
+    "grow": "growing",
+    "points": "structure",
+}
 
-__all__ = ["GrowingModel", "example_inputs", "grow", "kasmina_hosts", "points"]
+__all__ = ["GrowingModel", "TransformersCall", "example_inputs", "grow", "kasmina_hosts", "points"]
 
 
 @hookimpl

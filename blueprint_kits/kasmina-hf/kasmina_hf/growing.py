@@ -8,6 +8,7 @@ from typing import Any, cast, final
 
 from kasmina_core import (
     BlueprintRegistry,
+    ForwardMode,
     GrowthConfig,
     HostError,
     InjectionPoint,
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kasmina_hf.inputs import example_inputs
-from kasmina_hf.positions import attach_guard, needs_every_position
+from kasmina_hf.positions import TransformersCall
 from kasmina_hf.structure import places, points
 
 
@@ -27,8 +28,8 @@ from kasmina_hf.structure import places, points
 class GrowingModel(MorphogeneticModel):
     """A `MorphogeneticModel` whose host is a transformers model; made by `grow`.
 
-    It refuses input that a seed which mixes positions could not treat rightly, a filled cache or padding that the
-    seed would look at, and generates without the cache where a seed needs that. Everything else is as in its base.
+    Seeds that mix positions are told by `TransformersCall` what padding, packed documents and the cache mean. Everything
+    else is as in its base.
 
     Args:
         host: The model.
@@ -36,35 +37,31 @@ class GrowingModel(MorphogeneticModel):
     """
 
     def __init__(self, host: PreTrainedModel, *args: Any, **options: Any) -> None:
-        super().__init__(host, *args, **options)
+        super().__init__(host, *args, **{"context": TransformersCall(), **options})
         for slot in self.slots.values():
             _put_first(host.get_submodule(slot.point.path.partition(":")[0]), slot)
-        self._guards = [attach_guard(host, slot) for slot in self.slots.values()]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the host does, with the same arguments; without the cache if a seed mixes positions.
+        """Generate as the host does, with the same arguments.
 
-        Generating without the cache computes every position anew for each token: slower, and the only way to give
-        such a seed what it was trained on.
+        Seeds that mix positions keep what they need of earlier tokens beside the host's cache. Where the cache is
+        reordered or of a fixed size, by beam search or ``cache_implementation``, it is left out if there is such a
+        seed, unless ``use_cache=True`` is given: slower, and the same tokens.
 
         Raises:
-            HostError: If the host does not generate, or a seed that mixes positions would see a cache that was asked
-                for, or padding.
+            HostError: If the host does not generate, or changes a cache in a way that such a seed cannot follow.
         """
         host = cast("Any", self.host)
         if not host.can_generate():
             raise HostError(f"{type(host).__name__} does not generate: it has no language modelling head.")
-        if any(needs_every_position(slot) for slot in self.slots.values()):
+        settings = kwargs.get("generation_config") or host.generation_config
+        beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
+        kind = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
+        if (beams > 1 or kind) and any(
+            slot.takes_context and slot.mode != ForwardMode.PASS for slot in self.slots.values()
+        ):
             kwargs.setdefault("use_cache", False)
         return host.generate(*args, **kwargs)
-
-    def detach_slots(self) -> nn.Module:
-        """Take the slots off the host and return it as it was; seeds stay behind with this model."""
-        for guard in self._guards:
-            if guard is not None:
-                guard.remove()
-        self._guards = []
-        return super().detach_slots()
 
 
 def grow(

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
-from kasmina_core import HookedHost, InjectionPoint, SeedSlot
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from kasmina_core import ContextReader, HookedHost, InjectionPoint
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from kasmina_hf.inputs import example_inputs
-from kasmina_hf.positions import attach_guard
+from kasmina_hf.positions import TransformersCall
 from kasmina_hf.structure import points
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -48,18 +47,9 @@ class DeclaresPoints(HookedHost):
         """Return two sequences or images, always the same ones."""
         return example_inputs(cast("PreTrainedModel", self))
 
-    def register_slot(self, name: str, slot: nn.Module) -> None:
-        """Pass the features at point ``name`` through ``slot``; guard it if its seed may mix positions."""
-        super().register_slot(name, slot)
-        if isinstance(slot, SeedSlot):
-            guards: dict[str, RemovableHandle | None] = self.__dict__.setdefault("_slot_guards", {})
-            guards[name] = attach_guard(cast("PreTrainedModel", self), slot)
-
-    def unregister_slot(self, name: str) -> None:
-        """Undo `register_slot`; nothing happens if there is no slot."""
-        super().unregister_slot(name)
-        if (guard := self.__dict__.get("_slot_guards", {}).pop(name, None)) is not None:
-            guard.remove()
+    def context_reader(self) -> ContextReader:
+        """Return what reads padding, packed documents and the cache off each call."""
+        return TransformersCall()
 
 
 # transformers reads the kind of loss off a class's name: these contain those of their bases.

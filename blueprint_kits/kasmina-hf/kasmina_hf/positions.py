@@ -1,152 +1,231 @@
-"""Refusal of input under which a seed that mixes positions would silently compute something else.
-
-A slot hands its seed the features alone. Decoding with a key-value cache, these are the features of the new tokens:
-a seed that looks at other positions (attention, a convolution along the sequence) then misses all those before. And
-it cannot know which positions are padding. Seeds that treat each position by itself are not concerned.
-"""
+"""What positions mean in the calls of transformers models: padding, packed documents, and the cache."""
 
 from __future__ import annotations
 
-import copy
-import inspect
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final, final
 from weakref import WeakKeyDictionary
 
 import torch
-from kasmina_core import ForwardMode, HostError, SeedSlot, Topology
+from kasmina_core import HostError, SeedContext, call_arguments
 from torch import Tensor, nn
 
-HOST_FEATURES_MODES: Final = (ForwardMode.PASS, ForwardMode.STRAIGHT_THROUGH)
-"""Values of ``SeedSlot.mode`` in which the slot's output is the host's: the seed is absent or contributes nothing."""
-
-IDLE_MODE: Final = ForwardMode.PASS
-"""The value of ``SeedSlot.mode`` in which the seed does not run."""
-
-PROBE_POSITIONS: Final = 64
-TOLERANCE: Final = 1e-4
-
 _CACHES: Final = ("cache", "past_key_values", "cache_params", "mems")  # the first from transformers 5.24 on
-_MASKS: Final = ("attention_mask", "decoder_attention_mask")
-_mixes: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else a whole graph cannot be compiled
-def mixes_positions(seed: nn.Module, dim: int) -> bool:
-    """Return whether what a seed computes at a position may depend on other positions, or on where it is.
-
-    A copy of the seed with random weights runs on a random sequence and on parts of it: features of a part must be
-    the same. With random weights since a seed at birth changes nothing at all. A seed that cannot be tried counts as
-    one that mixes. The answer is remembered.
-
-    Args:
-        seed: Maps ``(b, t, d)`` to the same.
-        dim: Its width ``d``.
-    """
-    known = _mixes.get(seed)
-    if known is None:
-        known = _mixes[seed] = _try_to_mix(seed, dim)
-    return known
-
-
-@torch.no_grad()
-def _try_to_mix(seed: nn.Module, dim: int) -> bool:
-    try:
-        trial = copy.deepcopy(seed).float().eval()
-        device = next((p.device for p in trial.parameters()), torch.device("cpu"))
-        devices = [device] if device.type not in ("cpu", "meta") else []
-        with (
-            torch.random.fork_rng(devices, device_type=device.type),
-            torch.autocast(device.type, enabled=False),
-        ):
-            torch.manual_seed(0)
-            for parameter in trial.parameters():
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-                parameter.normal_(std=fan_in**-0.5)
-            features = torch.randn(1, PROBE_POSITIONS, dim, device=device)
-            whole = trial(features)
-            return not all(_agree(trial(features[:, k:]), whole[:, k:]) for k in (1, PROBE_POSITIONS - 1))
-    except Exception:
-        return True
-
-
-def _agree(part: Tensor, whole: Tensor) -> bool:
-    return bool((part - whole).norm() <= TOLERANCE * whole.norm())
+_UNREAD: Final = ("input_mask", "perm_mask")
+_TEXT: Final = ("language_model", "text_model", "model.language_model", "model.text_model")
+_ADVICE: Final = "Begin with an empty cache, or pass use_cache=False."
 
 
 @final
-class PositionGuard:
-    """A forward pre-hook of a host that refuses what a slot's seed could not treat rightly.
+class _Store(dict[str, Any]):
+    """What seeds keep of the positions in one cache, by slot.
 
-    It speaks up only while the seed runs and mixes positions:
-
-    - with a cache that holds earlier positions, unless the slot's output is the host's anyway;
-    - with padding that the seed would look at: any, or where the slot is causal, padding before a token.
-
-    Args:
-        slot: The slot.
+    Attributes:
+        positions: The ``position_ids`` of the cached positions, if they were given.
+        seen: The cache's tensors as the last forward left them, with their versions.
     """
 
-    def __init__(self, slot: SeedSlot) -> None:
-        self.slot = slot
+    positions: Tensor | None = None
+    seen: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
 
-    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        slot = self.slot
-        if slot.mode == IDLE_MODE or slot.seed is None or not mixes_positions(slot.seed, slot.point.dim):
-            return
-        try:
-            given = {**inspect.signature(host.forward).bind_partial(*args).arguments, **kwargs}
-        except TypeError:  # the host's forward says it better
-            return
-        if needs_every_position(slot) and any(_is_filled(given.get(name)) for name in _CACHES):
-            raise HostError(
-                f"{_who(slot)} would see the new tokens alone, because the cache holds those before them.\n"
-                "Generate with model.generate(...), which leaves the cache out where it must, "
-                "or pass use_cache=False."
+
+@final
+class TransformersCall:
+    """Reads the calls of transformers models.
+
+    - ``attention_mask`` ``(b, t)``: its zeros are padding. One of four dimensions is read if it says no more than
+      padding, documents in a row and causality, and is refused otherwise.
+    - ``position_ids`` that begin anew within a row, and ``cu_seq_lens_q``: packed documents.
+    - A cache: seeds keep what they need of its positions beside it. A cache that was filled without the seed, or was
+      reordered, cropped or copied since, is refused.
+
+    Of an encoder-decoder model encoder and decoder have masks of their own. Of a model with towers the language model is
+    read, and a seed that mixes positions is refused in another one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[Any, _Store] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+
+    def __call__(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> SeedContext | Mapping[str, SeedContext]:
+        """Return the context of a call, or that of each part of the model by its path.
+
+        Raises:
+            HostError: If a mask or a cache cannot be followed.
+        """
+        given = call_arguments(host, args, kwargs)
+        for name in _UNREAD:
+            if given.get(name) is not None:
+                raise HostError(f"'{name}' says of positions what a seed that mixes them cannot follow.")
+        config: Any = host.config
+        if getattr(config, "is_encoder_decoder", False):
+            decoder = {
+                "attention_mask": given.get("decoder_attention_mask"),
+                "position_ids": given.get("decoder_position_ids"),
+                "input_ids": given.get("decoder_input_ids"),
+                "inputs_embeds": given.get("decoder_inputs_embeds"),
+            }
+            caches = {name: given.get(name) for name in _CACHES}
+            return {
+                _path(host, "encoder"): self._read({"attention_mask": given.get("attention_mask")}),
+                _path(host, "decoder"): self._read(decoder | caches, keeps=_keeps(host, given)),
+            }
+        read = self._read(given, keeps=_keeps(host, given))
+        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+            named = dict(host.named_modules())
+            return {path: read for path in _TEXT if path in named}
+        return read
+
+    def ended(self, context: SeedContext | Mapping[str, SeedContext], output: Any) -> None:
+        """Tie what seeds kept of a call to the cache that the model returned."""
+        contexts = [context] if isinstance(context, SeedContext) else list(context.values())
+        cache = _cache_in(output)
+        for one in contexts:
+            if isinstance(one.store, _Store) and cache is not None:
+                one.store.seen = tuple((weakref.ref(t), t._version) for t in _tensors_of(cache))
+                self._kept[cache] = one.store
+
+    def _read(self, given: Mapping[str, Any], keeps: bool = False) -> SeedContext:
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        past, store = 0, _Store() if keeps else None
+        if cache is not None and _length(cache) > 0:
+            past, store = _length(cache), self._store_of(cache)
+        ids = given.get("position_ids")
+        documents = None
+        if ids is not None:
+            known = store.positions if store is not None else None
+            if past and known is None:
+                raise HostError(
+                    f"'position_ids' are given now, and were not for the cached positions. {_ADVICE}"
+                )
+            ids = (
+                torch.cat([known.expand(*ids.shape[:-1], -1), ids], -1) if past and known is not None else ids
             )
-        if any(_hides(given.get(name), slot.point.causal) for name in _MASKS):
-            side = " before a token" if slot.point.causal else ""
+            documents = _documents(ids)
+        elif past and store is not None and store.positions is not None:
+            raise HostError(f"'position_ids' were given for the cached positions, and are not now. {_ADVICE}")
+        if store is not None:
+            store.positions = ids
+        if (lengths := given.get("cu_seq_lens_q")) is not None:
+            t = _tokens(given)[1]
+            documents = torch.bucketize(torch.arange(t, device=lengths.device), lengths[1:], right=True)[None]
+        if documents is not None:
+            documents = documents.expand(_tokens(given)[0], -1)
+        real, causal = None, False
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask != 0
+            if not torch.compiler.is_compiling() and bool(real.all()):
+                real = None
+        elif mask is not None:
+            shown = SeedContext.from_allowed(_allowed(mask, past))
+            real, causal = shown.real, shown.causal
+            documents = shown.documents if documents is None else documents
+        return SeedContext(real, documents, causal, past, store)
+
+    def _store_of(self, cache: Any) -> _Store:
+        store = self._kept.get(cache) if hasattr(cache, "layers") else None
+        if store is None:
             raise HostError(
-                f"{_who(slot)} would look at padding{side}: a slot hands its seed no attention mask.\n"
-                f"{'Pad on the right' if slot.point.causal else 'Use batches of one length'}, or germinate a seed that "
-                "treats each position by itself, such as 'transformer:mlp', 'transformer:lora' or 'transformer:norm'."
+                f"The cache holds {_length(cache)} positions that a seed which mixes positions has not seen. {_ADVICE}"
             )
+        now = _tensors_of(cache)
+        if len(now) != len(store.seen) or not all(
+            ref() is tensor and version == tensor._version
+            for tensor, (ref, version) in zip(now, store.seen, strict=True)
+        ):
+            raise HostError(
+                "The cache was reordered, cropped or changed in another way since the last forward, and what a seed that "
+                f"mixes positions keeps of it was not. {_ADVICE}"
+            )
+        return store
 
 
-def needs_every_position(slot: SeedSlot) -> bool:
-    """Return whether a slot's output at a position depends on features of others."""
-    if (
-        slot.mode in HOST_FEATURES_MODES
-        or slot.seed is None
-        or slot.point.topology is not Topology.TRANSFORMER
-    ):
-        return False
-    return bool(mixes_positions(slot.seed, slot.point.dim))
+def _keeps(host: Any, given: Mapping[str, Any]) -> bool:
+    """Return whether the host keeps keys and values in this call."""
+    asked = given.get("use_cache")
+    return bool(getattr(host.config, "use_cache", False) if asked is None else asked)
 
 
-def attach_guard(host: nn.Module, slot: SeedSlot) -> torch.utils.hooks.RemovableHandle | None:
-    """Guard a slot of a host; ``None`` if its features have no positions in a sequence."""
-    if slot.point.topology is not Topology.TRANSFORMER:
-        return None
-    return host.register_forward_pre_hook(PositionGuard(slot), with_kwargs=True)
-
-
-def _who(slot: SeedSlot) -> str:
-    blueprint = slot.state.blueprint_id if slot.state is not None else "?"
-    return f"Seed '{blueprint}' in slot '{slot.name}' mixes positions and"
-
-
-def _is_filled(cache: Any) -> bool:
+def _length(cache: Any) -> int:
     length = getattr(cache, "get_seq_length", None)
-    return cache is not None and (length is None or int(length()) > 0)
+    if length is None and not isinstance(cache, (tuple, list)):
+        raise HostError(f"A {type(cache).__name__} does not say how many positions it holds. {_ADVICE}")
+    return int(length()) if length is not None else len(cache)
 
 
-def _hides(mask: Any, causal: bool) -> bool:
-    """Return whether a mask hides positions that a seed would see; a mask of another form than ``(b, t)`` may."""
-    if mask is None:
-        return False
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return True
-    seen = mask != 0
-    hidden = ~seen[:, :-1] & seen[:, 1:] if causal else ~seen
-    return bool(hidden.any())
+def _tensors_of(cache: Any) -> list[Tensor]:
+    """Return the keys that a cache holds; one that holds them in another way has none."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    return [keys for layer in layers if isinstance(keys := getattr(layer, "keys", None), Tensor)]
+
+
+def _cache_in(output: Any) -> Any:
+    """Return the cache in what a model returned, if it is one whose tensors can be watched."""
+    if isinstance(output, tuple):
+        found = [item for item in output if _tensors_of(item)]
+    else:
+        found = [cache for name in _CACHES if _tensors_of(cache := getattr(output, name, None))]
+    return found[0] if found else None
+
+
+def _documents(ids: Tensor) -> Tensor:
+    """Number the documents of each row by where ``position_ids`` begin anew."""
+    steps = ids.diff(dim=-1)
+    # Of three dimensions the first axis are time, height and width: the tokens of an image share a time.
+    anew = steps[0] < 0 if ids.dim() == 3 else steps <= 0
+    return torch.nn.functional.pad(anew.long().cumsum(-1), (1, 0))
+
+
+def _tokens(given: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many sequences a call has, and how many new positions."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
+        if isinstance(tensor := given.get(name), Tensor):
+            return tensor.shape[0], tensor.shape[1]
+    raise HostError("'position_ids' say something of positions, and no 'input_ids' how many there are.")
+
+
+def _allowed(mask: Any, past: int) -> Tensor:
+    """Turn a mask ``(b, 1, t, t)``, bool or added to scores, into who may look at whom ``(b, t, t)``.
+
+    Raises:
+        HostError: If it has another form.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or past:
+        what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        cached = " with a cache" if past else ""
+        raise HostError(
+            f"An attention mask of {what}{cached} cannot be followed by a seed that mixes positions: give (b, t)."
+        )
+    mask = mask[:, 0]
+    if mask.dtype is torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if bool(((mask != 0) & ~hidden).any()):
+        raise HostError(
+            "An attention mask that weighs positions cannot be followed by a seed that mixes them."
+        )
+    return ~hidden
+
+
+def _path(host: nn.Module, name: str) -> str:
+    """Return the path of a model's encoder or decoder.
+
+    Raises:
+        HostError: If there is none of that name, or several.
+    """
+    found = [path for path, _ in host.named_modules() if path.rpartition(".")[2] == name]
+    outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise HostError(
+            f"{type(host).__name__} has {len(outermost)} modules named '{name}', where one was expected."
+        )
+    return outermost[0]

@@ -27,6 +27,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             options={"expansion": sizes.GAU_EXPANSION, "key_dim": None},
             accepts_width=sizes.rms_norm_refusal,
             takes_causal=True,
+            mixes="positions",
             source="https://arxiv.org/abs/2202.10447",
         ),
         BlueprintSpec(

@@ -9,6 +9,7 @@ from kasmina_layers.layers import zero_init_
 from kasmina_layers.sizes import layer_norm_refusal, require_width
 from torch import Tensor, nn
 
+from kasmina_core import WHOLE_SEQUENCES, SeedContext
 from kasmina_transformer.layers import merge_heads, split_heads
 from kasmina_transformer.sizes import default_heads, require_divisor
 
@@ -45,9 +46,18 @@ class AttentionSeed(nn.Module):
         self.out = nn.Linear(dim, dim)
         zero_init_(self.out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus what each position gathers from those it may see."""
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        """Return ``x`` plus what each position gathers from those it may see.
+
+        Args:
+            x: The features.
+            context: Which positions are real, of one document, and cached.
+        """
         q, k, v = split_heads(self.qkv(self.norm(x)), self.heads)  # (b, heads, t, d / heads)
-        gathered = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        k, v = (context.with_past(name, new, dim=2) for name, new in (("keys", k), ("values", v)))
+        seen = context.visible(x, causal=self.causal)
+        gathered = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=self.causal and seen is None
+        )
         branch: Tensor = self.out(merge_heads(gathered))
         return x + branch

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kasmina_core import WHOLE_SEQUENCES, SeedContext
 from kasmina_sequence.layers import RMSNorm, zero_init_
 from kasmina_sequence.sizes import GAU_EXPANSION, default_key_dim, require_at_least, require_width
 
@@ -59,12 +60,21 @@ class GAUSeed(nn.Module):
         self.out = nn.Linear(e, dim)
         zero_init_(self.out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus what each position gathers from those it may see, gated by itself."""
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        """Return ``x`` plus what each position gathers from those it may see, gated by itself.
+
+        Args:
+            x: The features.
+            context: Which positions are real, of one document, and cached.
+        """
         parts = F.silu(self.spread(self.norm(x)))  # (b, t, e + e + s)
         u, v, z = torch.split(parts, self.widths, dim=-1)
         q, k = (z.unsqueeze(-2) * self.scales + self.shifts).unbind(-2)  # (b, t, s)
+        k, v = context.with_past("keys", k), context.with_past("values", v)
+        seen = context.visible(x, causal=self.causal)
         # torch's fused kernels take features with heads: here one, (b, 1, t, ...).
-        gathered = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=self.causal)
+        gathered = F.scaled_dot_product_attention(
+            q[:, None], k[:, None], v[:, None], attn_mask=seen, is_causal=self.causal and seen is None
+        )
         branch: Tensor = self.out(u * gathered[:, 0])
         return x + branch
