@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kasmina_core.errors import HostError
 from kasmina_core.hosts import InjectionPoint
+from kasmina_core.outputs import split_path
 
 NO_READER: Final = (
     "it mixes positions, and nobody says which are padding, which belong together and which are cached. Make the model "
@@ -37,7 +38,7 @@ _METADATA: Final = "kasmina_host_call"
 class SeedContext:
     """What a seed that mixes positions must know of the features ``(b, t, d)`` that it is given.
 
-    With a cache the features are those of the ``t`` new positions, and ``past`` positions came before: ``real`` and
+    ``t`` is `Topology.sequence_axis`, whatever other axes there are. With a cache the features are those of the ``t`` new positions, and ``past`` positions came before: ``real`` and
     ``documents`` are of all ``past + t``.
 
     Attributes:
@@ -59,7 +60,7 @@ class SeedContext:
     past: int = 0
     store: MutableMapping[str, Any] | None = None
 
-    def visible(self, features: Tensor, *, causal: bool = False) -> Tensor | None:
+    def visible(self, features: Tensor, *, causal: bool = False, dim: int = 1) -> Tensor | None:
         """Return which positions each position may look at, for ``scaled_dot_product_attention``.
 
         A position of padding may look at itself too, so that no row of a softmax is empty.
@@ -67,13 +68,14 @@ class SeedContext:
         Args:
             features: The new positions, ``(b, t, d)``.
             causal: Whether the seed is causal.
+            dim: Their axis of positions.
 
         Returns:
             Bool ``(b or 1, 1, t, past + t)``, True where it may; ``None`` if nothing but ``causal`` limits it.
         """
         if self.real is None and self.documents is None and not self.past and causal >= self.causal:
             return None
-        whole = self.past + features.shape[1]
+        whole = self.past + features.shape[dim]
         there = torch.arange(whole, device=features.device)[None, :]
         here = there[:, self.past :].mT  # (t, 1)
         seen = (there <= here if causal or self.causal else there == there)[None]  # (1, t or 1, past + t)
@@ -141,13 +143,13 @@ class SeedContext:
             "cannot follow it. Use a seed that treats each position by itself, or give a mask (b, t)."
         )
 
-    def demand_fit(self, features: Tensor, where: str) -> None:
-        """Demand that the tensors are of these features.
+    def demand_fit(self, features: Tensor, dim: int, where: str) -> None:
+        """Demand that the tensors are of these features, whose axis of positions is ``dim``.
 
         Raises:
             HostError: If not.
         """
-        expected = (features.shape[0], self.past + features.shape[1])
+        expected = (features.shape[0], self.past + features.shape[dim])
         for name, tensor in (("real", self.real), ("documents", self.documents)):
             if tensor is not None and tuple(tensor.shape) != expected:
                 cached = f", {self.past} cached" if self.past else ""
@@ -200,7 +202,7 @@ class HostCall:
         """Return the context for the module at a path: that of the nearest module around it."""
         if isinstance(self.contexts, SeedContext):
             return self.contexts
-        parts = path.partition(":")[0].split(".")
+        parts = split_path(path)[0].split(".")
         for n in range(len(parts), -1, -1):
             if (found := self.contexts.get(".".join(parts[:n]))) is not None:
                 return found
@@ -279,7 +281,7 @@ class HostCalls:
                 f"The reader says nothing of the positions in {where}, at '{point.path}', where a seed mixes them.\n"
                 "Let it return a context for that part of the host, or use a seed that treats each position by itself."
             )
-        context.demand_fit(features, where)
+        context.demand_fit(features, sequence_axis(point), where)
         if context.past and not (point.causal or context.causal):
             raise HostError(
                 f"A cache holds positions that could not look at those after them, and {where} is not causal.\n"
@@ -343,12 +345,66 @@ class CallEnds:
         self.calls.end(output)
 
 
-def mixed(seed: nn.Module, features: Tensor, context: SeedContext) -> Tensor:
-    """Run a seed that mixes positions; those of padding keep their features."""
-    grown: Tensor = seed(features, context)
+@final
+class _Standing:
+    """Stands for the slot of a seed that is a part of its host."""
+
+    takes_context = True
+    mode = 1
+
+
+@final
+class _GivesContext:
+    """A forward pre-hook of such a seed, which hands it the context."""
+
+    def __init__(self, calls: HostCalls, point: InjectionPoint) -> None:
+        self.calls = calls
+        self.point = point
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, SeedContext]:
+        return args[0], self.calls.context_at(self.point, args[0])
+
+
+@final
+class _KeepsPadding:
+    """A forward hook of such a seed, after which positions of padding have their features."""
+
+    def __init__(self, point: InjectionPoint) -> None:
+        self.point = point
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, SeedContext], output: Tensor) -> Tensor:
+        return without_padding(self.point, *args, output)
+
+
+def follow_calls(host: nn.Module, reader: ContextReader, seeds: Mapping[nn.Module, InjectionPoint]) -> None:
+    """Give seeds that are parts of a host, without slots, the contexts of its calls, by hooks.
+
+    Args:
+        host: The host.
+        reader: Reads its calls.
+        seeds: The seeds that mix positions, each with the point at which it is.
+    """
+    calls = HostCalls(reader)
+    read = host.get_submodule(getattr(reader, "module", ""))
+    read.register_forward_pre_hook(CallBegins(calls, [_Standing()]), with_kwargs=True)
+    read.register_forward_hook(CallEnds(calls, [_Standing()]), always_call=True)
+    for seed, point in seeds.items():
+        seed.register_forward_pre_hook(_GivesContext(calls, point))
+        seed.register_forward_hook(_KeepsPadding(point))
+
+
+def without_padding(point: InjectionPoint, features: Tensor, context: SeedContext, grown: Tensor) -> Tensor:
+    """Return what a seed made of the features at a point, and the features where there is padding."""
     if context.real is None or grown.shape != features.shape:
         return grown
-    return torch.where(context.real[:, context.past :, None], grown, features)
+    real, axis = context.real[:, context.past :], sequence_axis(point)
+    shape = [size if i in (0, axis) else 1 for i, size in enumerate(features.shape)]
+    return torch.where(real.view(shape), grown, features)
+
+
+def sequence_axis(point: InjectionPoint) -> int:
+    """Return the axis of the positions that a seed at a point mixes."""
+    return cast("int", point.topology.sequence_axis)
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

@@ -79,7 +79,7 @@ class BlueprintSpec:
             problem = f"param_estimate must be an int or a function of the width, not {estimate!r}."
         if self.mixes not in ("", MIXES_POSITIONS):
             problem = f"mixes must be '{MIXES_POSITIONS}' or empty, not {self.mixes!r}."
-        elif self.mixes and self.topology is not Topology.TRANSFORMER:
+        elif self.mixes and self.topology.sequence_axis is None:
             problem = f"mixes='{self.mixes}' is for sequences, and {self.topology.value} features have no positions."
         if problem:
             raise BlueprintError(f"Blueprint '{self.name}': {problem}")

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.hosts import HostProtocol, SlotHook, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import features_in, keys_in, own_key
+from kasmina_core.positions import CallBegins, CallEnds, ContextReader, follow_calls
 from kasmina_core.probing import call_with, example_of
 from kasmina_core.quiet import quiet_evaluation
 
@@ -49,6 +50,7 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     ``p`` moves to ``p.0`` (or ``p.body``) and its seed to ``p.1`` (or ``p.seed``); the replacement has its plain
     attributes. Slots and their hooks are gone. ``torch.export.export`` takes the result. Its weights need only torch;
     to unpickle the module itself, the classes of host and seeds must be importable, from kasmina or your own package.
+    Seeds that mix positions go on to be told what they mean, by the model's reader and hooks on the copy and the seeds.
 
     The copy is run once, in eval mode, and must give the model's output, bit for bit.
 
@@ -88,10 +90,14 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
             ) from error
     joints, expected = _watch(model, fossils, living, example)
     # In one copy, so that what host and seeds share stays shared.
-    host, seeds = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}))
+    reader = fossils[0].calls.reader if fossils else None
+    host, seeds, reader = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}, reader))
     host = _without_slots(host, list(model.slots))
     for slot in sorted(fossils, key=lambda one: -one.point.path.count(".")):
         host = _inline(host, slot, seeds[slot.name], joints[slot.name])
+    mixing = {cast("nn.Module", seeds[slot.name]): slot.point for slot in fossils if slot.takes_context}
+    if mixing:
+        follow_calls(host, cast("ContextReader", reader), mixing)
     for parameter in host.parameters():
         parameter.grad = None
     try:
@@ -145,8 +151,11 @@ def _watch(
 def _without_slots(host: nn.Module, names: list[str]) -> nn.Module:
     for module in host.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, SlotHook):
+            if isinstance(hook, (SlotHook, CallEnds)):
                 del module._forward_hooks[key]
+        for key, begins in list(module._forward_pre_hooks.items()):
+            if isinstance(begins, CallBegins):
+                del module._forward_pre_hooks[key]
         module.__dict__.pop("_slot_handles", None)
     if isinstance(host, HostProtocol):
         for name in names:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from kasmina_core.blueprints.declarations import MIXES_POSITIONS
 from kasmina_core.blueprints.foreign import described
 from kasmina_core.checks.findings import Bench, Built
-from kasmina_core.topology import Topology
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +38,7 @@ def check_positions(bench: Bench, built: Sequence[Built]) -> None:
     With random weights since a seed at birth changes nothing at all.
     """
     spec = bench.spec
-    if spec.topology is not Topology.TRANSFORMER:
+    if spec.topology.sequence_axis is None:
         return
     chosen = [*[made for made in built if not made.causal][:1], *[made for made in built if made.causal][:1]]
     if not chosen:
@@ -75,11 +74,16 @@ def _judge(bench: Bench, made: Built) -> tuple[str, str, str] | None:
     import torch
 
     module = with_random_weights(made.module)
-    x = torch.randn(1, LENGTH, made.width)
+    topology = bench.spec.topology
+    axis = cast("int", topology.sequence_axis)
+    rest = [2 if letter != topology.width else made.width for letter in topology.axes[1:]]
+    del rest[axis - 1]
+    x = torch.randn(1, LENGTH, *rest)
 
     def run(features: Tensor, *context: Any) -> Tensor:
-        grown: Tensor = bench.call(module, features, *context)  # not under no_grad, a setting that is watched
-        return grown.detach().float()
+        """Run the module on features whose positions are moved to axis 1, (b, t, ...)."""
+        grown: Tensor = bench.call(module, features.movedim(1, axis), *context)
+        return grown.detach().float().movedim(axis, 1)  # not under no_grad, a setting that is watched
 
     whole = run(x)
     if not torch.equal(run(x), whole):
@@ -90,7 +94,7 @@ def _judge(bench: Bench, made: Built) -> tuple[str, str, str] | None:
         return ("mixes positions and does not say so", found, _UNSAID) if parts else None
     is_causal = all(_agree(run(x[:, :k]), whole[:, :k]) for k in (1, LENGTH // 2))
     for what, differs in _TRIALS.items():
-        if (what != "cached positions" or is_causal) and (found := differs(run, made.width)):
+        if (what != "cached positions" or is_causal) and (found := differs(run, rest)):
             return (f"mixes positions and does not heed {what}", found, _UNHEEDED)
     return None
 
@@ -115,16 +119,16 @@ _Run = Callable[..., "Tensor"]
 _LENGTHS: Final = (7, 4, 1)
 
 
-def _padding(run: _Run, width: int) -> str:
+def _padding(run: _Run, rest: Sequence[int]) -> str:
     """Compare sequences of several lengths in one batch with each alone; a row of padding must give numbers."""
     import torch
 
     from kasmina_core.positions import SeedContext
 
     t = _LENGTHS[0]
-    alone = [torch.randn(1, length, width) for length in _LENGTHS]
+    alone = [torch.randn(1, length, *rest) for length in _LENGTHS]
     for side in ("right", "left", "both"):
-        batch, real = torch.randn(len(_LENGTHS) + 1, t, width), torch.zeros(len(_LENGTHS) + 1, t).bool()
+        batch, real = torch.randn(len(_LENGTHS) + 1, t, *rest), torch.zeros(len(_LENGTHS) + 1, t).bool()
         for row, one in enumerate(alone):
             free = t - one.shape[1]
             start = {"right": 0, "left": free, "both": free // 2}[side]
@@ -139,13 +143,13 @@ def _padding(run: _Run, width: int) -> str:
     return ""
 
 
-def _documents(run: _Run, width: int) -> str:
+def _documents(run: _Run, rest: Sequence[int]) -> str:
     """Compare documents in one row with each alone."""
     import torch
 
     from kasmina_core.positions import SeedContext
 
-    alone = [torch.randn(1, length, width) for length in _LENGTHS]
+    alone = [torch.randn(1, length, *rest) for length in _LENGTHS]
     numbers = torch.cat([torch.full((1, length), i) for i, length in enumerate(_LENGTHS)], 1)
     grown = run(torch.cat(alone, 1), SeedContext(documents=numbers))
     for part, one in zip(torch.split(grown, list(_LENGTHS), 1), alone, strict=True):
@@ -154,20 +158,20 @@ def _documents(run: _Run, width: int) -> str:
     return ""
 
 
-def _cache(run: _Run, width: int) -> str:
+def _cache(run: _Run, rest: Sequence[int]) -> str:
     """Compare a sequence that comes in pieces with the same in one."""
     import torch
 
     from kasmina_core.positions import SeedContext
 
-    x, store, pieces, past = torch.randn(2, sum(_LENGTHS), width), dict[str, Any](), [], 0
+    x, store, pieces, past = torch.randn(2, sum(_LENGTHS), *rest), dict[str, Any](), [], 0
     for piece in torch.split(x, list(_LENGTHS), 1):
         pieces.append(run(piece, SeedContext(past=past, store=store)))
         past += piece.shape[1]
     return "" if _agree(torch.cat(pieces, 1), run(x)) else "positions behind cached ones differ"
 
 
-_TRIALS: Final[Mapping[str, Callable[[_Run, int], str]]] = {
+_TRIALS: Final[Mapping[str, Callable[[_Run, Sequence[int]], str]]] = {
     "padding": _padding,
     "documents": _documents,
     "cached positions": _cache,

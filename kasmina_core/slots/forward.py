@@ -14,7 +14,7 @@ from kasmina_core.blending import blend_with_isolation, like_host, memory_format
 from kasmina_core.errors import HostError, SeedShapeError, TransitionError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import isolated, note_largest, relative_deviation
-from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, HostCalls, mixed
+from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, HostCalls, without_padding
 from kasmina_core.quiet import kept_buffers, kept_modes
 
 
@@ -180,9 +180,12 @@ class Slot(nn.Module):
         if features.is_nested:
             raise HostError(NESTED.format(where=f"Slot '{self.name}'"))
         seed = cast("nn.Module", self.seed)
+        grown: Tensor
         if self.takes_context:
-            return mixed(seed, features, self.calls.context_at(self.point, features))
-        grown: Tensor = seed(features)
+            context = self.calls.context_at(self.point, features)
+            grown = seed(features, context)
+            return without_padding(self.point, features, context, grown)
+        grown = seed(features)
         return grown
 
     def _note_training(self, deviation: Tensor) -> None:

@@ -148,7 +148,7 @@ def _names_for(spec: BlueprintSpec) -> list[str]:
         silent.add("options")
     if not spec.topology.memory_formats:
         silent.add("channels_last")
-    if spec.topology is not Topology.TRANSFORMER:
+    if spec.topology.sequence_axis is None:
         silent.add("positions")
     return [name for name in CHECK_NAMES if name not in silent]
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core import (
+    WHOLE_SEQUENCES,
     BlueprintSpec,
     CheckResult,
     CheckStatus,
+    SeedContext,
     Topology,
     ValidationReport,
     ValidationVerdict,
@@ -131,6 +133,32 @@ class Short(nn.Module):
         return x + self.position[: x.shape[1]]
 
 
+class LooksBack(nn.Module):
+    """Adds the position before, and says nothing of padding."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        return x + self.weight * (x + nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class HeedsPadding(LooksBack):
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        real = x if context.real is None else x * context.real[..., None]
+        return x + self.weight * (real + nn.functional.pad(real, (0, 0, 1, 0))[:, :-1])
+
+
+class HeedsDocuments(LooksBack):
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        seen = context.visible(x, causal=True)
+        before = nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        if seen is not None and not context.past:
+            before = before * nn.functional.pad(seen[:, 0].diagonal(-1, 1, 2), (1, 0))[..., None]
+        return x + self.weight * (x + before)
+
+
 class Causal(Scaled):
     def __init__(self, dim: int, causal: bool = False) -> None:
         super().__init__(dim)
@@ -205,6 +233,26 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "declared:   65 parameters at dim=64",
     ),
     "a cached parameter": ("independent_builds", {"factory": with_a_cached_parameter}, "measured: weight"),
+    "mixing that is not said": (
+        "positions",
+        {"topology": Topology.TRANSFORMER, "factory": LooksBack},
+        "mixes positions and does not say so",
+    ),
+    "padding that is looked at": (
+        "positions",
+        {"topology": Topology.TRANSFORMER, "factory": LooksBack, "mixes": "positions"},
+        "padded to 7 on the left differ",
+    ),
+    "documents that are looked at": (
+        "positions",
+        {"topology": Topology.TRANSFORMER, "factory": HeedsPadding, "mixes": "positions"},
+        "does not heed documents",
+    ),
+    "a cache that is not kept": (
+        "positions",
+        {"topology": Topology.TRANSFORMER, "factory": HeedsDocuments, "mixes": "positions"},
+        "does not heed cached positions",
+    ),
     "another shape": ("output_shape", {"factory": of(crops_odd_widths)}, "measured: (1, 64, 7, 4)"),
     "another dtype": ("output_dtype", {"factory": of(returns_doubles)}, "torch.float64"),
     "infinity": ("output_finite", {"factory": of(is_infinite_at_width_7)}, "dim=7"),

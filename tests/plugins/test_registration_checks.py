@@ -13,10 +13,12 @@ from fake_packs import run_python
 from torch import Tensor, nn
 
 from kasmina_core import (
+    WHOLE_SEQUENCES,
     BlueprintError,
     BlueprintSpec,
     CheckResult,
     CheckStatus,
+    SeedContext,
     Topology,
     ValidationReport,
     ValidationVerdict,
@@ -61,10 +63,13 @@ class Attention(nn.Module):
         self.causal = causal
         self.inner = nn.MultiheadAttention(dim, heads, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        t = x.shape[1]
-        mask = torch.full((t, t), float("-inf"), device=x.device).triu(1) if self.causal else None
-        return x + self.inner(x, x, x, attn_mask=mask)[0]
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        every = context.with_past("features", x)
+        seen = context.visible(x, causal=self.causal)
+        if seen is None and self.causal:
+            seen = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
+        mask = seen if seen is None else ~seen.expand(len(x), self.inner.num_heads, -1, -1).flatten(0, 1)
+        return x + self.inner(x, every, every, attn_mask=mask)[0]
 
 
 def spec(**changes: Any) -> BlueprintSpec:
@@ -246,6 +251,7 @@ def test_a_causal_blueprint_with_options_passes_in_both_forms() -> None:
             factory=factory,
             param_estimate=lambda dim: 4 * dim * dim + 4 * dim,
             takes_causal=True,
+            mixes="positions",
             options={"heads": 4},
             accepts_width=lambda dim: None if dim % 4 == 0 else "it has 4 heads",
         )

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, Case
-from kasmina_core import HostError, MorphogeneticModel, SeedStage, default_registry
-from kasmina_core.slots.forward import ForwardMode
-from kasmina_core.testing.lives import bring_to, open_config
+from kasmina_core import EveryPosition, HostError, MorphogeneticModel, SeedStage
+from kasmina_core.testing.lives import bring_to, open_config, shake
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from kasmina_hf import GrowingModel, example_inputs, points
-from kasmina_hf.positions import HOST_FEATURES_MODES, IDLE_MODE, mixes_positions
+from kasmina_hf import example_inputs, points
+from kasmina_hf.hosts import llama_tiny
 
 NEW_TOKENS = 6
 ATTENTION, MLP = "transformer:attention", "transformer:mlp"
@@ -84,91 +84,111 @@ def test_seeds_that_treat_each_position_by_itself_keep_the_cache(
 
 
 @pytest.mark.parametrize("stage", LOUD)
-def test_seeds_that_mix_positions_refuse_a_filled_cache_and_say_what_to_do(
-    speaker: Case, stage: SeedStage
-) -> None:
+def test_seeds_that_mix_positions_keep_their_part_of_the_cache(speaker: Case, stage: SeedStage) -> None:
     model, ids = speaker.grown(stage, ATTENTION), prompt(speaker)
-    message = (
-        rf"Seed '{ATTENTION}' in slot '{speaker.slot}' mixes positions.*model\.generate.*use_cache=False"
-    )
-    with pytest.raises(HostError, match=f"(?s){message}"):
-        generated(model.host, ids)
-    with pytest.raises(HostError, match="mixes positions"):
-        generated(model, ids, use_cache=True)
-    assert torch.equal(generated(model.host, ids, use_cache=False), greedy(model, ids))
-    with model.bypassed(speaker.slot):
-        assert torch.equal(generated(model.host, ids), greedy(speaker.host(), ids))
-    cache = model(input_ids=ids[:, :-1]).past_key_values  # an empty cache is filled: nothing was missed
-    with pytest.raises(HostError, match="mixes positions"):
-        model(input_ids=ids[:, -1:], **with_cache(model.host, cache))
+    for owner in (model, model.host):
+        cached, whole = (
+            generated(owner, ids, use_cache=use, return_dict_in_generate=True, output_logits=True)
+            for use in (True, False)
+        )
+        assert cached.past_key_values.get_seq_length() == ids.shape[1] + NEW_TOKENS - 1
+        assert torch.equal(cached.sequences, whole.sequences)
+        for one, other in zip(cached.logits, whole.logits, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_filled_cache_is_found_among_positional_arguments_too() -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sequence_that_comes_in_pieces_is_as_in_one(speaker: Case, given: bool) -> None:
+    model, ids = speaker.grown(SeedStage.FOSSILIZED, ATTENTION), prompt(speaker)
+    cache, found = DynamicCache(config=model.host.config) if given else None, []
+    for piece in ids.split([3, 1, 2], 1):
+        output = model(input_ids=piece, **with_cache(model.host, cache))
+        cache = output.past_key_values
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, 1), model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["reorder", "crop", "repeat", "other", "in place", "copy"])
+def test_a_cache_that_was_changed_since_is_refused(speaker: Case, change: str) -> None:
+    model, ids = speaker.grown(SeedStage.FOSSILIZED, ATTENTION), prompt(speaker)
+    cache, pieces = model(input_ids=ids[:, :-1]).past_key_values, ids[:, -1:]
+    if change == "reorder":
+        cache.reorder_cache(torch.tensor([1, 0]))
+    elif change == "crop":
+        cache.crop(-1)
+    elif change == "repeat":
+        cache.batch_repeat_interleave(2)
+        pieces = pieces.repeat_interleave(2, 0)
+    elif change == "other":
+        with model.bypassed(speaker.slot):
+            model(input_ids=pieces, **with_cache(model.host, cache))
+    elif change == "in place":
+        cache.layers[0].keys.mul_(1.0)
+    else:
+        cache = copy.deepcopy(cache)
+    with pytest.raises(HostError, match="use_cache=False"):
+        model(input_ids=pieces, **with_cache(model.host, cache))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_cache_that_a_seed_has_not_seen_is_refused(by_name: bool) -> None:
     case = CASES["gpt2"]
-    model, ids = case.grown(SeedStage.FOSSILIZED), prompt(case)
-    cache = model(ids[:, :-1]).past_key_values
-    with pytest.raises(HostError, match="mixes positions"):
-        model.host(ids[:, -1:], cache)
+    model, ids = case.grown(SeedStage.FOSSILIZED, ATTENTION), prompt(case)
+    with model.bypassed(case.slot):
+        cache = model(ids[:, :-1]).past_key_values
+    args, kwargs = ((), with_cache(model.host, cache)) if by_name else ((cache,), {})
+    with pytest.raises(HostError, match="has not seen"):
+        model.host(ids[:, -1:], *args, **kwargs)
 
 
-def test_without_the_refusal_a_cache_would_change_what_the_seed_computes(speaker: Case) -> None:
-    host = speaker.host()
-    model = MorphogeneticModel(host, points(host), example=example_inputs(host), config=open_config())
-    model.evaluate_with(lambda: speaker.losses(model))
-    model.germinate(speaker.slot, ATTENTION)
-    while model.slots[speaker.slot].stage is not SeedStage.SHADOWING:
-        model.step_epoch(1.0)
-    with torch.no_grad():
-        for parameter in model.seed_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    ids = prompt(speaker)
-    whole = model(input_ids=ids).logits[:, -1]
-    cache = model(input_ids=ids[:, :-1]).past_key_values
-    assert not torch.allclose(
-        model(input_ids=ids[:, -1:], **with_cache(model.host, cache)).logits[:, -1], whole, atol=1e-3
-    )
-
-
-def test_a_seed_that_is_measured_refuses_a_filled_cache_as_well() -> None:
+def test_a_plain_model_whose_reader_states_every_position_refuses_caches_and_padding() -> None:
     case = CASES["llama"]
-    model, ids = case.grown(SeedStage.TRAINING, ATTENTION), prompt(case)
+    host, ids = case.host(), prompt(case)
+    model = MorphogeneticModel(
+        host, points(host), example=example_inputs(host), config=open_config(), context=EveryPosition()
+    )
+    model.evaluate_with(lambda: case.losses(model))
+    bring_to(model, SeedStage.FOSSILIZED, case.slot, ATTENTION)
+    cache = model(input_ids=ids[:, :-1]).past_key_values
+    with pytest.raises(HostError, match="is a cache that holds earlier positions"):
+        model(input_ids=ids[:, -1:], **with_cache(model.host, cache))
+    with pytest.raises(HostError, match="'attention_mask' hides positions"):
+        model(input_ids=ids, attention_mask=torch.arange(ids.shape[1]).expand_as(ids))
 
-    def evaluator() -> Tensor:
-        cache = model(input_ids=ids[:, :-1]).past_key_values
-        return model(input_ids=ids[:, -1:], **with_cache(model.host, cache)).logits.flatten()
 
-    with pytest.raises(HostError, match="mixes positions"):
-        model.measure(case.slot, evaluator)
-
-
-def test_a_copy_refuses_for_its_own_seeds() -> None:
+def test_a_copy_keeps_its_own_part_of_a_cache() -> None:
     case = CASES["llama"]
     model, ids = case.grown(SeedStage.SHADOWING, ATTENTION), prompt(case)
     twin = copy.deepcopy(model)
+    cache = model(input_ids=ids[:, :-1]).past_key_values
+    with pytest.raises(HostError, match="has not seen"):
+        twin(input_ids=ids[:, -1:], **with_cache(model.host, cache))
     twin.cull(case.slot)
-    assert torch.equal(generated(twin.host, ids), greedy(case.host(), ids))
-    with pytest.raises(HostError, match="mixes positions"):
-        generated(model.host, ids)
-    twin = copy.deepcopy(model)
-    model.cull(case.slot)
-    with pytest.raises(HostError, match="mixes positions"):
-        generated(twin.host, ids)
+    assert torch.equal(generated(twin, ids), greedy(case.host(), ids))
 
 
-def test_a_host_of_the_pack_refuses_a_filled_cache_also_without_grow() -> None:
-    host = default_registry().hosts.create("hf:llama-tiny", vocab_size=48).eval()
+def test_a_host_of_the_pack_keeps_the_cache_also_without_grow() -> None:
+    host = llama_tiny(vocab_size=48).eval()
     model = MorphogeneticModel(host, config=open_config())
     case = CASES["llama"]
     model.evaluate_with(lambda: case.losses(model))
-    model.germinate("layer1", ATTENTION)
-    for _ in range(30):
-        model.step_epoch(1.0)
-    assert model.slots["layer1"].alpha == 1.0
-    with pytest.raises(HostError, match="mixes positions"):
-        generated(model.host, prompt(case))
+    bring_to(model, SeedStage.FOSSILIZED, "layer1", ATTENTION)
+    shake(model)
+    assert torch.equal(generated(model.host, prompt(case)), greedy(model, prompt(case)))
     model.detach_slots()
     assert not host._forward_pre_hooks
+    assert not host._forward_hooks
     generated(host, prompt(case))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"cache_implementation": "static"}])
+def test_a_cache_that_a_seed_cannot_follow_is_refused_if_it_is_asked_for(options: dict[str, Any]) -> None:
+    case = CASES["llama"]
+    model, ids = case.grown(SeedStage.FOSSILIZED, ATTENTION), prompt(case)
+    assert torch.equal(generated(model, ids, **options), generated(model, ids, use_cache=False, **options))
+    with pytest.raises(HostError):
+        generated(model, ids, use_cache=True, **options)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}])
@@ -185,78 +205,3 @@ def test_a_model_without_a_language_modelling_head_does_not_generate() -> None:
     model = CASES["bert"].grown()
     with pytest.raises(HostError, match="BertForSequenceClassification does not generate"):
         model.generate(CASES["bert"].inputs()["input_ids"])
-
-
-# -- which seeds mix positions -------------------------------------------------------------------------------------
-
-
-class LooksBack(nn.Module):
-    """A causal convolution along the sequence, silent at birth."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(dim, dim, 3)
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate * self.conv(nn.functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
-
-
-class KnowsWhereItIs(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.where = nn.Parameter(torch.zeros(128, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.where[: x.shape[1]]
-
-
-class OfEightTokens(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.view(-1, 8, x.shape[-1]).view_as(x)
-
-
-@pytest.mark.parametrize("dim", [2, 16, 130])
-@pytest.mark.parametrize(
-    ("blueprint", "mixes"), [("attention", True), ("lora", False), ("mlp", False), ("norm", False)]
-)
-@pytest.mark.parametrize("causal", [False, True])
-def test_bundled_seeds_mix_positions_or_do_not_already_at_birth(
-    blueprint: str, mixes: bool, dim: int, causal: bool
-) -> None:
-    seed = default_registry().blueprints.create(f"transformer:{blueprint}", dim, causal=causal)
-    assert mixes_positions(seed, dim) is mixes
-
-
-@pytest.mark.parametrize(
-    ("seed", "mixes"),
-    [
-        (LooksBack(4), True),
-        (KnowsWhereItIs(4), True),
-        (OfEightTokens(), True),
-        (nn.LSTM(4, 4, batch_first=True), True),
-        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), False),
-        (nn.Identity(), False),
-        (nn.Linear(4, 4, dtype=torch.bfloat16), False),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_other_seeds_are_judged_by_what_they_do(seed: nn.Module, mixes: bool) -> None:
-    before = [p.clone() for p in seed.parameters()], torch.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert mixes_positions(seed, 4) is mixes
-    assert all(map(torch.equal, before[0], seed.parameters()))
-    assert torch.equal(before[1], torch.get_rng_state())
-
-
-def test_modes_in_which_the_seed_does_not_contribute_are_the_slot_s() -> None:
-    assert HOST_FEATURES_MODES == (ForwardMode.PASS, ForwardMode.STRAIGHT_THROUGH)
-    assert ForwardMode.PASS == IDLE_MODE
-
-
-def test_a_seed_in_training_is_not_tried_while_nobody_asks() -> None:
-    case = CASES["llama"]
-    model = case.open()
-    bring_to(model, SeedStage.TRAINING, case.slot, ATTENTION)
-    assert isinstance(model, GrowingModel)
-    model.eval()(**case.inputs(), **with_cache(model.host, None))
