@@ -7,6 +7,7 @@ from typing import Any, final
 
 from kasmina_core import (
     BlueprintRegistry,
+    EveryPosition,
     GrowthConfig,
     HostError,
     InjectionPoint,
@@ -28,11 +29,11 @@ class GrowingModel(MorphogeneticModel):
 
     Args:
         host: The model.
-        options: Those of `MorphogeneticModel`.
+        options: Those of `MorphogeneticModel`; ``context`` states that every position is real.
     """
 
     def __init__(self, host: nn.Module, *args: Any, **options: Any) -> None:
-        super().__init__(host, *args, **options)
+        super().__init__(host, *args, **{"context": EveryPosition(), **options})  # images have no padding
         self._guards = [attach_guard(host, slot.point.path) for slot in self.slots.values()]
 
     def detach_slots(self) -> nn.Module:

@@ -22,6 +22,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             context_params,
             "A linear map of the mean of all positions; of the earlier ones where the host is causal",
             takes_causal=True,
+            mixes="positions",
         ),
         BlueprintSpec(
             "waist",

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kasmina_core import WHOLE_SEQUENCES, SeedContext
+
 
 class ContextSeed(nn.Module):
-    """``x + out(mean(x))``, the mean over positions; ``out`` is zero at birth.
+    """``x + out(mean(x))``, the mean over the positions that each may look at; ``out`` is zero at birth.
 
     Args:
         dim: Number of features ``d``.
@@ -25,9 +27,19 @@ class ContextSeed(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the features with their context."""
-        if self.causal:
+    def forward(self, x: Tensor, context: SeedContext = WHOLE_SEQUENCES) -> Tensor:
+        """Return the features with their context.
+
+        Args:
+            x: The features.
+            context: Which positions are padding, of another document, or cached.
+        """
+        whole = context.with_past("features", x)  # (b, past + t, d)
+        seen = context.visible(x, causal=self.causal)  # (b or 1, 1, t, past + t)
+        if seen is not None:
+            weights = seen[:, 0].to(x.dtype)
+            mean = weights @ whole / weights.sum(-1, keepdim=True)  # (b, t, d)
+        elif self.causal:
             counts = torch.arange(1, x.shape[1] + 1, device=x.device).to(x.dtype)
             mean = x.cumsum(1) / counts.view(1, -1, 1)  # (b, t, d)
         else:
