@@ -13,7 +13,7 @@ import torch
 from sequence_cases import SPECS
 from torch import Tensor, nn
 
-from kasmina_core import BlueprintRegistry, GrowthConfig, MorphogeneticModel, PluginRegistry
+from kasmina_core import BlueprintRegistry, EveryPosition, GrowthConfig, MorphogeneticModel, PluginRegistry
 from kasmina_core.testing.lives import fossilize_on_evidence
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,13 @@ def _host() -> nn.Sequential:
 def _model(example: Tensor) -> MorphogeneticModel:
     config = GrowthConfig(incubation="counterfactual")
     return MorphogeneticModel(
-        _host(), ["1"], example=example, registry=_registry(), config=config, causal=True
+        _host(),
+        ["1"],
+        example=example,
+        registry=_registry(),
+        config=config,
+        causal=True,
+        context=EveryPosition(),
     )
 
 
