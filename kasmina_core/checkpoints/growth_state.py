@@ -23,6 +23,7 @@ from kasmina_core.lifecycle import is_failure_stage
 from kasmina_core.records import Count, read
 from kasmina_core.slotted import SLOTS_KEY
 from kasmina_core.state_keys import plain_name
+from kasmina_core.topology import Topology
 
 _SAFE_IN_A_COMMAND: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}")
 
@@ -200,7 +201,7 @@ def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[s
             )
         slot = model.slots[name]
         if record.state is not None:
-            _compare_points(slot, saved["point"])
+            _compare_points(slot, saved["point"], record.state.blueprint_id, origin_of(saved["blueprint"]))
         if record.state is not None and not is_failure_stage(record.state.stage):
             demand_blueprint(slot, record.state.blueprint_id, origin_of(saved["blueprint"]))
     return dict(slots), counters
@@ -215,7 +216,7 @@ def saved_slots(data: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     return slots
 
 
-def _compare_points(slot: SeedSlot, saved: Any) -> None:
+def _compare_points(slot: SeedSlot, saved: Any, blueprint_id: str, origin: str) -> None:
     here = _point_data(slot.point)
     if isinstance(saved, Mapping) and dict(saved) == here:
         return
@@ -223,8 +224,23 @@ def _compare_points(slot: SeedSlot, saved: Any) -> None:
         f"Slot '{slot.name}' is at another point than in the saved model.\n"
         f"  saved: {saved!r:.160}\n"
         f"  here:  {here!r}\n"
-        "Build the host and the slots as they were when the model was saved."
+        f"Build the host and the slots as they were when the model was saved.{lacking_topology(saved, blueprint_id, origin)}"
     )
+
+
+def lacking_topology(saved: Any, blueprint_id: str, origin: str) -> str:
+    """Return a line that names the pack to install if a saved point's topology is known to no pack here; else nothing.
+
+    Args:
+        saved: The point, as it was written.
+        blueprint_id: Id of the blueprint of the seed there.
+        origin: What it came from, see `origin_of`.
+    """
+    name = saved.get("topology") if isinstance(saved, Mapping) else None
+    if not isinstance(name, str) or name in {topology.value for topology in Topology}:
+        return ""
+    way = f"pip install '{origin}'" if origin else "register it before loading"
+    return f"\nNo pack that is loaded here has the topology {name!r:.60}. The seed is from pack '{blueprint_id.partition(':')[0]}': {way}."
 
 
 def origin_of(saved: Any) -> str:

@@ -16,6 +16,7 @@ from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
     compare_seed,
     demand_blueprint,
+    lacking_topology,
     origin_of,
     saved_slots,
     slot_data,
@@ -144,12 +145,14 @@ def _record(slot: SeedSlot, source: str, data: Mapping[str, Any]) -> dict[str, A
         )
     here = {"dim": slot.point.dim, "topology": slot.point.topology.value, "causal": slot.point.causal}
     there = {key: point.get(key) for key in here} if isinstance(point, Mapping) else point
+    state = record.get("state") if isinstance(record, Mapping) else None
     if here != there:
+        blueprint = str(state.get("blueprint_id")) if isinstance(state, Mapping) else "unknown"
         raise CheckpointError(
             f"The seed of slot '{source}' does not fit slot '{slot.name}'.\n"
             f"  saved at: {there!r:.120}\n  here:     {here!r}"
+            + lacking_topology(there, blueprint, origin_of(data["blueprint"]))
         )
-    state = record.get("state") if isinstance(record, Mapping) else None
     if not isinstance(state, Mapping) or state.get("slot") != source:
         raise CheckpointError(f"The saved record of slot '{source}' is damaged or holds no seed.")
     demand_blueprint(slot, str(state.get("blueprint_id")), origin_of(data["blueprint"]))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from fake_packs import Site
 from projects import ROOT, install_project
 
 from kasmina_core import (
     BlueprintSpec,
+    CheckpointError,
+    InjectionPoint,
+    MorphogeneticModel,
     NameConflictError,
     PackReason,
     PackRecord,
@@ -21,7 +26,11 @@ from kasmina_core import (
     PluginRegistry,
     Topology,
     TopologyError,
+    graft_seeds,
     hookimpl,
+    load_checkpoint,
+    save_checkpoint,
+    save_seeds,
 )
 from kasmina_core.cli import main
 
@@ -136,6 +145,40 @@ def test_what_is_no_topology_is_refused(odd: Any) -> None:
     refused = registry(mine=Adds(odd)).pack("mine")
     assert refused.reason is PackReason.WRONG_TYPE
     assert "kasmina_topologies must return only Topology" in refused.cause
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def model_of(topology: Topology, registry: PluginRegistry) -> MorphogeneticModel:
+    shape = topology.shape(4, 2, (3,) * (topology.ndim - 2))
+    point = InjectionPoint("only", "0", 4, topology)
+    return MorphogeneticModel(
+        torch.nn.Sequential(torch.nn.Identity()),
+        [point],
+        example=torch.ones(shape),
+        registry=registry.blueprints,
+    )
+
+
+def test_a_file_whose_topology_is_not_known_names_the_pack_to_install(tmp_path: Path) -> None:
+    with_pack, without = PluginRegistry(checks=False), PluginRegistry()
+    pack = Adds(grid("only-saved"), blueprints=("only-saved",))
+    with_pack.register_pack("saved", pack, "kasmina-saved", "1.0")
+    model = model_of(Topology("only-saved"), with_pack)
+    model.germinate("only", "saved:seed0")
+    save_checkpoint(tmp_path / "run", model)
+    save_seeds(tmp_path / "seeds", model)
+    with_pack.unregister_pack("saved")
+    other = model_of(Topology.CNN, without)
+    says = (
+        r"No pack that is loaded here has the topology 'only-saved'\. The seed is from pack 'saved': "
+        r"pip install 'kasmina-saved==1.0'\."
+    )
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(tmp_path / "run", other)
+    with pytest.raises(CheckpointError, match=says):
+        graft_seeds(tmp_path / "seeds", other)
 
 
 # -- an installed pack ------------------------------------------------------------------------------------------------
