@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 TOKENS: Final = 8
 IMAGE_SIZE: Final = 64  # for configs without one; a ResNet shrinks images 32 times
-SAMPLES: Final = 3200  # of sound: nine steps of wav2vec 2
+SAMPLES: Final = 6400  # of sound: 19 steps of wav2vec 2, which masks ten in training
 FRAMES: Final = 72  # of a spectrogram, for configs that do not say how many
 
 

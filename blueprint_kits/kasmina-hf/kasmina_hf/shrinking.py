@@ -26,6 +26,7 @@ _COUNTS: Final = (
     (r"(^|_)image_size$|^resolution$", 64),
     (r"^(patch_size|patch_stride)$", 8),
     (r"^window_size$", 2),
+    (r"^rotary_dim$", 8),
 )
 _HEADS: Final = r"(^|_)heads$"
 _HEAD_WIDTH: Final = r"head_dim$|^d_head$|^dim_head$|^d_kv$|^kv_channels$"
@@ -55,6 +56,7 @@ class Recipe:
 RECIPES: Final = (
     Recipe("width 32", width=32, head_width=16),
     Recipe("width 256", width=256),
+    Recipe("width 128", width=128),
     Recipe("few layers"),
     Recipe("as it is", counts=False),
 )

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
+import numpy
 import torch
 import transformers
 from kasmina_core import GrowthConfig, SeedStage, Topology, __version__, default_registry
@@ -41,8 +42,8 @@ from kasmina_hf.inputs import example_inputs
 from kasmina_hf.shrinking import RECIPES, shrunken
 from kasmina_hf.structure import points
 
-MOST_PARAMETERS: Final = 200_000_000
-SECONDS: Final = 120.0
+MOST_PARAMETERS: Final = 100_000_000
+SECONDS: Final = 60.0
 BLUEPRINTS: Final = {Topology.CNN: "cnn:conv_light", Topology.TRANSFORMER: "transformer:mlp"}
 
 
@@ -95,15 +96,15 @@ def examine(row: Row) -> None:
     model, example = _build(row)
     if model is None:
         return
-    row.reason = ""
     if example is not None:
+        row.reason = ""
         try:
             found = points(model, example=example)
             row.points = len(found)
             row.towers = _towers(found)
         except Exception as error:
             row.reason = _said(error)
-        row.glob = _glob(model, example)
+        row.glob = _glob(model, example, [tower.split()[0] for tower in row.towers])
         if row.points:
             _live(row, model, example)
 
@@ -123,6 +124,9 @@ def _build(row: Row) -> tuple[PreTrainedModel | None, dict[str, Tensor] | None]:
                 continue
             torch.manual_seed(0)
             model = kind(small).eval()
+        except ImportError as error:
+            row.reason = _said(error)
+            break
         except Exception as error:
             row.reason = row.reason or _said(error)
             continue
@@ -149,14 +153,14 @@ def _towers(found: list[Any]) -> list[str]:
     ]
 
 
-def _glob(model: PreTrainedModel, example: dict[str, Tensor]) -> str:
+def _glob(model: PreTrainedModel, example: dict[str, Tensor], known: list[str]) -> str:
     """Return the first glob that holds slots: of the members of a container, or of a part of each."""
     whole, inner = [], []
     for path, module in model.named_modules():
         if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
             whole.append(f"{path}.*")
             inner += [f"{path}.*.{name}" for name, _ in module[0].named_children()]
-    for pattern in (*whole, *inner[:40]):
+    for pattern in (*known[:1], *whole, *inner[:40]):
         try:
             grow(model, pattern, example=example).detach_slots()
         except Exception:
@@ -173,11 +177,14 @@ def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
         model = grow(host, example=example, config=_config())
         model.evaluate_with(lambda: _loss(host(**example)).detach().expand(4))
         _run(bare, example)
-        place = next(
+        fitting = [
             slot
             for slot in model.slots.values()
             if _blueprint(slot.point.topology) and _learns(bare, slot.point.path)
-        )
+        ]
+        if not fitting:
+            raise AssertionError("no installed blueprint fits a point on which the outputs depend")
+        place = fitting[0]
         row.blueprint = _blueprint(place.point.topology)
         stage = "training"
         model.germinate(place.name, row.blueprint)
@@ -229,18 +236,20 @@ def _learns(bare: nn.Module, path: str) -> bool:
 
 
 def _compare(bare: nn.Module, model: GrowingModel, example: dict[str, Tensor]) -> None:
-    """Run forward and backward, in evaluation and, if the bare host can, in training; compare with the bare host."""
-    learned = False
+    """Compare a forward and backward pass with the bare host's, which is in evaluation and, if it can be, in training."""
     for training in (False, True):
         bare.train(training), model.train(training)
+        for slot in model.slots.values():
+            slot.train()
         try:
             expected = _run(bare, example)
-        except Exception:  # some train on labels only, and one in training only
+        except Exception:  # some train on labels only
             continue
         _compare_runs(bare, model, expected, _run(model, example))
-        learned |= any(p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters())
-    if not learned:
-        raise AssertionError("the seed has no gradient")
+        if not training and not any(
+            p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters()
+        ):
+            raise AssertionError("the seed has no gradient")
 
 
 def _compare_runs(bare: nn.Module, model: GrowingModel, expected: list[Tensor], found: list[Tensor]) -> None:
@@ -257,6 +266,7 @@ def _compare_runs(bare: nn.Module, model: GrowingModel, expected: list[Tensor], 
 
 def _run(module: nn.Module, example: dict[str, Tensor]) -> list[Tensor]:
     torch.manual_seed(0)
+    numpy.random.seed(0)  # transformers masks sound with it in training
     module.zero_grad()
     output = module(**example)
     _loss(output).backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -288,57 +298,85 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines)}"[:600]
 
 
-def _work(row: Row, channel: Connection) -> None:
-    """Examine one architecture in a process of its own."""
+def _work(channel: Connection) -> None:
+    """Examine the architectures that come in, in a process of their own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    try:
-        examine(row)
-    except Exception as error:
-        row.reason = _said(error)
-    row.seconds = round(time.perf_counter() - start, 1)
-    channel.send(row)
+    while True:
+        try:
+            row = channel.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        try:
+            examine(row)
+        except Exception as error:
+            row.reason = _said(error)
+        row.seconds = round(time.perf_counter() - start, 1)
+        channel.send(row)
+
+
+class _Worker:
+    """A process that examines one architecture after the other, and is replaced if it dies or takes too long."""
+
+    def __init__(self) -> None:
+        self._start()
+        self.row: Row | None = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.channel, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, row: Row, seconds: float) -> None:
+        self.row, self.seconds = row, seconds
+        self.end = time.monotonic() + seconds
+        self.channel.send(row)
+
+    def take(self) -> Row | None:
+        """Return the row if it is done, or given up."""
+        assert self.row is not None
+        row, reason = self.row, ""
+        if self.channel.poll():
+            try:
+                row = self.channel.recv()
+            except EOFError:
+                reason = "its process died"
+        elif time.monotonic() > self.end:
+            reason = f"not done after {self.seconds:.0f} s"
+        else:
+            return None
+        if reason:
+            row.reason = reason
+            self.stop()
+            self._start()
+        self.row = None
+        return row
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.channel.close()
 
 
 def sweep(rows: list[Row], jobs: int = 1, seconds: float = SECONDS) -> Iterator[Row]:
     """Examine architectures in processes of their own, and yield each when it is done or its time is over."""
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(
-            [
-                "kasmina_hf.growing",
-                "kasmina_hf.shrinking",
-                "kasmina_core.testing.hosts",
-                "transformers.generation",
-            ]
-        )
     waiting = list(reversed(rows))
-    running: dict[Any, tuple[Row, Any, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            row = waiting.pop()
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(row, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = (row, process, time.monotonic() + seconds)
-        wait(list(running), timeout=1.0)
-        for channel, (row, process, end) in list(running.items()):
-            if channel.poll():
-                try:
-                    row = channel.recv()
-                except EOFError:
-                    row.reason = f"its process ended ({process.exitcode})"
-            elif time.monotonic() > end:
-                row.reason, row.seconds = f"not done after {seconds:.0f} s", seconds
-                process.kill()
-            else:
-                continue
-            process.join()
-            del running[channel]
-            yield row
+    workers = [_Worker() for _ in range(min(jobs, len(rows)))]
+    try:
+        while waiting or any(worker.row for worker in workers):
+            for worker in workers:
+                if worker.row is None and waiting:
+                    worker.give(waiting.pop(), seconds)
+            wait([worker.channel for worker in workers if worker.row], timeout=1.0)
+            for worker in workers:
+                if worker.row is not None and (row := worker.take()) is not None:
+                    yield row
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def table(rows: list[Row]) -> str:
