@@ -85,6 +85,15 @@ def test_an_encoder_that_is_set_up_as_a_decoder_is_causal() -> None:
     assert [point.causal for point in points(bert(is_decoder=True))] == [True, True]
 
 
+def test_a_model_that_looks_ahead_and_says_that_it_is_causal_is_causal() -> None:
+    model = bert()
+    assert [point.causal for point in points(model)] == [False, False]
+    model.bert.encoder.layer[
+        1
+    ].attention.self.is_causal = True  # as of models that look ahead in a prompt alone
+    assert [point.causal for point in points(model)] == [True, True]
+
+
 def clip_text() -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
@@ -242,7 +251,9 @@ def wav2vec2() -> Wav2Vec2Model:
             intermediate_size=8,
             num_hidden_layers=2,
             num_attention_heads=2,
-            conv_dim=[8] * 7,
+            conv_dim=[8, 8],
+            conv_kernel=[10, 8],
+            conv_stride=[20, 16],
             num_conv_pos_embedding_groups=2,
         )
     )
