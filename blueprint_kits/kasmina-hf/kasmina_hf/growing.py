@@ -8,6 +8,7 @@ from typing import Any, cast, final
 
 from kasmina_core import (
     BlueprintRegistry,
+    ContextReader,
     ForwardMode,
     GrowthConfig,
     HostError,
@@ -33,11 +34,14 @@ class GrowingModel(MorphogeneticModel):
 
     Args:
         host: The model.
-        options: Those of `MorphogeneticModel`.
+        context: As for `MorphogeneticModel`; ``None`` for `TransformersCall`.
+        options: Its other options.
     """
 
-    def __init__(self, host: PreTrainedModel, *args: Any, **options: Any) -> None:
-        super().__init__(host, *args, **{"context": TransformersCall(), **options})
+    def __init__(
+        self, host: PreTrainedModel, *args: Any, context: ContextReader | None = None, **options: Any
+    ) -> None:
+        super().__init__(host, *args, context=context or TransformersCall(), **options)
         for slot in self.slots.values():
             _put_first(host.get_submodule(slot.point.path.partition(":")[0]), slot)
 
@@ -74,6 +78,7 @@ def grow(
     registry: BlueprintRegistry | None = None,
     telemetry: Telemetry | None = None,
     evaluator: Callable[[], Tensor] | None = None,
+    context: ContextReader | None = None,
 ) -> GrowingModel:
     """Give a transformers model slots in which seeds can grow.
 
@@ -90,6 +95,7 @@ def grow(
         registry: Where blueprints come from; ``None`` for the installed packs.
         telemetry: Takes the events.
         evaluator: Returns the loss of every held-out sample, ``(n,)``, for the gates.
+        context: Reads what positions mean off each call, for seeds that mix them; ``None`` for ``TransformersCall()``.
 
     Raises:
         HostError: If points or inputs cannot be derived, or a point cannot hold a slot; the model is left as it was.
@@ -113,6 +119,7 @@ def grow(
         registry=registry,
         telemetry=telemetry,
         evaluator=evaluator,
+        context=context,
     )
 
 

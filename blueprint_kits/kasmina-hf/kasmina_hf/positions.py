@@ -87,11 +87,10 @@ class TransformersCall:
     def ended(self, context: SeedContext | Mapping[str, SeedContext], output: Any) -> None:
         """Tie what seeds kept of a call to the cache that the model returned."""
         contexts = [context] if isinstance(context, SeedContext) else list(context.values())
-        cache = _cache_in(output)
-        for one in contexts:
-            if isinstance(one.store, _Store) and cache is not None:
-                one.store.seen = tuple((weakref.ref(t), t._version) for t in _tensors_of(cache))
-                self._kept[cache] = one.store
+        stores = [one.store for one in contexts if isinstance(one.store, _Store)]
+        if stores and (cache := _cache_in(output)) is not None:
+            stores[0].seen = tuple((weakref.ref(t), t._version) for t in _tensors_of(cache))
+            self._kept[cache] = stores[0]
 
     def _read(self, given: Mapping[str, Any], keeps: bool = False) -> SeedContext:
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)

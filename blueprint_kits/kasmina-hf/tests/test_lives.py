@@ -42,3 +42,8 @@ def test_a_grown_model_compiles_to_one_graph(blueprint: str) -> None:
     compiled = torch.compile(fresh, fullgraph=True, backend="eager")
     inputs = {**case.inputs(), "use_cache": False}
     assert torch.equal(compiled(**inputs).logits, fresh(**inputs).logits)
+    mask = torch.ones_like(inputs["input_ids"])
+    for hidden in (2, 4):  # read in the graph, not into it
+        mask[:, :hidden] = 0
+        together = compiled(**inputs, attention_mask=mask).logits
+        torch.testing.assert_close(together, fresh(**inputs, attention_mask=mask).logits)

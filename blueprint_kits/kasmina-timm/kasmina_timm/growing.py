@@ -7,6 +7,7 @@ from typing import Any, final
 
 from kasmina_core import (
     BlueprintRegistry,
+    ContextReader,
     EveryPosition,
     GrowthConfig,
     HostError,
@@ -29,11 +30,14 @@ class GrowingModel(MorphogeneticModel):
 
     Args:
         host: The model.
-        options: Those of `MorphogeneticModel`; ``context`` states that every position is real.
+        context: As for `MorphogeneticModel`; ``None`` states that every position is real.
+        options: Its other options.
     """
 
-    def __init__(self, host: nn.Module, *args: Any, **options: Any) -> None:
-        super().__init__(host, *args, **{"context": EveryPosition(), **options})  # images have no padding
+    def __init__(
+        self, host: nn.Module, *args: Any, context: ContextReader | None = None, **options: Any
+    ) -> None:
+        super().__init__(host, *args, context=context or EveryPosition(), **options)
         self._guards = [attach_guard(host, slot.point.path) for slot in self.slots.values()]
 
     def detach_slots(self) -> nn.Module:
@@ -55,6 +59,7 @@ def grow(
     registry: BlueprintRegistry | None = None,
     telemetry: Telemetry | None = None,
     evaluator: Callable[[], Tensor] | None = None,
+    context: ContextReader | None = None,
 ) -> GrowingModel:
     """Give a timm or torchvision model slots in which seeds can grow.
 
@@ -71,6 +76,7 @@ def grow(
         registry: Where blueprints come from; ``None`` for the installed packs.
         telemetry: Takes the events.
         evaluator: Returns the loss of every held-out sample, ``(n,)``, for the gates.
+        context: Reads what positions mean off each call, for seeds that mix them; ``None`` for ``EveryPosition()``.
 
     Raises:
         HostError: If points cannot be derived, or a place cannot hold a slot; the model is left as it was.
@@ -94,6 +100,7 @@ def grow(
         registry=registry,
         telemetry=telemetry,
         evaluator=evaluator,
+        context=context,
     )
     declared = [point for point in named if isinstance(point, InjectionPoint)]
     for slot in grown.slots.values():
