@@ -77,7 +77,8 @@ class Mix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, *_ = x.shape
-        return x + self.own * x + self.mean * x.reshape(b, -1).mean(1).view(b, *[1] * (x.dim() - 1))
+        y = x + self.own * x + self.mean * x.reshape(b, -1).mean(1).view(b, *[1] * (x.dim() - 1))
+        return y.contiguous()  # in the topology's order, as a convolution or a linear layer returns it
 
 
 def features(topology: Topology, batch: int = 3, seed: int = 0) -> Tensor:
