@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, final
 
 from kasmina_core import (
@@ -13,12 +14,14 @@ from kasmina_core import (
     HostError,
     InjectionPoint,
     MorphogeneticModel,
+    SeedSlot,
     Telemetry,
+    Topology,
 )
 from torch import Tensor, nn
 
 from kasmina_timm.checkpointing import attach_guard
-from kasmina_timm.structure import example_inputs, is_channels_last, points
+from kasmina_timm.structure import example_inputs, points, says_channels_last, shows_channels_last
 
 
 @final
@@ -92,26 +95,44 @@ def grow(
     else:
         wanted = [slots] if isinstance(slots, (str, InjectionPoint)) else list(slots)
         named = _named(model, wanted, example)
-    grown = GrowingModel(
-        model,
-        named,
-        example=example,
-        config=config,
-        registry=registry,
-        telemetry=telemetry,
-        evaluator=evaluator,
-        context=context,
-    )
+    options: dict[str, Any] = {
+        "example": example,
+        "config": config,
+        "registry": registry,
+        "telemetry": telemetry,
+        "evaluator": evaluator,
+        "context": context,
+    }
+    grown = GrowingModel(model, named, **options)
     declared = [point for point in named if isinstance(point, InjectionPoint)]
-    for slot in grown.slots.values():
-        if slot.point not in declared and is_channels_last(model, slot.shape):
-            grown.detach_slots()
-            raise HostError(
-                f"'{slot.point.path}' of {type(model).__name__} cannot hold a slot: its features of shape {slot.shape} "
-                "are channels-last, and a slot takes (b, c, h, w).\n"
-                "If they are (b, c, h, w) there, say so: InjectionPoint(name, path, width, Topology.CNN)."
-            )
-    return grown
+    found = [
+        slot.point if slot.point in declared else _laid_out(model, slot) for slot in grown.slots.values()
+    ]
+    if all(point is not None for point in found):
+        if found == [slot.point for slot in grown.slots.values()]:
+            return grown
+        grown.detach_slots()
+        return GrowingModel(model, [point for point in found if point is not None], **options)
+    grown.detach_slots()
+    slot = next(slot for slot, point in zip(grown.slots.values(), found, strict=True) if point is None)
+    path, shape = slot.point.path, slot.shape
+    raise HostError(
+        f"'{path}' of {type(model).__name__} cannot hold a slot by its path alone: the model has channels-last features, "
+        f"and those of shape {shape} there may be either.\n"
+        f"  channels-last: InjectionPoint({slot.name!r}, {path!r}, {shape[-1]}, Topology.CNN, layout='bhwc')\n"
+        f"  otherwise:     InjectionPoint({slot.name!r}, {path!r}, {shape[1]}, Topology.CNN, layout='bchw')\n"
+        "Give the one that is right."
+    )
+
+
+def _laid_out(model: nn.Module, slot: SeedSlot) -> InjectionPoint | None:
+    """Return the point of a slot that was given by its path, with the layout; ``None`` where that is open."""
+    point = slot.point
+    if point.topology is not Topology.CNN or point.layout is not None:
+        return point
+    if shows_channels_last(model, slot.shape):
+        return replace(point, dim=slot.shape[-1], layout="bhwc")
+    return None if says_channels_last(model) else point
 
 
 def _named(

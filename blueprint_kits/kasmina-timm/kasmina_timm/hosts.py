@@ -35,7 +35,7 @@ class DeclaresPoints(HookedHost):
 
     def example_inputs(self) -> Tensor:
         """Return two images, always the same ones."""
-        return example_inputs(cast("nn.Module", self), IMAGE_SIZE)
+        return cast("Tensor", example_inputs(cast("nn.Module", self), IMAGE_SIZE))
 
     def register_slot(self, name: str, slot: nn.Module) -> None:
         """Pass the features at point ``name`` through ``slot``; guard it against checkpointing that passes it by."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -35,11 +36,20 @@ TORCHVISION_SEQUENCES: Final[Mapping[str, str]] = {
     "MobileNetV2": "features",
     "MobileNetV3": "features",
     "SqueezeNet": "features",
+    "SwinTransformer": "features",
+    "SwinTransformer3d": "features",
     "VGG": "features",
 }
 """Sequences in torchvision's models by class: the last module at each resolution is a place."""
 
-CHANNELS_LAST: Final = "its features are channels-last, (b, h, w, c), and a slot takes (b, c, h, w)"
+BY_RANK: Final[Mapping[int, Topology]] = {
+    topology.ndim: topology for topology in (Topology.TRANSFORMER, Topology.CNN, Topology.VOLUME)
+}
+"""What features of so many axes are in a model of images or video."""
+
+FRAMES: Final = 8  # of an example for a model of video
+PAIR_SIZE: Final = 128  # RAFT's least
+DETECTION: Final = "GeneralizedRCNNTransform"  # what torchvision's detectors do with a list of images
 
 Fired = tuple[int, ...] | str
 """The output of a module: the shape of its features, or else a word for it."""
@@ -67,12 +77,16 @@ def points(model: nn.Module, every: int = 1, *, example: object = None) -> list[
     - timm: the modules that ``model.feature_info`` names, of ``num_chs`` channels; where there is none, the ``blocks``
       of width ``embed_dim``.
     - torchvision: the stages of ResNet, RegNet and ShuffleNet; the last module at each resolution in the ``features`` of
-      ConvNeXt, VGG, MobileNet, EfficientNet, DenseNet, …; the encoder layers of the vision transformer.
+      ConvNeXt, Swin, VGG, MobileNet, EfficientNet, DenseNet, …; the encoder layers of the vision transformer.
+    - Other models, and those where none of these holds a slot: the parts that a forward calls once, without the parts
+      of those that return features, in the model's ``backbone`` if it has one. Of images and video the last at each
+      resolution, of tokens all.
 
-    One forward in evaluation mode proves each: it runs once, and returns ``(b, c, h, w)`` or ``(b, t, d)`` of the
-    declared width. Where the declared module is not called (its list is walked, or gradient checkpointing flattens
-    it), the module that computes the same features is taken. A point is named after the declared module, ``blocks_3``
-    for ``blocks.3``. No point is causal.
+    One forward in evaluation mode proves each: it runs once, and returns features of the declared width: ``(b, c, h,
+    w)``, or ``(b, h, w, c)`` where the model says so or the width shows it, ``(b, t, d)`` or ``(b, c, d, h, w)``. Where
+    the declared module is not called (its list is walked, or gradient checkpointing flattens it), the module that
+    computes the same features is taken. Declared places that cannot hold a slot are left out. A point is named after
+    the declared module, ``blocks_3`` for ``blocks.3``. No point is causal.
 
     Args:
         model: The model, with or without a head.
@@ -80,8 +94,7 @@ def points(model: nn.Module, every: int = 1, *, example: object = None) -> list[
         example: Inputs for that forward, a tensor or a tuple of arguments; ``None`` for `example_inputs`.
 
     Raises:
-        HostError: If the model is of another library or kind, or a place cannot hold a slot, as where features are
-            channels-last; the message says how to name places by hand.
+        HostError: If nothing in the model can hold a slot; the message says why, and how to name places by hand.
         ValueError: If ``every`` is not from 1 to the number of places.
 
     >>> from timm.models import VisionTransformer
@@ -94,14 +107,21 @@ def points(model: nn.Module, every: int = 1, *, example: object = None) -> list[
     if kind in TORCHVISION_SEQUENCES:
         found = _ends_of_resolutions(model, TORCHVISION_SEQUENCES[kind], given)
     else:
-        found = _proved(model, _torchvision_places(model, kind) if kind else _timm_places(model), given)
+        places = _torchvision_places(model, kind) if kind in TORCHVISION_PLACES else _timm_places(model)
+        found, faults = _proved(model, places, given)
+        found = found or _parts(model, given)
+        if not found:
+            raise _unsupported(model, "nothing in it returns features that can hold a slot", faults)
     if not 1 <= every <= len(found):
         raise ValueError(f"every must be from 1 to {len(found)}, the number of places, not {every!r}.")
     return found[every - 1 :: every]
 
 
-def example_inputs(model: nn.Module, size: int = EXAMPLE_SIZE) -> Tensor:
+def example_inputs(model: nn.Module, size: int = EXAMPLE_SIZE) -> Any:
     """Return two images for one forward of a model, always the same ones, of its device and dtype.
+
+    They are a tensor; two clips for a model of video; for torchvision's detectors a tuple with a list of images, and for
+    its optical flow a tuple with the images before and after.
 
     Args:
         model: The model.
@@ -115,7 +135,7 @@ def example_inputs(model: nn.Module, size: int = EXAMPLE_SIZE) -> Tensor:
     """
     config = getattr(model, "default_cfg", None) or {}
     channels, *made_for = config.get("input_size") or (3, size, size)
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))), None)
     if first is not None and first.in_channels < SPACE_TO_DEPTH:
         channels = first.in_channels
     fixed = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(
@@ -125,9 +145,15 @@ def example_inputs(model: nn.Module, size: int = EXAMPLE_SIZE) -> Tensor:
         fixed = made_for
     least = (config.get("min_input_size") or (0, 0, 0))[1:]
     h, w = (max(size, side) for side in least) if fixed is None else _pair(fixed)
+    if flow := torchvision_kind(model) == "RAFT":
+        h, w = max(h, PAIR_SIZE), max(w, PAIR_SIZE)
+    frames = (FRAMES,) if isinstance(first, nn.Conv3d) else ()
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    pixels = torch.linspace(-1.0, 1.0, 2 * channels * h * w, device=weight.device)
-    return pixels.view(2, channels, h, w).to(weight.dtype)
+    shape = (2, channels, *frames, h, w)
+    pixels = torch.linspace(-1.0, 1.0, math.prod(shape), device=weight.device).view(shape).to(weight.dtype)
+    if flow:
+        return pixels, pixels.flip(0)
+    return (list(pixels),) if type(getattr(model, "transform", None)).__name__ == DETECTION else pixels
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -145,15 +171,15 @@ def torchvision_kind(model: nn.Module) -> str:
 def says_channels_last(model: nn.Module) -> bool:
     """Return whether a model declares that its features are ``(b, h, w, c)``."""
     declared = getattr(model, "output_fmt", "")
-    return getattr(declared, "value", declared) == "NHWC" or torchvision_kind(model) == "SwinTransformer"
+    return getattr(declared, "value", declared) == "NHWC" or torchvision_kind(model).startswith(
+        "SwinTransformer"
+    )
 
 
-def is_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Return whether features of a model of that shape are ``(b, h, w, c)``: it says so, or its widths show it."""
-    if len(shape) != Topology.CNN.ndim:
-        return False
+def shows_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Return whether features of that shape can only be ``(b, h, w, c)``, by the widths that a model declares."""
     widths = {int(entry["num_chs"]) for entry in _feature_info(model)}
-    return says_channels_last(model) or (shape[-1] in widths and shape[1] not in widths)
+    return len(shape) == Topology.CNN.ndim and shape[-1] in widths and shape[1] not in widths
 
 
 # -- what models declare ----------------------------------------------------------------------------------------------
@@ -169,10 +195,6 @@ def _timm_places(model: nn.Module) -> list[Place]:
     blocks, width = getattr(model, "blocks", None), getattr(model, "embed_dim", None)
     if not declared and isinstance(blocks, (nn.Sequential, nn.ModuleList)) and isinstance(width, int):
         declared = [(f"blocks.{i}", width) for i in range(len(blocks))]
-    if not declared:
-        raise _unsupported(
-            model, "it is no model of timm with feature_info or blocks, and none of torchvision"
-        )
     named = dict(model.named_modules(remove_duplicate=False))
     return [
         Place(path, width, tuple(dict.fromkeys(_candidates(named, path, i, len(declared)))))
@@ -184,13 +206,13 @@ def _candidates(named: Mapping[str, nn.Module], path: str, i: int, count: int) -
     """Yield where the features of a declared place may be found: there, under timm's wrappers, or in a list of stages."""
     inside = [name for name in named if name.endswith(f".{path}")]
     for name in (path, path.replace(".", "_"), *(inside if len(inside) == 1 else [])):
-        yield from _ends(named, name)
+        yield from _last_parts(named, name)
     for name in _LISTS:
         if isinstance(stages := named.get(name), (nn.Sequential, nn.ModuleList)) and len(stages) == count:
-            yield from _ends(named, f"{name}.{i}")
+            yield from _last_parts(named, f"{name}.{i}")
 
 
-def _ends(named: Mapping[str, nn.Module], path: str) -> Iterator[str]:
+def _last_parts(named: Mapping[str, nn.Module], path: str) -> Iterator[str]:
     """Yield a path, then those of the last module in it, the last in that, …, as long as they are lists."""
     while path and path in named:
         yield path
@@ -201,11 +223,6 @@ def _ends(named: Mapping[str, nn.Module], path: str) -> Iterator[str]:
 
 
 def _torchvision_places(model: nn.Module, kind: str) -> list[Place]:
-    if says_channels_last(model):
-        raise _unsupported(model, CHANNELS_LAST)
-    if kind not in TORCHVISION_PLACES:
-        known = ", ".join(sorted([*TORCHVISION_PLACES, *TORCHVISION_SEQUENCES]))
-        raise _unsupported(model, f"of torchvision's models these are known: {known}")
     paths: list[str] = []
     for path in TORCHVISION_PLACES[kind]:
         parent, star, _ = path.partition(".*")
@@ -217,12 +234,10 @@ def _torchvision_places(model: nn.Module, kind: str) -> list[Place]:
 # -- what a forward shows ---------------------------------------------------------------------------------------------
 
 
-def _proved(model: nn.Module, places: Sequence[Place], example: object) -> list[InjectionPoint]:
-    """Return a point for each place.
-
-    Raises:
-        HostError: If there is a place without; the message lists the faults, and the places that would do.
-    """
+def _proved(
+    model: nn.Module, places: Sequence[Place], example: object
+) -> tuple[list[InjectionPoint], list[str]]:
+    """Return a point for each place that can hold a slot, and why others cannot, one line each."""
     fired = _fired(model, [path for place in places for path in place.candidates], example)
     channels_last = says_channels_last(model)
     found: list[InjectionPoint] = []
@@ -233,78 +248,120 @@ def _proved(model: nn.Module, places: Sequence[Place], example: object) -> list[
             faults.append(f"  '{place.path}': {point}")
         else:
             found.append(point)
-    if faults:
-        last = any("channels-last" in fault for fault in faults)
-        reason = CHANNELS_LAST if last else f"{len(faults)} of its {len(places)} places cannot hold a slot"
-        raise _unsupported(model, reason, faults, [] if last else [point.path for point in found])
-    return found
+    return found, faults
 
 
 def _point(place: Place, fired: Mapping[str, Sequence[Fired]], channels_last: bool) -> InjectionPoint | str:
     """Return a point at the first candidate that can hold a slot, or why none can."""
     faults: dict[str, str] = {}
     for path in place.candidates:
-        layout = _layout(fired[path], place.width, channels_last)
-        if not isinstance(layout, str):
-            topology, dim = layout
-            return InjectionPoint(place.path.replace(".", "_"), path, dim, topology)
-        faults[path] = layout
+        point = _read(path, fired[path], place.width, channels_last)
+        if not isinstance(point, str):
+            return replace(point, name=place.path.replace(".", "_"))
+        faults[path] = point
     of_called = [fault for path, fault in faults.items() if fired[path]]
     return next(iter([*of_called, *faults.values()]), "there is no such module")
 
 
-def _layout(fired: Sequence[Fired], width: int | None, channels_last: bool) -> tuple[Topology, int] | str:
-    """Return layout and width of what a module returned, or why it cannot hold a slot.
+def _read(path: str, fired: Sequence[Fired], width: int | None, channels_last: bool) -> InjectionPoint | str:
+    """Return a point for what a module returned, or why it cannot hold a slot.
 
     Args:
+        path: The module's.
         fired: What it returned, call by call.
         width: Declared width of the features, if any.
-        channels_last: Whether the model declares that images are ``(b, h, w, c)``.
+        channels_last: Whether the model declares that the width of images is their last axis.
     """
     if len(fired) != 1:
         return f"is called {len(fired)} times by a forward pass, not once" if fired else "is not called"
     shape = fired[0]
     if isinstance(shape, str):
         return f"returns {shape}"
-    topology = {each.ndim: each for each in (Topology.CNN, Topology.TRANSFORMER)}.get(len(shape))
+    topology = BY_RANK.get(len(shape))
     if topology is None:
         return f"has features of shape {shape}"
-    if topology is Topology.CNN and (channels_last or shape[1] != width == shape[-1]):
-        return f"has channels-last features of shape {shape}"
-    dim = shape[topology.feature_dim]
+    layout = None
+    if width in (shape[1], shape[-1]) and shape[1] != shape[-1]:
+        channels_last = shape[-1] == width
+    if topology is not Topology.TRANSFORMER and channels_last:
+        letters = topology.layout.replace(topology.width, "")
+        layout = letters + topology.width
+    dim = shape[topology.feature_dim if layout is None else -1]
     if width not in (None, dim):
         return f"has features of shape {shape}, and a declared width of {width}"
-    return topology, dim
+    return InjectionPoint(path.replace(".", "_"), path, dim, topology, layout=layout)
 
 
 def _ends_of_resolutions(model: nn.Module, sequence: str, example: object) -> list[InjectionPoint]:
     """Return a point after the last module of a sequence at each resolution."""
     paths = [f"{sequence}.{name}" for name, _ in model.get_submodule(sequence).named_children()]
-    ends: dict[tuple[int, ...], tuple[str, int]] = {}
-    for path, calls in _fired(model, paths, example).items():
-        if len(calls) == 1 and isinstance(shape := calls[0], tuple) and len(shape) == Topology.CNN.ndim:
-            ends[shape[2:]] = (path, shape[1])
-    if not ends:
+    found = _ends(model, _fired(model, paths, example))
+    if not found:
         raise _unsupported(model, f"nothing in its '{sequence}' returns (b, c, h, w)")
-    return [InjectionPoint(path.replace(".", "_"), path, dim, Topology.CNN) for path, dim in ends.values()]
+    return found
+
+
+def _ends(model: nn.Module, fired: Mapping[str, Sequence[Fired]]) -> list[InjectionPoint]:
+    """Return points for modules in the order of their calls: the last at each resolution, and all of tokens."""
+    channels_last = says_channels_last(model)
+    ends: dict[object, InjectionPoint] = {}
+    for path, calls in fired.items():
+        point = _read(path, calls, None, channels_last)
+        if not isinstance(point, str):
+            (shape,) = calls
+            of_tokens = point.topology is Topology.TRANSFORMER
+            width = point.axes.index(point.topology.width)
+            ends[path if of_tokens else tuple(shape[:width] + shape[width + 1 :])] = point  # type: ignore[operator]
+    return list(ends.values())
+
+
+def _parts(model: nn.Module, example: object) -> list[InjectionPoint]:
+    """Return points for parts of a model that declares none: see `points`."""
+    root = "backbone" if isinstance(getattr(model, "backbone", None), nn.Module) else ""
+    fired = _fired(model, [path for path, _ in model.named_modules() if path], example)
+    batch = _batch_of(example)
+    whole = _size(model.get_submodule(root))
+
+    def walk(path: str) -> Iterator[str]:
+        for name, child in model.get_submodule(path).named_children():
+            below = f"{path}.{name}" if path else name
+            calls = fired.get(below, [])
+            is_features = len(calls) == 1 and isinstance(calls[0], tuple) and calls[0][0] == batch
+            # A part that holds most of the model says less than what is in it.
+            if not is_features or (2 * _size(child) > whole and len(child._modules)):
+                yield from walk(below)
+            elif any(parameter.dim() > 1 for parameter in child.parameters()):
+                yield below
+
+    parts = set(walk(root))
+    return _ends(model, {path: calls for path, calls in fired.items() if path in parts})
+
+
+def _batch_of(example: Any) -> int:
+    while isinstance(example, tuple) and example:
+        example = example[0]
+    return len(example)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _fired(model: nn.Module, paths: Iterable[str], example: object) -> dict[str, list[Fired]]:
     """Run a model once in evaluation mode and return what the modules at ``paths`` returned, call by call.
 
-    Modes and random numbers are afterwards as before.
+    The modules are in the order of their first calls, then those that were not called. Modes and random numbers are afterwards as before.
 
     Raises:
         HostError: If the model does not take the example.
     """
     fired: dict[str, list[Fired]] = {path: [] for path in paths}
+    order: list[str] = []
     modes = {module: module.training for module in model.modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         for path, calls in fired.items():
-            handle = model.get_submodule(path).register_forward_hook(
-                lambda _m, _a, output, calls=calls: calls.append(_seen(output))
-            )
+            handle = model.get_submodule(path).register_forward_hook(_noting(path, calls, order))
             stack.callback(handle.remove)
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
@@ -320,7 +377,15 @@ def _fired(model: nn.Module, paths: Iterable[str], example: object) -> dict[str,
         finally:
             for module, mode in modes.items():
                 module.training = mode
-    return fired
+    return {path: fired[path] for path in dict.fromkeys([*order, *fired])}
+
+
+def _noting(path: str, calls: list[Fired], order: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        order.append(path)
+        calls.append(_seen(output))
+
+    return note
 
 
 def _seen(output: Any) -> Fired:
@@ -337,16 +402,8 @@ def _seen(output: Any) -> Fired:
 # -- refusal ------------------------------------------------------------------------------------------------------------
 
 
-def _unsupported(
-    model: nn.Module, reason: str, faults: Sequence[str] = (), usable: Sequence[str] = ()
-) -> HostError:
-    places = ", ".join(repr(path) for path in usable) or "'path.of.a.module'"
+def _unsupported(model: nn.Module, reason: str, faults: Sequence[str] = ()) -> HostError:
     more = [f"  … and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-    own = (
-        "these of its own would do"
-        if usable
-        else "modules whose output is (b, c, h, w) or (b, t, d), or begins with that"
-    )
     children = ", ".join(name for name, _ in model.named_children()) or "none"
     return HostError(
         "\n".join(
@@ -354,8 +411,8 @@ def _unsupported(
                 f"The points of {type(model).__name__} cannot be derived: {reason}.",
                 *faults[:SHOWN_FAULTS],
                 *more,
-                f"Name places by hand, {own}; globs work:",
-                f"  kasmina_timm.grow(model, [{places}])",
+                "Name places by hand, modules whose output is features or begins with them; globs work:",
+                "  kasmina_timm.grow(model, ['path.of.a.module'])",
                 f"Modules that it has: {children}.",
             ]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
-from timm_cases import CASES, CLASSES, SIZE, BlockParams, Case, created, every_case, timm, tv
+from timm_cases import CASES, CLASSES, SIZE, BlockParams, Case, created, every_case, swin, timm, tv
 from torch import nn
 
 from kasmina_timm import example_inputs, grow, points
@@ -29,6 +29,7 @@ EXPECTED = {
         ("blocks.3", 24),
         ("blocks.5", 288),
     ],
+    "timm-swin": [("layers.0", 8), ("layers.1", 16)],
     "timm-vit": [("blocks.0", 64), ("blocks.1", 64)],
     "torchvision-resnet": [("layer1", 64), ("layer2", 128), ("layer3", 256), ("layer4", 512)],
     "torchvision-convnext": [("features.1", 8), ("features.3", 12)],
@@ -66,7 +67,7 @@ def test_points_are_the_model_s_stages_or_blocks(case: Case) -> None:
 @every_case
 def test_features_at_a_point_are_as_declared(case: Case) -> None:
     host, found = case.host(), points(case.host())
-    tall = "vit" not in case.name
+    tall = "vit" not in case.name and "swin" not in case.name
     images = torch.randn(1, 3, 2 * SIZE if tall else SIZE, SIZE)
     seen: dict[str, list[torch.Size]] = {point.path: [] for point in found}
     for path, shapes in seen.items():
@@ -75,7 +76,7 @@ def test_features_at_a_point_are_as_declared(case: Case) -> None:
     for point in found:
         (shape,) = seen[point.path]
         assert len(shape) == point.topology.ndim
-        assert shape[point.topology.feature_dim] == point.dim
+        assert shape[point.axes.index(point.topology.width)] == point.dim
         if tall:  # (b, c, h, w): height and width are those of the image, at some stride
             assert shape[2] == 2 * shape[3]
 
@@ -233,12 +234,7 @@ def test_a_stage_that_is_named_wrongly_or_not_called_is_found(
     assert point.topology is topology
 
 
-# -- refusal ------------------------------------------------------------------------------------------------------------
-
-
-def swin() -> nn.Module:
-    options = {"img_size": SIZE, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1)}
-    return timm.models.SwinTransformer(**options, num_heads=(1, 1), num_classes=CLASSES)  # type: ignore[no-any-return]
+# -- channels-last ----------------------------------------------------------------------------------------------------
 
 
 def tv_swin() -> nn.Module:
@@ -251,38 +247,39 @@ def sam() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "fault"),
+    ("build", "expected"),
     [
-        (swin, r"'layers\.0': has channels-last features of shape \(2, 16, 16, 8\)"),
-        (tv_swin, "Name places by hand"),
-        (created("test_mambaout"), r"'stages\.0': has channels-last features of shape"),
-        (sam, r"'blocks\.0': has channels-last features of shape \(2, 4, 4, 12\)"),
+        (swin, [("layers.0", 8), ("layers.1", 16)]),
+        (tv_swin, [("features.1", 8), ("features.3", 16)]),
+        (created("test_mambaout"), [("stages.0", 16), ("stages.1", 32), ("stages.2", 48), ("stages.3", 64)]),
+        (sam, [("blocks.0", 12), ("blocks.1", 12)]),
     ],
     ids=["swin", "torchvision-swin", "mambaout", "sam"],
 )
-def test_channels_last_features_are_refused(build: object, fault: str) -> None:
+def test_points_of_channels_last_models_have_that_layout(
+    build: object, expected: list[tuple[str, int]]
+) -> None:
     host = build()  # type: ignore[operator]
-    with pytest.raises(HostError, match=rf"(?s)channels-last, \(b, h, w, c\), and a slot takes.*{fault}"):
-        points(host)
-    with pytest.raises(HostError, match="channels-last"):
-        grow(host)
+    found = points(host)
+    assert [(point.path, point.dim) for point in found] == expected
+    assert {(point.topology, point.layout) for point in found} == {(IMAGES, "bhwc")}
+    for slot in grow(host, expected[0][0]).slots.values():
+        assert slot.point == found[0]
 
 
-def test_channels_last_features_are_refused_where_their_shape_could_be_either() -> None:
+def test_a_layout_that_shapes_leave_open_is_the_one_that_the_model_declares() -> None:
     host = created("test_mambaout")()
     images = torch.randn(1, 3, 64, 64)
     assert host.stages[0](host.stem(images)).shape == (1, 16, 16, 16)
-    with pytest.raises(HostError, match=r"channels-last features of shape \(1, 16, 16, 16\)"):
-        points(host, example=images)
+    assert points(host, example=images)[0].layout == "bhwc"
 
 
-@pytest.mark.parametrize(("build", "path"), [(swin, "layers.0"), (tv_swin, "features.1"), (sam, "blocks.0")])
-def test_channels_last_features_are_refused_by_path_and_the_model_is_left_as_it_was(
-    build: object, path: str
-) -> None:
-    host = build()  # type: ignore[operator]
-    with pytest.raises(HostError, match=rf"'{path}' of .* are channels-last"):
-        grow(host, path)
+def test_a_path_whose_layout_is_open_is_refused_with_both_readings_and_the_model_is_left_as_it_was() -> None:
+    host = swin()
+    with pytest.raises(
+        HostError, match=r"(?s)may be either.*8, Topology.CNN, layout='bhwc'.*16, Topology.CNN"
+    ):
+        grow(host, "layers.0.blocks.0")
     assert not [hook for module in host.modules() for hook in module._forward_hooks.values()]
 
 
@@ -300,36 +297,65 @@ def test_places_in_a_channels_last_model_that_are_not_can_hold_slots() -> None:
     assert torch.equal(model(images), bare)
 
 
-def test_a_model_with_some_places_that_cannot_is_refused_and_the_others_are_named() -> None:
-    with pytest.raises(
-        HostError, match=r"(?s)1 of its 5 places cannot.*these of its own.*\['body\.layer1', 'body\.layer2'"
-    ):
-        points(on_meta("tresnet_m"))
+# -- models that declare no places, or some that cannot hold a slot ----------------------------------------------------
 
 
-def test_a_model_whose_stages_return_lists_is_refused() -> None:
-    with pytest.raises(
-        HostError, match=r"(?s)5 of its 5 places.*'stage2': returns list.*and 1 more.*Name places by hand"
-    ):
-        points(on_meta("hrnet_w18_small"))
+def test_declared_places_that_cannot_hold_a_slot_are_left_out() -> None:
+    assert [point.path for point in points(on_meta("tresnet_m"))] == [
+        "body.layer1",
+        "body.layer2",
+        "body.layer3",
+        "body.layer4",
+    ]
+
+
+def test_where_stages_return_lists_the_last_module_at_each_resolution_holds_a_slot() -> None:
+    found = points(on_meta("hrnet_w18_small"))
+    assert [(point.path, point.dim) for point in found] == [
+        ("conv1", 64),
+        ("incre_modules.0", 128),
+        ("downsamp_modules.0.0", 256),
+        ("downsamp_modules.1.0", 512),
+        ("final_layer", 2048),
+    ]
+
+
+def video() -> nn.Module:
+    return tv.video.r3d_18(weights=None)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    ("build", "reason"),
+    ("build", "expected"),
     [
-        (lambda: nn.Sequential(nn.Linear(2, 2)), "it is no model of timm with feature_info"),
         (
             lambda: tv.GoogLeNet(num_classes=CLASSES, init_weights=False),
-            r"of torchvision's models these are known: .*ResNet",
+            {("inception3b", IMAGES), ("inception4e", IMAGES), ("inception5b", IMAGES)},
         ),
+        (
+            lambda: tv.segmentation.fcn_resnet50(weights=None, weights_backbone=None),
+            {("backbone.layer1", IMAGES)},
+        ),
+        (video, {("layer1", Topology.VOLUME), ("layer3", Topology.VOLUME)}),
     ],
+    ids=["googlenet", "fcn", "r3d"],
 )
-def test_a_model_of_another_kind_is_refused_with_what_can_be_done(build: object, reason: str) -> None:
-    with (
-        torch.device("meta"),
-        pytest.raises(HostError, match=rf"(?s)cannot be derived: {reason}.*Modules that it has"),
+def test_parts_of_a_model_of_another_kind_are_found_by_a_forward(
+    build: object, expected: set[tuple[str, Topology]]
+) -> None:
+    with torch.device("meta"):
+        host = build()  # type: ignore[operator]
+    assert expected <= {(point.path, point.topology) for point in points(host)}
+
+
+# -- refusal ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_place_is_refused_with_what_can_be_done() -> None:
+    host = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(
+        HostError, match=r"(?s)cannot be derived: nothing in it returns.*Modules that it has: 0, 1"
     ):
-        points(build())  # type: ignore[operator]
+        points(host, example=torch.randn(2, 3, 2, 2))
 
 
 def test_a_model_of_another_kind_grows_where_places_are_named_by_hand() -> None:
@@ -352,7 +378,7 @@ def test_example_inputs_are_what_the_model_takes_and_always_the_same(case: Case)
     host = case.host()
     host(example_inputs(host))
     assert torch.equal(example_inputs(host), example_inputs(host))
-    assert example_inputs(host).shape[-1] == (SIZE if "vit" in case.name else 96)
+    assert example_inputs(host).shape[-1] == (SIZE if "vit" in case.name or "swin" in case.name else 96)
 
 
 def test_example_inputs_have_the_channels_size_and_dtype_of_the_model() -> None:

@@ -53,6 +53,11 @@ def vgg() -> nn.Module:
     return model
 
 
+def swin() -> nn.Module:
+    options = {"img_size": SIZE, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1)}
+    return timm.models.SwinTransformer(**options, num_heads=(1, 1), num_classes=CLASSES)  # type: ignore[no-any-return]
+
+
 def tv_vit() -> nn.Module:
     model = tv.VisionTransformer(SIZE, 8, 2, 2, 16, 32, num_classes=CLASSES)
     nn.init.normal_(model.heads.head.weight)  # zero at birth: nothing in the model would get a gradient
@@ -110,6 +115,7 @@ CASES = {
         ),
         Case("timm-efficientnet", created("test_efficientnet"), "blocks_1"),
         Case("timm-mobilenet", created("mobilenetv3_small_050"), "blocks_1"),
+        Case("timm-swin", swin, "layers_0"),
         Case("timm-vit", created("test_vit", img_size=SIZE, depth=2), "blocks_0", "transformer:attention"),
         Case(
             "torchvision-resnet",
