@@ -54,7 +54,11 @@ class TemplateHost(HookedHost, nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def injection_points(self) -> Sequence[InjectionPoint]:
-        """Return ``block1``, ``block2``, …, each at the output of its block."""
+        """Return ``block1``, ``block2``, …, each at the output of its block.
+
+        A path may name an element of the output, ``"blocks.0:1"`` or ``"blocks.0:hidden"``, and ``layout="bhwc"`` another
+        order of its axes. A host with positions says what they mean in a method ``context_reader()``.
+        """
         return [
             InjectionPoint(f"block{i + 1}", f"blocks.{i}", self.channels, Topology.CNN)
             for i in range(len(self.blocks))
