@@ -30,7 +30,6 @@ from kasmina_core.experiments.record import (
     SeedRecord,
 )
 from kasmina_core.experiments.tasks import SplitName, Task
-from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
@@ -51,7 +50,6 @@ from kasmina_core.policies.protocol import (
 from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, private_rng, quiet_evaluation
 from kasmina_core.records import Record
-from kasmina_core.slots.settings import RampUnit
 from kasmina_core.topology import Topology
 from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult
@@ -432,16 +430,12 @@ class GrowthRun:
         self._refused = False
         self._log = SeedLog()
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
-        in_training = settings.proof == "training"
-        config = GrowthConfig(
-            incubation=settings.incubation,  # type: ignore[arg-type]  # the config turns text into its Enum
-            ramp_unit=RampUnit.STEP,
-            ramp_steps=max(1, round(settings.ramp_epochs * steps_per_epoch)),
-            keep_snapshot=True,
-            gates=QualityGates(
-                thresholds=GateThresholds() if in_training else GateThresholds.proof_in_probation()
-            ),
+        config = GrowthConfig.recommended(
+            steps_per_epoch,
+            ramp_epochs=settings.ramp_epochs,
+            incubation=settings.incubation,
             seed=derived_seed(settings.seed, "seeds"),
+            **({"gates": GateThresholds()} if settings.proof == "training" else {}),
         )
         host_id, self.model = make_model(plugins, task, settings, config, self._log)
         self._policy = make_policy(plugins, self.model, settings)

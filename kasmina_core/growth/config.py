@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, Self, final
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.gates.gates import QualityGates
-from kasmina_core.gates.thresholds import chosen
+from kasmina_core.gates.thresholds import GateThresholds, chosen
 from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
 
@@ -37,12 +37,13 @@ class GrowthConfig:
         higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
         gradient_policies: Gradient policy of each topology; for one that is left out, the topology's own
             (``Topology.detach_input_in_blending``).
-        gates: The quality gates.
+        gates: The quality gates; `GateThresholds` stand for gates that have them.
         pack_gate_checks: Whether the gate checks of packs (``kasmina_gate_checks``) join the gates: those of the packs that
             the model's registry holds. They may refuse a transition, never allow one.
         seed: Number from which the weights of each new seed are derived, so that they draw on no global generator.
 
     Raises:
+        TypeError: If ``gates`` are neither gates nor thresholds.
         ValueError: If a value is out of range.
     """
 
@@ -69,6 +70,11 @@ class GrowthConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "incubation", chosen("incubation", Incubation, self.incubation))
         object.__setattr__(self, "ramp_unit", chosen("ramp_unit", RampUnit, self.ramp_unit))
+        gates: object = self.gates
+        if isinstance(gates, GateThresholds):
+            object.__setattr__(self, "gates", QualityGates(thresholds=gates))
+        elif not isinstance(gates, QualityGates):
+            raise TypeError(f"gates must be QualityGates or GateThresholds, not {gates!r:.200}.")
         for name in ("max_deviation", "max_incubation_deviation"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
@@ -84,3 +90,31 @@ class GrowthConfig:
     def make_schedule(self) -> AlphaSchedule:
         """Return a new ramp."""
         return AlphaSchedule(self.ramp_steps, temperature=self.temperature)
+
+    @classmethod
+    def recommended(
+        cls, steps_per_epoch: int | None = None, *, ramp_epochs: float = 4.0, **changes: Any
+    ) -> Self:
+        """Return the settings that ``kasmina grow`` uses: counterfactual incubation, proof in probation, a kept snapshot.
+
+        Call `MorphogeneticModel.incubate` in each step, or the seeds do not learn.
+
+        Args:
+            steps_per_epoch: Optimiser steps of an epoch; alpha then moves at each of them. ``None``: at each epoch.
+            ramp_epochs: Length of the alpha ramp.
+            changes: Fields to set otherwise.
+
+        >>> GrowthConfig.recommended(steps_per_epoch=38, seed=1).ramp_steps
+        152
+        """
+        by_step = steps_per_epoch is not None
+        settings: dict[str, Any] = {
+            "incubation": Incubation.COUNTERFACTUAL,
+            "ramp_unit": RampUnit.STEP if by_step else RampUnit.EPOCH,
+            "ramp_steps": max(
+                1, round(ramp_epochs * (steps_per_epoch if steps_per_epoch is not None else 1))
+            ),
+            "keep_snapshot": True,
+            "gates": GateThresholds.proof_in_probation(),
+        }
+        return cls(**(settings | changes))
