@@ -120,7 +120,7 @@ def demand_plain(output: Any, path: str) -> None:
 
 def what_it_holds(output: Any, path: str) -> str:
     """Return the lines of a message that list the paths of floating-point tensors in an output."""
-    found = list(tensors_in(output, split_path(path)[0]))
+    found = list(_tensors(output, split_path(path)[0]))
     if not found:
         return "it holds no floating-point tensor; name a submodule that returns the features"
     width = max(len(place) for place, _ in found) + 2
@@ -131,8 +131,7 @@ def what_it_holds(output: Any, path: str) -> str:
     )
 
 
-def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors in an output, each with its path, down to four containers deep."""
+def _tensors(output: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     from torch import Tensor  # what only handles paths needs none
 
     if isinstance(output, Tensor):
@@ -142,7 +141,7 @@ def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[st
     if depth == 4:
         return
     for key, value in _elements(output):
-        yield from tensors_in(value, f"{path}:{key}", depth + 1)
+        yield from _tensors(value, f"{path}:{key}", depth + 1)
 
 
 def _elements(output: Any) -> list[tuple[str, Any]]:

@@ -1,9 +1,12 @@
-"""Proof by one forward, when slots are attached: each point fires once, with the features that it declares."""
+"""Proof by forwards, when slots are attached: each point fires once, with features of the layout that it declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, final
 
@@ -13,8 +16,29 @@ from torch import Tensor, nn
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
 from kasmina_core.hosts import HostProtocol, InjectionPoint, demand_open_path, short_list, submodule
 from kasmina_core.isolation import straight_through
-from kasmina_core.outputs import demand_plain, features_in, keys_in, name_for, passed_unchanged, what_it_holds
-from kasmina_core.quiet import kept_buffers, quiet_evaluation
+from kasmina_core.layouts import (
+    Evidence,
+    Seen,
+    batch_inputs,
+    compare,
+    cuts,
+    demand_statement,
+    main_input,
+    read,
+    smaller,
+    tensors_in,
+    tolerance_of,
+    width_said_by,
+)
+from kasmina_core.outputs import (
+    demand_plain,
+    features_in,
+    keys_in,
+    name_for,
+    passed_unchanged,
+    what_it_holds,
+)
+from kasmina_core.quiet import devices_of, kept_attributes, kept_buffers, private_rng, quiet_evaluation
 from kasmina_core.topology import Topology
 
 
@@ -51,12 +75,15 @@ class ProbedPoint:
     Attributes:
         shape: Shape of the features, in the order of the topology.
         dtype: What a seed there has: the dtype of the features, or under autocast, which casts them, of the parameters.
+        is_proved: Whether the layout was proved or stated. If not, the features may as well be held in another one:
+            entries of two axes keep to themselves, and a seed that mixes positions would be wrong in one reading.
     """
 
     point: InjectionPoint
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    is_proved: bool = True
 
 
 def example_of(host: nn.Module) -> object:
@@ -130,7 +157,11 @@ def requested_points(
 def probe(
     host: nn.Module, wanted: Sequence[str | InjectionPoint], example: object, *, causal: bool = False
 ) -> list[ProbedPoint]:
-    """Run the host once and prove that every point fires, once, with features of the declared layout and width.
+    """Run the host and prove that every point fires, once, with features of the declared layout and width.
+
+    The host runs on the example, and a few times on others made of it: with other samples, in another order and
+    number, and with other sizes. The batch is the axis whose entries do not depend on each other; the width is the
+    axis that keeps its size. What the runs leave open, modules say, or the point itself. The host is left as it was.
 
     Args:
         host: The module.
@@ -139,19 +170,23 @@ def probe(
         causal: Whether points given as paths belong to a causal host.
 
     Raises:
-        HostError: If a point does not fire, fires more than once, or is not as declared; every fault is listed.
+        HostError: If a point does not fire, fires more than once, is not as declared, or its layout is not proved;
+            every fault is listed.
     """
     paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
     for path in paths:
         demand_open_path(host, path)
-    seen: dict[str, list[_Seen]] = {path: [] for path in paths}
+    seen: dict[str, list[_Call]] = {path: [] for path in paths}
     handles = []
+    said: list[tuple[nn.Module, tuple[int, ...], int]] = []
     try:
+        for module in host.modules():
+            handles.append(module.register_forward_hook(_listening(said)))
         for path, record in seen.items():
-            handles.append(submodule(host, path).register_forward_hook(_noting(record, path)))
-        with kept_buffers(host), quiet_evaluation(host):
+            handles.append(submodule(host, path).register_forward_hook(_noting(record, path, said)))
+        with kept_attributes(host), kept_buffers(host), quiet_evaluation(host):
             try:
-                call_with(host, example)
+                output = call_with(host, example)
             except Exception as error:
                 raise HostError(
                     f"The probe forward of {type(host).__name__} failed: {error}\n"
@@ -160,6 +195,7 @@ def probe(
     finally:
         for handle in handles:
             handle.remove()
+    known = _Runs(host, example, {path: record for path, record in seen.items() if len(record) == 1}, output)
     faults: list[str] = []
     proved: list[ProbedPoint] = []
     taken: dict[tuple[nn.Module, tuple[str, ...]], str] = {}
@@ -167,7 +203,8 @@ def probe(
         try:
             for one in seen[path][:1]:
                 one.demand()
-            found = _prove(item, path, [one.output for one in seen[path]], causal)
+            features = _the_features(path, [one.output for one in seen[path]])
+            found = _prove(item, path, features, causal, known)
             other = taken.setdefault((submodule(host, path), keys_in(seen[path][0].output, path)), path)
             if other != path:
                 raise HostError(f"names the features of '{other}' once more; name each place once")
@@ -186,7 +223,7 @@ def probe(
 
 @final
 @dataclass(slots=True)
-class _Seen:
+class _Call:
     """One call of a point's module.
 
     Attributes:
@@ -195,6 +232,8 @@ class _Seen:
         fault: Why a seed's features could not take the place of the host's; empty if they could.
         features: Those of the host, if they are a tensor.
         version: How often they had been written to when the slot took them.
+        values: A copy of them.
+        said: Axes of the width that modules say, see `Evidence`.
     """
 
     output: Any
@@ -202,6 +241,8 @@ class _Seen:
     fault: str = ""
     features: Tensor | None = None
     version: int = 0
+    values: Tensor | None = None
+    said: list[int] = field(default_factory=list)
 
     def demand(self) -> None:
         """Demand that a slot's output can take the place of the features.
@@ -219,10 +260,25 @@ class _Seen:
             )
 
 
-def _noting(record: list[_Seen], path: str) -> Callable[[nn.Module, Any, Any], Any]:
+def _listening(said: list[tuple[nn.Module, tuple[int, ...], int]]) -> Callable[[nn.Module, Any, Any], None]:
+    def listen(module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if (
+            isinstance(output, Tensor)
+            and not output.is_nested
+            and (axis := width_said_by(module, output)) is not None
+        ):
+            said.append((module, tuple(output.shape), axis))
+
+    return listen
+
+
+def _noting(
+    record: list[_Call], path: str, said: Sequence[tuple[nn.Module, tuple[int, ...], int]]
+) -> Callable[[nn.Module, Any, Any], Any]:
     # A closure: of a default argument a compiled host may fill a copy.
     def note(module: nn.Module, args: Any, output: Any) -> Any:
-        passed, seen = output, _Seen(output)
+        passed, seen = output, _Call(output)
         record.append(seen)
         try:
             demand_plain(output, path)
@@ -232,6 +288,13 @@ def _noting(record: list[_Seen], path: str) -> Callable[[nn.Module, Any, Any], A
                 seen.is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
                 # By the code that a seed's features take: what cannot be put back is found here, and not in training.
                 passed = passed_unchanged(output, path, _in_training)
+                if not torch._C._functorch.is_functorch_wrapped_tensor(
+                    features
+                ):  # one of vmap ends with its call
+                    seen.values = features.detach().clone()
+                alike = [(by, axis) for by, shape, axis in said if shape == tuple(features.shape)]
+                inside = set(module.modules())
+                seen.said = [axis for by, axis in alike if by in inside] or [axis for _, axis in alike]
                 if not features.is_inference():
                     seen.features, seen.version = features, features._version
         except HostError as error:
@@ -245,7 +308,144 @@ def _in_training(features: Tensor) -> Tensor:
     return straight_through(features, features.clone())
 
 
-def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bool) -> ProbedPoint:
+@final
+class _Runs:
+    """Runs of a host on other examples, and what they show of the points' features.
+
+    Args:
+        host: The module.
+        example: Inputs for one forward.
+        calls: The one call of each point's module in the run on the example.
+        output: What the host returned in it.
+    """
+
+    def __init__(
+        self, host: nn.Module, example: object, calls: Mapping[str, list[_Call]], output: object
+    ) -> None:
+        self.host, self.example = host, example
+        self.calls = {path: one for path, (one,) in calls.items() if one.values is not None}
+        self.before = {path: one.values for path, one in self.calls.items() if one.values is not None}
+        self.before |= _numbered(output)
+        self.tolerance = {name: self._tolerance(name) for name in self.before}
+        self.cuts: dict[str, dict[int, Seen]] = {name: {} for name in self.before}
+        self.resized: dict[str, frozenset[int]] = dict.fromkeys(self.before, frozenset())
+        self.said = {path: tuple(one.said) for path, (one,) in calls.items()}
+        self.usable: frozenset[int] = frozenset((0, 1))
+        main = main_input(example)
+        self.size = main.shape[0] if main is not None else 0
+        if not self.calls:
+            return
+        for axis in (0, 1):
+            self._cut(axis)
+        self._forget_random_values()
+        self.usable = batch_inputs(list(self.cuts.values()))
+        if any(self._is_open(path) for path in self.calls) and (small := smaller(example)) is not None:
+            for name, after in self._run(small).items():
+                self._note_sizes(name, after)
+
+    def evidence(self, path: str, shape: tuple[int, ...]) -> Evidence:
+        """Return what is known of the features of that shape at a path."""
+        cuts, resized = self.cuts.get(path, {}), self.resized.get(path, frozenset())
+        return Evidence(shape, cuts, resized, self.said.get(path, ()), self.size)
+
+    def _is_open(self, path: str) -> bool:
+        evidence = self.evidence(path, tuple(self.before[path].shape))
+        return len(evidence.widths(next(iter(evidence.batches(self.usable)), 0))) != 1
+
+    def _cut(self, axis: int) -> None:
+        for cut in cuts(self.example, axis):
+            for name, after in self._run(cut.example).items():
+                if axis not in self.cuts[name]:
+                    self.cuts[name][axis] = compare(self.before[name], after, cut, self.tolerance[name])
+                    self._note_sizes(name, after)
+            if all(axis in self.cuts[path] for path in self.calls):
+                return
+
+    def _note_sizes(self, name: str, after: Tensor) -> None:
+        old, new = self.before[name].shape, after.shape
+        if len(old) == len(new):
+            self.resized[name] |= {k for k in range(len(old)) if old[k] != new[k]}
+
+    def _forget_random_values(self) -> None:
+        """Run the example again where values differ, with other random numbers: what differs then says nothing."""
+        differs = any(False in seen.apart.values() for each in self.cuts.values() for seen in each.values())
+        if not differs:
+            return
+        for name, after in self._run(self.example, seed=1).items():
+            before = self.before[name]
+            apart = (
+                (after - before).float().nan_to_num().square().mean().sqrt() if not before.is_meta else 0.0
+            )
+            size = before.float().nan_to_num().square().mean().sqrt() if not before.is_meta else 0.0
+            if after.shape == before.shape and apart > self.tolerance[name] * size:
+                for axis, seen in self.cuts[name].items():
+                    self.cuts[name][axis] = replace(seen, apart=dict.fromkeys(seen.apart), moves=False)
+
+    def _run(self, example: object, seed: int | None = None) -> dict[str, Tensor]:
+        """Return the features of points and the outputs that a run gives, as far as it gets."""
+        found: dict[str, Tensor] = {}
+        host = self.host
+        with ExitStack() as stack:
+            for path in self.calls:
+                handle = submodule(host, path).register_forward_hook(_keeping(found, path))
+                stack.callback(handle.remove)
+            stack.enter_context(kept_attributes(host))
+            stack.enter_context(kept_buffers(host))
+            stack.enter_context(quiet_evaluation(host))
+            stack.enter_context(private_rng(seed, *devices_of(host)))
+            stack.enter_context(_uncompiled())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            # The host may not take such a size; what came before its refusal counts.
+            stack.enter_context(suppress(Exception))
+            found |= _numbered(call_with(host, example))
+        return {name: tensor for name, tensor in found.items() if name in self.before}
+
+    def _tolerance(self, name: str) -> float:
+        features, dtypes = self.before[name], []
+        if (call := self.calls.get(name)) is not None:
+            dtypes.append(parameter_dtype(self.host, name, features.dtype))
+            if call.is_cast:
+                dtypes.append(torch.get_autocast_dtype(features.device.type))
+        else:
+            dtypes += [p.dtype for p in self.host.parameters()]
+        return tolerance_of(features, *dict.fromkeys(dtypes))
+
+
+def _keeping(found: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            features = features_in(output, path)
+        except HostError:
+            return
+        if isinstance(features, Tensor):
+            found[path] = features.detach().clone()
+
+    return keep
+
+
+def _numbered(output: object) -> dict[str, Tensor]:
+    """Return the floating-point tensors of an output by names that no path has."""
+    tensors = (t for t in tensors_in(output) if t.is_floating_point() and t.dim())
+    return {f"output of the host/{number}": tensor.detach() for number, tensor in enumerate(tensors)}
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled functions as they were written: other sizes would make other graphs."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _the_features(path: str, outputs: list[Any]) -> Tensor:
+    """Return the features of a point that fired once.
+
+    Raises:
+        HostError: If it did not, or there are none.
+    """
     if len(outputs) != 1:
         if not outputs:
             raise HostError(
@@ -260,25 +460,40 @@ def _prove(item: str | InjectionPoint, path: str, outputs: list[Any], causal: bo
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = outputs[0].dtype if isinstance(outputs[0], Tensor) else type(outputs[0]).__name__
         raise HostError(f"returns {kind}, not floating-point features; {what_it_holds(outputs[0], path)}")
+    return output
+
+
+def _prove(
+    item: str | InjectionPoint, path: str, features: Tensor, causal: bool, known: _Runs
+) -> ProbedPoint:
+    size, is_proved = tuple(features.shape), True
+
+    def line(topology: Topology, layout: str, width: int) -> str:
+        name = name_for(path) if isinstance(item, str) else item.name
+        more = f', layout="{layout}"' if layout != topology.layout else ""
+        return f'InjectionPoint("{name}", "{path}", {size[width]}, Topology("{topology.value}"){more})'
+
+    evidence = known.evidence(path, size)
     if isinstance(item, str):
-        topology = next((t for t in Topology if t.ndim == output.dim()), None)
-        if topology is None:
-            known = ", ".join(f"{t.value} {t}" for t in Topology)
-            raise HostError(f"has features of shape {tuple(output.shape)}; they must be one of: {known}")
-        dim = output.shape[topology.feature_dim]
-        point = InjectionPoint(name_for(path), path, dim, topology, causal and topology.can_be_causal)
+        reading = read(evidence, known.usable, line)
+        topology, is_proved = reading.topology, reading.is_proved
+        layout = reading.layout if reading.layout != topology.layout else None
+        dim = size[reading.layout.index(topology.width)]
+        is_causal = causal and topology.can_be_causal
+        point = InjectionPoint(name_for(path), path, dim, topology, is_causal, layout)
     else:
         point = item
-        fits = output.dim() == point.topology.ndim
-        if not fits or output.shape[point.axes.index(point.topology.width)] != point.dim:
+        fits = features.dim() == point.topology.ndim
+        if not fits or size[point.axes.index(point.topology.width)] != point.dim:
             held = f"({', '.join(point.axes)})"
             raise HostError(
                 "is not as declared\n"
                 f"    declared: {point.topology.value} {held}, width {point.dim}\n"
-                f"    found:    features {tuple(output.shape)}"
+                f"    found:    features {size}"
             )
-    shape = tuple(output.shape[axis] for axis in point.topology.order(point.axes))
-    return ProbedPoint(point, shape, output.dtype, output.device)
+        demand_statement(evidence, point.topology, point.axes, known.usable, line)
+    shape = tuple(size[axis] for axis in point.topology.order(point.axes))
+    return ProbedPoint(point, shape, features.dtype, features.device, is_proved)
 
 
 def parameter_dtype(host: nn.Module, path: str, otherwise: torch.dtype) -> torch.dtype:

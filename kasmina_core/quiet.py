@@ -132,6 +132,22 @@ def kept_buffers(host: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer  # a forward may have put another tensor in its place
 
 
+@contextmanager
+def kept_attributes(host: nn.Module) -> Iterator[None]:
+    """Put the attributes of every module back that the block assigns or deletes, such as a state kept between calls."""
+    before = [(module, dict(vars(module))) for module in host.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            if len(now) != len(attributes) or any(
+                now.get(key, now) is not attributes[key] for key in attributes
+            ):
+                now.clear()
+                now.update(attributes)
+
+
 @final
 class Turns:
     """Lets many threads share an object, or one have it alone.

@@ -53,6 +53,7 @@ class Slot(nn.Module):
         takes_context: Whether the seed mixes positions and so is given a `SeedContext` with its features.
         calls: The calls of the host, which say what positions mean.
         mode: The present `ForwardMode`, as an int.
+        has_proved_layout: Whether the layout of the point was proved or stated.
         turn: Orders for ``permute``, from the host's layout to the topology's and back; ``None`` if they are the same.
         deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
         ran_compiled: Whether a pass of the present measurement ran in a compiled graph.
@@ -86,6 +87,7 @@ class Slot(nn.Module):
         self.calls = HostCalls()
         self.mode: int = _PASS
         self._override: int | None = None
+        self.has_proved_layout = True
         self.turn: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         if point.axes != point.topology.layout:
             back = tuple(map(point.topology.axes.index, point.axes))

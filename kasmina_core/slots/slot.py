@@ -49,7 +49,6 @@ class SeedSlot(Slot):
     Attributes:
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
         notes: What was measured and counted of the seed.
-        doubt: Why no seed that depends on whether the host is causal can be here; set by the model, empty for none.
         owned_by: A weak reference to the model around the slot, as the slot sees it; set by the model.
     """
 
@@ -69,7 +68,6 @@ class SeedSlot(Slot):
         self.maker = maker
         self.judge = judge
         self.owned_by: weakref.ref[SlotOwner] | None = None
-        self.doubt = ""
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -201,8 +199,6 @@ class SeedSlot(Slot):
         state = SeedState(seed_id or f"{self.name}-{number}", found, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
         trial = self._make_seed(found, options, number, SeedStage.GERMINATED)
-        if self.doubt and (trial.takes_causal or trial.mixes):
-            raise GerminationError(f"'{found}' cannot germinate in slot '{self.name}': {self.doubt}")
         result = self.judge.judge_trial(state, trial)
         if not result.passed or trial.seed is None:
             raise GerminationError(
@@ -550,7 +546,18 @@ class SeedSlot(Slot):
         random_seed = derived_seed(self.config.seed, self.name, number)
         trial = self.maker.make(blueprint_id, self.point, options, like, random_seed, may_draw)
         knows = not trial.mixes or self.calls.reader is not None
-        trial.findings["positions"] = (knows, "" if knows else NO_READER)
+        reason = NO_READER
+        if knows and trial.mixes and not self.has_proved_layout:
+            layouts = " or ".join(f'layout="{layout}"' for layout in ("btd", "tbd"))
+            knows, reason = (
+                False,
+                (
+                    "it mixes positions, and which axis they are on is not proved: the host treats each entry of two axes by "
+                    f"itself. State it, with {layouts}: slots=[InjectionPoint({self.name!r}, {self.point.path!r}, "
+                    f'{self.point.dim}, Topology("{self.point.topology.value}"), layout="{self.point.axes}")]'
+                ),
+            )
+        trial.findings["positions"] = (knows, "" if knows else reason)
         return trial
 
     def measure(self) -> Evidence | None:
