@@ -29,6 +29,7 @@ from kasmina_core.checks.modules import (
 )
 from kasmina_core.checks.positions import POSITIONS, check_positions
 from kasmina_core.checks.reports import CheckResult, CheckStatus, ValidationReport
+from kasmina_core.checks.samples import SAMPLES, check_samples
 from kasmina_core.records import is_plain
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ CHECK_NAMES: Final = (
     "independent_builds",
     POSITIONS,
     *QUICK_DEVICE_CHECKS,
+    SAMPLES,
     "shape_grid",
     *FULL_DEVICE_CHECKS,
     *MODULE_CHECKS,
@@ -135,6 +137,8 @@ class _Examination:
                 for name in self.runnable
                 if check_on_device(self.bench, built, torch.device(name), self.full)
             ]
+            if self.runnable:
+                check_samples(self.bench, built, self.runnable[0])
             for name, why in self.absent.items():
                 names = device_check_names(self.spec.topology, self.full)
                 self.bench.none_ran(names, why, device=name, needed=_kind(name) in self.asked)

@@ -75,6 +75,10 @@ def doubles(m: Scaled, x: Tensor) -> Any:
     return good(m, 2 * x)
 
 
+def looks_at_other_samples(m: Scaled, x: Tensor) -> Any:
+    return x + m.weight * x.mean(0, keepdim=True)
+
+
 def adds_single_precision(m: Scaled, x: Tensor) -> Any:
     return good(m, x) + torch.zeros(x.shape[-1], device=x.device)
 
@@ -264,6 +268,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "identity_at_birth",
         {"factory": of(doubles)},
         f"measured: 1 of the input's RMS away\n  tolerance: {IDENTITY_TOLERANCE} of the input's RMS",
+    ),
+    "one sample for all": (
+        "samples_apart",
+        {"factory": of(looks_at_other_samples)},
+        "lets one sample change another's features",
     ),
     "a longest sequence": (
         "shape_grid",
