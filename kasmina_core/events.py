@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, final
 
@@ -14,6 +14,7 @@ from kasmina_core.records import Record
 class TelemetryEventType(Enum):
     """Kinds of event."""
 
+    RUN_STARTED = "run_started"
     BLUEPRINT_REGISTERED = "blueprint_registered"
     SEED_GERMINATED = "seed_germinated"
     SEED_STAGE_CHANGED = "seed_stage_changed"
@@ -22,7 +23,9 @@ class TelemetryEventType(Enum):
     ISOLATION_VIOLATION = "isolation_violation"
     INCUBATION_STOPPED = "incubation_stopped"
     GATE_CHECKS_JOINED = "gate_checks_joined"
+    COMMAND_DONE = "command_done"
     COMMAND_REFUSED = "command_refused"
+    EPOCH_ENDED = "epoch_ended"
     SEED_FOSSILIZED = "seed_fossilized"
     SEED_CULLED = "seed_culled"
 
@@ -37,10 +40,10 @@ class TelemetryEvent(Record):
     """Base of all events.
 
     Attributes:
-        slot: Name of the slot; empty for events of a registry.
-        seed_id: The seed; empty for events of a registry.
+        slot: Name of the slot; empty for events of a whole model, a run or a registry.
+        seed_id: The seed; empty where there is none.
         epoch: Epochs the model has stepped.
-        sequence: Position among the events of one model, from 0, without gaps.
+        sequence: Position among the events of one model, from 0, without gaps; -1 for those of a run or a registry.
     """
 
     derived: ClassVar = ("type",)
@@ -50,6 +53,18 @@ class TelemetryEvent(Record):
     seed_id: str = ""
     epoch: int = 0
     sequence: int = -1
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(TelemetryEvent):
+    """A run began with these settings, plain data. `kasmina grow` sends it; a loop of your own may.
+
+    ``telemetry.emit(RunStarted(settings={"lr": 3e-3}))``: trackers show them as hyperparameters.
+    """
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.RUN_STARTED
+    settings: Mapping[str, Any]
 
 
 @final
@@ -137,12 +152,91 @@ class IncubationStopped(TelemetryEvent):
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CommandDone(TelemetryEvent):
+    """A command of a policy was carried out; one that does nothing (`Continue`) makes no event.
+
+    Attributes:
+        command: Name of its class, such as ``Advance``.
+        arguments: Its other fields, such as ``{"blueprint": "cnn:norm", "options": {}}``.
+    """
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.COMMAND_DONE
+    command: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommandRefused(TelemetryEvent):
-    """A command of a policy was not carried out; ``command`` is the name of its class, such as ``Advance``."""
+    """A command of a policy was not carried out, and changed nothing.
+
+    Attributes:
+        command: Name of its class, such as ``Advance``.
+        reason: Why.
+        arguments: Its other fields, such as ``{"blueprint": "cnn:norm", "options": {}}``.
+    """
 
     type: ClassVar[TelemetryEventType] = TelemetryEventType.COMMAND_REFUSED
     command: str
     reason: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SlotReading(Record):
+    """A slot at the end of an epoch. ``None`` stands for what was never measured.
+
+    Attributes:
+        slot: Name of the slot.
+        stage: Name of the `SeedStage`; ``DORMANT`` for an empty slot.
+        seed_id: The seed, or the last one where it was culled; empty if there was none.
+        blueprint: Blueprint of the seed; empty if there is none.
+        alpha: Blend weight, in [0, 1].
+        parameters: Parameters that the seed adds.
+        epochs_in_stage: Epochs since the stage began.
+        is_paused: Whether the seed stands still.
+        gain: Last paired gain of the seed: held-out loss without it minus with it.
+        deviation: How far the seed was from the host while it learned apart, relative to the host's RMS.
+        gradient_norm: L2 norm of the seed's gradient, mean over the epoch.
+        isolation_violations: Times that the seed leaked gradient into the host.
+    """
+
+    slot: str
+    stage: str
+    seed_id: str = ""
+    blueprint: str = ""
+    alpha: float = 0.0
+    parameters: int = 0
+    epochs_in_stage: int = 0
+    is_paused: bool = False
+    gain: float | None = None
+    deviation: float | None = None
+    gradient_norm: float | None = None
+    isolation_violations: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochEnded(TelemetryEvent):
+    """An epoch of the model ended, after its gates and before the policy; ``epoch`` counts from 1.
+
+    Attributes:
+        metric: Metric of the whole model that was given to ``step_epoch``; ``None`` if none was.
+        host_parameters: Parameters of the host.
+        seed_parameters: Parameters that the seeds in all slots add.
+        flops: Training FLOPs since the start of the run, as given to ``step_epoch``; ``None`` if not known.
+        lost_epochs: Epochs of the host's training that reverts gave up since the start of the run.
+        slots: Every slot, in the model's order.
+    """
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.EPOCH_ENDED
+    metric: float | None
+    host_parameters: int
+    seed_parameters: int
+    flops: float | None = None
+    lost_epochs: int = 0
+    slots: tuple[SlotReading, ...] = ()
 
 
 @final

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import import_factory
 from kasmina_core.errors import BlueprintError, UnknownNameError, did_you_mean
-from kasmina_core.events import SeedCulled, SeedFossilized, SeedGerminated, StageChanged, TelemetryEvent
+from kasmina_core.events import (
+    RunStarted,
+    SeedCulled,
+    SeedFossilized,
+    SeedGerminated,
+    StageChanged,
+    TelemetryEvent,
+)
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.record import (
     GROWN,
@@ -459,6 +466,8 @@ class GrowthRun:
             telemetry: Takes the events of the grown model.
         """
         self._log.onward = telemetry
+        if telemetry is not None:
+            telemetry.emit(RunStarted(settings=self.settings.to_dict() | {"host": self.record.host}))
         for arm in (self._grow, self._train_alone):
             with private_rng(
                 derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)
@@ -537,7 +546,7 @@ class GrowthRun:
                 break
             val_loss, val_metric = self._evaluate(module, "val")
             grows = module is self.model
-            gate = self._step_epoch(val_loss) if grows else ""
+            gate = self._step_epoch(val_loss, ledger) if grows else ""
             slots = [self._slot_record(slot) for slot in self.model.slots] if grows else ()
             flops = float(ledger.total)
             record = EpochRecord(
@@ -557,9 +566,9 @@ class GrowthRun:
             name, _trainable(module), flops, len(records), val_loss, test_loss, test_metric, seconds
         )
 
-    def _step_epoch(self, val_loss: float) -> str:
+    def _step_epoch(self, val_loss: float, ledger: FlopLedger) -> str:
         """End an epoch of the grown model, follow its policy, and return what the gates said."""
-        verdicts = self.model.step_epoch(val_loss)
+        verdicts = self.model.step_epoch(val_loss, flops=float(ledger.total))
         for slot in self.model.slots.values():
             if slot.state is not None:
                 self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from kasmina_core.errors import DistributedError, GerminationError, HostError, KasminaError, TransitionError
-from kasmina_core.events import CommandRefused, GateEvaluated
+from kasmina_core.events import CommandDone, CommandRefused, GateEvaluated
 from kasmina_core.growth.arguments import decided, require_policy
 from kasmina_core.growth.context import Growth
 from kasmina_core.growth.reverting import KeptSeed, contributing_tensors
@@ -114,7 +115,10 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
 def _refusal(model: MorphogeneticModel, command: Command) -> str:
     """Carry out a command; return why it was refused, or nothing."""
     growth, refusal = model.growth, ""
-    slot = "" if isinstance(command, Continue) else command.slot
+    name, slot = type(command).__name__, "" if isinstance(command, Continue) else command.slot
+    arguments: dict[str, Any] = {
+        field.name: getattr(command, field.name) for field in fields(command) if field.name != "slot"
+    }
     try:
         result = model.execute(command)
         if isinstance(result, GateResult) and not result.passed:
@@ -137,5 +141,7 @@ def _refusal(model: MorphogeneticModel, command: Command) -> str:
         else:
             growth.misuse.note_refusal(command, slot, refusal)
     if refusal:
-        growth.emit(CommandRefused(slot=slot, command=type(command).__name__, reason=refusal))
+        growth.emit(CommandRefused(slot=slot, command=name, reason=refusal, arguments=arguments))
+    elif not isinstance(command, Continue):
+        growth.emit(CommandDone(slot=slot, command=name, arguments=arguments))
     return refusal

@@ -188,7 +188,9 @@ class MorphogeneticModel(SlottedModel):
                 slot.step()
 
     @verb
-    def step_epoch(self, metric: float | Tensor | None = None) -> dict[str, GateResult]:
+    def step_epoch(
+        self, metric: float | Tensor | None = None, *, flops: float | None = None
+    ) -> dict[str, GateResult]:
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
         An epoch that is interrupted, by an exception or a signal's, did not happen: epoch, metrics, alphas, gates and
@@ -196,6 +198,7 @@ class MorphogeneticModel(SlottedModel):
 
         Args:
             metric: Validation metric of the whole model, one number.
+            flops: Training FLOPs since the start of the run, for the `EpochEnded` event alone.
 
         Returns:
             By slot, what the gate of this epoch said, where one was asked.
@@ -216,6 +219,7 @@ class MorphogeneticModel(SlottedModel):
             for name, slot in self.slots.items():
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result
+            growth.emit(observing.epoch_ended(self, growth, flops))
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 

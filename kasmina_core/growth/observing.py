@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
+from kasmina_core.events import EpochEnded, SlotReading
 from kasmina_core.lifecycle import SeedState
 from kasmina_core.policies.protocol import Observation, SlotObservation
 from kasmina_core.quiet import parameters_by_id
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.growth.slot import SeedSlot
     from kasmina_core.slots.forward import Slot
-    from kasmina_core.slotted import SlottedModel
+    from kasmina_core.slotted import SlotMap, SlottedModel
 
 
 @final
@@ -54,6 +55,41 @@ def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> 
             _observe_slot(growth, slot, _size(added)) for slot, added in zip(slots, seeds, strict=True)
         ),
         lost_epochs=growth.lost_epochs,
+    )
+
+
+def epoch_ended(model: SlottedModel, growth: Growth, flops: float | None) -> EpochEnded:
+    """Return the event of an epoch: the model and every slot as they are."""
+    host = parameters_by_id(model.host)
+    slots = cast("SlotMap[SeedSlot]", model.slots).values()
+    seeds = [_added_by(slot, host) for slot in slots]
+    return EpochEnded(
+        metric=growth.last_metric,
+        host_parameters=_size(host.values()),
+        seed_parameters=_size({id(p): p for added in seeds for p in added}.values()),
+        flops=flops,
+        lost_epochs=growth.lost_epochs,
+        slots=tuple(_reading(slot, _size(added)) for slot, added in zip(slots, seeds, strict=True)),
+    )
+
+
+def _reading(slot: SeedSlot, parameters: int) -> SlotReading:
+    if (state := slot.state) is None:
+        return SlotReading(slot.name, slot.stage.name)
+    metrics, evidence = state.metrics, slot.last_evidence
+    return SlotReading(
+        slot=slot.name,
+        stage=slot.stage.name,
+        seed_id=state.seed_id,
+        blueprint=state.blueprint_id if slot.seed is not None else "",
+        alpha=slot.alpha,
+        parameters=parameters,
+        epochs_in_stage=metrics.epochs_in_current_stage,
+        is_paused=state.is_paused,
+        gain=evidence.gain if evidence is not None else None,
+        deviation=metrics.deviation,
+        gradient_norm=metrics.gradient_norm,
+        isolation_violations=metrics.isolation_violations,
     )
 
 

@@ -13,18 +13,27 @@ from state_helpers import FIRST, SECOND, Scale, bring_to, make_model, make_regis
 
 import kasmina_core.events as events
 from kasmina_core import (
+    Advance,
     AlphaChanged,
     BlueprintRegistered,
     BlueprintSpec,
+    CommandDone,
+    CommandRefused,
+    Continue,
+    Cull,
+    EpochEnded,
     GateEvaluated,
+    Germinate,
     GerminationError,
     IsolationViolation,
     MemorySink,
+    MisuseWarning,
     RampUnit,
     SeedCulled,
     SeedFossilized,
     SeedGerminated,
     SeedStage,
+    SlotReading,
     StageChanged,
     Telemetry,
     TelemetryEvent,
@@ -99,14 +108,14 @@ def test_a_cull_and_its_cooldown_are_told_in_order():
 def test_a_paused_or_dormant_slot_tells_nothing():
     model, recorder = make_model()
     model.step_epoch(1.0)
-    assert recorder.events == []
+    assert told(recorder) == told(recorder, SECOND) == []
     bring_to(model, S.TRAINING)
     model.slots[FIRST].pause()
     recorder.events.clear()
     for _ in range(3):
         model.step_epoch(1.0)
         model.advance_stage(FIRST)
-    assert recorder.events == []
+    assert told(recorder) == []
 
 
 @pytest.mark.parametrize("unit", RampUnit)
@@ -142,7 +151,8 @@ def test_the_sequence_counts_also_what_nobody_heard():
     assert recorder.events == []
     model.emit_to(recorder)
     model.cull(FIRST)
-    assert [e.sequence for e in recorder.events] == [5, 6]
+    # germinated, G0, GERMINATED, G1, TRAINING and an epoch came before
+    assert [e.sequence for e in recorder.events] == [6, 7]
 
 
 def test_a_germination_tells_what_it_added():
@@ -191,6 +201,51 @@ def test_a_cull_tells_why_and_from_where():
     gain = model.slots[SECOND].last_evidence.gain
     model.cull(SECOND)
     assert recorder.events[-1].gain == gain
+
+
+def test_an_epoch_tells_the_whole_model_and_every_slot():
+    model, recorder = make_model()
+    bring_to(model, S.SHADOWING)
+    model.germinate(SECOND, "normed")
+    model.step_epoch(0.5, flops=3e9)
+    event = recorder.events[-1]
+    seen = model.observe()
+    assert isinstance(event, EpochEnded)
+    assert (event.epoch, event.metric, event.flops, event.lost_epochs) == (model.epoch, 0.5, 3e9, 0)
+    assert event.host_parameters == seen.host_parameters == sum(p.numel() for p in model.host_parameters())
+    assert event.seed_parameters == sum(p.numel() for p in model.seed_parameters())
+    assert [reading.slot for reading in event.slots] == list(model.slots)
+    for reading, slot in zip(event.slots, seen.slots, strict=True):
+        for name in ("seed_id", "blueprint", "alpha", "parameters", "is_paused", "gain", "deviation"):
+            assert getattr(reading, name) == getattr(slot, name), name
+        assert (reading.stage, reading.epochs_in_stage) == (slot.stage.name, slot.epochs_in_stage)
+    assert event.slots[0].gain == model.slots[FIRST].last_evidence.gain
+
+
+def test_an_epoch_of_empty_slots_says_so_and_what_was_not_given_is_none():
+    model, recorder = make_model()
+    model.step_epoch()
+    (event,) = recorder.events
+    assert (event.metric, event.flops, event.seed_parameters) == (None, None, 0)
+    assert event.slots == (SlotReading(FIRST, "DORMANT"), SlotReading(SECOND, "DORMANT"))
+
+
+def test_commands_of_a_policy_are_told_done_or_refused_with_what_they_asked():
+    class Asks:
+        def decide(self, observation):
+            return [Continue(), Germinate(FIRST, "scale"), Advance(FIRST), Cull(SECOND, "why not")]
+
+    model, recorder = make_model()
+    with pytest.warns(MisuseWarning, match="Cull was refused"):
+        model.follow(Asks())
+    told_of = [e for e in recorder.events if isinstance(e, CommandDone | CommandRefused)]
+    assert [(type(e), e.slot, e.command, dict(e.arguments)) for e in told_of] == [
+        (CommandDone, FIRST, "Germinate", {"blueprint": "scale", "options": {}}),
+        (CommandDone, FIRST, "Advance", {}),
+        (CommandRefused, SECOND, "Cull", {"reason": "why not", "revert": False, "keep": False}),
+    ]
+    assert told_of[2].reason == model.outcomes[-1].refusal
+    assert all(json.dumps(e.to_dict()) for e in told_of)
 
 
 def test_a_gate_tells_every_check():
@@ -292,6 +347,8 @@ VALUES = {
     "bool": True,
     "float | None": None,
     "tuple[str, ...]": ("a", "b"),
+    "Mapping[str, Any]": {"lr": 0.5},
+    "tuple[SlotReading, ...]": (events.SlotReading("a", "DORMANT"),),
     "tuple[Mapping[str, Any], ...]": ({"name": "gain", "value": None},),
 }
 
