@@ -63,12 +63,20 @@ def encoder(*, nested: bool = False, batch_first: bool = True) -> nn.Transformer
         return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
 
 
-class Documents(nn.Module):
-    """A host that treats each position by itself, and is told of padding and documents in words of its own."""
+class Documents(HookedHost, nn.Module):
+    """A host that treats each position by itself, and is told of padding and documents in words of its own.
 
-    def __init__(self) -> None:
+    Nothing in it shows which axis is the batch, so it states its points.
+    """
+
+    def __init__(self, causal: bool = False) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.first, self.last, self.causal = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), causal
+
+    def injection_points(self) -> list[InjectionPoint]:
+        return [
+            InjectionPoint(path, path, DIM, Topology.TRANSFORMER, self.causal) for path in ("first", "last")
+        ]
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, document: Tensor | None = None) -> Tensor:
         return self.last(self.first(x).tanh())
@@ -536,7 +544,7 @@ def test_a_host_whose_model_is_gone_reads_no_more_calls() -> None:
 # -- hosts and blueprints of one's own -----------------------------------------------------------------------------
 
 
-class SaysItself(HookedHost, Documents):
+class SaysItself(Documents):
     """A host that declares its points, and its reader."""
 
     def injection_points(self) -> list[InjectionPoint]:
@@ -580,7 +588,7 @@ def test_a_packs_own_seed_that_mixes_goes_the_whole_way() -> None:
         BlueprintSpec("smoothing", Topology.TRANSFORMER, Smoothing, lambda dim: dim, mixes="positions"),
         pack="own",
     )
-    model = grown(Documents(), "first", own_reader, blueprint="own:smoothing", registry=registry, causal=True)
+    model = grown(Documents(causal=True), "first", own_reader, blueprint="own:smoothing", registry=registry)
     x = rows(2)
     together = model(x, torch.tensor([6, 3]), torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]))
     torch.testing.assert_close(together[1:, :3], model(x[1:, :3]))
@@ -607,7 +615,7 @@ def cache_reader(host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def test_positions_behind_cached_ones_are_as_in_one_pass() -> None:
-    model = grown(Caching(), "first", cache_reader, causal=True)
+    model = grown(Caching(causal=True), "first", cache_reader)
     x, cache = rows(2), {}
     pieces = [model(piece, cache) for piece in x.split([3, 1, 2], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(x))
@@ -616,7 +624,7 @@ def test_positions_behind_cached_ones_are_as_in_one_pass() -> None:
 
 
 def test_a_cache_that_was_filled_without_the_seed_is_refused() -> None:
-    model = grown(Caching(), "first", cache_reader, causal=True)
+    model = grown(Caching(causal=True), "first", cache_reader)
     cache: dict[str, Any] = {}
     with model.bypassed("first"):
         model(rows(2), cache)
