@@ -24,7 +24,7 @@ from kasmina_core import (
     ValidationVerdict,
     check_blueprint_spec,
 )
-from kasmina_core.checks.devices import device_check_names
+from kasmina_core.checks.devices import _backward, device_check_names
 from kasmina_core.checks.global_state import preserved_global_state
 
 
@@ -530,3 +530,22 @@ def test_the_checks_run_where_warnings_are_errors() -> None:
         "print(r.verdict.value)"
     )
     assert done.stdout == "passed\n", done.stderr
+
+
+def test_loading_the_installed_packs_does_not_import_sympy() -> None:
+    done = run_python(
+        "import sys, torch\n"
+        "from kasmina_core import default_registry\n"
+        "assert default_registry().report('cnn:norm').verdict.value == 'passed'\n"
+        "print('sympy' in sys.modules)"
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_the_cotangent_of_the_checks_is_the_gradient_bit_for_bit(dtype: torch.dtype) -> None:
+    leaf = torch.randn(2, 3, 5).to(dtype).requires_grad_()
+    cotangent = torch.randn(2, 3, 5).to(dtype)
+    _backward(leaf.clone(), cotangent)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, cotangent)
