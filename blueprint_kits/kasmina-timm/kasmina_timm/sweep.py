@@ -164,7 +164,12 @@ def examine(row: Row) -> None:
         return
     example = example_inputs(model)
     with torch.no_grad():
-        copy.deepcopy(model)(*example) if isinstance(example, tuple) else copy.deepcopy(model)(example)
+        _call(copy.deepcopy(model), example)
+        for parameter in model.parameters():
+            if (
+                parameter.dim() > 1 and not parameter.any()
+            ):  # as some heads, below which nothing has a gradient
+                parameter.normal_(std=0.02)
     row.inputs = [list(tensor.shape) for _, tensor in tensors_in(example)]
     try:
         found = points(model, example=example)
@@ -205,10 +210,17 @@ def _build(row: Row) -> nn.Module | None:
         if built[name, i] > MOST_PARAMETERS:
             row.reason = f"{name} has {built[name, i]:,} parameters"
             return None
-        torch.manual_seed(0)
-        row.model, row.size, row.reason = name, built[name, i], ""
-        small: nn.Module = timm.create_model(name, pretrained=False, **SHRUNKEN[i])
-        return small.eval()
+        for shrunken in SHRUNKEN[i:]:  # indices out of range are not seen on meta tensors
+            torch.manual_seed(0)
+            small: nn.Module = timm.create_model(name, pretrained=False, **shrunken).eval()
+            try:
+                small(example_inputs(small))
+            except Exception as error:
+                row.reason = _said(error)
+                continue
+            row.model, row.reason = name, ""
+            row.size = sum(parameter.numel() for parameter in small.parameters())
+            return small
     return None
 
 
@@ -245,11 +257,11 @@ def _live(row: Row, host: nn.Module, example: object) -> None:
     try:
         model = grow(host, example=example, config=_config())
         model.evaluate_with(lambda: _loss(_call(host, example)).detach().expand(4))
-        _run(bare, example)
+        heard = _heard(bare, [slot.point.path for slot in model.slots.values()], example)
         fitting = [
             slot
             for slot in model.slots.values()
-            if _blueprint(slot.point.topology) and _learns(bare, slot.point.path)
+            if slot.point.path in heard and _blueprint(slot.point.topology)
         ]
         if not fitting:
             raise AssertionError("no installed blueprint fits a point on which the outputs depend")
@@ -299,9 +311,26 @@ def _until(model: GrowingModel, slot: str, stage: SeedStage) -> None:
     raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
 
 
-def _learns(bare: nn.Module, path: str) -> bool:
-    """Return whether the loss depends on the module at a path."""
-    return any(p.grad is not None and bool(p.grad.any()) for p in bare.get_submodule(path).parameters())
+def _heard(bare: nn.Module, paths: list[str], example: object) -> set[str]:
+    """Run forward and backward, and return the paths of modules on whose features the loss depends."""
+    seen: dict[str, Tensor] = {}
+
+    def noting(path: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            features = output[0] if isinstance(output, tuple) else output
+            if features.requires_grad:
+                features.retain_grad()
+                seen[path] = features
+
+        return note
+
+    handles = [bare.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
+    _run(bare, example)
+    for handle in handles:
+        handle.remove()
+    return {
+        path for path, features in seen.items() if features.grad is not None and bool(features.grad.any())
+    }
 
 
 def _compare(bare: nn.Module, model: GrowingModel, example: object) -> None:
