@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, final
 
 from kasmina_core import (
@@ -14,14 +13,12 @@ from kasmina_core import (
     HostError,
     InjectionPoint,
     MorphogeneticModel,
-    SeedSlot,
     Telemetry,
-    Topology,
 )
 from torch import Tensor, nn
 
 from kasmina_timm.checkpointing import attach_guard
-from kasmina_timm.structure import example_inputs, points, says_channels_last, shows_channels_last
+from kasmina_timm.structure import example_inputs, points
 
 
 @final
@@ -95,44 +92,16 @@ def grow(
     else:
         wanted = [slots] if isinstance(slots, (str, InjectionPoint)) else list(slots)
         named = _named(model, wanted, example)
-    options: dict[str, Any] = {
-        "example": example,
-        "config": config,
-        "registry": registry,
-        "telemetry": telemetry,
-        "evaluator": evaluator,
-        "context": context,
-    }
-    grown = GrowingModel(model, named, **options)
-    declared = [point for point in named if isinstance(point, InjectionPoint)]
-    found = [
-        slot.point if slot.point in declared else _laid_out(model, slot) for slot in grown.slots.values()
-    ]
-    if all(point is not None for point in found):
-        if found == [slot.point for slot in grown.slots.values()]:
-            return grown
-        grown.detach_slots()
-        return GrowingModel(model, [point for point in found if point is not None], **options)
-    grown.detach_slots()
-    slot = next(slot for slot, point in zip(grown.slots.values(), found, strict=True) if point is None)
-    path, shape = slot.point.path, slot.shape
-    raise HostError(
-        f"'{path}' of {type(model).__name__} cannot hold a slot by its path alone: the model has channels-last features, "
-        f"and those of shape {shape} there may be either.\n"
-        f"  channels-last: InjectionPoint({slot.name!r}, {path!r}, {shape[-1]}, Topology.CNN, layout='bhwc')\n"
-        f"  otherwise:     InjectionPoint({slot.name!r}, {path!r}, {shape[1]}, Topology.CNN, layout='bchw')\n"
-        "Give the one that is right."
+    return GrowingModel(
+        model,
+        named,
+        example=example,
+        config=config,
+        registry=registry,
+        telemetry=telemetry,
+        evaluator=evaluator,
+        context=context,
     )
-
-
-def _laid_out(model: nn.Module, slot: SeedSlot) -> InjectionPoint | None:
-    """Return the point of a slot that was given by its path, with the layout; ``None`` where that is open."""
-    point = slot.point
-    if point.topology is not Topology.CNN or point.layout is not None:
-        return point
-    if shows_channels_last(model, slot.shape):
-        return replace(point, dim=slot.shape[-1], layout="bhwc")
-    return None if says_channels_last(model) else point
 
 
 def _named(

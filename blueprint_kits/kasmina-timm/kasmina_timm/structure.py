@@ -11,6 +11,7 @@ from typing import Any, Final, final
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 EXAMPLE_SIZE: Final = 96  # Inception needs 75; a stride of 32 leaves 3x3
 SPACE_TO_DEPTH: Final = 16  # a first convolution of so many channels does not see the image itself
@@ -47,8 +48,10 @@ BY_RANK: Final[Mapping[int, Topology]] = {
 }
 """What features of so many axes are in a model of images or video."""
 
-FRAMES: Final = 8  # of an example for a model of video
-PAIR_SIZE: Final = 128  # RAFT's least
+FRAMES: Final = 16  # of an example for a model of video
+TORCHVISION_SIZES: Final[Mapping[str, int]] = {"MViT": 224, "MaxVit": 224, "RAFT": 128, "S3D": 224}
+"""Sizes of images of torchvision's models that take no smaller ones, or that one alone, by class."""
+
 DETECTION: Final = "GeneralizedRCNNTransform"  # what torchvision's detectors do with a list of images
 
 Fired = tuple[int, ...] | str
@@ -85,7 +88,8 @@ def points(model: nn.Module, every: int = 1, *, example: object = None) -> list[
     One forward in evaluation mode proves each: it runs once, and returns features of the declared width: ``(b, c, h,
     w)``, or ``(b, h, w, c)`` where the model says so or the width shows it, ``(b, t, d)`` or ``(b, c, d, h, w)``. Where
     the declared module is not called (its list is walked, or gradient checkpointing flattens it), the module that
-    computes the same features is taken. Declared places that cannot hold a slot are left out. A point is named after
+    computes the same features is taken. Declared places that cannot hold a slot are left out, as are those whose features
+    nothing in the model reads, because other outputs of the module go on. A point is named after
     the declared module, ``blocks_3`` for ``blocks.3``. No point is causal.
 
     Args:
@@ -109,7 +113,9 @@ def points(model: nn.Module, every: int = 1, *, example: object = None) -> list[
     else:
         places = _torchvision_places(model, kind) if kind in TORCHVISION_PLACES else _timm_places(model)
         found, faults = _proved(model, places, given)
-        found = found or _parts(model, given)
+        ignored = _ignored(model, found, given)
+        faults += [f"  '{path}': nothing in the model reads its features" for path in ignored]
+        found = [point for point in found if point.path not in ignored] or _parts(model, given, ignored)
         if not found:
             raise _unsupported(model, "nothing in it returns features that can hold a slot", faults)
     if not 1 <= every <= len(found):
@@ -145,13 +151,13 @@ def example_inputs(model: nn.Module, size: int = EXAMPLE_SIZE) -> Any:
         fixed = made_for
     least = (config.get("min_input_size") or (0, 0, 0))[1:]
     h, w = (max(size, side) for side in least) if fixed is None else _pair(fixed)
-    if flow := torchvision_kind(model) == "RAFT":
-        h, w = max(h, PAIR_SIZE), max(w, PAIR_SIZE)
+    least_size = TORCHVISION_SIZES.get(kind := torchvision_kind(model), 0)
+    h, w = max(h, least_size), max(w, least_size)
     frames = (FRAMES,) if isinstance(first, nn.Conv3d) else ()
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     shape = (2, channels, *frames, h, w)
     pixels = torch.linspace(-1.0, 1.0, math.prod(shape), device=weight.device).view(shape).to(weight.dtype)
-    if flow:
+    if kind == "RAFT":
         return pixels, pixels.flip(0)
     return (list(pixels),) if type(getattr(model, "transform", None)).__name__ == DETECTION else pixels
 
@@ -174,12 +180,6 @@ def says_channels_last(model: nn.Module) -> bool:
     return getattr(declared, "value", declared) == "NHWC" or torchvision_kind(model).startswith(
         "SwinTransformer"
     )
-
-
-def shows_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Return whether features of that shape can only be ``(b, h, w, c)``, by the widths that a model declares."""
-    widths = {int(entry["num_chs"]) for entry in _feature_info(model)}
-    return len(shape) == Topology.CNN.ndim and shape[-1] in widths and shape[1] not in widths
 
 
 # -- what models declare ----------------------------------------------------------------------------------------------
@@ -315,8 +315,48 @@ def _ends(model: nn.Module, fired: Mapping[str, Sequence[Fired]]) -> list[Inject
     return list(ends.values())
 
 
-def _parts(model: nn.Module, example: object) -> list[InjectionPoint]:
+def _ignored(model: nn.Module, found: Sequence[InjectionPoint], example: object) -> list[str]:
+    """Return the paths of points whose features no output of the model depends on.
+
+    Such a module returns several tensors, and others of them go on: a seed would never learn.
+    """
+    leaves: dict[str, Tensor] = {}
+
+    def adding(path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            several = type(output) is tuple
+            if not several and not isinstance(output, Tensor):
+                return None
+            features = output[0] if several else output
+            leaf = leaves[path] = torch.zeros_like(features, requires_grad=True)
+            return (features + leaf, *output[1:]) if several else features + leaf
+
+        return add
+
+    with ExitStack() as stack:
+        for point in found:
+            handle = model.get_submodule(point.path).register_forward_hook(adding(point.path))
+            stack.callback(handle.remove)
+        outputs = [t for t in tree_leaves(_run(model, example, grad=True)) if isinstance(t, Tensor)]
+    total = [output.sum() for output in outputs if output.requires_grad]
+    if not total or not leaves:
+        return []
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return [path for path, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+
+
+def _parts(model: nn.Module, example: object, ignored: Iterable[str]) -> list[InjectionPoint]:
     """Return points for parts of a model that declares none: see `points`."""
+    unread = set(ignored)
+    while True:
+        found = _parts_read(model, example, unread)
+        if not (more := set(_ignored(model, found, example)) - unread):
+            return found
+        unread |= more
+
+
+def _parts_read(model: nn.Module, example: object, unread: set[str]) -> list[InjectionPoint]:
+    """Return points for parts; one in ``unread`` may hold others, and is none."""
     root = "backbone" if isinstance(getattr(model, "backbone", None), nn.Module) else ""
     fired = _fired(model, [path for path, _ in model.named_modules() if path], example)
     batch = _batch_of(example)
@@ -326,7 +366,8 @@ def _parts(model: nn.Module, example: object) -> list[InjectionPoint]:
         for name, child in model.get_submodule(path).named_children():
             below = f"{path}.{name}" if path else name
             calls = fired.get(below, [])
-            is_features = len(calls) == 1 and isinstance(calls[0], tuple) and calls[0][0] == batch
+            called_once = len(calls) == 1 and below not in unread
+            is_features = called_once and isinstance(calls[0], tuple) and calls[0][0] == batch
             # A part that holds most of the model says less than what is in it.
             if not is_features or (2 * _size(child) > whole and len(child._modules)):
                 yield from walk(below)
@@ -357,27 +398,35 @@ def _fired(model: nn.Module, paths: Iterable[str], example: object) -> dict[str,
     """
     fired: dict[str, list[Fired]] = {path: [] for path in paths}
     order: list[str] = []
-    modes = {module: module.training for module in model.modules()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         for path, calls in fired.items():
             handle = model.get_submodule(path).register_forward_hook(_noting(path, calls, order))
             stack.callback(handle.remove)
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.enter_context(torch.no_grad())
-        try:
-            model.eval()
-            model(*example) if isinstance(example, tuple) else model(example)
-        except Exception as error:
-            shape = f" of shape {tuple(example.shape)}" if isinstance(example, Tensor) else ""
-            raise HostError(
-                f"The points of {type(model).__name__} cannot be proved: it does not take an example{shape}: {error}\n"
-                "Pass one that it takes: example=tensor."
-            ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        _run(model, example)
     return {path: fired[path] for path in dict.fromkeys([*order, *fired])}
+
+
+def _run(model: nn.Module, example: object, *, grad: bool = False) -> Any:
+    """Run a model in evaluation mode; modes and random numbers are afterwards as before.
+
+    Raises:
+        HostError: If the model does not take the example.
+    """
+    modes = {module: module.training for module in model.modules()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(grad):
+            model.eval()
+            return model(*example) if isinstance(example, tuple) else model(example)
+    except Exception as error:
+        shape = f" of shape {tuple(example.shape)}" if isinstance(example, Tensor) else ""
+        raise HostError(
+            f"The points of {type(model).__name__} cannot be proved: it does not take an example{shape}: {error}\n"
+            "Pass one that it takes: example=tensor."
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _noting(path: str, calls: list[Fired], order: list[str]) -> Callable[[nn.Module, Any, Any], None]:

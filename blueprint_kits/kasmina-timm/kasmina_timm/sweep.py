@@ -24,7 +24,7 @@ from typing import Any, Final
 import timm
 import torch
 import torchvision  # type: ignore[import-untyped]  # ships no types
-from kasmina_core import GrowthConfig, SeedStage, Topology, __version__, default_registry
+from kasmina_core import GrowthConfig, InjectionPoint, SeedStage, Topology, __version__, default_registry
 from kasmina_core.testing.comparing import same_bits, tensors_in
 from kasmina_core.testing.host_with_slots import open_gates
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ SMALLER: Final[dict[str, dict[str, Any]]] = {
     "rcnn": {"box_score_thresh": 0.0},
     "retinanet|fcos": {"score_thresh": 0.0},
     "ssd": {"score_thresh": 0.0},
+    "keypointrcnn|maskrcnn": {"box_detections_per_img": 4, "rpn_post_nms_top_n_test": 20},
     "googlenet|inception": {"init_weights": False},
 }
 """Options of torchvision's models by regular expression for their names."""
@@ -171,13 +172,14 @@ def examine(row: Row) -> None:
             ):  # as some heads, below which nothing has a gradient
                 parameter.normal_(std=0.02)
     row.inputs = [list(tensor.shape) for _, tensor in tensors_in(example)]
+    found: list[InjectionPoint] = []
     try:
         found = points(model, example=example)
         row.points = len(found)
         row.layouts = sorted({f"{p.topology.value} {p.layout or p.topology.layout}" for p in found})
     except Exception as error:
         row.reason = _said(error)
-    row.glob = _glob(model, example)
+    row.glob = _glob(model, example, found)
     if row.points:
         _live(row, model, example)
 
@@ -234,14 +236,15 @@ def _rank(name: str) -> tuple[int, int, str]:
     return next((i for i, part in enumerate(SMALL) if part in name), len(SMALL)), len(name), name
 
 
-def _glob(model: nn.Module, example: object) -> str:
+def _glob(model: nn.Module, example: object, found: list[InjectionPoint]) -> str:
     """Return the first glob that holds slots: of the members of a container, or of a part of each."""
     whole, inner = [], []
     for path, module in model.named_modules():
         if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
             whole.append(f"{path}.*")
             inner += [f"{path}.*.{name}" for name, _ in module[0].named_children()]
-    for pattern in (*whole, *inner[:40]):
+    named = [re.sub(r"\d\w*", "*", point.path) for point in found]
+    for pattern in dict.fromkeys((*whole, *named, *inner[:40])):
         try:
             grow(model, pattern, example=example).detach_slots()
         except Exception:

@@ -274,13 +274,9 @@ def test_a_layout_that_shapes_leave_open_is_the_one_that_the_model_declares() ->
     assert points(host, example=images)[0].layout == "bhwc"
 
 
-def test_a_path_whose_layout_is_open_is_refused_with_both_readings_and_the_model_is_left_as_it_was() -> None:
-    host = swin()
-    with pytest.raises(
-        HostError, match=r"(?s)may be either.*8, Topology.CNN, layout='bhwc'.*16, Topology.CNN"
-    ):
-        grow(host, "layers.0.blocks.0")
-    assert not [hook for module in host.modules() for hook in module._forward_hooks.values()]
+def test_a_path_given_by_hand_gets_the_layout_of_its_features() -> None:
+    slots = grow(swin(), ["layers.0.blocks.0", "patch_embed.proj"]).slots.values()
+    assert [(slot.point.dim, slot.point.axes) for slot in slots] == [(8, "bhwc"), (8, "bchw")]
 
 
 def test_places_in_a_channels_last_model_that_are_not_can_hold_slots() -> None:
@@ -318,6 +314,33 @@ def test_where_stages_return_lists_the_last_module_at_each_resolution_holds_a_sl
         ("downsamp_modules.1.0", 512),
         ("final_layer", 2048),
     ]
+
+
+class ReadsSecond(nn.Module):
+    """A block of two outputs, of which the model reads the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.inner(x)
+        return x + 1, 2 * x
+
+
+class TwoOutputs(nn.Module):
+    feature_info = ({"module": "block", "num_chs": 3},)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ReadsSecond()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)[1].mean((2, 3))
+
+
+def test_features_that_the_model_does_not_read_are_no_place() -> None:
+    assert [point.path for point in points(TwoOutputs())] == ["block.inner"]
 
 
 def video() -> nn.Module:
