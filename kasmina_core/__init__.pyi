@@ -153,6 +153,8 @@ from .telemetry import JsonLinesSink as JsonLinesSink
 from .telemetry import MemorySink as MemorySink
 from .telemetry import Sink as Sink
 from .telemetry import Telemetry as Telemetry
+from .telemetry import TensorBoardSink as TensorBoardSink
+from .telemetry import TrackerSink as TrackerSink
 from .topology import Topology as Topology
 from .training.averaging import GrowingAveragedModel as GrowingAveragedModel
 from .training.clipping import ClippedGradients as ClippedGradients

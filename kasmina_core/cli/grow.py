@@ -7,15 +7,18 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kasmina_core.cli import options
+
+if TYPE_CHECKING:
+    from kasmina_core.experiments.record import EpochRecord, RunRecord
 
 
 @click.command(short_help="Train a host and grow it with seeds.")
@@ -50,7 +53,7 @@ from kasmina_core.cli import options
     show_default=True,
     help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
 )
-@options.many("--sink", "sinks", "ID", "Also send the events to this sink of a pack.")
+@options.many("--sink", "sinks", "ID", "Also send the events to this sink: tensorboard, or one from a pack.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr
@@ -81,7 +84,7 @@ def grow(
     Both arms get the same training FLOPs: what incubation, gates and culled seeds cost is charged to the grown one.
     The run's folder then holds config.json, events.jsonl, metrics.csv, run.json, model.pt, report.png and report.html.
 
-    Ctrl-C ends the run with what there is.
+    events.jsonl and metrics.csv grow while the run does. Ctrl-C ends the run with what there is.
     """
     import torch
 
@@ -117,13 +120,15 @@ def grow(
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
-        named = [plugins.create_sink(name, {"task": task, "seed": seed}) for name in sinks]
-        folder = options.make_folder(out, task)  # after everything that may refuse the arguments
+        folder = options.choose_folder(out, task)
+        known = {"task": task, "seed": seed, "folder": str(folder)}
+        named = [plugins.create_sink(name, known) for name in sinks]
+        options.make_folder(folder, task)  # after everything that may refuse the arguments
         to = [JsonLinesSink(folder / "events.jsonl"), *named]
         with Telemetry(to) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
                 telemetry.emit(event)
-            record = run.run(telemetry)
+            record = run.run(telemetry, _growing_table(run.record, folder / "metrics.csv"))
 
     def write_model() -> None:
         whole = io.BytesIO()
@@ -141,6 +146,24 @@ def grow(
         click.echo(f"\nFiles: {folder} (open report.html)")
     if record.interrupted:
         sys.exit(130)
+
+
+def _growing_table(record: RunRecord, path: Path) -> Callable[[str, EpochRecord], None]:
+    """Return a function that adds an epoch to metrics.csv at once; the whole file is written again in the end."""
+    from kasmina_core.experiments.report import MetricsFile
+
+    text = io.StringIO()
+    table = MetricsFile(record, text)
+
+    def add(arm: str, epoch: EpochRecord) -> None:
+        table.add(arm, epoch)
+        with suppress(OSError):  # a full disk ends no run
+            with path.open("a", encoding="utf-8", newline="") as file:
+                file.write(text.getvalue())
+            text.seek(0)
+            text.truncate()
+
+    return add
 
 
 def _option(flag: str, text: str) -> tuple[str, Any]:

@@ -106,13 +106,19 @@ def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | No
     return load_task(task, seed, device, data_dir=data_dir), device
 
 
-def make_folder(out: Path | None, name: str) -> Path:
-    """Make a folder for files, by default ``runs/NAME-DATE-TIME``; it must be new or empty."""
+def choose_folder(out: Path | None, name: str) -> Path:
+    """Return the folder for files, by default ``runs/NAME-DATE-TIME``; it must be new or empty."""
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(
             f"--out {folder}: it holds something already. Name a folder that is new or empty."
         )
+    return folder
+
+
+def make_folder(out: Path | None, name: str) -> Path:
+    """Make the folder that `choose_folder` returns."""
+    folder = choose_folder(out, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO, final
 
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import KasminaError
@@ -102,22 +102,46 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
 
 def metrics_csv(record: RunRecord) -> str:
     """Return one line per epoch of both arms as CSV; each slot has four columns, empty for the host alone."""
-    slots = wording.every_slot(record)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = ["arm", "epoch", "train_loss", "val_loss", f"val_{record.metric_name.replace(' ', '_')}"]
-    per_slot = [f"{slot}.{what}" for slot in slots for what in ("stage", "blueprint", "alpha", "gain")]
-    writer.writerow([*head, "parameters", "flops", "gate", *per_slot])
+    file = MetricsFile(record, out)
     for arm, epochs in ((GROWN, record.epochs), (HOST_ALONE, record.baseline)):
         for epoch in epochs:
-            held = {slot.name: slot for slot in epoch.slots}
-            row: list[object] = [arm, epoch.epoch, epoch.train_loss, epoch.val_loss, epoch.val_metric]
-            row += [epoch.parameters, epoch.flops, epoch.gate]
-            for name in slots:
-                slot = held.get(name)
-                row += [slot.stage, slot.blueprint, slot.alpha, slot.gain] if slot is not None else [""] * 4
-            writer.writerow(row)
+            file.add(arm, epoch)
     return out.getvalue()
+
+
+@final
+class MetricsFile:
+    """Writes the lines of `metrics_csv` one by one, while the run goes on.
+
+    Args:
+        record: The run; when the first line is written it holds every slot.
+        out: Text file to write to.
+    """
+
+    def __init__(self, record: RunRecord, out: TextIO) -> None:
+        self._record = record
+        self._writer = csv.writer(out, lineterminator="\n")
+        self._slots: Sequence[str] | None = None
+
+    def add(self, arm: str, epoch: EpochRecord) -> None:
+        """Write an epoch of an arm, the head of the table before the first one."""
+        if self._slots is None:
+            self._slots = wording.every_slot(self._record)
+            self._write_head(self._slots)
+        held = {slot.name: slot for slot in epoch.slots}
+        row: list[object] = [arm, epoch.epoch, epoch.train_loss, epoch.val_loss, epoch.val_metric]
+        row += [epoch.parameters, epoch.flops, epoch.gate]
+        for name in self._slots:
+            slot = held.get(name)
+            row += [slot.stage, slot.blueprint, slot.alpha, slot.gain] if slot is not None else [""] * 4
+        self._writer.writerow(row)
+
+    def _write_head(self, slots: Sequence[str]) -> None:
+        metric = f"val_{self._record.metric_name.replace(' ', '_')}"
+        head = ["arm", "epoch", "train_loss", "val_loss", metric, "parameters", "flops", "gate"]
+        per_slot = [f"{slot}.{what}" for slot in slots for what in ("stage", "blueprint", "alpha", "gain")]
+        self._writer.writerow([*head, *per_slot])
 
 
 # The picture

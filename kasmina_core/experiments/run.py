@@ -435,6 +435,7 @@ class GrowthRun:
         self._display = display
         self._interrupted = False
         self._refused = False
+        self._each_epoch: Callable[[str, EpochRecord], object] = lambda arm, epoch: None
         self._log = SeedLog()
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
         config = GrowthConfig.recommended(
@@ -459,13 +460,19 @@ class GrowthRun:
         """Ask the run to end with what there is."""
         self._interrupted = True
 
-    def run(self, telemetry: EventTarget | None = None) -> RunRecord:
+    def run(
+        self,
+        telemetry: EventTarget | None = None,
+        each_epoch: Callable[[str, EpochRecord], object] = lambda arm, epoch: None,
+    ) -> RunRecord:
         """Train, measure and return the record.
 
         Args:
             telemetry: Takes the events of the grown model.
+            each_epoch: Called with the name of the arm and each epoch, when the record holds it.
         """
         self._log.onward = telemetry
+        self._each_epoch = each_epoch
         if telemetry is not None:
             telemetry.emit(RunStarted(settings=self.settings.to_dict() | {"host": self.record.host}))
         for arm in (self._grow, self._train_alone):
@@ -553,6 +560,7 @@ class GrowthRun:
                 len(records) + 1, loss, val_loss, val_metric, _trainable(module), flops, slots, gate
             )
             records.append(record)
+            self._each_epoch(name, record)
             last.append(self._evaluate(module, "test"))
             if grows:
                 self._display.epoch(record)

@@ -31,6 +31,7 @@ from kasmina_core.packs.offers import (
 )
 from kasmina_core.packs.scanning import PackReason, PackRecord, PackState, scan_packs, unwanted
 from kasmina_core.packs.switches import ENVIRONMENT, Switches
+from kasmina_core.telemetry.bundled import BUNDLED_SINKS
 from kasmina_core.telemetry.sinks import Sink, as_sink
 
 if TYPE_CHECKING:
@@ -255,13 +256,27 @@ class PluginRegistry:
             PluginError: If its pack is not available, or its factory raises or makes no sink; the cause is chained.
             UnknownNameError: If nobody offers it.
         """
-        offered = self.sinks(config)
-        full = offered.resolve(name)
+        make: Callable[[], Any]
+        if name in BUNDLED_SINKS:
+            full, make = name, lambda: BUNDLED_SINKS[name](config or {})
+        else:
+            offered = self.sinks(config)
+            full = self._sink_named(name, offered)
+            make = offered[full]
         try:
             with contained():
-                return as_sink(offered[full]())
+                return as_sink(make())
         except Exception as error:
             raise PluginError(f"Sink '{full}' could not be made: {shown(error)}") from error
+
+    @staticmethod
+    def _sink_named(name: str, offered: Catalogue[Callable[..., Any]]) -> str:
+        try:
+            return offered.resolve(name)
+        except UnknownNameError as error:
+            if ":" in name:
+                raise
+            raise UnknownNameError(f"{error} Bundled: {', '.join(sorted(BUNDLED_SINKS))}.") from error
 
     def sinks(self, config: Mapping[str, Any] | None = None) -> Catalogue[Callable[..., Any]]:
         """Return sink factories by full id; looking up a short name works where it is unique.

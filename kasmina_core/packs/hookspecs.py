@@ -110,7 +110,8 @@ def kasmina_sinks(config: Mapping[str, Any]) -> Mapping[str, Callable[..., Any]]
     without arguments and returns a `Sink` or a function of one event.
 
     Args:
-        config: The user's settings for sinks; the command gives ``task`` and ``seed``.
+        config: The user's settings for sinks; the command gives ``task``, ``seed`` and ``folder``, that of the
+            run, which is made before the first event.
 
     >>> @hookimpl
     ... def kasmina_sinks(config):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self, final
 
 from kasmina_core.events import TelemetryEvent
+from kasmina_core.telemetry.bundled import BUNDLED_SINKS
 from kasmina_core.telemetry.sinks import Sink, as_sink
 
 _LOG: Final = logging.getLogger("kasmina.telemetry")
@@ -83,8 +84,9 @@ class Telemetry:
     The sinks belong to this object: `close` closes them. The end of the process waits up to `EXIT_TIMEOUT` for them.
 
     Args:
-        sinks: Sinks, functions that take one event, or names of sinks that packs offer: ``pack:name``, or ``name`` where
-            only one pack offers it. Packs are loaded only if a sink is named.
+        sinks: Sinks, functions that take one event, ``SummaryWriter``s, loggers of trainers, names of bundled sinks
+            (``tensorboard``), or of those that packs offer: ``pack:name``, or ``name`` where only one pack offers it.
+            Packs are loaded only if one of theirs is named.
         queue_size: Events that may wait for one sink, at least 1.
         batch_size: Largest batch, at least 1.
         fast_mode: Emit nothing. Can be changed at any time; nothing else depends on it.
@@ -203,6 +205,8 @@ def _without_sinks(queue_size: int, batch_size: int, fast_mode: bool) -> Telemet
 
 
 def _named(name: str, registry: SinkSource | None, config: Mapping[str, Any] | None) -> Sink:
+    if registry is None and name in BUNDLED_SINKS:
+        return BUNDLED_SINKS[name](config or {})
     if registry is None:
         from kasmina_core import default_registry  # through the door: packs lie above this room
 

@@ -155,20 +155,39 @@ class JsonLinesSink:
 
 
 def as_sink(sink: object) -> Sink:
-    """Return a sink unchanged, and a function as a `CallableSink`.
+    """Return a sink unchanged, a function as a `CallableSink`, and what a tracker writes with as the sink for it.
+
+    That is a ``SummaryWriter``, or a logger of Lightning's (``experiment``, ``log_metrics``) around one.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is none of these.
     """
     if isinstance(sink, type):
         raise TypeError(f"{sink.__name__} is a class: give a sink made from it, {sink.__name__}(...).")
     if isinstance(sink, Sink):
         return sink
+    if (joined := _joined(sink)) is not None:
+        return joined
     if callable(sink):
         return CallableSink(sink)
     raise TypeError(
         f"A sink has write(batch) and close(), or is a function of one event; {sink!r} is neither."
     )
+
+
+def _joined(target: object) -> Sink | None:
+    """Return the sink that writes with somebody else's writer or logger; ``None`` for anything else."""
+    if _has(target, "log_metrics", "log_hyperparams"):  # a Lightning logger
+        target = getattr(target, "experiment", None)
+    if _has(target, "add_scalar", "add_text", "flush"):
+        from kasmina_core.telemetry.tensorboard import TensorBoardSink
+
+        return TensorBoardSink(target)
+    return None
+
+
+def _has(target: object, *methods: str) -> bool:
+    return all(callable(getattr(target, method, None)) for method in methods)
 
 
 def for_json(value: Any) -> Any:

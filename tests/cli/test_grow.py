@@ -24,6 +24,7 @@ from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.cli import main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
+from kasmina_core.experiments.record import EpochRecord
 from kasmina_core.telemetry import JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")
@@ -136,6 +137,56 @@ def test_a_run_keeps_everything_one_needs_to_look_at_it(run: tuple[Path, dict[st
         assert len(list(csv.DictReader(file))) == len(record["epochs"]) + len(record["baseline"])
     state = torch.load(folder / "model.pt", weights_only=True)
     assert "blocks.0.conv.weight" in state
+
+
+def test_the_files_grow_while_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = tmp_path / "run", []
+
+    def look(display: object, record: EpochRecord) -> None:
+        with (folder / "metrics.csv").open() as file:
+            lines = [(row["arm"], row["epoch"]) for row in csv.DictReader(file)]
+        deadline = time.monotonic() + 30
+        while not any(
+            e["type"] == "epoch_ended" and e["epoch"] == record.epoch
+            for e in JsonLinesSink.read(folder / "events.jsonl")
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        seen.append(lines)
+
+    monkeypatch.setattr("kasmina_core.experiments.display.RunDisplay.epoch", look)
+    result = _grow("--out", str(folder), *SHORT, "--policy", "none", "--json")
+    assert result.exit_code == 0, result.output
+    assert seen == [[("grown", str(n)) for n in range(1, upto + 1)] for upto in (1, 2, 3)]
+    with (folder / "metrics.csv").open() as file:
+        assert [row["arm"] for row in csv.DictReader(file)][:4] == ["grown"] * 3 + ["host alone"]
+
+
+def test_events_tell_the_settings_and_each_epoch_as_the_record_does(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = run
+    events = list(JsonLinesSink.read(folder / "events.jsonl"))
+    (started,) = [event for event in events if event["type"] == "run_started"]
+    assert started["settings"] == record["config"] | {"host": record["host"]}
+    ended = [event for event in events if event["type"] == "epoch_ended"]
+    assert [event["metric"] for event in ended] == [epoch["val_loss"] for epoch in record["epochs"]]
+    spent = [0.0, *(epoch["flops"] for epoch in record["epochs"])]
+    assert all(
+        before < e["flops"] <= after for before, e, after in zip(spent[:-1], ended, spent[1:], strict=True)
+    )
+    assert {slot["blueprint"] for e in ended for slot in e["slots"]} > {""}
+
+
+def test_the_command_writes_to_tensorboard_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "run"
+    result = _grow("--out", str(folder), *SHORT, "--sink", "tensorboard", "--json")
+    assert result.exit_code == 0, result.output
+    read = accumulators.EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    written = [(e.step, e.value) for e in read.Scalars("growth/model/metric")]
+    expected = [(e["epoch"], e["val_loss"]) for e in json.loads(result.stdout)["epochs"]]
+    assert [step for step, _ in written] == [step for step, _ in expected]
+    assert [value for _, value in written] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
 def test_every_seed_is_told_with_its_end_and_its_reason(run: tuple[Path, dict[str, Any]]) -> None:
@@ -362,7 +413,7 @@ def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     ("names", "there"),
     [
         (["report.png", "model.pt"], ["config.json", "events.jsonl", "metrics.csv", "run.json"]),
-        (["run.json"], ["events.jsonl", "model.pt"]),
+        (["run.json"], ["events.jsonl", "metrics.csv", "model.pt"]),
     ],
 )
 @pytest.mark.parametrize("how", [(), ("--json",)])

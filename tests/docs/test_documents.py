@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,8 +19,11 @@ from kasmina_core import MorphogeneticModel, PluginRegistry, Topology
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-SECTIONS_APART = {"trainers.md"}
+SECTIONS_APART = {"trainers.md", "trackers.md"}
 """Documents whose sections are for different readers: the code of each runs alone."""
+
+SECTIONS_NEED = {"## TensorBoard": "tensorboard"}
+"""What a section needs to be installed; its code runs where that is."""
 
 
 def _documents() -> list[Path]:
@@ -43,6 +47,9 @@ def test_code_blocks_run_one_after_the_other(
         here = text.rfind("\n## ", 0, match.start()) if document.name in SECTIONS_APART else 0
         if here != section:
             names, section = {"__name__": "__main__"}, here
+        needed = SECTIONS_NEED.get(text[here:].strip().partition("\n")[0])
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            continue
         line = text[: match.start()].count("\n") + 1
         exec(compile("\n" * line + match.group(1), str(document), "exec"), names)
 

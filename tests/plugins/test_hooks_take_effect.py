@@ -200,7 +200,7 @@ def test_the_command_sends_its_events_to_a_sink_of_a_pack(pack: PluginRegistry, 
     assert result.exit_code == 0, result.stderr
     kept = [event["type"] for event in JsonLinesSink.read(tmp_path / "run" / "events.jsonl")]
     assert [event.type.value for _, event in seen_by_the_pack()] == kept
-    assert seen_by_the_pack()[0][0] == {"task": "digits", "seed": 0}
+    assert seen_by_the_pack()[0][0] == {"task": "digits", "seed": 0, "folder": str(tmp_path / "run")}
 
 
 # -- gate checks ------------------------------------------------------------------------------------------------------
