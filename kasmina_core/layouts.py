@@ -558,10 +558,7 @@ def demand_statement(
         fault = f"axis {by_size} follows the number of samples, axis {batch} does not"
     elif not found and topology is not Topology.VECTOR and _is_packed(evidence, batch):
         fault = f"axis {batch} does not follow the number of samples, another axis does: they lie in one row"
-    elif width in evidence.resized or (
-        evidence.widths(batch) != [width] and width not in evidence.widths(batch)
-    ):
-        widths = evidence.widths(batch)
+    elif (widths := evidence.widths(batch)) and width not in widths:
         why = "changes with the inputs" if width in evidence.resized else "is not what the modules give"
         fault = f"axis {width}, which is stated to be the width, {why}"
         if len(widths) == 1:

@@ -466,6 +466,7 @@ TAKEN: list[tuple[str, Callable[[], nn.Module], object, InjectionPoint]] = [
     ("rows of positions", lambda: Body(Call(lambda x: x.reshape(-1, WIDTH)), nn.Linear(WIDTH, 4)), normal(2, 5, WIDTH), stated(4, Topology.VECTOR)),
     ("windows", lambda: Body(nn.Conv2d(3, WIDTH, 1), Call(image_windows), encoder(batch_first=True)), normal(2, 3, 8, 8), stated(WIDTH, Topology.TRANSFORMER)),
     ("a graph's nodes", Graph, (normal(4, 5), torch.tensor([[0, 1, 2], [1, 2, 3]])), stated(WIDTH, Topology.VECTOR)),
+    ("any number of channels", lambda: Body(nn.Sigmoid()), normal(2, 4, 3, 3), stated(4, Topology.CNN)),
     ("each position by itself", lambda: Body(nn.Linear(WIDTH, 4)), normal(*SHAPE_T), stated(4, Topology.TRANSFORMER, "tbd")),
     ("each position by itself, batch first", lambda: Body(nn.Linear(WIDTH, 4)), normal(*SHAPE_T), stated(4, Topology.TRANSFORMER)),
 ]  # fmt: skip

@@ -17,8 +17,10 @@ from projects import BROKEN, ROOT, install_project
 from torch import nn
 
 from kasmina_core import (
+    EveryPosition,
     GateThresholds,
     GrowthConfig,
+    InjectionPoint,
     MorphogeneticModel,
     PackReason,
     PackRecord,
@@ -28,6 +30,7 @@ from kasmina_core import (
     QualityGates,
     SeedStage,
     Switches,
+    Topology,
     __version__,
     reset_default_registry,
 )
@@ -247,12 +250,14 @@ EASY = QualityGates(
 )
 
 
-def host(pack: str) -> tuple[nn.Module, str, torch.Tensor]:
+def host(pack: str) -> tuple[nn.Module, list[str | InjectionPoint], torch.Tensor]:
     torch.manual_seed(0)
     if "cnn" in pack:
         layers: list[nn.Module] = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(2)]
-        return nn.Sequential(*layers, nn.Linear(25, 3)), "0", torch.randn(4, 1, 5, 5)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), "0", torch.randn(4, 6, 5)
+        return nn.Sequential(*layers, nn.Linear(25, 3)), ["0"], torch.randn(4, 1, 5, 5)
+    # Each position by itself: nothing shows which axis is the batch, so the point states it.
+    point = InjectionPoint("0", "0", 8, Topology.TRANSFORMER)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), [point], torch.randn(4, 6, 5)
 
 
 @pytest.mark.parametrize("pack", GOOD)
@@ -264,9 +269,15 @@ def test_a_good_pack_among_broken_ones_grows_a_model_through_a_whole_life(
     bare, slot, x = host(pack)
     expected = bare(x)
     model = MorphogeneticModel(
-        bare, [slot], example=x, registry=installed.registry.blueprints, config=GrowthConfig(gates=EASY)
+        bare,
+        slot,
+        example=x,
+        registry=installed.registry.blueprints,
+        config=GrowthConfig(gates=EASY),
+        context=EveryPosition(),
     )
     model.evaluate_with(lambda: model(x).flatten(1).square().mean(1))
+    slot = next(iter(model.slots))
     model.germinate(slot, record.blueprints[0])
     place = model.slots[slot]
     seen = [place.stage]

@@ -69,7 +69,7 @@ def test_a_good_pack_passes_with_exit_code_0(site: Site) -> None:
     assert done.exit_code == 0
     assert done.stdout.splitlines() == [
         "good (fake-good 1.2)",
-        "  passed      good:scale  25 checks on cpu",
+        "  passed      good:scale  26 checks on cpu",
         "",
         "Not run on cuda: not asked for.",
         "passed: 1 blueprint of 1 pack, 1 passed",
@@ -240,7 +240,7 @@ def test_markdown_has_a_row_and_a_section_for_each_blueprint(site: Site) -> None
     site.install("fake-bad", "bad = fake_bad", fake_bad=FAILS)
     text = check("bad", "--device", "cpu", "--markdown").stdout
     assert text.startswith("# kasmina plugins check\n\nfailed: 3 blueprints of 1 pack, 1 passed, 2 failed\n")
-    assert "| bad | fake-bad 1.0 | bad:far | failed | 1 of 25 checks on cpu |" in text
+    assert "| bad | fake-bad 1.0 | bad:far | failed | 1 of 26 checks on cpu |" in text
     assert "\n## bad:far: failed on cpu\n" in text
 
 
