@@ -338,10 +338,11 @@ def _ignored(model: nn.Module, found: Sequence[InjectionPoint], example: object)
             handle = model.get_submodule(point.path).register_forward_hook(adding(point.path))
             stack.callback(handle.remove)
         outputs = [t for t in tree_leaves(_run(model, example, grad=True)) if isinstance(t, Tensor)]
-    total = [output.sum() for output in outputs if output.requires_grad]
-    if not total or not leaves:
+    if not leaves or not outputs:
         return []
-    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    read = [output.sum() for output in outputs if output.requires_grad]
+    of_each = list(leaves.values())
+    gradients = torch.autograd.grad(read, of_each, allow_unused=True) if read else [None] * len(leaves)
     return [path for path, gradient in zip(leaves, gradients, strict=True) if gradient is None]
 
 
@@ -409,12 +410,17 @@ def _fired(model: nn.Module, paths: Iterable[str], example: object) -> dict[str,
 def _run(model: nn.Module, example: object, *, grad: bool = False) -> Any:
     """Run a model in evaluation mode; modes and random numbers are afterwards as before.
 
+    With ``grad`` what hooks add has a gradient, and parameters have none: some models keep what they compute of them.
+
     Raises:
         HostError: If the model does not take the example.
     """
     modes = {module: module.training for module in model.modules()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(grad):
             model.eval()
             return model(*example) if isinstance(example, tuple) else model(example)
@@ -425,6 +431,8 @@ def _run(model: nn.Module, example: object, *, grad: bool = False) -> Any:
             "Pass one that it takes: example=tensor."
         ) from error
     finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
 

@@ -216,7 +216,8 @@ def _build(row: Row) -> nn.Module | None:
             torch.manual_seed(0)
             small: nn.Module = timm.create_model(name, pretrained=False, **shrunken).eval()
             try:
-                small(example_inputs(small))
+                with torch.no_grad():
+                    copy.deepcopy(small)(example_inputs(small))
             except Exception as error:
                 row.reason = _said(error)
                 continue

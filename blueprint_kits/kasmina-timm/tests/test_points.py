@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
@@ -94,6 +96,13 @@ def test_asking_for_points_leaves_the_model_as_it_was(case: Case) -> None:
     assert [module.training for module in host.modules()] == modes
     assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
     assert not [hook for module in host.modules() for hook in module._forward_hooks.values()]
+
+
+def test_a_model_that_keeps_what_it_computes_of_its_parameters_can_be_copied_afterwards() -> None:
+    host = created("levit_128s")().eval()
+    points(host)
+    copy.deepcopy(host)
+    assert all(parameter.requires_grad for parameter in host.parameters())
 
 
 @pytest.mark.parametrize(
