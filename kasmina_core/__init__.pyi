@@ -172,4 +172,3 @@ from .verdicts import GateLevel as GateLevel
 from .verdicts import GateResult as GateResult
 
 __version__: str
-__all__: list[str]

@@ -14,6 +14,7 @@ from kasmina_core.errors import KasminaError
 
 _COMMANDS: Final = {
     "calibrate": ("kasmina_core.cli.calibrate:calibrate", "Measure the noise floor of a task's gates."),
+    "doctor": ("kasmina_core.cli.doctor:doctor", "Find out what is wrong with the installed packs."),
     "grow": ("kasmina_core.cli.grow:grow", "Train a host and grow it with seeds."),
     "new": ("kasmina_core.cli.new:new", "Write a package to start from: seeds, or a host."),
     "plugins": ("kasmina_core.cli.plugins:plugins", "Show the installed packs and what they offer."),
@@ -66,6 +67,6 @@ class _Main(LazyGroup):
 
 
 @click.group(cls=_Main, later=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kasmina")
+@click.version_option(__version__, "-V", "--version", prog_name="kasmina")
 def main() -> None:
     """Grow PyTorch networks while they train."""

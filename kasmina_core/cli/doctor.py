@@ -1,4 +1,4 @@
-"""``kasmina plugins doctor``: what is wrong with the installed packs, and what to do."""
+"""``kasmina doctor``, or ``kasmina plugins doctor``: what is wrong with the installed packs, and what to do."""
 
 from __future__ import annotations
 
@@ -87,4 +87,4 @@ def _print(diagnosis: Diagnosis, checks: bool) -> None:
     advice = len(diagnosis.findings) - problems
     click.echo(f"\n{options.counted(problems, 'problem')}, {options.counted(advice, 'piece')} of advice.")
     if not checks:
-        click.echo("The registration checks did not run: kasmina plugins doctor --checks runs them.")
+        click.echo("The registration checks did not run: kasmina doctor --checks runs them.")

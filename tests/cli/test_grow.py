@@ -363,7 +363,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path) -> None:
 def test_ctrl_c_ends_with_what_there_is(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "kasmina_core.cli", "grow", "--epochs", "100000", "--out", str(folder)],
+        [sys.executable, "-m", "kasmina_core", "grow", "--epochs", "100000", "--out", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

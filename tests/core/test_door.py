@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import kasmina
 import kasmina_core
 from kasmina_core import errors, events
 from kasmina_core.policies import protocol
@@ -133,6 +134,25 @@ def run(code: str) -> str:
 def test_opening_the_door_imports_nothing_heavy():
     code = f"import sys, kasmina_core; dir(kasmina_core); print([m for m in {HEAVY} if m in sys.modules])"
     assert run(code) == "[]\n"
+
+
+def test_kasmina_is_kasmina_core_by_another_name():
+    assert (kasmina.__all__, kasmina.__version__) == (kasmina_core.__all__, kasmina_core.__version__)
+    assert all(getattr(kasmina, name) is getattr(kasmina_core, name) for name in kasmina_core.__all__)
+    assert dir(kasmina) == sorted(dir(kasmina_core))
+    with pytest.raises(AttributeError, match="No kasmina attribute Nonsense"):
+        kasmina.Nonsense  # noqa: B018
+
+
+def test_importing_kasmina_imports_nothing_heavy():
+    code = f"import sys, kasmina; dir(kasmina); print([m for m in {HEAVY} if m in sys.modules])"
+    assert run(code) == "[]\n"
+
+
+def test_type_checkers_see_the_names_of_kasmina():
+    stub = Path(kasmina.__file__).with_suffix(".pyi").read_text()
+    assert "from kasmina_core import *" in stub
+    assert "__all__" not in DOOR.read_text(), "with a list of its own a stub hands on those names alone"
 
 
 def test_data_modules_need_no_torch():

@@ -1,4 +1,4 @@
-"""``python -m kasmina_core.cli`` is ``kasmina``."""
+"""``python -m kasmina`` is ``kasmina``."""
 
 from kasmina_core.cli import main
 

@@ -1,0 +1,6 @@
+"""``python -m kasmina_core`` is ``kasmina``."""
+
+from kasmina_core.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="kasmina")
