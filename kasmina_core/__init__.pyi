@@ -66,6 +66,8 @@ from .evidence.calibration import Calibration as Calibration
 from .evidence.calibration import CalibrationError as CalibrationError
 from .evidence.calibration import calibrate as calibrate
 from .evidence.isolation import GradientIsolationMonitor as GradientIsolationMonitor
+from .experiments.tasks import Task as Task
+from .experiments.tasks import TaskError as TaskError
 from .gates.checks import GateCheckSpec as GateCheckSpec
 from .gates.gates import QualityGates as QualityGates
 from .gates.paired import SeedEvidence as SeedEvidence

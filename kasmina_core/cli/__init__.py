@@ -16,7 +16,7 @@ _COMMANDS: Final = {
     "calibrate": ("kasmina_core.cli.calibrate:calibrate", "Measure the noise floor of a task's gates."),
     "doctor": ("kasmina_core.cli.doctor:doctor", "Find out what is wrong with the installed packs."),
     "grow": ("kasmina_core.cli.grow:grow", "Train a host and grow it with seeds."),
-    "new": ("kasmina_core.cli.new:new", "Write a package to start from: seeds, or a host."),
+    "new": ("kasmina_core.cli.new:new", "Write what to start from: seeds, a host or a task."),
     "plugins": ("kasmina_core.cli.plugins:plugins", "Show the installed packs and what they offer."),
 }
 

@@ -64,14 +64,13 @@ def calibrate(
     )
     from kasmina_core.experiments.display import RunDisplay
     from kasmina_core.experiments.record import write_all
-    from kasmina_core.experiments.run import PRESETS, RunSettings
+    from kasmina_core.experiments.run import RunSettings
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.telemetry.sinks import for_json
 
     if not all(value is None or math.isfinite(value) for value in (lr, effect)):
         raise click.UsageError("--lr and --effect: give finite numbers above 0.")
     data, place = options.prepare(task, seed, device, threads, data_dir)
-    preset = PRESETS[task]
     settings = RunSettings(
         task=task,
         host=host,
@@ -79,16 +78,16 @@ def calibrate(
         blueprints=blueprints,
         policy="none",
         incubation="counterfactual",
-        epochs=epochs or max(1, preset.epochs // 2),
-        batch_size=preset.batch_size,
-        lr=lr or preset.lr,
+        epochs=epochs or max(1, data.epochs // 2),
+        batch_size=data.batch_size,
+        lr=lr or data.lr,
         seed=seed,
         device=place,
-        ramp_epochs=preset.ramp_epochs,
+        ramp_epochs=data.ramp_epochs,
         host_options={},
     )
     run = CalibrationRun(settings, data, default_registry(), seeds, looks)
-    folder = options.make_folder(out, f"calibrate-{task}")
+    folder = options.make_folder(out, f"calibrate-{data.name}")
     try:
         with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
             found = run.run(display)

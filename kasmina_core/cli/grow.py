@@ -92,14 +92,13 @@ def grow(
     from kasmina_core.experiments.display import RunDisplay, print_final
     from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.report import write_run
-    from kasmina_core.experiments.run import PRESETS, GrowthRun, RunSettings
+    from kasmina_core.experiments.run import GrowthRun, RunSettings
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.telemetry import JsonLinesSink, Telemetry
 
     if lr is not None and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
     data, place = options.prepare(task, seed, device, threads, data_dir)
-    preset = PRESETS[task]
     settings = RunSettings(
         task=task,
         host=host,
@@ -108,22 +107,22 @@ def grow(
         policy=policy,
         incubation=incubation,
         proof=proof,
-        epochs=epochs or preset.epochs,
-        batch_size=batch_size or preset.batch_size,
-        lr=lr or preset.lr,
+        epochs=epochs or data.epochs,
+        batch_size=batch_size or data.batch_size,
+        lr=lr or data.lr,
         seed=seed,
         device=place,
-        ramp_epochs=preset.ramp_epochs,
+        ramp_epochs=data.ramp_epochs,
         host_options=dict(_option("--host-option", text) for text in host_options),
         policy_options=dict(_option("--policy-option", text) for text in policy_options),
     )
     with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
-        folder = options.choose_folder(out, task)
-        known = {"task": task, "seed": seed, "folder": str(folder)}
+        folder = options.choose_folder(out, data.name)
+        known = {"task": data.name, "seed": seed, "folder": str(folder)}
         named = [plugins.create_sink(name, known) for name in sinks]
-        options.make_folder(folder, task)  # after everything that may refuse the arguments
+        options.make_folder(folder, data.name)  # after everything that may refuse the arguments
         to = [JsonLinesSink(folder / "events.jsonl"), *named]
         with Telemetry(to) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:

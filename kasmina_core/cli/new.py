@@ -43,9 +43,9 @@ _out = click.option(
 
 @click.group()
 def new() -> None:
-    """Write a package to start from: seeds, or a host.
+    """Write what to start from: a package of seeds or of a host, or the file of a task.
 
-    It is complete: it installs, its tests pass, and kasmina finds it.
+    A package is complete: it installs, its tests pass, and kasmina finds it.
     """
 
 
@@ -78,6 +78,32 @@ def host_command(name: str, out: Path) -> None:
     class AcmeHost in the module acme.
     """
     _report(write_package("host", name, out), name, "host.py")
+
+
+@new.command("task")
+@click.argument("name")
+@_out
+def task_command(name: str, out: Path) -> None:
+    """Write a task: data, a loss and a host of your own, in one file of twenty lines.
+
+    NAME becomes the file and the function: `kasmina new task mine` writes mine.py with mine().
+    """
+    module = module_name(name)
+    if not NAME_PATTERN.fullmatch(name) or keyword.iskeyword(module):
+        raise click.BadParameter(f"'{name}' is no name of a function.", param_hint="'NAME'")
+    path = out / f"{module}.py"
+    source = (Path(__file__).parents[1] / "experiments" / "example_task.py").read_text(encoding="utf-8")
+    text = source.replace("def rings", f"def {module}").replace('"rings"', f'"{name}"')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise KasminaError(f"'{path}' is there already: nothing was written. Give another name.") from error
+    except OSError as error:
+        raise KasminaError(f"'{path}' could not be written: {error}") from error
+    click.echo(f"Wrote {path}. Put your data and your host into it.\n\nNext:")
+    click.echo(f"  kasmina grow --task {shlex.quote(str(path))}:{module}")
 
 
 def _report(folder: Path, name: str, source: str) -> None:

@@ -26,7 +26,10 @@ class RunFolderError(KasminaError):
 
 
 task: Final = click.option(
-    "--task", default="digits", show_default=True, help="digits, chars, mnist or cifar10."
+    "--task",
+    default="digits",
+    show_default=True,
+    help="digits, chars, mnist, cifar10, one of a pack, or your own: module:callable or file.py:callable.",
 )
 
 
@@ -35,7 +38,12 @@ def many(flag: str, name: str, metavar: str, what: str) -> _Decorator:
     return click.option(flag, name, multiple=True, metavar=metavar, help=what)
 
 
-slots: Final = many("--slots", "slots", "NAME", "Injection point or glob. Default: all of the host's.")
+slots: Final = many(
+    "--slots",
+    "slots",
+    "NAME",
+    "Injection point, path or glob, such as 'layers.*'. Default: all of the host's.",
+)
 lr: Final = click.option(
     "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: the task's."
 )
@@ -44,7 +52,8 @@ lr: Final = click.option(
 def host(what: str) -> _Decorator:
     """Return the option that names a host; ``what`` is its help."""
     return click.option(
-        "--host", help=f"{what}, such as cnn:cnn. Default: the bundled one of the task's topology."
+        "--host",
+        help=f"{what}, such as cnn:cnn, or your own: module:callable or file.py:callable. Default: the task's.",
     )
 
 
@@ -96,6 +105,7 @@ def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | No
 
     from kasmina_core.experiments.report import require_plots
     from kasmina_core.experiments.tasks import load_task
+    from kasmina_core.packs.discovery import default_registry
 
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch sees no CUDA device here. Use --device auto or cpu.")
@@ -103,12 +113,13 @@ def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | No
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
     require_plots()
-    return load_task(task, seed, device, data_dir=data_dir), device
+    offered = default_registry().tasks()
+    return load_task(task, seed, device, data_dir=data_dir, offered=offered), device
 
 
 def choose_folder(out: Path | None, name: str) -> Path:
     """Return the folder for files, by default ``runs/NAME-DATE-TIME``; it must be new or empty."""
-    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(
             f"--out {folder}: it holds something already. Name a folder that is new or empty."

@@ -219,7 +219,7 @@ def _print_pack(facts: Mapping[str, Any]) -> None:
     rows = [(key, _shown(facts[key])) for key in plain if facts[key]]
     rows += [
         (key, "\n".join(facts[key]))
-        for key in ("topologies", "blueprints", "hosts", "gate_checks", "policies", "withheld")
+        for key in ("topologies", "blueprints", "hosts", "gate_checks", "policies", "tasks", "withheld")
         if facts[key]
     ]
     _print_pairs("pack", rows)

@@ -17,6 +17,7 @@ from kasmina_core.experiments.run import (
     Display,
     RunSettings,
     candidates,
+    logits_of,
     make_model,
     train_epoch,
 )
@@ -62,10 +63,12 @@ class CalibrationRun:
 
         def placebo_loss(twin: MorphogeneticModel, generator: torch.Generator) -> torch.Tensor:
             inputs, targets = next(batches)
-            return task.loss(twin(inputs), calibration.shuffled(targets, generator)).mean()
+            return task.loss(logits_of(twin(inputs)), calibration.shuffled(targets, generator)).mean()
 
         def evaluate(twin: MorphogeneticModel) -> torch.Tensor:
-            return torch.cat([task.loss(twin(x), y) for x, y in task.batches("gate", EVALUATION_BATCH)])
+            return torch.cat(
+                [task.loss(logits_of(twin(x)), y) for x, y in task.batches("gate", EVALUATION_BATCH)]
+            )
 
         with private_rng(derived_seed(settings.seed, "training"), torch.device(settings.device)):
             display.phase(f"training the host on {task.name}", settings.epochs)

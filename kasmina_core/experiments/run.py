@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections import deque
@@ -10,7 +9,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any, Final, Protocol, final
 
 import torch
@@ -27,6 +25,7 @@ from kasmina_core.events import (
     TelemetryEvent,
 )
 from kasmina_core.experiments.flops import FlopLedger
+from kasmina_core.experiments.named import accepted_keywords, called, is_reference, named_object
 from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
@@ -36,7 +35,7 @@ from kasmina_core.experiments.record import (
     RunRecord,
     SeedRecord,
 )
-from kasmina_core.experiments.tasks import SplitName, Task
+from kasmina_core.experiments.tasks import SplitName, Task, TaskError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
@@ -55,7 +54,8 @@ from kasmina_core.policies.protocol import (
     SlotObservation,
 )
 from kasmina_core.policies.triggers import FixedTimes, Plateau
-from kasmina_core.quiet import derived_seed, private_rng, quiet_evaluation
+from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_evaluation
+from kasmina_core.readers import EveryPosition
 from kasmina_core.records import Record
 from kasmina_core.topology import Topology
 from kasmina_core.training.optim import tie_optimizer
@@ -70,41 +70,12 @@ FINAL_EPOCHS: Final = 5
 
 @final
 @dataclass(frozen=True, slots=True)
-class Preset:
-    """Defaults of a task.
-
-    Attributes:
-        host_options: Keywords for the host's factory if it accepts them; the host is small enough to need growth.
-        epochs: Epochs of the grown arm.
-        batch_size: Samples per training batch.
-        lr: Learning rate of Adam, constant.
-        ramp_epochs: Length of the alpha ramp; it moves with every optimiser step.
-    """
-
-    host_options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 100
-    batch_size: int = 32
-    lr: float = 3e-3
-    ramp_epochs: float = 4.0
-
-
-PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
-    {
-        "digits": Preset({"base_channels": 3, "width_factor": 1}, epochs=100, lr=1e-2),
-        "chars": Preset({"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1}, epochs=50, lr=1e-2),
-        "mnist": Preset({"base_channels": 4, "width_factor": 1}, epochs=20, batch_size=128),
-        "cifar10": Preset({"base_channels": 8}, epochs=40, batch_size=128),
-    }
-)
-
-
-@final
-@dataclass(frozen=True, slots=True)
 class RunSettings(Record):
     """Everything that decides a run; two runs with equal settings on one machine are equal bit for bit.
 
     Attributes:
-        host: Id of the host; ``None`` for the first one of the task's topology.
+        host: Id of the host, ``module:callable`` or ``file.py:callable``; ``None`` for the task's, or the first one of its
+            topology.
         slots: Names, paths or globs of points; empty for all that the host declares.
         blueprints: Blueprints to grow from; empty lets the policy choose among all of the topology.
         policy: Name of a bundled policy, or of one from a pack.
@@ -213,45 +184,127 @@ class SeedLog:
 
 def _host_options(task: Task) -> dict[Topology, dict[str, Any]]:
     """Return the topologies of hosts that fit a task, the task's own first, with the options that such hosts get."""
-    if task.kind == "classification":
-        return {
-            Topology.CNN: {"in_channels": task.input_shape[0], "num_classes": task.n_classes},
-            Topology.VECTOR: {"in_features": math.prod(task.input_shape), "num_classes": task.n_classes},
-        }
-    return {Topology.TRANSFORMER: {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}}
+    if task.kind == "language-model":
+        return {Topology.TRANSFORMER: {"vocab_size": task.vocab_size, "max_len": task.input_shape[0]}}
+    classes = {"num_classes": task.n_classes} if task.n_classes is not None else {}
+    flat = {Topology.VECTOR: {"in_features": math.prod(task.input_shape), **classes}}
+    if len(task.input_shape) != 3:
+        return flat
+    images = {"in_channels": task.input_shape[0], **classes}
+    return {Topology.CNN: images, **flat}
 
 
 def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tuple[str, nn.Module]:
-    """Build the host of a run, with weights that depend on ``settings.seed`` alone.
+    """Build the host of a run, with weights that depend on ``settings.seed`` alone, and try it on two samples.
 
-    The factory is called with ``in_channels`` and ``num_classes`` (a host for vectors: ``in_features``, and it flattens
-    the images), or ``vocab_size`` and ``max_len``, depending on the task, and with the preset's options that it accepts.
+    It is the host that the settings name, else the task's, else the first of the task's topology: the id of a pack's, or
+    a function or class that is called with those that it takes of ``in_channels``, ``in_features``, ``num_classes``,
+    ``image_size``, or ``vocab_size`` and ``max_len``, depending on the task, and of the task's host options.
 
     Raises:
         UnknownNameError: If there is no such host, or none for the task.
         BlueprintError: If the host has no option of a name in ``settings.host_options``, or does not fit the task.
+        TaskError: If the task cannot be learned by it: the message has the shapes of both.
     """
     fitting = _host_options(task)
-    host_id = (
-        plugins.hosts.resolve(settings.host) if settings.host else _first_host(plugins, next(iter(fitting)))
-    )
-    spec = plugins.hosts.get(host_id)
-    if spec.topology not in fitting:
-        raise BlueprintError(
-            f"Host '{host_id}' does not fit task '{task.name}'.\n"
-            f"  host: {spec.topology.value}\n  task: {' or '.join(topology.value for topology in fitting)}"
+    named = settings.host or task.host
+    if named is None:
+        named = _first_host(plugins, next(iter(fitting)))
+    if isinstance(named, str) and is_reference(named, plugins.hosts):
+        host_id, factory = named, named_object("host", named)
+    elif isinstance(named, str):
+        host_id = plugins.hosts.resolve(named)
+        factory = import_factory(f"Host '{host_id}'", plugins.hosts.get(host_id).factory)
+    else:
+        host_id, factory = getattr(named, "__qualname__", type(named).__name__), named
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TaskError(
+            f"The host '{host_id}' must be a class or a function that makes a module, because the run trains two of it "
+            f"from the same start; it is {type(factory).__name__}."
         )
-    taken = _accepted_keywords(import_factory(f"Host '{host_id}'", spec.factory))
-    preset = PRESETS[task.name].host_options
-    chosen = {
-        k: v for k, v in preset.items() if k not in settings.host_options and (taken is None or k in taken)
-    }
+    taken = accepted_keywords(factory)
     for name in settings.host_options:
         if taken is not None and name not in taken:
             raise BlueprintError(f"Host '{host_id}' has no option '{name}'.{did_you_mean(name, taken)}")
+    if host_id in plugins.hosts:
+        spec = plugins.hosts.get(host_id)
+        takes_images = spec.topology is Topology.TRANSFORMER and (taken is None or "in_channels" in taken)
+        if takes_images and (images := fitting.get(Topology.CNN)):
+            fitting[spec.topology] = {"image_size": task.input_shape[-1], **images}
+        if spec.topology not in fitting:
+            raise BlueprintError(
+                f"Host '{host_id}' does not fit task '{task.name}'.\n"
+                f"  host: {spec.topology.value}\n  task: {' or '.join(topology.value for topology in fitting)}"
+            )
+        offered = dict(fitting[spec.topology])
+    else:
+        offered = {name: value for options in fitting.values() for name, value in options.items()}
+        offered |= {"image_size": task.input_shape[-1]} if "in_channels" in offered else {}
+    # A factory that takes anything hands it on to a class, which refuses what it does not know.
+    if taken is None:
+        chosen = offered if host_id in plugins.hosts else {}
+    else:
+        chosen = {k: v for k, v in (offered | dict(task.host_options)).items() if k in taken}
+    chosen |= settings.host_options
     with private_rng(derived_seed(settings.seed, "host")):
-        host = plugins.hosts.create(host_id, **fitting[spec.topology], **chosen, **settings.host_options)
-    return host_id, host.to(settings.device)
+        if host_id in plugins.hosts:
+            host: Any = plugins.hosts.create(host_id, **chosen)
+        else:
+            host = called(f"Host '{host_id}'", partial(factory, **chosen), {})
+    if not isinstance(host, nn.Module):
+        raise TaskError(f"Host '{host_id}' must be a torch.nn.Module, not {type(host).__name__}.")
+    host = host.to(settings.device)
+    _try_host(host_id, host, task)
+    return host_id, host
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the tensor that a task's loss takes: the output, or its ``logits`` as models of transformers have them.
+
+    Raises:
+        TaskError: If there is none.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TaskError(
+            f"The host must return a tensor, or something with logits, not {type(output).__name__}."
+        )
+    return logits
+
+
+def _try_host(host_id: str, host: nn.Module, task: Task) -> None:
+    """Raise a `TaskError` if a host cannot learn a task, as far as two samples tell."""
+    inputs, targets = (part[:2] for part in task.train)
+    n = len(inputs)
+    facts = f"  inputs:  {tuple(inputs.shape)}, {inputs.dtype}\n  targets: {tuple(targets.shape)}, {targets.dtype}"
+    at_fault = f"Host '{host_id}' cannot learn task '{task.name}'"
+    try:
+        with quiet_evaluation(host), kept_buffers(host):
+            logits = logits_of(host(inputs))
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{at_fault}: its forward raised {type(error).__name__}: {error}\n{facts}") from error
+    found = f"  output:  {tuple(logits.shape)}, {logits.dtype}"
+    if task.sample_loss is None:
+        wanted = (n, task.n_classes) if task.kind == "classification" else (*inputs.shape, task.vocab_size)
+        if tuple(logits.shape) != wanted:
+            raise TaskError(
+                f"{at_fault}: its output has another shape.\n  expected: {wanted}\n{found}\n{facts}"
+            )
+    for what, figure in (("loss", task.loss), ("metric", task.metric)):
+        try:
+            value = figure(logits, targets)
+        except Exception as error:
+            raise TaskError(
+                f"{at_fault}: the {what} raised {type(error).__name__}: {error}\n{found}\n{facts}"
+            ) from error
+        if not isinstance(value, Tensor) or tuple(value.shape) != (n,):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TaskError(
+                f"Task '{task.name}': the {what} must give one number per sample; leave out the mean.\n"
+                f"  expected: {(n,)}\n  found:    {shape}"
+            )
 
 
 def _first_host(plugins: PluginRegistry, topology: Topology) -> str:
@@ -262,14 +315,6 @@ def _first_host(plugins: PluginRegistry, topology: Topology) -> str:
         )
     bundled = {record.name for record in plugins.packs if record.distribution == "kasmina"}
     return min(fitting, key=lambda name: (name.partition(":")[0] not in bundled, name))
-
-
-def _accepted_keywords(factory: Callable[..., Any]) -> set[str] | None:
-    """Return the keywords a factory takes, or ``None`` if it takes any."""
-    parameters = inspect.signature(factory).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
 
 
 def candidates(
@@ -355,14 +400,26 @@ def make_model(
         KasminaError: If there is no such host or point, or the host does not take an option.
     """
     host_id, host = make_host(plugins, task, settings)
-    has_example = isinstance(host, HostProtocol) and hasattr(host, "example_inputs")
+    declares = isinstance(host, HostProtocol)
+    slots = settings.slots or (task.slots if settings.host is None else ())
+    if not slots and not declares:
+        paths = [path for path, _ in host.named_modules() if path]
+        raise TaskError(
+            f"Host '{host_id}' declares no points for slots: name them with --slots, such as --slots '{paths[0]}'.\n"
+            f"  modules: {', '.join(paths[:12])}{', …' if len(paths) > 12 else ''}"
+            if paths
+            else f"Host '{host_id}' has no submodule that a slot could follow."
+        )
+    is_text = task.kind == "language-model"
     model = MorphogeneticModel(
         host,
-        settings.slots or None,
+        slots or None,
         config=config,
-        example=None if has_example else (task.train.inputs[:2],),
+        example=None if declares and hasattr(host, "example_inputs") else (task.train.inputs[:2],),
         registry=plugins.blueprints,
         telemetry=telemetry,
+        causal=is_text,  # its targets are the next tokens
+        context=EveryPosition() if is_text and not hasattr(host, "context_reader") else None,
     )
     return host_id, model
 
@@ -398,7 +455,7 @@ def train_epoch(
             break
 
         def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            return task.loss(module(inputs), targets).mean()
+            return task.loss(logits_of(module(inputs)), targets).mean()
 
         def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
             value = loss()
@@ -622,7 +679,7 @@ class GrowthRun:
         for inputs, targets in self.task.batches(split, EVALUATION_BATCH):
 
             def forward(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                return self.task.loss(self.model(inputs), targets)
+                return self.task.loss(logits_of(self.model(inputs)), targets)
 
             kind = ("evaluate", modes, tuple(inputs.shape))
             losses.append(ledger.charge(kind, forward) if ledger is not None else forward())
@@ -631,7 +688,9 @@ class GrowthRun:
     def _evaluate(self, module: nn.Module, split: SplitName) -> tuple[float, float]:
         """Return mean loss and mean metric of a split."""
         with quiet_evaluation(module):
-            logits = torch.cat([module(inputs) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)])
+            logits = torch.cat(
+                [logits_of(module(inputs)) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)]
+            )
         targets = self.task.splits[split].targets
         return float(self.task.loss(logits, targets).mean()), float(self.task.metric(logits, targets).mean())
 

@@ -103,11 +103,13 @@ class PluginRegistry:
         self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
         self.blueprints.gate_checks = self._gate_checks
         self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
+        self._tasks: Catalogue[Callable[..., Any]] = Catalogue("task", self._unavailable)
         self.hosts = HostRegistry(self._unavailable)
         self._catalogues: dict[str, Catalogue[Any]] = {
             "hosts": self.hosts,
             "gate_checks": self._gate_checks,
             "policies": self._policies,
+            "tasks": self._tasks,
         }
         self.events: list[BlueprintRegistered] = []
 
@@ -244,6 +246,10 @@ class PluginRegistry:
     def policies(self) -> Mapping[str, Callable[..., Policy]]:
         """Return policy factories by full id; looking up a short name works where it is unique."""
         return self._policies
+
+    def tasks(self) -> Mapping[str, Callable[..., Any]]:
+        """Return functions that make tasks by full id; looking up a short name works where it is unique."""
+        return self._tasks
 
     def create_sink(self, name: str, config: Mapping[str, Any] | None = None) -> Sink:
         """Make a sink by id or unique short name.

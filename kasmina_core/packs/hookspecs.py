@@ -103,6 +103,19 @@ def kasmina_policies() -> Mapping[str, Callable[..., Policy]]:  # type: ignore[e
 
 
 @hookspec
+def kasmina_tasks() -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]  # a hook declaration
+    """Return tasks by name, for ``kasmina grow --task mine:rings``.
+
+    The value returns a `Task`; it is called with ``seed`` and ``data_dir`` if it takes them, when somebody names it.
+
+    >>> @hookimpl
+    ... def kasmina_tasks():
+    ...     from kasmina_core.experiments.example_task import rings
+    ...     return {"rings": rings}
+    """
+
+
+@hookspec
 def kasmina_sinks(config: Mapping[str, Any]) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]  # a hook declaration
     """Return telemetry sinks by name; one is made only when somebody names it.
 

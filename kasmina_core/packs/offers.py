@@ -40,7 +40,7 @@ class RefusalError(Exception):
         self.error = error.__cause__ if isinstance(error, EscapeError) else error
 
 
-KINDS: Final = ("blueprints", "hosts", "gate_checks", "policies")
+KINDS: Final = ("blueprints", "hosts", "gate_checks", "policies", "tasks")
 """Kinds of declarations, as fields of `Offer` and `PackRecord`; sinks depend on a config and are not among them."""
 
 
@@ -60,6 +60,7 @@ class Offer:
     hosts: dict[str, HostSpec] = field(default_factory=dict)
     gate_checks: dict[str, GateCheckSpec] = field(default_factory=dict)
     policies: dict[str, Callable[..., Policy]] = field(default_factory=dict)
+    tasks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     reports: dict[str, ValidationReport] = field(default_factory=dict)
 
     def by_kind(self) -> dict[str, dict[str, Any]]:
@@ -140,6 +141,7 @@ def collect_offer(plugin: object, offer: Offer) -> None:
 
         _gather(trial, "kasmina_gate_checks", GateCheckSpec, offer.gate_checks)
     offer.policies |= mapping_of_callables(trial.hook.kasmina_policies, "kasmina_policies")
+    offer.tasks |= mapping_of_callables(trial.hook.kasmina_tasks, "kasmina_tasks")
 
 
 def _gather(trial: pluggy.PluginManager, hook: str, kind: type[Any], kept: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ class PackRecord(Record):
         hosts: Ids of the hosts it declared; likewise.
         gate_checks: Ids of its gate checks; likewise.
         policies: Ids of its policies; likewise.
+        tasks: Ids of its tasks; likewise.
         withheld: Ids that a switch leaves out of what it offers.
         error: The exception behind ``cause``.
     """
@@ -126,6 +127,7 @@ class PackRecord(Record):
     hosts: tuple[str, ...] = ()
     gate_checks: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
     error: Annotated[BaseException | None, Mark.UNWRITTEN] = field(default=None, compare=False, repr=False)
 
@@ -151,7 +153,7 @@ class PackRecord(Record):
     @property
     def offered(self) -> tuple[str, ...]:
         """Ids of all that it declared."""
-        return (*self.blueprints, *self.hosts, *self.gate_checks, *self.policies)
+        return (*self.blueprints, *self.hosts, *self.gate_checks, *self.policies, *self.tasks)
 
     @property
     def origin(self) -> str:

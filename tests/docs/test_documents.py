@@ -106,6 +106,14 @@ def test_the_pack_of_contributing_passes_its_own_tests(contributed: Path) -> Non
     assert " passed" in run.stdout
 
 
+def test_the_task_of_the_docs_is_the_one_that_the_command_writes() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- file: rings.py -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    source = ROOT / "kasmina_core" / "experiments" / "example_task.py"
+    assert shown == source.read_text(encoding="utf-8")
+    assert len(shown.split("import Task\n")[1].strip().splitlines()) <= 20
+
+
 def test_the_tree_of_contributing_names_every_module_of_the_core() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tree = text[text.index("kasmina_core/ ") : text.index("plugins/ ")]

@@ -13,13 +13,14 @@ from kasmina_core.packs import hookspecs
 HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("kasmina_")}
 
 
-def test_the_hooks_are_these_six() -> None:
+def test_the_hooks_are_these_seven() -> None:
     assert {name: list(inspect.signature(hook).parameters) for name, hook in HOOKS.items()} == {
         "kasmina_topologies": [],
         "kasmina_blueprints": [],
         "kasmina_hosts": [],
         "kasmina_gate_checks": [],
         "kasmina_policies": [],
+        "kasmina_tasks": [],
         "kasmina_sinks": ["config"],
     }
 
