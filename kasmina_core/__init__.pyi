@@ -153,10 +153,13 @@ from .slots.settings import RampUnit as RampUnit
 from .telemetry import CallableSink as CallableSink
 from .telemetry import JsonLinesSink as JsonLinesSink
 from .telemetry import MemorySink as MemorySink
+from .telemetry import MlflowSink as MlflowSink
 from .telemetry import Sink as Sink
 from .telemetry import Telemetry as Telemetry
 from .telemetry import TensorBoardSink as TensorBoardSink
 from .telemetry import TrackerSink as TrackerSink
+from .telemetry import TrackioSink as TrackioSink
+from .telemetry import WandbSink as WandbSink
 from .topology import Topology as Topology
 from .training.averaging import GrowingAveragedModel as GrowingAveragedModel
 from .training.clipping import ClippedGradients as ClippedGradients

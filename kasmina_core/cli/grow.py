@@ -53,7 +53,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
 )
-@options.many("--sink", "sinks", "ID", "Also send the events to this sink: tensorboard, or one from a pack.")
+@options.many(
+    "--sink",
+    "sinks",
+    "ID",
+    "Also send the events to this sink: tensorboard, wandb, mlflow, trackio, or one from a pack.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr

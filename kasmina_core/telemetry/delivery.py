@@ -84,8 +84,8 @@ class Telemetry:
     The sinks belong to this object: `close` closes them. The end of the process waits up to `EXIT_TIMEOUT` for them.
 
     Args:
-        sinks: Sinks, functions that take one event, ``SummaryWriter``s, loggers of trainers, names of bundled sinks
-            (``tensorboard``), or of those that packs offer: ``pack:name``, or ``name`` where only one pack offers it.
+        sinks: Sinks, functions that take one event, what trackers write with (a ``SummaryWriter``, a run, a logger of
+            Lightning's), names of bundled sinks (``mlflow``, ``tensorboard``, ``trackio``, ``wandb``), or of those that packs offer: ``pack:name``, or ``name`` where only one pack offers it.
             Packs are loaded only if one of theirs is named.
         queue_size: Events that may wait for one sink, at least 1.
         batch_size: Largest batch, at least 1.

@@ -157,7 +157,7 @@ class JsonLinesSink:
 def as_sink(sink: object) -> Sink:
     """Return a sink unchanged, a function as a `CallableSink`, and what a tracker writes with as the sink for it.
 
-    That is a ``SummaryWriter``, or a logger of Lightning's (``experiment``, ``log_metrics``) around one.
+    That is a ``SummaryWriter``, a run of W&B, MLflow or Trackio, or a logger of Lightning's around one of these.
 
     Raises:
         TypeError: If it is none of these.
@@ -176,13 +176,31 @@ def as_sink(sink: object) -> Sink:
 
 
 def _joined(target: object) -> Sink | None:
-    """Return the sink that writes with somebody else's writer or logger; ``None`` for anything else."""
+    """Return the sink that writes with somebody else's writer, run or logger; ``None`` for anything else."""
+    run_id = None
     if _has(target, "log_metrics", "log_hyperparams"):  # a Lightning logger
-        target = getattr(target, "experiment", None)
+        run_id, target = getattr(target, "run_id", None), getattr(target, "experiment", None)
     if _has(target, "add_scalar", "add_text", "flush"):
         from kasmina_core.telemetry.tensorboard import TensorBoardSink
 
         return TensorBoardSink(target)
+    package = type(target).__module__.partition(".")[0]
+    if package == "wandb" and _has(target, "log", "define_metric"):
+        from kasmina_core.telemetry.wandb import WandbSink
+
+        return WandbSink(target)
+    if package == "mlflow" and run_id is not None and _has(target, "log_batch"):
+        from kasmina_core.telemetry.mlflow import MlflowSink
+
+        return MlflowSink(run_id, client=target)
+    if package == "mlflow" and hasattr(target, "info"):
+        from kasmina_core.telemetry.mlflow import MlflowSink
+
+        return MlflowSink(target.info.run_id)
+    if package == "trackio" and _has(target, "log", "finish"):
+        from kasmina_core.telemetry.trackio import TrackioSink
+
+        return TrackioSink(target)
     return None
 
 

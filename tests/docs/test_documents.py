@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS_APART = {"trainers.md", "trackers.md"}
 """Documents whose sections are for different readers: the code of each runs alone."""
 
-SECTIONS_NEED = {"## TensorBoard": "tensorboard"}
+SECTIONS_NEED = {"## TensorBoard": "tensorboard", "## Weights & Biases": "wandb", "## MLflow": "mlflow"}
 """What a section needs to be installed; its code runs where that is."""
 
 
@@ -35,6 +35,8 @@ def _documents() -> list[Path]:
 @pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
+# MLflow's own use of SQLAlchemy.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 @pytest.mark.parametrize("document", _documents(), ids=lambda path: path.name)
 def test_code_blocks_run_one_after_the_other(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

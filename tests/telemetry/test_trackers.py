@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from kasmina_core import (
     CommandRefused,
     EpochEnded,
     GateEvaluated,
+    InjectionPoint,
+    MlflowSink,
     MorphogeneticModel,
     RunStarted,
     SeedCulled,
@@ -21,9 +26,12 @@ from kasmina_core import (
     StageChanged,
     Telemetry,
     TelemetryEvent,
+    TensorBoardSink,
     Topology,
     TrackerSink,
+    TrackioSink,
     UnknownNameError,
+    WandbSink,
 )
 from kasmina_core.telemetry.trackers import flat, markdown
 
@@ -151,6 +159,25 @@ def test_a_wrong_name_of_a_sink_is_answered_with_the_bundled_ones():
         Telemetry(["tensorbord"])
 
 
+@pytest.mark.parametrize(
+    ("make", "package"),
+    [
+        (TensorBoardSink, "tensorboard"),
+        (WandbSink, "wandb"),
+        (MlflowSink, "mlflow"),
+        (TrackioSink, "trackio"),
+    ],
+)
+def test_a_missing_tracker_is_named_at_once(make, package, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        make()
+
+
 # -- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +210,6 @@ def check_tensorboard(folder: Path):
 
 def test_tensorboard_shows_numbers_the_log_and_settings(tmp_path):
     pytest.importorskip("tensorboard")
-    from kasmina_core import TensorBoardSink
-
     sink = TensorBoardSink(tmp_path / "run")
     assert not (tmp_path / "run").exists()
     send(sink)
@@ -235,8 +260,6 @@ def test_a_model_that_grows_is_seen_in_tensorboard(tmp_path):
         ),
         pack="p",
     )
-    from kasmina_core import InjectionPoint, TensorBoardSink
-
     host = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU())
     with Telemetry([TensorBoardSink(tmp_path / "run")]) as telemetry:
         model = MorphogeneticModel(
@@ -256,3 +279,206 @@ def test_a_model_that_grows_is_seen_in_tensorboard(tmp_path):
     assert scalars["growth/slots/first/stage"] == stages
     assert scalars["growth/model/seed_parameters"] == {1: 6, 2: 6}
     assert "GERMINATED → TRAINING" in texts["growth/log"]
+
+
+# -- Weights & Biases --------------------------------------------------------------------------------------------------
+
+
+def wandb_records(folder: Path):
+    """Return the records of an offline run's file: blocks of 32 KiB, as LevelDB's log has them."""
+    protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield protocol.Record.FromString(whole)
+            whole = b""
+
+
+def check_wandb(folder: Path):
+    """Return the rows of the run, each with its step."""
+    pytest.importorskip("wandb").teardown()  # finish() does not wait for the file
+    rows, config, axes = [], {}, {}
+    for record in wandb_records(folder):
+        which = record.WhichOneof("record_type")
+        if which == "history":
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            rows.append((items["_step"], items))
+        elif which == "config":
+            for item in record.config.update:
+                config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        elif which == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif which == "run":
+            for item in record.run.config.update:
+                config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    assert axes["growth/*"] == "growth/epoch"
+    by_epoch = {row["growth/epoch"]: row for _, row in rows if "growth/model/metric" in row}
+    assert {e: row["growth/model/metric"] for e, row in by_epoch.items()} == METRIC
+    assert {e: row["growth/slots/a/alpha"] for e, row in by_epoch.items()} == ALPHA
+    tables = [row["growth/log/path"] for _, row in rows if "growth/log/path" in row]
+    (run,) = folder.glob("wandb/offline-run-*")
+    table = json.loads((run / "files" / tables[-1]).read_text(encoding="utf-8"))
+    assert table["columns"] == ["epoch", "slot", "seed", "event", "what"]
+    assert [row[3] for row in table["data"]] == [row[3] for row in LOG]
+    return rows, config
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """wandb without a network, in a folder of its own."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it reads its variables once
+    yield wandb
+    wandb.teardown()
+
+
+def test_wandb_has_a_run_of_its_own_that_ends_with_the_sink(offline, tmp_path):
+    send("wandb")
+    assert offline.run is None
+    _, config = check_wandb(tmp_path)
+    assert (config["lr"], config["policy.patience"]) == (0.5, 3)
+
+
+def test_an_active_run_of_wandb_is_joined_and_its_steps_stay(offline, tmp_path):
+    run = offline.init(project="mine", config={"lr": 1.0})
+    sink = WandbSink()
+    run.log({"loss": 3.0}, step=1000)
+    sink.write(life()[:5])
+    run.log({"val": 2.5}, step=1000)
+    run.log({"loss": 2.0}, step=1001)
+    sink.write(life()[5:])
+    sink.close()
+    run.log({"loss": 1.0}, step=1002)
+    run.finish()
+    rows, config = check_wandb(tmp_path)
+    own = [(step, row.get("loss"), row.get("val"), row.get("growth/epoch")) for step, row in rows]
+    assert own == [(1000, 3.0, 2.5, 1), (1001, 2.0, None, 2), (1002, 1.0, None, None)]
+    assert config["lr"] == 1.0
+    assert config["growth"]["lr"] == 0.5
+
+
+def test_epochs_of_a_joined_run_that_logs_nothing_itself_are_all_there(offline, tmp_path):
+    run = offline.init(project="mine")
+    send(run)
+    run.finish()
+    check_wandb(tmp_path)
+
+
+# -- MLflow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """mlflow with a store in SQLite."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/store.db")
+    yield mlflow
+    mlflow.set_tracking_uri(before)
+
+
+def check_mlflow(mlflow, run_id: str):
+    client = mlflow.MlflowClient()
+    for name, expected in {"model/metric": METRIC, "slots/a/alpha": ALPHA, "slots/a/stage": STAGE}.items():
+        history = client.get_metric_history(run_id, f"growth/{name}")
+        assert {metric.step: metric.value for metric in history} == expected
+    assert log_of(mlflow.artifacts.load_text(f"runs:/{run_id}/growth/log.md")) == LOG
+    run = client.get_run(run_id)
+    assert run.data.params["growth.policy.patience"] == "3"
+    return run
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own libraries
+def test_mlflow_has_a_run_of_its_own_that_ends_with_the_sink(store):
+    send("mlflow")
+    (run,) = store.MlflowClient().search_runs(
+        [store.MlflowClient().get_experiment_by_name("kasmina").experiment_id]
+    )
+    assert check_mlflow(store, run.info.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own libraries
+def test_an_active_run_of_mlflow_is_joined(store):
+    with store.start_run() as run:
+        store.log_metric("loss", 3.0, step=1000)
+        send("mlflow")
+        store.log_metric("loss", 2.0, step=1001)
+        assert check_mlflow(store, run.info.run_id).info.status == "RUNNING"
+    history = store.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1000, 1001]
+    with store.start_run() as other:
+        pass
+    send(other)
+    check_mlflow(store, other.info.run_id)
+
+
+# -- Trackio -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    """trackio with a folder of its own, and no dashboard."""
+    trackio = pytest.importorskip("trackio")
+    from trackio import utils
+
+    for name in ("TRACKIO_DIR", "MEDIA_DIR"):
+        place = tmp_path if name == "TRACKIO_DIR" else tmp_path / "media"
+        for module in [
+            m for m in list(sys.modules.values()) if (getattr(m, "__name__", "") or "").startswith("trackio")
+        ]:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, place)
+    assert tmp_path == utils.TRACKIO_DIR
+    yield trackio
+    trackio.context_vars.current_run.set(None)
+
+
+def check_trackio(trackio, project: str):
+    """Return the run's rows."""
+    (name,) = trackio.sqlite_storage.SQLiteStorage.get_runs(project)
+    rows = trackio.sqlite_storage.SQLiteStorage.get_logs(project, name)
+    numbers = [row for row in rows if "growth/model/metric" in row]
+    assert {row["step"]: row["growth/model/metric"] for row in numbers} == METRIC
+    assert {row["growth/epoch"]: row["growth/slots/a/alpha"] for row in numbers} == ALPHA
+    texts = [row["growth/log"]["_value"] for row in rows if "growth/log" in row]
+    assert log_of(texts[-1]) == LOG
+    settings = [row["growth/settings"]["_value"] for row in rows if "growth/settings" in row]
+    assert ["policy.patience", "3"] in cells(settings[-1])
+    return name, rows
+
+
+def test_trackio_has_a_run_of_its_own_that_ends_with_the_sink(local):
+    send("trackio")
+    assert local.context_vars.current_run.get() is None
+    name, _ = check_trackio(local, "kasmina")
+    config = local.sqlite_storage.SQLiteStorage.get_run_config("kasmina", name)
+    assert config["policy.patience"] == 3
+
+
+def test_an_active_run_of_trackio_is_joined(local):
+    run = local.init("mine", auto_log_cpu=False, auto_log_gpu=False)
+    local.log({"loss": 3.0}, step=1000)
+    send("trackio")
+    local.log({"loss": 2.0}, step=1001)
+    local.finish()
+    _, rows = check_trackio(local, "mine")
+    assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {1000: 3.0, 1001: 2.0}
+    send_again = local.init("again", auto_log_cpu=False, auto_log_gpu=False)
+    send(send_again)
+    local.finish()
+    check_trackio(local, "again")
+    assert run is not send_again
