@@ -13,7 +13,15 @@ import torch
 from sequence_cases import SPECS
 from torch import Tensor, nn
 
-from kasmina_core import BlueprintRegistry, EveryPosition, GrowthConfig, MorphogeneticModel, PluginRegistry
+from kasmina_core import (
+    BlueprintRegistry,
+    EveryPosition,
+    GrowthConfig,
+    InjectionPoint,
+    MorphogeneticModel,
+    PluginRegistry,
+    Topology,
+)
 from kasmina_core.testing.lives import fossilize_on_evidence
 
 ROOT = Path(__file__).parents[1]
@@ -58,11 +66,10 @@ def _model(example: Tensor) -> MorphogeneticModel:
     config = GrowthConfig(incubation="counterfactual")
     return MorphogeneticModel(
         _host(),
-        ["1"],
+        [InjectionPoint("1", "1", 8, Topology.TRANSFORMER, causal=True)],
         example=example,
         registry=_registry(),
         config=config,
-        causal=True,
         context=EveryPosition(),
     )
 
