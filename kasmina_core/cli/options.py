@@ -29,7 +29,7 @@ task: Final = click.option(
     "--task",
     default="digits",
     show_default=True,
-    help="digits, chars, mnist, cifar10, one of a pack, or your own: module:callable or file.py:callable.",
+    help="digits, chars, code, mnist, cifar10, one of a pack, or your own: module:callable or file.py:callable.",
 )
 
 

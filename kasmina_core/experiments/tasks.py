@@ -1,7 +1,7 @@
 """Tasks: data sets with four disjoint splits, bundled, from packs, or one's own.
 
 Nothing is downloaded. The splits are drawn with generators of their own, so loading a task leaves torch's global
-random state as it was, and one name and seed always give the same tensors (for ``chars``: with the same Python).
+random state as it was, and one name and seed always give the same tensors (for ``chars`` and ``code``: with the same Python).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ DATA_ENV: Final = "KASMINA_DATA"
 
 SEQUENCE_LENGTH: Final = 64
 """Characters per sequence of ``chars``."""
+
+CODE_BYTES: Final = 8192
+"""Bytes of each file of ``code``."""
 
 CHARACTERS: Final = 64
 """Vocabulary of ``chars``: the most frequent characters and `UNKNOWN_CHARACTER`."""
@@ -494,6 +498,45 @@ def _load_chars(seed: int, data_dir: Path) -> dict[str, Any]:
     }
 
 
+def _load_code(seed: int, data_dir: Path) -> dict[str, Any]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    found = sorted(path for path in folder.glob("[a-z]*.py") if path.stat().st_size > CODE_BYTES)[:60]
+    if len(found) < 60:
+        raise TaskError(
+            f"The task 'code' reads the source of Python's standard library, of which this Python lacks a part.\n"
+            f"  folder: {folder}\n  files of more than {CODE_BYTES:,} bytes: {len(found)}, 60 are needed"
+        )
+    sources = [path.read_bytes()[: CODE_BYTES + 1] for path in found]
+    # Whole files go to a split; a sequence that stands in two files is taken once.
+    dealt = _deal(60, test=10, gate=5, val=5, seed=seed)
+    dealt["train"] = dealt["train"][:20]  # as many as of chars
+    splits, seen = {}, set()
+    for name in reversed(SPLITS):  # the test samples are the same for every seed
+        rows = []
+        for picked in dealt[name].tolist():
+            for start in range(0, CODE_BYTES, SEQUENCE_LENGTH):
+                row = sources[picked][start : start + SEQUENCE_LENGTH + 1]
+                if row[:-1] not in seen:
+                    seen.add(row[:-1])
+                    rows.append(list(row))
+        sequences = torch.tensor(rows)  # (n, t + 1)
+        splits[name] = Split(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous())
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    return {
+        "kind": "language-model",
+        "splits": splits,
+        "vocab_size": 256,
+        "metric_name": "bits per byte",
+        "description": (
+            f"Source of Python's standard library, {len(sources)} files, in sequences of {SEQUENCE_LENGTH} bytes, each "
+            f"once. The model predicts the next byte. SHA-256 of the bytes begins with {digest}."
+        ),
+        "host_options": {"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1},
+        "epochs": 50,
+        "lr": 1e-2,
+    }
+
+
 def _help_text() -> str:
     """Return Python's help texts, each paragraph once: some topics repeat others, which would leak into the test."""
     try:
@@ -567,6 +610,7 @@ _LOADERS: Final[Mapping[str, Callable[[int, Path], dict[str, Any]]]] = MappingPr
             "60,000 colour images of ten kinds of things, 32 x 32 pixels (CIFAR-10). The model names the kind.",
             {"host_options": {"base_channels": 8}, "epochs": 40},
         ),
+        "code": _load_code,
         "digits": _load_digits,
         "mnist": partial(
             _load_torchvision,

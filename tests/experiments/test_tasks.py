@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +17,7 @@ from kasmina_core.errors import UnknownNameError
 from kasmina_core.experiments import tasks
 from kasmina_core.experiments.tasks import SPLITS, Task, TaskError, load_task, task_names
 
-LOCAL = ["chars", "digits"]
+LOCAL = ["chars", "code", "digits"]
 
 
 @pytest.fixture(scope="module", params=LOCAL)
@@ -41,7 +42,8 @@ def test_shapes_and_types_are_those_of_the_kind(task):
         else:
             assert inputs.dtype == torch.int64
             assert torch.equal(inputs[:, 1:], targets[:, :-1])
-            assert 0 <= inputs.min() <= inputs.max() < task.vocab_size == len(task.vocabulary)
+            assert 0 <= inputs.min() <= inputs.max() < task.vocab_size
+            assert len(task.vocabulary) in (0, task.vocab_size)
             assert task.n_classes is None
     assert (task.train, task.gate, task.val, task.test) == tuple(task.splits[name] for name in SPLITS)
 
@@ -205,7 +207,7 @@ def test_unknown_splits_and_empty_batches_are_refused():
 def test_an_unknown_task_suggests_a_near_name():
     with pytest.raises(UnknownNameError, match="Did you mean 'digits'"):
         load_task("digit")
-    assert task_names() == ("chars", "cifar10", "digits", "mnist")
+    assert task_names() == ("chars", "cifar10", "code", "digits", "mnist")
 
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
@@ -260,3 +262,19 @@ def test_images_come_from_torchvision_without_download(monkeypatch, tmp_path, na
     contents = [rows(task.splits[split]) for split in SPLITS]
     assert len(set().union(*contents)) == 60
     assert torch.equal(task.test.targets, torch.arange(10))
+
+
+def test_the_source_of_the_library_is_text_of_which_the_hash_is_shown():
+    task = load_task("code")
+    assert "import " in "".join(bytes(row).decode("latin-1") for row in task.train.inputs.tolist())
+    assert re.search(r"begins with [0-9a-f]{16}\.", task.description)
+    assert task.description == load_task("code", seed=3).description
+    assert task.metric_name == "bits per byte"
+    assert not task.higher_is_better
+    task.check()
+
+
+def test_a_python_without_its_source_is_told_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(TaskError, match=r"60 are needed"):
+        load_task("code")
