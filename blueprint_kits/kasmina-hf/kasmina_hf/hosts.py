@@ -1,6 +1,7 @@
 """Small transformers models with random weights that declare their own points.
 
-Each factory takes fields of the model's config as options.
+Each factory takes fields of the model's config as options, and the words that ``kasmina grow`` gives every host:
+``num_classes``, ``in_channels`` and ``max_len`` stand for the config's own.
 """
 
 from __future__ import annotations
@@ -83,6 +84,13 @@ _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
+_WORDS = {
+    "num_classes": ("num_labels",),
+    "in_channels": ("num_channels",),
+    "max_len": ("n_positions", "max_position_embeddings"),
+}
+
+
 def bert_tiny(**options: Any) -> BertForSequenceClassificationHost:
     """Return a BERT classifier of byte sequences: 2 layers of width 32. Options: fields of ``BertConfig``."""
     defaults = {**_ATTENTION, "vocab_size": 256, "max_position_embeddings": 128}
@@ -141,6 +149,10 @@ def vit_tiny(**options: Any) -> ViTForImageClassificationHost:
 def _build(model: type[M], config: Any, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> M:
     """Build a model. A config takes any name without a word, so unknown ones are refused here."""
     known = config()
+    options = {
+        next((own for own in _WORDS.get(name, ()) if hasattr(known, own)), name): value
+        for name, value in options.items()
+    }
     for name in options:
         if not hasattr(known, name):
             near = get_close_matches(name, vars(known), n=1)

@@ -70,3 +70,11 @@ def test_options_of_a_host_are_fields_of_its_config_and_others_are_refused() -> 
     assert len(create("hf:gpt2-tiny", n_layer=3).injection_points()) == 3  # type: ignore[operator]
     with pytest.raises(HostError, match=r"GPT2Config has no field 'n_layers'. Did you mean 'n_layer'\?"):
         create("hf:gpt2-tiny", n_layers=3)
+
+
+def test_a_host_takes_the_words_that_the_command_gives_every_host() -> None:
+    create = default_registry().hosts.create
+    assert create("gpt2-tiny", vocab_size=64, max_len=70).config.n_positions == 70
+    assert create("llama-tiny", max_len=70).config.max_position_embeddings == 70
+    config = create("vit-tiny", in_channels=1, image_size=8, num_classes=7).config
+    assert (config.num_channels, config.num_labels) == (1, 7)
