@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -29,7 +28,6 @@ TEMPLATES: Final = {
 
 _TEMPLATE_CLASS: Final = "TemplateHost"
 _LITTER: Final = ("__pycache__", "build", "dist")
-_FOLDERS_OF_A_PACKAGE: Final = ("build", "dist", "docs", "test", "tests")
 
 _out = click.option(
     "--out",
@@ -37,7 +35,7 @@ _out = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     default=Path(),
     show_default="the current folder",
-    help="Where the folder NAME is made.",
+    help="Where it is made.",
 )
 
 
@@ -62,8 +60,8 @@ def new() -> None:
 def pack_command(name: str, topology: str, out: Path) -> None:
     """Write a pack of seeds.
 
-    NAME becomes the folder, the distribution and the pack: `kasmina new pack acme-seeds --topology cnn` offers
-    acme-seeds:edges, from the module acme_seeds.
+    NAME becomes the pack: `kasmina new pack acme --topology cnn` offers acme:edges, from the package kasmina_acme of the
+    distribution kasmina-acme, in a folder of that name.
     """
     _report(write_package(topology, name, out), name, "seeds.py")
 
@@ -74,8 +72,8 @@ def pack_command(name: str, topology: str, out: Path) -> None:
 def host_command(name: str, out: Path) -> None:
     """Write a host: a network with places where seeds can grow.
 
-    NAME becomes the folder, the distribution and the pack: `kasmina new host acme` offers the host acme:net, of the
-    class AcmeHost in the module acme.
+    NAME becomes the pack: `kasmina new host acme` offers the host acme:net, of the class AcmeHost in the package
+    kasmina_acme of the distribution kasmina-acme, in a folder of that name.
     """
     _report(write_package("host", name, out), name, "host.py")
 
@@ -107,32 +105,33 @@ def task_command(name: str, out: Path) -> None:
 
 
 def _report(folder: Path, name: str, source: str) -> None:
-    click.echo(f"Wrote {folder}. Its code is in {Path(module_name(name)) / source}.\n\nNext:")
+    click.echo(f"Wrote {folder}. Its code is in {Path(module_name(folder.name)) / source}.\n\nNext:")
     for line in (
         f"cd {shlex.quote(str(folder))}",
         'pip install --editable ".[test]"',
-        f"kasmina plugins info {name}",
+        f"kasmina plugins info {pack_name(name)}",
         "pytest",
     ):
         click.echo(f"  {line}")
 
 
 def write_package(kind: str, name: str, out: Path) -> Path:
-    """Write a package from a template and return its folder, ``out / name``.
+    """Write a package from a template and return its folder, ``out / "kasmina-name"``.
 
     It is written to a temporary folder and then moved, so a failure leaves nothing behind.
 
     Args:
         kind: A key of `TEMPLATES`.
-        name: Name of the folder, the distribution and the pack.
+        name: Name of the pack; a ``kasmina-`` before it says nothing more.
         out: Where to make the folder; made if it is not there.
 
     Raises:
         click.BadParameter: If the name cannot be used, or belongs to something that is installed.
         KasminaError: If the folder is there and not empty, or cannot be written.
     """
+    name = pack_name(name)
     _demand_free_name(name)
-    target = out / name
+    target = out / f"kasmina-{name}"
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise KasminaError(
             f"'{target}' is there already{'' if target.is_file() else ', and not empty'}: nothing was written.\n"
@@ -143,7 +142,7 @@ def write_package(kind: str, name: str, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
         try:
-            made = workshop / name
+            made = workshop / target.name
             _copy(template, made, name)
             if target.is_dir():  # empty, or this fails
                 target.rmdir()
@@ -155,11 +154,20 @@ def write_package(kind: str, name: str, out: Path) -> Path:
     return target
 
 
-def module_name(name: str) -> str:
-    """Return the module of a package.
+def pack_name(name: str) -> str:
+    """Return the name of a pack without the word that its distribution begins with.
 
-    >>> module_name("acme-seeds")
-    'acme_seeds'
+    >>> pack_name("acme"), pack_name("kasmina-acme")
+    ('acme', 'acme')
+    """
+    return re.sub("^kasmina[-_](?=.)", "", name)
+
+
+def module_name(name: str) -> str:
+    """Return a name as Python may import it.
+
+    >>> module_name("kasmina-acme")
+    'kasmina_acme'
     """
     return name.replace("-", "_")
 
@@ -216,15 +224,9 @@ def _demand_free_name(name: str) -> None:
             f"'{name}' is not a pack name: use lower case letters, digits, '_' and '-', a letter first.{advice}",
             param_hint="'NAME'",
         )
-    module = module_name(name)
+    module = f"kasmina_{module_name(name)}"
     taken = ""
-    if keyword.iskeyword(module):
-        taken = "it is a word of Python's own"
-    elif module in _FOLDERS_OF_A_PACKAGE:
-        taken = "it is the name of a folder that packages have"
-    elif module in sys.stdlib_module_names:
-        taken = f"the module '{module}' is in Python's standard library"
-    elif origin := _origin_of(module):
+    if origin := _origin_of(module):
         taken = f"the module '{module}' is installed, in {origin}"
     else:
         for record in list_packs():

@@ -38,8 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, arguments in MADE.items():
         done = kasmina("new", *arguments, "--out", folder)
         assert done.exit_code == 0, done.output
-        project = tomllib.loads((folder / name / "pyproject.toml").read_text())["project"]
-        info = site / f"{name.replace('-', '_')}-{project['version']}.dist-info"
+        project = tomllib.loads((folder / f"kasmina-{name}" / "pyproject.toml").read_text())["project"]
+        info = site / f"kasmina_{name.replace('-', '_')}-{project['version']}.dist-info"
         info.mkdir(parents=True)
         required = "".join(f"Requires-Dist: {needed}\n" for needed in project["dependencies"])
         (info / "METADATA").write_text(
@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_where_they_are_installed(made: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(made / "site"), *(str(made / name) for name in MADE), *HOMES])
+    path = os.pathsep.join([str(made / "site"), *(str(made / f"kasmina-{name}") for name in MADE), *HOMES])
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=made,
@@ -78,7 +78,8 @@ def run_where_they_are_installed(made: Path, *arguments: str) -> subprocess.Comp
 
 def test_every_package_passes_its_own_tests(made: Path) -> None:
     done = run_where_they_are_installed(
-        made, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *MADE
+        made, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
+        *(f"kasmina-{name}" for name in MADE)
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout
@@ -102,7 +103,7 @@ def test_every_package_is_found_and_usable(made: Path) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_no_name_of_a_template_is_left(made: Path, name: str) -> None:
-    for path in (made / name).rglob("*"):
+    for path in (made / f"kasmina-{name}").rglob("*"):
         assert "template" not in str(path.relative_to(made)).lower()
         if path.is_file() and path.suffix != ".pyc":
             text = path.read_text(encoding="utf-8")
@@ -113,12 +114,12 @@ def test_no_name_of_a_template_is_left(made: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_package_has_all_that_a_package_needs(made: Path, name: str) -> None:
-    folder = made / name
+    folder = made / f"kasmina-{name}"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    module = name.replace("-", "_")
+    module = f"kasmina_{name.replace('-', '_')}"
     assert {"pyproject.toml", "README.md", "LICENSE", f"{module}/__init__.py", f"{module}/py.typed"} <= files
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    assert (project["name"], project["license"]) == (name, "MIT")
+    assert (project["name"], project["license"]) == (f"kasmina-{name}", "MIT")
     assert project["entry-points"]["kasmina.plugins"] == {name: module}
     assert "MIT License" in (folder / "LICENSE").read_text()
 
@@ -126,7 +127,7 @@ def test_a_package_has_all_that_a_package_needs(made: Path, name: str) -> None:
 def test_a_host_gets_a_class_of_its_name(made: Path) -> None:
     assert (
         "class TinyNetHost(HookedHost, nn.Module):"
-        in (made / "tiny-net" / "tiny_net" / "host.py").read_text()
+        in (made / "kasmina-tiny-net" / "kasmina_tiny_net" / "host.py").read_text()
     )
 
 
@@ -135,7 +136,7 @@ def test_the_next_steps_are_shown(tmp_path: Path) -> None:
     assert done.exit_code == 0
     steps = [line.strip() for line in done.output.splitlines() if line.startswith("  ")]
     assert steps == [
-        f"cd '{tmp_path}/a/b c/acme-more'",
+        f"cd '{tmp_path}/a/b c/kasmina-acme-more'",
         'pip install --editable ".[test]"',
         "kasmina plugins info acme-more",
         "pytest",
@@ -150,9 +151,27 @@ def test_a_topology_without_a_template_is_refused_with_those_that_have_one(tmp_p
 
 
 def test_a_folder_that_is_empty_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "acme").mkdir()
+    (tmp_path / "kasmina-acme").mkdir()
     assert kasmina("new", "host", "acme", "--out", tmp_path).exit_code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["acme"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kasmina-acme"]
+
+
+def test_the_name_of_the_distribution_means_the_same_package(tmp_path: Path) -> None:
+    for name in ("acme", "kasmina-acme"):
+        assert kasmina("new", "host", name, "--out", tmp_path / name).exit_code == 0
+
+    def written(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+
+    assert written(tmp_path / "acme") == written(tmp_path / "kasmina-acme")
+
+
+def test_a_package_may_be_named_for_something_that_python_has(tmp_path: Path) -> None:
+    for name in ("json", "torch", "class", "tests"):
+        assert kasmina("new", "host", name, "--out", tmp_path).exit_code == 0
+        ast.parse((tmp_path / f"kasmina-{name}" / f"kasmina_{name}" / "host.py").read_text())
 
 
 def test_a_shipped_template_is_used_before_a_checkout(
@@ -163,12 +182,14 @@ def test_a_shipped_template_is_used_before_a_checkout(
         (shipped / folder).mkdir(parents=True)
     (shipped / "template-host" / "__pycache__").mkdir()
     (shipped / "template-host" / "__pycache__" / "x.pyc").write_bytes(b"\xff")
-    (shipped / "template-host" / "template_host.txt").write_text("template-host template_host TemplateHost")
+    (shipped / "template-host" / "template_host.txt").write_text(
+        "kasmina-template-host kasmina_template_host template-host TemplateHost"
+    )
     monkeypatch.setattr(new, "__file__", str(shipped.parent / "new.py"))
     assert kasmina("new", "host", "acme-net", "--out", tmp_path / "out").exit_code == 0
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert written == [tmp_path / "out" / "acme-net" / "acme_net.txt"]
-    assert written[0].read_text() == "acme-net acme_net AcmeNetHost"
+    assert written == [tmp_path / "out" / "kasmina-acme-net" / "acme_net.txt"]
+    assert written[0].read_text() == "kasmina-acme-net kasmina_acme_net acme-net AcmeNetHost"
 
 
 def test_templates_that_are_nowhere_are_an_error_that_says_where(
@@ -206,12 +227,9 @@ def test_the_wheel_ships_every_template() -> None:
         ("acme--seeds", "a letter first. Such as 'acme-seeds'."),
         ("../acme", "is not a pack name"),
         ("", "is not a pack name"),
-        ("class", "a word of Python's own"),
-        ("json", "in Python's standard library"),
-        ("tests", "a folder that packages have"),
-        ("torch", "the module 'torch' is installed"),
+        ("core", "the module 'kasmina_core' is installed"),
         ("kasmina-core", "the module 'kasmina_core' is installed"),
-        ("cnn", "has a pack of that name"),
+        ("cnn", "the module 'kasmina_cnn' is installed"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path, name: str, text: str) -> None:
@@ -221,21 +239,35 @@ def test_a_name_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path, n
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_an_installed_pack_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "other-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kasmina.plugins]\nacme = other_seeds\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    done = kasmina("new", "host", "acme", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "'other 1.0' has a pack of that name" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "acme").mkdir()
-    (tmp_path / "acme" / "thesis.txt").write_text("years of work")
+    (tmp_path / "kasmina-acme").mkdir()
+    (tmp_path / "kasmina-acme" / "thesis.txt").write_text("years of work")
     done = kasmina("new", "host", "acme", "--out", tmp_path)
     assert done.exit_code == 1
     assert "is there already, and not empty: nothing was written" in done.output
-    assert [path.name for path in tmp_path.rglob("*")] == ["acme", "thesis.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["kasmina-acme", "thesis.txt"]
 
 
 def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "acme").write_text("a file")
+    (tmp_path / "kasmina-acme").write_text("a file")
     done = kasmina("new", "host", "acme", "--out", tmp_path)
     assert done.exit_code == 1
     assert "is there already: nothing was written" in done.output
-    assert (tmp_path / "acme").read_text() == "a file"
+    assert (tmp_path / "kasmina-acme").read_text() == "a file"
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["full disk", "interrupt"])

@@ -37,6 +37,7 @@ from kasmina_core import (
 from kasmina_core.cli import main
 
 GOOD = ("template-cnn-pack", "template-transformer-pack")
+DISTRIBUTIONS = tuple(f"kasmina-{pack}" for pack in GOOD)
 FOLDERS = sorted(folder.name for folder in BROKEN.iterdir() if folder.is_dir())
 BLOCKED = "broken-blocked"
 
@@ -204,7 +205,7 @@ def test_each_broken_pack_is_told_with_state_reason_distribution_version_and_cau
 
 def test_no_broken_pack_registers_anything_or_takes_the_bundled_name(installed: Installed) -> None:
     owners = {entry.distribution for entry in installed.registry.blueprints.list_all()}
-    assert owners == {*GOOD, "kasmina"}
+    assert owners == {*DISTRIBUTIONS, "kasmina"}
     assert installed.registry.pack("cnn").distribution == "kasmina"
     assert "cnn:norm" in installed.registry.blueprints
     told_alone = {f"broken_{folder}" for folder in BY_METADATA}
@@ -216,7 +217,7 @@ def test_the_listing_is_right_and_imports_neither_torch_nor_any_pack(installed: 
         "import sys\nfrom kasmina_core.cli import main\n"
         "try:\n    main(['plugins', 'list', '--json'])\nexcept SystemExit as end:\n    code = end.code\n"
         "print([m for m in sys.modules if m.partition('.')[0] in ('torch', 'kasmina_cnn') "
-        "or m.startswith(('broken_', 'template_'))], code, file=sys.stderr)",
+        "or m.startswith(('broken_', 'kasmina_template_'))], code, file=sys.stderr)",
         installed.path,
     )
     assert done.stderr == "[] 0\n"
@@ -230,7 +231,7 @@ def test_the_listing_is_right_and_imports_neither_torch_nor_any_pack(installed: 
         told = (expected.state, expected.reason) if folder in BY_METADATA else ("discovered", None)
         assert (pack["state"], pack["reason"]) == told, folder
         assert pack["version"] == installed.record(folder).version
-    assert {listed[name]["state"] for name in (*GOOD, "kasmina")} == {"discovered"}
+    assert {listed[name]["state"] for name in (*DISTRIBUTIONS, "kasmina")} == {"discovered"}
 
 
 # -- the good packs grow a model ------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_the_doctor_imports_a_blocked_pack_nowhere_and_measures_the_good_ones(
         pack["distribution"]: pack for pack in doctors_report[1]["packs"] if pack["name"] != "transformer"
     }
     assert packs[BLOCKED]["import_seconds"] is None
-    for name in GOOD:
+    for name in DISTRIBUTIONS:
         assert packs[name]["state"] == "active"
         assert packs[name]["import_seconds"] > 0
         assert packs[name]["imports_torch"] is False

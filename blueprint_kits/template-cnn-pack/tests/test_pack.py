@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import kasmina_template_cnn_pack
 import pytest
-import template_cnn_pack
 import torch
-from template_cnn_pack.seeds import MixerSeed
+from kasmina_template_cnn_pack.seeds import MixerSeed
 
 from kasmina_core import BlueprintSpec
 from kasmina_core.testing import check_pack, parametrize_blueprints
 
-SPECS = list(template_cnn_pack.kasmina_blueprints())
+SPECS = list(kasmina_template_cnn_pack.kasmina_blueprints())
 
 
-@parametrize_blueprints(template_cnn_pack)
+@parametrize_blueprints(kasmina_template_cnn_pack)
 def test_blueprint(blueprint: BlueprintSpec, check) -> None:
     check(blueprint)
 

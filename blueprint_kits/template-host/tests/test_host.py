@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from template_host import TemplateHost
+from kasmina_template_host import TemplateHost
 
 from kasmina_core import MorphogeneticModel
 from kasmina_core.testing import check_host, check_pack

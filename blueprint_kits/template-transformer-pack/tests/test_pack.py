@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import kasmina_template_transformer_pack
 import pytest
-import template_transformer_pack
 import torch
-from template_transformer_pack.seeds import ContextSeed, WaistSeed
+from kasmina_template_transformer_pack.seeds import ContextSeed, WaistSeed
 from torch import Tensor, nn
 
 from kasmina_core import BlueprintSpec
 from kasmina_core.testing import check_pack, parametrize_blueprints
 
-SPECS = list(template_transformer_pack.kasmina_blueprints())
+SPECS = list(kasmina_template_transformer_pack.kasmina_blueprints())
 
 
-@parametrize_blueprints(template_transformer_pack)
+@parametrize_blueprints(kasmina_template_transformer_pack)
 def test_blueprint(blueprint: BlueprintSpec, check) -> None:
     check(blueprint)
 

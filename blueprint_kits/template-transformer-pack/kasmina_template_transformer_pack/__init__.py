@@ -18,7 +18,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "context",
             Topology.TRANSFORMER,
-            "template_transformer_pack.seeds:ContextSeed",
+            "kasmina_template_transformer_pack.seeds:ContextSeed",
             context_params,
             "A linear map of the mean of all positions; of the earlier ones where the host is causal",
             takes_causal=True,
@@ -27,7 +27,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "waist",
             Topology.TRANSFORMER,
-            "template_transformer_pack.seeds:WaistSeed",
+            "kasmina_template_transformer_pack.seeds:WaistSeed",
             waist_params,
             "A feed-forward network through a narrow waist",
             options={"width": 4},

@@ -20,7 +20,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "edges",
             Topology.CNN,
-            "template_cnn_pack.seeds:EdgeSeed",
+            "kasmina_template_cnn_pack.seeds:EdgeSeed",
             edge_params,
             "A 3x3 convolution per channel, added to the features",
             source="https://arxiv.org/abs/1704.04861",
@@ -28,7 +28,7 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "mixer",
             Topology.CNN,
-            "template_cnn_pack.seeds:MixerSeed",
+            "kasmina_template_cnn_pack.seeds:MixerSeed",
             mixer_params,
             "Mixes the channels through a narrow waist",
             options={"reduction": 4},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kasmina_core import HostSpec, Topology, hookimpl
 
 if TYPE_CHECKING:
-    from template_host.host import TemplateHost as TemplateHost
+    from kasmina_template_host.host import TemplateHost as TemplateHost
 
 __all__ = ["TemplateHost", "kasmina_hosts"]
 
@@ -23,7 +23,7 @@ def kasmina_hosts() -> Iterable[HostSpec]:
     return [
         HostSpec(
             "net",
-            "template_host.host:TemplateHost",
+            "kasmina_template_host.host:TemplateHost",
             Topology.CNN,
             "Small residual classifier of images; a slot after every block",
         )
@@ -33,7 +33,7 @@ def kasmina_hosts() -> Iterable[HostSpec]:
 # No __dir__: pluggy before 1.7 reads every name that dir() lists, and reading TemplateHost imports torch.
 def __getattr__(name: str) -> Any:
     if name == "TemplateHost":
-        from template_host.host import TemplateHost
+        from kasmina_template_host.host import TemplateHost
 
         return TemplateHost
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
