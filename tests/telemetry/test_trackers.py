@@ -377,6 +377,14 @@ def test_epochs_of_a_joined_run_that_logs_nothing_itself_are_all_there(offline, 
     check_wandb(tmp_path)
 
 
+def test_a_logger_of_lightning_around_a_run_of_wandb_is_joined(offline, tmp_path):
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    run = offline.init(project="mine")
+    send(loggers.WandbLogger(experiment=run))
+    run.finish()
+    check_wandb(tmp_path)
+
+
 # -- MLflow ------------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +432,14 @@ def test_an_active_run_of_mlflow_is_joined(store):
         pass
     send(other)
     check_mlflow(store, other.info.run_id)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own libraries
+def test_a_logger_of_lightning_around_a_run_of_mlflow_is_joined(store):
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.MLFlowLogger("mine", tracking_uri=store.get_tracking_uri())
+    send(logger)
+    assert check_mlflow(store, logger.run_id).info.status == "RUNNING"
 
 
 # -- Trackio -----------------------------------------------------------------------------------------------------------
