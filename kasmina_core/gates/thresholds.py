@@ -9,6 +9,7 @@ from typing import TypeVar, final
 
 from kasmina_core.errors import did_you_mean
 from kasmina_core.gates.sequential import LevelSpending
+from kasmina_core.records import Record
 
 
 @final
@@ -58,7 +59,7 @@ class StartComparison(Enum):
 
 @final
 @dataclass(frozen=True, slots=True)
-class GateThresholds:
+class GateThresholds(Record):
     """Thresholds of both profiles.
 
     Attributes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Self, final
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, final, get_type_hints
 
 from kasmina_core.blending import AlphaSchedule
+from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.gates import QualityGates
-from kasmina_core.gates.thresholds import GateThresholds, chosen
+from kasmina_core.gates.thresholds import GateProfile, GateThresholds, chosen
+from kasmina_core.records import read
 from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
 
@@ -90,6 +92,57 @@ class GrowthConfig:
     def make_schedule(self) -> AlphaSchedule:
         """Return a new ramp."""
         return AlphaSchedule(self.ramp_steps, temperature=self.temperature)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: what `from_dict` takes.
+
+        Raises:
+            ValueError: If the gates have ``extra_checks``: a function is not written down.
+        """
+        if self.gates.extra_checks:
+            names = ", ".join(check.name for check in self.gates.extra_checks)
+            raise ValueError(
+                f"Gates with extra_checks cannot be written, because these are functions: {names}."
+            )
+        written = {f.name: getattr(self, f.name) for f in fields(self)}
+        return written | {
+            "incubation": self.incubation.value,
+            "ramp_unit": self.ramp_unit.value,
+            "gradient_policies": {
+                topology.value: policy.detach_input_in_blending
+                for topology, policy in self.gradient_policies.items()
+            },
+            "gates": {"profile": self.gates.profile.value, "thresholds": self.gates.thresholds.to_dict()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            CheckpointError: If a field is missing, unknown, of another type or out of range.
+            TopologyError: If no loaded pack has one of the topologies.
+        """
+        what = f"The saved {cls.__name__}"
+        hints = get_type_hints(cls) | {"gradient_policies": dict[str, bool], "gates": dict[str, Any]}
+        data = read(dict[str, Any], data, what)
+        if data.keys() != hints.keys():
+            raise CheckpointError(
+                f"{what} has other fields than this version of kasmina.\n"
+                f"  missing: {', '.join(sorted(hints.keys() - data.keys())) or 'none'}\n"
+                f"  unknown: {', '.join(sorted(data.keys() - hints.keys())) or 'none':.200}"
+            )
+        values = {name: read(hint, data[name], what, name) for name, hint in hints.items()}
+        profile = read(GateProfile, values["gates"].get("profile"), what, "gates.profile")
+        thresholds = GateThresholds.from_dict(values["gates"].get("thresholds"), f"{what}, gates.thresholds,")
+        values["gates"] = QualityGates(profile, thresholds)
+        values["gradient_policies"] = {
+            Topology(name): GradientPolicy(detach) for name, detach in values["gradient_policies"].items()
+        }
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise CheckpointError(f"{what} cannot be read: {error}") from error
 
     @classmethod
     def recommended(
