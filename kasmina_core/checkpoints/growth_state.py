@@ -239,7 +239,7 @@ def lacking_topology(saved: Any, blueprint_id: str, origin: str) -> str:
     name = saved.get("topology") if isinstance(saved, Mapping) else None
     if not isinstance(name, str) or name in {topology.value for topology in Topology}:
         return ""
-    way = f"pip install '{origin}'" if origin else "register it before loading"
+    way = f"install {origin} from where you have the pack" if origin else "register it before loading"
     return f"\nNo pack that is loaded here has the topology {name!r:.60}. The seed is from pack '{blueprint_id.partition(':')[0]}': {way}."
 
 
@@ -261,7 +261,7 @@ def demand_blueprint(slot: SeedSlot, blueprint_id: str, origin: str) -> Register
         return slot.maker.registry.get(blueprint_id)
     except KasminaError as error:
         install = (
-            f"It came from {origin}: pip install '{origin}'"
+            f"It came from {origin}: install that from where you have the pack."
             if origin
             else "It came from no installed distribution: register its pack before loading."
         )
@@ -290,7 +290,11 @@ def compare_seed(slot: SeedSlot, saved: Mapping[str, Any], others: list[str]) ->
         raise CheckpointError(
             f"Blueprint '{entry.id}' in slot '{slot.name}' makes other parameters than when it was saved.\n"
             f"{versions}\n{''.join(lines)}"
-            + (f"Install what it was saved with: pip install '{then}'" if then and then != now else "")
+            + (
+                f"Install what it was saved with, {then}, from where you have the pack."
+                if then and then != now
+                else ""
+            )
         )
     if then != now:
         others.append(

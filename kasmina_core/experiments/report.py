@@ -64,7 +64,7 @@ def require_plots() -> None:
     except ImportError as error:
         raise ReportError(
             "The report draws its picture with matplotlib, which is not installed.\n"
-            "Install it with: pip install 'kasmina[grow]'"
+            "Install it with: pip install 'matplotlib>=3.9'"
         ) from error
 
 

@@ -444,7 +444,7 @@ def _load_digits(seed: int, data_dir: Path) -> dict[str, Any]:
     except ImportError as error:
         raise TaskError(
             "The task 'digits' takes its images from scikit-learn, which is not installed.\n"
-            "Install it with: pip install 'kasmina[grow]'"
+            "Install it with: pip install 'scikit-learn>=1.5'"
         ) from error
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16  # (n, 1, 8, 8) in [0, 1]
@@ -563,7 +563,7 @@ def _load_torchvision(
     except ImportError as error:
         raise TaskError(
             f"The task '{name}' reads its images through torchvision, which is not installed.\n"
-            "Install it with: pip install 'kasmina[vision]'"
+            "Install it with: pip install 'torchvision>=0.26'"
         ) from error
     try:
         known, held_out = (

@@ -1,4 +1,4 @@
-"""Growth under a Hugging Face ``Trainer``: ``pip install 'kasmina[transformers]'``."""
+"""Growth under a Hugging Face ``Trainer``: ``pip install 'transformers>=5.2' 'accelerate>=1.1'``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ try:
     from transformers.utils.generic import can_return_loss, find_labels
 except ImportError as error:
     raise ImportError(
-        "kasmina_core.integrations.huggingface needs transformers and accelerate: pip install 'kasmina[transformers]'"
+        "kasmina_core.integrations.huggingface needs transformers and accelerate: pip install 'transformers>=5.2' 'accelerate>=1.1'"
     ) from error
 
 STATE_KEY: Final = "kasmina"

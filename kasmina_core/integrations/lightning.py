@@ -1,4 +1,4 @@
-"""Growth under a Lightning ``Trainer``: ``pip install 'kasmina[lightning]'``."""
+"""Growth under a Lightning ``Trainer``: ``pip install 'lightning>=2.6'``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ try:
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 except ImportError as error:
     raise ImportError(
-        "kasmina_core.integrations.lightning needs Lightning: pip install 'kasmina[lightning]'"
+        "kasmina_core.integrations.lightning needs Lightning: pip install 'lightning>=2.6'"
     ) from error
 
 

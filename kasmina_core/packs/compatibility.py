@@ -100,7 +100,7 @@ class Environment:
             return None
         rows = "".join(f"\n  required:  {wanted}\n  installed: {found}" for wanted, found, _ in unmet)
         missing = " ".join(argument for *_, argument in unmet if argument)
-        todo = f"pip install {missing}" if missing else "Install a release of the pack for this Python"
+        todo = f"Install {missing}" if missing else "Install a release of the pack for this Python"
         return f"{origin} requires what is not installed.{rows}\n{todo}, or uninstall the pack."
 
     def _version(self, name: str) -> str | None:

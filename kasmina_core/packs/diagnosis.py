@@ -38,15 +38,16 @@ _REPORT_IT: Final = (
     "Tell the author of {distribution}; until it is corrected, set KASMINA_PLUGINS_BLOCK={name}."
 )
 ADVICE: Final[Mapping[PackReason, str]] = {
-    PackReason.DAMAGED_METADATA: "pip install --force-reinstall {distribution}",
+    PackReason.DAMAGED_METADATA: "Uninstall {distribution}, and install it again from where you have it.",
     PackReason.BAD_NAME: _REPORT_IT.replace("{name}", "{distribution}"),  # the name itself no switch can hold
-    PackReason.API_VERSION: "pip install --upgrade kasmina {distribution}",
-    PackReason.UNMET_REQUIREMENT: "Install what is required, or pip install --upgrade {distribution}.",
+    PackReason.API_VERSION: "Install releases of kasmina and {distribution} that fit each other.",
+    PackReason.UNMET_REQUIREMENT: "Install what is required, or a newer release of {distribution}.",
     PackReason.DUPLICATE_PACK: "Uninstall all but one, or set KASMINA_PLUGINS_PREFER to the distribution that must win.",
     PackReason.BUNDLED_NAME: "pip uninstall {distribution}, or ask its author to rename the pack.",
     PackReason.IMPORT_FAILED: "To see where, import {module} yourself. " + _REPORT_IT,
     PackReason.NO_HOOK: _REPORT_IT,
-    PackReason.UNKNOWN_HOOK: "pip install --upgrade kasmina {distribution}. Else: " + _REPORT_IT,
+    PackReason.UNKNOWN_HOOK: "Install releases of kasmina and {distribution} that fit each other. Else: "
+    + _REPORT_IT,
     PackReason.HOOK_FAILED: _REPORT_IT,
     PackReason.WRONG_TYPE: _REPORT_IT,
     PackReason.DUPLICATE_ID: _REPORT_IT,

@@ -1,4 +1,4 @@
-"""Sink for MLflow: ``pip install 'kasmina[mlflow]'``."""
+"""Sink for MLflow: ``pip install mlflow``."""
 
 from __future__ import annotations
 

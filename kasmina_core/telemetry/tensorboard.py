@@ -1,4 +1,4 @@
-"""Sink for TensorBoard: ``pip install 'kasmina[tensorboard]'``."""
+"""Sink for TensorBoard: ``pip install tensorboard``."""
 
 from __future__ import annotations
 

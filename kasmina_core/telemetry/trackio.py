@@ -1,4 +1,4 @@
-"""Sink for Trackio: ``pip install 'kasmina[trackio]'``."""
+"""Sink for Trackio: ``pip install trackio``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sink for Weights & Biases: ``pip install 'kasmina[wandb]'``."""
+"""Sink for Weights & Biases: ``pip install wandb``."""
 
 from __future__ import annotations
 

@@ -162,3 +162,41 @@ def test_links_between_documents_lead_somewhere() -> None:
             assert (document.parent / target).exists(), (
                 f"{document.name} links to {target}, which is not there"
             )
+
+
+def test_no_text_installs_by_a_name_what_is_on_no_index() -> None:
+    """A checkout, a wheel or a folder can be installed; a name of ours on an index could be anybody's."""
+    folders = ("kasmina", "kasmina_core", "plugins", "blueprint_kits", "docs", "benchmarks")
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    paths += [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".md", ".toml", ".html"}
+    ]
+    by_name = re.compile(
+        r"pip install [^`\n]*?(?<![\w./-])['\"]?(kasmina(?:[_-]\w+)?|\{(?:origin|distribution|then)\})(?![\w/.])"
+    )
+    assert by_name.search("pip install -U 'kasmina[grow]'")
+    assert not by_name.search("pip install ./kasmina-vision")
+    assert not by_name.search("pip install '/path/to/kasmina[grow]'")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in paths
+        for match in by_name.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_hints_name_what_the_extras_name() -> None:
+    """``pip install 'lightning>=2.6'`` in a message is the requirement in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {need for extra in project["optional-dependencies"].values() for need in extra}
+    named = {
+        need
+        for path in (ROOT / "kasmina_core").rglob("*.py")
+        for line in re.findall(r"pip install ((?:'[^'{]+>=[^'{]+' ?)+)", path.read_text(encoding="utf-8"))
+        for need in re.findall(r"'([^']+)'", line)
+    }
+    assert len(named) >= 6
+    assert named <= wanted

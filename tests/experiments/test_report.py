@@ -279,7 +279,7 @@ def test_drawing_leaves_the_global_matplotlib_state_alone(picture):
 
 def test_without_matplotlib_the_data_is_written_and_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ReportError, match=r"pip install 'kasmina\[grow\]'"):
+    with pytest.raises(ReportError, match=r"pip install 'matplotlib>=3.9'"):
         require_plots()
     with pytest.raises(ReportError):
         write_run(fake_run(), tmp_path)

@@ -212,14 +212,14 @@ def test_an_unknown_task_suggests_a_near_name():
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(TaskError, match=r"pip install 'kasmina\[grow\]'"):
+    with pytest.raises(TaskError, match=r"pip install 'scikit-learn>=1.5'"):
         load_task("digits")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
 def test_images_without_torchvision_name_the_extra(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(TaskError, match=r"pip install 'kasmina\[vision\]'"):
+    with pytest.raises(TaskError, match=r"pip install 'torchvision>=0.26'"):
         load_task(name)
 
 

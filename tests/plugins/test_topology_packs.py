@@ -173,7 +173,7 @@ def test_a_file_whose_topology_is_not_known_names_the_pack_to_install(tmp_path: 
     other = model_of(Topology.CNN, without)
     says = (
         r"No pack that is loaded here has the topology 'only-saved'\. The seed is from pack 'saved': "
-        r"pip install 'kasmina-saved==1.0'\."
+        r"install kasmina-saved==1\.0 from where you have the pack\."
     )
     with pytest.raises(CheckpointError, match=says):
         load_checkpoint(tmp_path / "run", other)
