@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,9 @@ def grow(
         host_options=dict(_option("--host-option", text) for text in host_options),
         policy_options=dict(_option("--policy-option", text) for text in policy_options),
     )
-    with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
+    # Some trackers print; with --json standard output holds the record alone.
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with aside, RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
         run = GrowthRun(settings, data, plugins, display)
         folder = options.choose_folder(out, data.name)

@@ -25,7 +25,7 @@ from kasmina_core.cli import main
 from kasmina_core.experiments import record as recording
 from kasmina_core.experiments import report
 from kasmina_core.experiments.record import EpochRecord
-from kasmina_core.telemetry import JsonLinesSink
+from kasmina_core.telemetry import CallableSink, JsonLinesSink
 
 SHORT = ("--epochs", "3", "--batch-size", "64")
 
@@ -137,6 +137,18 @@ def test_a_run_keeps_everything_one_needs_to_look_at_it(run: tuple[Path, dict[st
         assert len(list(csv.DictReader(file))) == len(record["epochs"]) + len(record["baseline"])
     state = torch.load(folder / "model.pt", weights_only=True)
     assert "blocks.0.conv.weight" in state
+
+
+def test_json_is_nothing_else_beside_a_sink_that_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loud = {"loud": lambda config: CallableSink(lambda event: print("loud:", event.type.value))}
+    monkeypatch.setattr("kasmina_core.packs.discovery.BUNDLED_SINKS", loud)
+    short = ("--epochs", "1", "--batch-size", "512", "--sink", "loud", "--json")
+    result = _grow("--out", str(tmp_path / "run"), *short)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["arms"]
+    assert "loud: epoch_ended" in result.stderr
 
 
 def test_the_files_grow_while_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
