@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kasmina_core import MorphogeneticModel, PluginRegistry, Topology
+from kasmina_core import MorphogeneticModel, PluginRegistry, Topology, __version__
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -200,3 +200,15 @@ def test_hints_name_what_the_extras_name() -> None:
     }
     assert len(named) >= 6
     assert named <= wanted
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    def first(pattern: str, name: str) -> str:
+        found = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert found is not None, name
+        return found[1]
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == __version__
+    assert first(r"^version: (\S+)$", "CITATION.cff") == __version__
+    assert first(r"^## (\S+)", "CHANGELOG.md") == __version__
