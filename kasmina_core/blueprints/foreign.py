@@ -47,6 +47,8 @@ def cleaned(text: str, limit: int = 200, *, lines: bool = False) -> str:
     >>> cleaned("scale" + chr(27) + "[2J")
     'scale\\\\x1b[2J'
     """
+    if len(text) <= limit and text.isprintable():
+        return text
     kept = [
         char if char.isprintable() or (lines and char == "\n") else char.encode("unicode_escape").decode()
         for char in text[: limit + 1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, final
 
@@ -58,9 +58,14 @@ def api_problem(origin: str, declared: Sequence[str]) -> str | None:
 
 @final
 class Environment:
-    """The distributions that are installed, each looked up once, when a requirement names it."""
+    """The distributions that are installed, each looked up once, when a requirement names it.
 
-    def __init__(self) -> None:
+    Args:
+        version_of: A quicker way to the version of a distribution; where it gives ``None``, importlib_metadata is asked.
+    """
+
+    def __init__(self, version_of: Callable[[str], str | None] = lambda name: None) -> None:
+        self._version_of = version_of
         # Ours is known also in a checkout, or where the metadata is stale.
         self._versions: dict[str, str | None] = {"kasmina": __version__}
 
@@ -84,9 +89,14 @@ class Environment:
         unmet: list[tuple[str, str, str]] = []
         if requires_python:
             running = platform.python_version().rstrip("+")
-            if not _contains(_python(requires_python), running):
+            if not _plainly_contains(requires_python, running) and not _contains(
+                _python(requires_python), running
+            ):
                 unmet.append((f"Python {requires_python}", running, ""))
         for text in requirements:
+            name, versions = _plain(text)
+            if name == "" or (name and _plainly_contains(versions, self._version(name) or "")):
+                continue
             requirement = _parsed(text)
             if requirement is None:
                 continue
@@ -108,12 +118,73 @@ class Environment:
         key = normalized(name)
         if key not in self._versions:
             try:
-                self._versions[key] = importlib_metadata.version(name) or ""
+                self._versions[key] = self._version_of(name) or importlib_metadata.version(name) or ""
             except importlib_metadata.PackageNotFoundError:
                 self._versions[key] = None
             except Exception:  # damaged metadata of somebody else's
                 self._versions[key] = ""
         return self._versions[key]
+
+
+# Most requirements are a name and a few numbers. Those are compared here, because importing `packaging` and parsing
+# with it takes longer than all the rest; whatever is not plainly met is left to it.
+_RELEASE_NUMBERS: Final = r"[0-9]{1,9}(?:\.[0-9]{1,9})*(?:\.post[0-9]{1,9})?"
+_ONE: Final = rf"(?:>=|<=|==|!=|<|>) ?{_RELEASE_NUMBERS}"
+_CLAUSE: Final = re.compile(rf"(>=|<=|==|!=|<|>) ?({_RELEASE_NUMBERS})")
+_REQUIREMENT: Final = re.compile(
+    rf"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?) ?((?:{_ONE}(?:, ?{_ONE})*)?)"
+    r"""( ?; ?extra == (?:"[A-Za-z0-9]+"|'[A-Za-z0-9]+'))?"""
+)
+_RELEASE: Final = re.compile(rf"({_RELEASE_NUMBERS})(?:\+[a-z0-9]+(?:\.[a-z0-9]+)*)?")
+
+
+@lru_cache(maxsize=1024)
+def _plain(text: str) -> tuple[str | None, str]:
+    """Return name and versions of a plain requirement; name ``""`` if it holds for an extra alone, ``None`` if not plain."""
+    if (match := _REQUIREMENT.fullmatch(text)) is None:
+        return None, ""
+    name, versions, extra = match.groups()
+    return ("" if extra else name), versions
+
+
+@lru_cache(maxsize=1024)
+def _plainly_contains(specifier: str, version: str) -> bool:
+    """Return whether a version is plainly among those specified; if not, `_contains` must decide."""
+    release = _RELEASE.fullmatch(version)
+    if release is None:
+        return False
+    found = _numbers(release[1])
+    for clause in specifier.split(",") if specifier else ():
+        if (match := _CLAUSE.fullmatch(clause.lstrip(" "))) is None:
+            return False
+        operator, wanted = match[1], _numbers(match[2])
+        if operator in "<>" and (found[1], wanted[1]) != (
+            _FINAL,
+            _FINAL,
+        ):  # post-releases have rules of their own
+            return False
+        if not {
+            ">=": found >= wanted,
+            "<=": found <= wanted,
+            "==": found == wanted,
+            "!=": found != wanted,
+            "<": found < wanted,
+            ">": found > wanted,
+        }[operator]:
+            return False
+    return True
+
+
+_FINAL: Final = -1
+
+
+def _numbers(release: str) -> tuple[list[int], int]:
+    """Return the numbers of a release without zeros at its end, which mean nothing, and that of its post-release."""
+    final, _, post = release.partition(".post")
+    numbers = [int(part) for part in final.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers, int(post) if post else _FINAL
 
 
 @lru_cache(maxsize=1024)

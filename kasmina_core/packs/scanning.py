@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated, Any, Final, Self, final
@@ -13,6 +13,14 @@ from kasmina_core.blueprints.declarations import NAME_PATTERN, NAME_RULE
 from kasmina_core.blueprints.foreign import cleaned
 from kasmina_core.errors import NameConflictError
 from kasmina_core.packs.compatibility import API_GROUP, Environment, UnreadableRequirementError, api_problem
+from kasmina_core.packs.installed import (
+    Installed,
+    folder_name,
+    is_plain,
+    read_entry_points,
+    read_file,
+    read_header,
+)
 from kasmina_core.packs.switches import ENVIRONMENT, Switches, normalized
 from kasmina_core.records import Mark, Record
 
@@ -192,6 +200,8 @@ def list_packs(switches: Switches | None = None) -> list[PackRecord]:
 
 # -- scanning -------------------------------------------------------------------------------------------------------
 
+_INCOMPLETE: Final = "METADATA lacks a name or a version"
+
 Found = tuple[PackRecord, "importlib_metadata.EntryPoint | None"]
 _Distribution = Any  # the class or the protocol, by version of importlib_metadata
 
@@ -202,9 +212,10 @@ def scan_packs(switches: Switches) -> list[Found]:
     With it comes the entry point, unless the pack is not to be loaded.
     """
     found: dict[PackRecord, Found] = {}
-    environment = Environment()
-    for distribution in _distributions_with_packs():
-        for record, entry in _claims(distribution, switches, environment):
+    installed = Installed.on_path()
+    environment = Environment(installed.version) if installed is not None else Environment()
+    for facts in _facts_of_all(installed):
+        for record, entry in _claims(facts, switches, environment):
             found.setdefault(record, (record, entry))
     by_name: dict[str, list[Found]] = {}
     for key in sorted(found, key=lambda r: (r.name, r.distribution, r.version, r.module)):
@@ -213,27 +224,79 @@ def scan_packs(switches: Switches) -> list[Found]:
     return settled if switches.autoload else [_kept_waiting(record, entry) for record, entry in settled]
 
 
-def _distributions_with_packs() -> Iterator[_Distribution]:
-    """Yield each distribution that may hold a pack; for several of one name, again the one that ``import`` takes."""
-    for distribution in every_distribution():
-        if is_left_over(distribution):
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The metadata of a distribution that may hold a pack.
+
+    Attributes:
+        name: Its name.
+        version: Its version.
+        entries: The entry points of the groups of packs and of their API versions; ``None`` if they cannot be read.
+        requirements: Each ``Requires-Dist``.
+        requires_python: ``Requires-Python``, ``None`` without one.
+        problem: Why its metadata is damaged; ``""`` if it is not.
+    """
+
+    name: str
+    version: str
+    entries: Sequence[importlib_metadata.EntryPoint] | None
+    requirements: Sequence[str]
+    requires_python: str | None
+    problem: str
+
+
+def _facts_of_all(installed: Installed | None) -> Iterator[_Facts]:
+    """Yield the metadata of each distribution that may hold a pack."""
+    if installed is None:
+        for distribution in every_distribution():
+            if (with_pack := _distribution_with_pack(distribution)) is not None:
+                yield _facts(with_pack)
+        return
+    for path in installed:
+        plain = is_plain(path)
+        raw = read_file(path, "entry_points.txt") if plain else b""
+        if plain and (raw is None or GROUP.encode() not in raw):
             continue
-        try:
-            mentions = GROUP in (distribution.read_text("entry_points.txt") or "")
-        except UnicodeDecodeError as error:
-            mentions = GROUP.encode() in error.object
-        except Exception:
-            mentions = False
-        if not mentions:
+        if plain and (facts := _plain_facts(installed, path, raw or b"")) is not None:
+            yield facts
             continue
-        try:
-            name = distribution.metadata.get("Name")
-        except Exception:
-            name = None
-        try:
-            yield importlib_metadata.distribution(name or distribution_name(distribution))
-        except Exception:
-            yield distribution
+        with_pack = _distribution_with_pack(importlib_metadata.Distribution.at(path))
+        if with_pack is not None:
+            yield _facts(with_pack)
+
+
+def _plain_facts(installed: Installed, path: str, raw: bytes) -> _Facts | None:
+    """Return what `_facts` would, read by hand; ``None`` where that cannot be relied on."""
+    header, entries = read_header(path), read_entry_points(raw, (GROUP, API_GROUP))
+    if header is None or entries is None:
+        return None
+    name = header.name or folder_name(path)
+    if installed.named(name) != path:  # also where several have that name
+        return None
+    problem = "" if header.name and header.version else _INCOMPLETE
+    return _Facts(name, header.version, entries, header.requirements, header.requires_python, problem)
+
+
+def _distribution_with_pack(distribution: _Distribution) -> _Distribution | None:
+    """Return a distribution if it may hold a pack; of several of its name the one that ``import`` takes."""
+    if is_left_over(distribution):
+        return None
+    try:
+        mentions = GROUP in (distribution.read_text("entry_points.txt") or "")
+    except UnicodeDecodeError as error:
+        mentions = GROUP.encode() in error.object
+    except Exception:
+        mentions = False
+    if not mentions:
+        return None
+    try:
+        name = distribution.metadata.get("Name")
+    except Exception:
+        name = None
+    try:
+        return importlib_metadata.distribution(name or distribution_name(distribution))
+    except Exception:
+        return distribution
 
 
 def every_distribution(on_error: Callable[[Exception], None] = lambda error: None) -> Iterator[_Distribution]:
@@ -253,38 +316,51 @@ def is_left_over(distribution: _Distribution) -> bool:
     return distribution_name(distribution).startswith("~")
 
 
-def _claims(distribution: _Distribution, switches: Switches, environment: Environment) -> Iterator[Found]:
+def _facts(distribution: _Distribution) -> _Facts:
+    """Return the metadata of a distribution, as importlib_metadata reads it."""
     name = version = problem = ""
     metadata: Any = {}
     try:
         metadata = distribution.metadata
         name, version = metadata.get("Name") or "", metadata.get("Version") or ""
         if not (name and version):
-            problem = "METADATA lacks a name or a version"
+            problem = _INCOMPLETE
     except Exception as error:
         problem = f"METADATA cannot be read, {type(error).__name__}: {error}"
     name = name or distribution_name(distribution)
-    declared: dict[str, list[str]] = {}  # of each pack, its versions of the plugin API
+    entries: list[importlib_metadata.EntryPoint] | None = None
+    requirements: Sequence[str] | None = ()
+    python: str | None = None
     try:
         every = distribution.entry_points
-        entries = list(every.select(group=GROUP))
-        for entry in every.select(group=API_GROUP):
-            declared.setdefault(entry.name, []).append(entry.value)
+        entries = [*every.select(group=GROUP), *every.select(group=API_GROUP)]
     except Exception as error:
         problem = f"entry_points.txt cannot be read, {type(error).__name__}: {error}"
+    if not problem and entries:
+        requirements = metadata.get_all("Requires-Dist")
+        if requirements is None:  # none, or in a file of their own, as setuptools leaves them in a checkout
+            requirements = distribution.requires or ()
+        python = metadata.get("Requires-Python")
+    return _Facts(name, version, entries, requirements or (), python, problem)
+
+
+def _claims(facts: _Facts, switches: Switches, environment: Environment) -> Iterator[Found]:
+    name, version, problem = facts.name, facts.version, facts.problem
+    if facts.entries is None:
         record = PackRecord(name, "", name, version)
         yield (unwanted(record, switches) or _damaged(record, problem), None)
         return
+    entries = [entry for entry in facts.entries if entry.group == GROUP]
+    declared: dict[str, list[str]] = {}  # of each pack, its versions of the plugin API
+    for entry in facts.entries:
+        if entry.group == API_GROUP:
+            declared.setdefault(entry.name, []).append(entry.value)
     unmet: str | None = None
     if not problem and entries:
         try:
-            requirements = metadata.get_all("Requires-Dist")
-            if (
-                requirements is None
-            ):  # none, or in a file of their own, as setuptools leaves them in a checkout
-                requirements = distribution.requires or []
-            python = metadata.get("Requires-Python")
-            unmet = environment.requirement_problem(f"'{name} {version}'", requirements, python)
+            unmet = environment.requirement_problem(
+                f"'{name} {version}'", facts.requirements, facts.requires_python
+            )
         except UnreadableRequirementError as error:
             problem = str(error)
     for entry in entries:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Self, final
 
 from kasmina_core.errors import SwitchError
@@ -119,6 +120,7 @@ class Switches:
         return _names(self.prefer, None, distribution)
 
 
+@lru_cache(maxsize=1024)
 def normalized(name: str) -> str:
     """Return a distribution's name in the form that is compared.
 
@@ -128,6 +130,8 @@ def normalized(name: str) -> str:
 
 
 def _names(entries: Collection[str], pack: str | None, distribution: str) -> bool:
+    if not entries:
+        return False
     same = normalized(distribution)
     return any(entry == pack or (":" not in entry and normalized(entry) == same) for entry in entries)
 
