@@ -351,6 +351,7 @@ class Evidence:
         resized: Axes whose size some run changed.
         said: Axes of the width that modules with an output of that shape say; the latest last.
         size: Size of the first axis of the first input, ``0`` if there is none.
+        batch_said: Axis of the batch by ``batch_first`` of the modules whose output this is; ``None`` if none says it.
     """
 
     shape: tuple[int, ...]
@@ -358,6 +359,7 @@ class Evidence:
     resized: frozenset[int]
     said: tuple[int, ...]
     size: int
+    batch_said: int | None = None
 
     def batches(self, usable: Collection[int]) -> dict[int, int]:
         """Return the axes along which entries do not touch each other, each with the axis of the inputs that it follows."""
@@ -442,7 +444,13 @@ def read(evidence: Evidence, usable: Collection[int], line: Callable[[Topology, 
         raise HostError(f"has features of shape {shape}; they must be one of: {topologies}")
     found = evidence.batches(usable)
     batch = next(iter(found), None)
-    if batch is None:
+    said = evidence.batch_said
+    # Without values it must at least follow the inputs: positions may lie in one row of its own.
+    silent = [k for seen in evidence.cuts.values() for k in seen.own if seen.apart[k] is None]
+    is_said = said is not None and said in (found or silent)
+    if is_said and len(found) != 1:
+        batch = said
+    elif batch is None:
         batch = _batch_by_size(evidence)
 
     def readings() -> str:
@@ -470,7 +478,7 @@ def read(evidence: Evidence, usable: Collection[int], line: Callable[[Topology, 
             f"{why}{readings()}"
         )
     topology, layout = _named(known, len(shape), batch, widths[0])
-    return Reading(topology, layout, len(found) == 1)
+    return Reading(topology, layout, len(found) == 1 or is_said)
 
 
 def _named(known: Sequence[Topology], ndim: int, batch: int, width: int) -> tuple[Topology, str]:

@@ -234,6 +234,7 @@ class _Call:
         version: How often they had been written to when the slot took them.
         values: A copy of them.
         said: Axes of the width that modules say, see `Evidence`.
+        batches: Axes of the batch that modules say.
     """
 
     output: Any
@@ -243,6 +244,7 @@ class _Call:
     version: int = 0
     values: Tensor | None = None
     said: list[int] = field(default_factory=list)
+    batches: set[int] = field(default_factory=set)
 
     def demand(self) -> None:
         """Demand that a slot's output can take the place of the features.
@@ -295,6 +297,7 @@ def _noting(
                 alike = [(by, axis) for by, shape, axis in said if shape == tuple(features.shape)]
                 inside = set(module.modules())
                 seen.said = [axis for by, axis in alike if by in inside] or [axis for _, axis in alike]
+                seen.batches = {int(not by.batch_first) for by, _ in alike if by in inside and _orders(by)}
                 if not features.is_inference():
                     seen.features, seen.version = features, features._version
         except HostError as error:
@@ -302,6 +305,10 @@ def _noting(
         return passed
 
     return note
+
+
+def _orders(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase | nn.MultiheadAttention)
 
 
 def _in_training(features: Tensor) -> Tensor:
@@ -330,6 +337,9 @@ class _Runs:
         self.cuts: dict[str, dict[int, Seen]] = {name: {} for name in self.before}
         self.resized: dict[str, frozenset[int]] = dict.fromkeys(self.before, frozenset())
         self.said = {path: tuple(one.said) for path, (one,) in calls.items()}
+        self.batches = {
+            path: next(iter(one.batches)) for path, (one,) in calls.items() if len(one.batches) == 1
+        }
         self.usable: frozenset[int] = frozenset((0, 1))
         main = main_input(example)
         self.size = main.shape[0] if main is not None else 0
@@ -346,7 +356,7 @@ class _Runs:
     def evidence(self, path: str, shape: tuple[int, ...]) -> Evidence:
         """Return what is known of the features of that shape at a path."""
         cuts, resized = self.cuts.get(path, {}), self.resized.get(path, frozenset())
-        return Evidence(shape, cuts, resized, self.said.get(path, ()), self.size)
+        return Evidence(shape, cuts, resized, self.said.get(path, ()), self.size, self.batches.get(path))
 
     def _is_open(self, path: str) -> bool:
         evidence = self.evidence(path, tuple(self.before[path].shape))

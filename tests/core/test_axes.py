@@ -310,6 +310,32 @@ def test_a_path_is_read_as_the_host_holds_it(
     assert (point.topology, point.axes) == expected
 
 
+class Silent(nn.Module):
+    """An LSTM whose values tell nothing: it starts with zeros, or its inputs are drawn in evaluation too."""
+
+    def __init__(self, is_zero: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.is_zero, self.body = is_zero, nn.LSTM(WIDTH, WIDTH, batch_first=batch_first)
+        for parameter in self.body.parameters() if is_zero else ():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x if self.is_zero else x + torch.randn_like(x))[0]
+
+
+@pytest.mark.parametrize("is_zero", [True, False], ids=["zero weights", "random inputs"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_where_values_tell_nothing_a_module_says_which_axis_is_its_batch(
+    is_zero: bool, batch_first: bool
+) -> None:
+    host = Silent(is_zero, batch_first)
+    model = MorphogeneticModel(
+        host, ["body"], example=torch.randn(5, 3, WIDTH), context=EveryPosition(), causal=False
+    )
+    assert model.slots["body"].point.axes == ("btd" if batch_first else "tbd")
+    model.germinate("body", "transformer:attention")
+
+
 class Packed(nn.Module):
     """Puts the positions of all samples in one row, where they attend to each other."""
 
