@@ -111,10 +111,14 @@ TORCHVISION: Final = [
 
 SMALLER: Final[dict[str, dict[str, Any]]] = {
     "rcnn|retinanet|fcos": {"min_size": 96, "max_size": 96},
-    "rcnn": {"box_score_thresh": 0.0},
+    "rcnn": {
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 4,
+        "rpn_pre_nms_top_n_test": 50,
+        "rpn_post_nms_top_n_test": 20,
+    },
     "retinanet|fcos": {"score_thresh": 0.0},
     "ssd": {"score_thresh": 0.0},
-    "keypointrcnn|maskrcnn": {"box_detections_per_img": 4, "rpn_post_nms_top_n_test": 20},
     "googlenet|inception": {"init_weights": False},
 }
 """Options of torchvision's models by regular expression for their names."""
