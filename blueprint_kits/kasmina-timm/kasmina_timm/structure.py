@@ -338,6 +338,9 @@ def _ignored(model: nn.Module, found: Sequence[InjectionPoint], example: object)
             handle = model.get_submodule(point.path).register_forward_hook(adding(point.path))
             stack.callback(handle.remove)
         outputs = [t for t in tree_leaves(_run(model, example, grad=True)) if isinstance(t, Tensor)]
+    _run(
+        model, example
+    )  # A model may keep features of its last call, here with a graph: no copy of it could be made.
     if not leaves or not outputs:
         return []
     read = [output.sum() for output in outputs if output.requires_grad]

@@ -105,6 +105,20 @@ def test_a_model_that_keeps_what_it_computes_of_its_parameters_can_be_copied_aft
     assert all(parameter.requires_grad for parameter in host.parameters())
 
 
+class KeepsFeatures(nn.Module):
+    """Keeps what it was given last, as torchvision's RAFT does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        return 2 * x
+
+
+def test_a_model_that_keeps_its_features_can_be_copied_afterwards() -> None:
+    host = nn.Sequential(nn.Conv2d(3, 4, 1), KeepsFeatures())
+    assert [point.path for point in points(host)] == ["0"]
+    copy.deepcopy(host)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
