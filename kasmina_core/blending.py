@@ -126,7 +126,7 @@ def blend_with_isolation(
     """Return ``(1 - alpha) * host + alpha * seed`` in the host's dtype and memory format.
 
     Args:
-        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        host: Features at the slot, batch first.
         seed: The seed's output for those features; shape of ``host``, any floating dtype.
         alpha: Weight of the seed, clamped to [0, 1]: a float or a 0-d tensor. A tensor keeps one compiled graph for
             all values.

@@ -43,7 +43,7 @@ def straight_through(host: Tensor, seed: Tensor) -> Tensor:
     in-place operation behind it harms neither branch.
 
     Args:
-        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        host: Features at the slot, batch first.
         seed: The seed's output for those features; shape of ``host``, any floating dtype.
 
     Raises:
@@ -68,7 +68,7 @@ def bound_deviation(host: Tensor, seed: Tensor, bound: float) -> Tensor:
     would stop its growth.
 
     Args:
-        host: Features at the slot, detached; ``(b, c, h, w)`` or ``(b, t, d)``.
+        host: Features at the slot, detached, batch first.
         seed: The seed's output; shape of ``host``.
         bound: Largest deviation as a share of the host's RMS, above 0; ``inf`` for none.
     """
@@ -148,7 +148,7 @@ def bounded_straight_through(host: Tensor, seed: Tensor, bound: float) -> Tensor
     deviation as much as it turns it. Where no sample is beyond, the gradient goes on as it is.
 
     Args:
-        host: Features at the slot, ``(b, c, h, w)`` or ``(b, t, d)``.
+        host: Features at the slot, batch first.
         seed: The seed's output for those features; shape of ``host``, any floating dtype.
         bound: See `bound_deviation`.
 

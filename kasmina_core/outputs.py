@@ -120,7 +120,7 @@ def demand_plain(output: Any, path: str) -> None:
 
 def what_it_holds(output: Any, path: str) -> str:
     """Return the lines of a message that list the paths of floating-point tensors in an output."""
-    found = list(_tensors(output, split_path(path)[0]))
+    found = list(tensors_in(output, split_path(path)[0]))
     if not found:
         return "it holds no floating-point tensor; name a submodule that returns the features"
     width = max(len(place) for place, _ in found) + 2
@@ -131,7 +131,8 @@ def what_it_holds(output: Any, path: str) -> str:
     )
 
 
-def _tensors(output: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(output: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors in an output, each with its path, down to four containers deep."""
     from torch import Tensor  # what only handles paths needs none
 
     if isinstance(output, Tensor):
@@ -141,7 +142,7 @@ def _tensors(output: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tens
     if depth == 4:
         return
     for key, value in _elements(output):
-        yield from _tensors(value, f"{path}:{key}", depth + 1)
+        yield from tensors_in(value, f"{path}:{key}", depth + 1)
 
 
 def _elements(output: Any) -> list[tuple[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kasmina_core.causality import demand_towers, with_causality
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
 from kasmina_core.lifecycle import SeedStage
@@ -82,7 +83,8 @@ class SlottedModel(nn.Module):
         slots: Names or paths of points, globs or declarations; ``None`` for all that the host declares.
         make_slot: Makes the slot for a point that was proved.
         example: Inputs for one forward; default the host's ``example_inputs()``.
-        causal: Whether points given by path lie in a causal host.
+        causal: Whether points given by path lie in a causal host, or a mapping that says it of towers:
+            ``{"encoder": False, "decoder": True}``. What is not said is found by values, see `with_causality`.
         context: Reads what positions mean off the host's call; default the host's ``context_reader()``, if it has one.
 
     Raises:
@@ -98,7 +100,7 @@ class SlottedModel(nn.Module):
         make_slot: Callable[[ProbedPoint], SeedSlot],
         *,
         example: object = None,
-        causal: bool = False,
+        causal: bool | Mapping[str, bool] | None = None,
         context: ContextReader | None = None,
     ) -> None:
         super().__init__()
@@ -114,7 +116,10 @@ class SlottedModel(nn.Module):
         demand_openness(host)
         if example is None:
             example = example_of(host)
-        proved = probe(host, requested_points(host, slots), example, causal=causal)
+        demand_towers(host, causal)
+        wanted = requested_points(host, slots)
+        by_path = [item for item in wanted if isinstance(item, str)]
+        proved, doubts = with_causality(host, probe(host, wanted, example), by_path, example, causal)
         self.host = host
         self._handles: dict[str, RemovableHandle] = {}
         self._is_detached = False
@@ -126,6 +131,8 @@ class SlottedModel(nn.Module):
         )
         for found in proved:
             self.slots[found.point.name].has_proved_layout = found.is_proved
+        for slot in self.slots.values():
+            slot.doubt = doubts.get(slot.name, "")
         # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
         try:

@@ -44,6 +44,7 @@ def try_seed(
     findings = trial.findings
     spec = registry.get(blueprint_id).spec
     trial.mixes = bool(spec.mixes)
+    trial.takes_causal = spec.takes_causal
     findings["blueprint known"] = (True, "")
     fits = spec.topology is point.topology
     findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")

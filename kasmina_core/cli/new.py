@@ -22,6 +22,9 @@ from kasmina_core.topology import Topology
 TEMPLATES: Final = {
     "cnn": "template-cnn-pack",
     "transformer": "template-transformer-pack",
+    "vector": "template-vector-pack",
+    "signal": "template-vector-pack",
+    "volume": "template-vector-pack",
     "host": "template-host",
 }
 """Kinds of package, and the folder of each template."""
@@ -53,8 +56,9 @@ def new() -> None:
     "--topology",
     type=click.Choice([topology.value for topology in Topology if topology.value in TEMPLATES]),
     required=True,
-    help="Layout of the features that its seeds work on: cnn (b, c, h, w), transformer (b, t, d). For another topology, "
-    "change the one that the package declares.",
+    help="What the features mean that its seeds work on: "
+    f"{', '.join(f'{topology.value} {topology}' for topology in Topology if topology.value in TEMPLATES)}. For one "
+    "that a pack adds, begin with vector and change the topology that the package declares.",
 )
 @_out
 def pack_command(name: str, topology: str, out: Path) -> None:
@@ -143,7 +147,7 @@ def write_package(kind: str, name: str, out: Path) -> Path:
         workshop = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
         try:
             made = workshop / target.name
-            _copy(template, made, name)
+            _copy(template, made, name, kind)
             if target.is_dir():  # empty, or this fails
                 target.rmdir()
             os.rename(made, target)
@@ -182,10 +186,12 @@ def class_name(name: str) -> str:
     return joined if joined.endswith("Host") else f"{joined}Host"
 
 
-def _copy(template: Path, made: Path, name: str) -> None:
-    """Copy a template, with its names replaced in paths and text."""
+def _copy(template: Path, made: Path, name: str, kind: str) -> None:
+    """Copy a template, with its names, and the topology that it is written for, replaced in paths and text."""
     old = template.name
     words = {old: name, module_name(old): module_name(name), _TEMPLATE_CLASS: class_name(name)}
+    if old == TEMPLATES[Topology.VECTOR.value]:
+        words |= {"Topology.VECTOR": f"Topology.{kind.upper()}", str(Topology.VECTOR): str(Topology(kind))}
     pattern = re.compile("|".join(map(re.escape, words)))
 
     def renamed(text: str) -> str:

@@ -54,7 +54,9 @@ class MorphogeneticModel(SlottedModel):
             loaded when a blueprint or a gate is first asked for.
         telemetry: Takes the events.
         evaluator: See `evaluate_with`.
-        causal: Whether points given by path lie in a causal host.
+        causal: Whether points given by path lie in a causal host, in which position ``t`` must not see positions after
+            it; or a mapping that says it of towers: ``{"encoder": False, "decoder": True}``. Default: found by running
+            the host with one position changed; where nothing tells, they are causal.
         context: Reads what positions mean off each call of the host: which are padding, which belong to one document,
             which are cached. Seeds that mix positions need it: `EveryPosition`, `TorchTransformer` or a `ContextReader`
             of one's own. Default: the host's ``context_reader()``, if it has one.
@@ -77,7 +79,7 @@ class MorphogeneticModel(SlottedModel):
         registry: BlueprintRegistry | PluginRegistry | None = None,
         telemetry: EventTarget | None = None,
         evaluator: Evaluator | None = None,
-        causal: bool = False,
+        causal: bool | Mapping[str, bool] | None = None,
         context: ContextReader | None = None,
     ) -> None:
         config = config or GrowthConfig()

@@ -30,11 +30,13 @@ class Trial:
         seed: The module in the slot's dtype and on its device; ``None`` if it could not be built or run.
         findings: Whether each check held, and why, by name. A check that was not reached is not there.
         mixes: Whether the seed mixes positions, and so takes a context.
+        takes_causal: Whether what the seed computes depends on whether the host is causal.
     """
 
     seed: nn.Module | None = None
     findings: dict[str, tuple[bool, str]] = field(default_factory=dict)
     mixes: bool = False
+    takes_causal: bool = False
 
     @property
     def faults(self) -> str:

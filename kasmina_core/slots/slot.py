@@ -49,6 +49,7 @@ class SeedSlot(Slot):
     Attributes:
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
         notes: What was measured and counted of the seed.
+        doubt: Why no seed that depends on whether the host is causal can be here; set by the model, empty for none.
         owned_by: A weak reference to the model around the slot, as the slot sees it; set by the model.
     """
 
@@ -68,6 +69,7 @@ class SeedSlot(Slot):
         self.maker = maker
         self.judge = judge
         self.owned_by: weakref.ref[SlotOwner] | None = None
+        self.doubt = ""
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -199,6 +201,8 @@ class SeedSlot(Slot):
         state = SeedState(seed_id or f"{self.name}-{number}", found, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
         trial = self._make_seed(found, options, number, SeedStage.GERMINATED)
+        if self.doubt and (trial.takes_causal or trial.mixes):
+            raise GerminationError(f"'{found}' cannot germinate in slot '{self.name}': {self.doubt}")
         result = self.judge.judge_trial(state, trial)
         if not result.passed or trial.seed is None:
             raise GerminationError(

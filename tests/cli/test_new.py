@@ -22,6 +22,9 @@ CHECKOUT = Path(kasmina_core.__file__).parents[1]
 MADE = {
     "acme-seeds": ("pack", "acme-seeds", "--topology", "cnn"),
     "acme_words": ("pack", "acme_words", "--topology", "transformer"),
+    "acme-rows": ("pack", "acme-rows", "--topology", "vector"),
+    "acme-waves": ("pack", "acme-waves", "--topology", "signal"),
+    "acme-scans": ("pack", "acme-scans", "--topology", "volume"),
     "tiny-net": ("host", "tiny-net"),
 }
 
@@ -97,7 +100,13 @@ def test_every_package_is_found_and_usable(made: Path) -> None:
     assert [line[0] for line in done.stdout.splitlines() if line[:1].isdigit()] == ["0"] * len(MADE), (
         done.stdout + done.stderr
     )
-    for offered in ("acme-seeds:edges", "acme-seeds:mixer", "acme_words:context", "tiny-net:net"):
+    for offered in (
+        "acme-seeds:edges",
+        "acme-seeds:mixer",
+        "acme_words:context",
+        "acme-waves:scale",
+        "tiny-net:net",
+    ):
         assert offered in done.stdout
 
 
@@ -144,9 +153,9 @@ def test_the_next_steps_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_topology_without_a_template_is_refused_with_those_that_have_one(tmp_path: Path) -> None:
-    done = kasmina("new", "pack", "acme-more", "--topology", "vector", "--out", tmp_path)
+    done = kasmina("new", "pack", "acme-more", "--topology", "graph", "--out", tmp_path)
     assert done.exit_code == 2
-    assert "'vector' is not one of 'cnn', 'transformer'" in done.output
+    assert "'graph' is not one of 'cnn', 'transformer', 'vector', 'signal', 'volume'" in done.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +188,7 @@ def test_a_shipped_template_is_used_before_a_checkout(
 ) -> None:
     shipped = tmp_path / "kasmina_core" / "cli" / "templates"
     for folder in new.TEMPLATES.values():
-        (shipped / folder).mkdir(parents=True)
+        (shipped / folder).mkdir(parents=True, exist_ok=True)
     (shipped / "template-host" / "__pycache__").mkdir()
     (shipped / "template-host" / "__pycache__" / "x.pyc").write_bytes(b"\xff")
     (shipped / "template-host" / "template_host.txt").write_text(

@@ -633,7 +633,7 @@ def test_a_cache_that_was_filled_without_the_seed_is_refused() -> None:
 
 
 def test_a_cache_is_refused_where_positions_look_at_later_ones() -> None:
-    model = grown(Caching(), "first", cache_reader)
+    model = grown(Caching(), "first", cache_reader, causal=False)
     cache: dict[str, Any] = {}
     model(rows(2), cache)
     with pytest.raises(HostError, match="not causal"):
