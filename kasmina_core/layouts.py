@@ -363,10 +363,13 @@ class Evidence:
 
     def batches(self, usable: Collection[int]) -> dict[int, int]:
         """Return the axes along which entries do not touch each other, each with the axis of the inputs that it follows."""
+        first = self.cuts.get(0)
+        # Samples that lie in rows of an axis are not those of another one, whose entries may be positions.
+        is_folded = first is not None and not first.own and any(rows > 1 for rows in first.rows.values())
         found = {
             k: a
             for a in sorted(self.cuts, reverse=True)
-            if a in usable
+            if a in usable and not (a == 1 and is_folded)
             for k in self.cuts[a].own
             if self.cuts[a].apart[k]
         }

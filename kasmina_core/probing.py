@@ -360,7 +360,11 @@ class _Runs:
 
     def _is_open(self, path: str) -> bool:
         evidence = self.evidence(path, tuple(self.before[path].shape))
-        return len(evidence.widths(next(iter(evidence.batches(self.usable)), 0))) != 1
+        batch = next(iter(evidence.batches(self.usable)), 0)
+        widths = evidence.widths(batch)
+        # Of axes that are as long as each other, a module inside may have named one in another order.
+        rest = [size for axis, size in enumerate(evidence.shape) if axis != batch]
+        return len(widths) != 1 or rest.count(evidence.shape[widths[0]]) > 1
 
     def _cut(self, axis: int) -> None:
         for cut in cuts(self.example, axis):

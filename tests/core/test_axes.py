@@ -330,7 +330,7 @@ def test_where_values_tell_nothing_a_module_says_which_axis_is_its_batch(
 ) -> None:
     host = Silent(is_zero, batch_first)
     model = MorphogeneticModel(
-        host, ["body"], example=torch.randn(5, 3, WIDTH), context=EveryPosition(), causal=False
+        host, ["body"], example=torch.randn(5, 3, WIDTH), context=EveryPosition(), causal=True
     )
     assert model.slots["body"].point.axes == ("btd" if batch_first else "tbd")
     model.germinate("body", "transformer:attention")

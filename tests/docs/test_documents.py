@@ -90,10 +90,10 @@ def test_the_pack_of_contributing_grows(contributed: Path) -> None:
 
 def test_the_topology_of_contributing_is_added(contributed: Path) -> None:
     registry = PluginRegistry()
-    record = registry.register_pack("stations", importlib.import_module("kasmina_scale.stations"))
-    assert record.topologies == ("stations",)
-    assert str(Topology("stations")) == "(b, n, f, t)"
-    registry.unregister_pack("stations")
+    record = registry.register_pack("sensors", importlib.import_module("kasmina_scale.sensors"))
+    assert record.topologies == ("sensors",)
+    assert str(Topology("sensors")) == "(b, n, f, t)"
+    registry.unregister_pack("sensors")
 
 
 def test_the_pack_of_contributing_passes_its_own_tests(contributed: Path) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import kasmina_template_vector_pack
 import pytest
-import template_vector_pack
 import torch
-from template_vector_pack.seeds import WaistSeed
+from kasmina_template_vector_pack.seeds import WaistSeed
 
 from kasmina_core import BlueprintSpec
 from kasmina_core.testing import check_pack, parametrize_blueprints
 
-SPECS = list(template_vector_pack.kasmina_blueprints())
+SPECS = list(kasmina_template_vector_pack.kasmina_blueprints())
 
 
-@parametrize_blueprints(template_vector_pack)
+@parametrize_blueprints(kasmina_template_vector_pack)
 def test_blueprint(blueprint: BlueprintSpec, check) -> None:
     check(blueprint)
 

@@ -18,14 +18,14 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
         BlueprintSpec(
             "scale",
             Topology.VECTOR,
-            "template_vector_pack.seeds:ScaleSeed",
+            "kasmina_template_vector_pack.seeds:ScaleSeed",
             scale_params,
             "A learned factor per feature",
         ),
         BlueprintSpec(
             "waist",
             Topology.VECTOR,
-            "template_vector_pack.seeds:WaistSeed",
+            "kasmina_template_vector_pack.seeds:WaistSeed",
             waist_params,
             "A feed-forward network through a narrow waist",
             options={"width": 4},
