@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, final
 
 import torch
@@ -14,6 +14,8 @@ from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, SeedContext
 
 CACHES: Final = ("cache", "past_key_values", "past_key_value", "cache_params", "mems")
 _LENGTHS: Final = ("cu_seq_lens", "cu_seqlens")
+_LENGTHS_OF_ROWS: Final = ("length", "lengths", "lens", "seq_lens", "seq_lengths")
+_BETWEEN_POSITIONS: Final = ("attn_mask", "src_mask", "tgt_mask", "memory_mask")
 
 
 def call_arguments(host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +35,8 @@ class EveryPosition:
     """States that a host knows no padding, no packed documents and no cache.
 
     A call that shows one of them is refused: an ``attention_mask`` with zeros, a ``*padding_mask`` that hides something,
-    ``position_ids`` that begin anew, a cache that is filled, nested tensors. What a host keeps to itself cannot be seen.
+    another mask ``(b, t)`` that is not the same everywhere, ``lengths`` that differ, ``position_ids`` that begin anew, a
+    cache that is filled, nested tensors; in a mapping that is an argument too. What a host keeps to itself cannot be seen.
     """
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SeedContext:
@@ -42,7 +45,7 @@ class EveryPosition:
         Raises:
             HostError: If the call shows padding, documents or a cache.
         """
-        for name, value in call_arguments(host, args, kwargs).items():
+        for name, value in _named(call_arguments(host, args, kwargs)):
             if value is None:
                 continue
             if name in CACHES and is_filled(value):
@@ -60,10 +63,22 @@ class EveryPosition:
                     _refuse_if(value == 0, f"'{name}' hides positions")
                 elif name.endswith("position_ids") and value.dim() == 2 and value.shape[1] > 1:
                     _refuse_if(value.diff(dim=1) <= 0, f"'{name}' begins anew within a row")
+                elif name.endswith("mask") and value.dim() == 2 and not name.endswith(_BETWEEN_POSITIONS):
+                    _refuse_if(value != value[:1, :1], f"'{name}' differs between positions")
+                elif name in _LENGTHS_OF_ROWS and value.dim() == 1 and len(value):
+                    _refuse_if(value != value[:1], f"'{name}' differs between rows")
         return WHOLE_SEQUENCES
 
     def __repr__(self) -> str:
         return "EveryPosition()"
+
+
+def _named(given: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in given.items():
+        if isinstance(value, Mapping) and name not in CACHES:
+            yield from _named(value)
+        else:
+            yield str(name), value
 
 
 def _refuse(what: str) -> None:

@@ -328,6 +328,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "packed": ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "'position_ids' begins anew"),
     "lengths": ({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, "packs several documents"),
     "a cache": ({"past_key_values": Filled()}, "'past_key_values' is a cache"),
+    "any mask": ({"mask": torch.tensor([[True, True, False]])}, "'mask' differs between positions"),
+    "rows": ({"lengths": torch.tensor([3, 2])}, "'lengths' differs between rows"),
+    "in a mapping": (
+        {"batch": {"attention_mask": torch.tensor([[1, 0]])}},
+        "'attention_mask' hides positions",
+    ),
 }
 
 
@@ -348,6 +354,9 @@ def test_a_call_that_shows_nothing_of_it_is_taken() -> None:
         "src_key_padding_mask": torch.zeros(2, LENGTH).bool(),
         "past_key_values": (),
         "labels": torch.zeros(2),
+        "mask": torch.ones(2, LENGTH).bool(),
+        "lengths": torch.tensor([LENGTH, LENGTH]),
+        "src_mask": torch.ones(LENGTH, LENGTH).triu(1).bool(),
     }
     assert torch.equal(model(rows(2), **given), model(rows(2)))
 
