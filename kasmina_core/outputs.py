@@ -110,7 +110,8 @@ def demand_plain(output: Any, path: str) -> None:
     if isinstance(place, Tensor) and place.is_nested:
         raise HostError(
             "returns a nested tensor, whose samples have different lengths; seeds take padded ones.\n"
-            "    Pad before this module. nn.TransformerEncoder(..., enable_nested_tensor=False) does not nest."
+            "    Pad before this module. nn.TransformerEncoder(..., enable_nested_tensor=False) does not nest, nor does one with "
+            "encoder.use_nested_tensor = False."
         )
     if isinstance(place, Tensor) and place.layout is not strided:
         raise HostError(

@@ -27,7 +27,8 @@ NO_READER: Final = (
 
 NESTED: Final = (
     "{where} would be given a nested tensor: in evaluation torch's encoder packs padded sequences into one. Leave them as "
-    "they are: nn.TransformerEncoder(..., enable_nested_tensor=False)."
+    "they are: nn.TransformerEncoder(..., enable_nested_tensor=False), or encoder.use_nested_tensor = False for one that is "
+    "made already, such as the encoder of nn.Transformer."
 )
 
 _METADATA: Final = "kasmina_host_call"
