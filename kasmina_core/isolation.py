@@ -107,16 +107,16 @@ class _BoundedSeedGradient(torch.autograd.Function):
         host, seed, host_square, square = ctx.saved_tensors
         # Only where asking does not wait for a device, and is not part of a graph.
         can_ask = not (torch.compiler.is_compiling() or host.is_cuda) and _is_eager()
-        eps = DEVIATION_EPS * math.prod(host.shape[1:])
-        if can_ask and bool((((host_square + eps) / (square + eps)).sqrt() * ctx.bound >= 1.0).all()):
-            return None, grad_output, None, None, None
         if torch.is_grad_enabled():  # the sums of the forward pass have no derivative
             host_square, square = _squares(host, seed)
+        eps = DEVIATION_EPS * math.prod(host.shape[1:])
+        square = square + eps
+        scale = ((host_square + eps) / square).sqrt() * ctx.bound
+        if can_ask and bool((scale >= 1.0).all()):
+            return None, grad_output, None, None, None
         dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
         delta, gradient = (seed - host).to(wide), grad_output.to(wide)
         along = (gradient * delta).sum(dims, keepdim=True)
-        square = square + eps
-        scale = ((host_square + eps) / square).sqrt() * ctx.bound
         # d(delta * limit / size): beyond the bound what lies along delta is taken out, and the rest is scaled.
         taken = scale * along / square * (scale < 1.0)
         bounded = torch.addcmul(gradient * scale.clamp(max=1.0), delta, taken, value=-1.0)
