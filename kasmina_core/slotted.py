@@ -129,23 +129,19 @@ class SlottedModel(nn.Module):
             SLOTS_KEY,
             nn.ModuleDict({found.point.name: make_slot(found).train(host.training) for found in proved}),
         )
-        for found in proved:
-            self.slots[found.point.name].has_proved_layout = found.is_proved
-        for slot in self.slots.values():
-            slot.doubt = doubts.get(slot.name, "")
+        calls, taking = HostCalls(context), list(self.slots.values())
+        for found, slot in zip(proved, taking, strict=True):
+            slot.has_proved_layout, slot.doubt, slot.calls = found.is_proved, doubts.get(slot.name, ""), calls
         # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
         try:
-            for slot in self.slots.values():
+            for slot in taking:
                 self._attach(slot)
                 attached.append(slot)
         except Exception:
             for slot in attached:
                 self._detach(slot)
             raise
-        calls, taking = HostCalls(context), list(self.slots.values())
-        for slot in taking:
-            slot.calls = calls
         self._reading: list[RemovableHandle] = []
         if context is not None:
             self._reading = [
