@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kasmina_core.hosts import InjectionPoint, submodule
+from kasmina_core.layouts import cycled
 from kasmina_core.outputs import features_in, split_path
 from kasmina_core.probing import ProbedPoint, call_with
 from kasmina_core.quiet import devices_of, kept_buffers, private_rng, quiet_evaluation
@@ -188,7 +189,7 @@ class _Trial:
                 key = (number, axis, position)
                 inputs = [
                     *self._inputs[:number],
-                    _changed(tensor, axis, position),
+                    changed_at(tensor, axis, position, 1),
                     *self._inputs[number + 1 :],
                 ]
                 changes.append((lambda key=key, inputs=inputs: self._run(key, inputs), position))
@@ -230,7 +231,9 @@ class _Trial:
             if change is not None:
                 changed, axis, position = change
                 stack.callback(
-                    changed.register_forward_hook(lambda _m, _a, out: _changed(out, axis, position)).remove
+                    changed.register_forward_hook(
+                        lambda _m, _a, out: changed_at(out, axis, position, 1)
+                    ).remove
                 )
             for number, point in enumerate(self._points):
                 module = submodule(self._host, point.path)
@@ -267,20 +270,26 @@ def _verdict(looks: Iterable[tuple[bool, bool, bool] | None]) -> bool | None:
     return False if any(back for _, _, back in known) else None
 
 
-def _changed(tensor: Tensor, axis: int, position: int) -> Tensor:
-    """Return the tensor with other values at one position; whole numbers stay among those that occur.
+def changed_at(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """Return the tensor with other values at some positions; whole numbers stay among those that occur, truth values stay.
 
-    >>> _changed(torch.tensor([[3, 5, 9]]), 1, 1)
-    tensor([[3, 9, 9]])
+    Args:
+        tensor: Numbers that a host takes.
+        axis: Axis of the positions.
+        start: The first of them.
+        length: Their number.
+
+    >>> changed_at(torch.tensor([[3, 5, 9]]), 1, 1, 2)
+    tensor([[3, 9, 3]])
     """
     changed = tensor.clone()
-    part = changed.select(axis, position)
+    part = changed.narrow(axis, start, length)
     if tensor.is_floating_point():
         part.copy_(1.0 - 2.0 * part)
-        return changed
-    values = torch.unique(tensor)
-    if len(values) == 1:
-        part.add_(-1 if int(values[0]) > 0 else 1)
-    else:
-        part.copy_(values[(torch.searchsorted(values, part.contiguous()) + 1) % len(values)])
+    elif tensor.dtype is not torch.bool:
+        values = torch.unique(tensor)
+        if len(values) == 1:
+            part.add_(-1 if int(values[0]) > 0 else 1)
+        else:
+            part.copy_(cycled(part, values))
     return changed

@@ -203,9 +203,21 @@ def _varied(entry: Tensor, tensor: Tensor, is_main: bool, is_strong: bool) -> Te
         if only > 0 or (is_main and not entry.is_cuda):
             return entry - 1 if only > 0 and is_main else entry + int(is_main)
         return entry
-    place = torch.searchsorted(values, entry.contiguous())
-    cycled: Tensor = values[(place + 1) % len(values)]
-    return cycled
+    return cycled(entry, values)
+
+
+def cycled(entry: Tensor, values: Tensor) -> Tensor:
+    """Return whole numbers of which each is the next greater of those that occur, and the least after the greatest.
+
+    Args:
+        entry: Whole numbers that occur.
+        values: All that occur, sorted, each once.
+
+    >>> cycled(torch.tensor([3, 9]), torch.tensor([3, 5, 9]))
+    tensor([5, 3])
+    """
+    following: Tensor = values[(torch.searchsorted(values, entry.contiguous()) + 1) % len(values)]
+    return following
 
 
 # -- what a run showed --------------------------------------------------------------------------------------------------

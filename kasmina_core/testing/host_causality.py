@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kasmina_core.causality import changed_at
 from kasmina_core.checks.reports import CheckStatus
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.testing.comparing import features_at, mapped, path_of, tensors_in
@@ -71,7 +72,7 @@ def _causal_at(trial: Trial, path: str, axis: int, length: int) -> str | None:
         effective, leak = False, ""
         for cut in sorted({1, length // 2, length - 1}):
             try:
-                changed = _changed_from(tensor.movedim(place, 1), cut).movedim(1, place)
+                changed = changed_at(tensor, place, cut, length - cut)
                 features = _features(trial, path, _with(trial.example, tensor, changed))
             except Exception:  # a value that this input does not take; it says nothing
                 continue
@@ -96,25 +97,6 @@ def _features(trial: Trial, path: str, example: object) -> Tensor:
     seen = features_at(trial.twin().eval(), [path], example, trial.device)
     features: Tensor = seen[path][0]
     return features
-
-
-def _changed_from(tensor: Tensor, cut: int) -> Tensor:
-    """Return the tensor with other values from position ``cut`` on; whole numbers stay among those that occur.
-
-    >>> _changed_from(torch.tensor([[3, 5, 9]]), 1)
-    tensor([[3, 9, 3]])
-    """
-    changed = tensor.clone()
-    if tensor.is_floating_point():
-        changed[:, cut:] = 1.0 - 2.0 * tensor[:, cut:]
-    elif tensor.dtype is not torch.bool:
-        values = torch.unique(tensor)
-        if len(values) == 1:
-            changed[:, cut:] += -1 if int(values[0]) > 0 else 1
-        else:
-            place = torch.searchsorted(values, tensor[:, cut:].contiguous())
-            changed[:, cut:] = values[(place + 1) % len(values)]
-    return changed
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
