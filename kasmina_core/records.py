@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
@@ -217,18 +217,28 @@ def _list(kind: Any, inside: tuple[Any, ...], value: Any, where: str) -> Any:
     return tuple(items) if kind is Sequence else kind(items)
 
 
+def demand_fields(data: Mapping[Any, Any], needed: Iterable[str], known: Container[str], what: str) -> None:
+    """Demand that a mapping has the fields that are needed, and none that are not known.
+
+    Raises:
+        CheckpointError: If it has others; the message names both kinds.
+    """
+    missing = [name for name in needed if name not in data]
+    unknown = [str(name) for name in data if name not in known]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{what} has other fields than this version of kasmina.\n"
+            f"  missing: {', '.join(sorted(missing)) or 'none'}\n"
+            f"  unknown: {', '.join(sorted(unknown)) or 'none':.200}"
+        )
+
+
 def _record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise _misfit(where, "a mapping", data)
     hints = {name: one for name, one in _hints(kind).items() if Mark.UNWRITTEN not in one[1]}
-    missing = [name for name, (_, marks) in hints.items() if name not in data and Mark.LATER not in marks]
-    unknown = [str(name) for name in data if name not in hints and name not in kind.derived]
-    if missing or unknown:
-        raise CheckpointError(
-            f"{where or 'it'} has other fields than this version of kasmina.\n"
-            f"  missing: {', '.join(sorted(missing)) or 'none'}\n"
-            f"  unknown: {', '.join(sorted(unknown)) or 'none':.200}"
-        )
+    needed = [name for name, (_, marks) in hints.items() if Mark.LATER not in marks]
+    demand_fields(data, needed, {*hints, *kind.derived}, where or "it")
     prefix = f"{where}." if where else ""
     values = {
         name: _read(hint, data[name], prefix + name, marks)

@@ -10,7 +10,7 @@ from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.thresholds import GateProfile, GateThresholds, chosen
-from kasmina_core.records import read
+from kasmina_core.records import demand_fields, read
 from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit
 from kasmina_core.topology import Topology
 
@@ -126,12 +126,7 @@ class GrowthConfig:
         what = f"The saved {cls.__name__}"
         hints = get_type_hints(cls) | {"gradient_policies": dict[str, bool], "gates": dict[str, Any]}
         data = read(dict[str, Any], data, what)
-        if data.keys() != hints.keys():
-            raise CheckpointError(
-                f"{what} has other fields than this version of kasmina.\n"
-                f"  missing: {', '.join(sorted(hints.keys() - data.keys())) or 'none'}\n"
-                f"  unknown: {', '.join(sorted(data.keys() - hints.keys())) or 'none':.200}"
-            )
+        demand_fields(data, hints, hints, what)
         values = {name: read(hint, data[name], what, name) for name, hint in hints.items()}
         profile = read(GateProfile, values["gates"].get("profile"), what, "gates.profile")
         thresholds = GateThresholds.from_dict(values["gates"].get("thresholds"), f"{what}, gates.thresholds,")
