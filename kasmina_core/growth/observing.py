@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, final
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kasmina_core.growth.context import Growth
     from kasmina_core.growth.model import MorphogeneticModel
     from kasmina_core.growth.slot import SeedSlot
-    from kasmina_core.slots.forward import Slot
     from kasmina_core.slotted import SlotMap, SlottedModel
 
 
@@ -42,34 +41,30 @@ class SlotSummary:
 
 def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> Observation:
     """Return what a policy may look at, as plain data."""
-    host = parameters_by_id(model.host)
-    slots = model.slots.values()
-    seeds = [_added_by(slot, host) for slot in slots]
+    host, seeds = _parameters(model)
+    slots = zip(model.slots.values(), seeds, strict=True)
     return Observation(
         epoch=growth.epoch,
         metric=growth.last_metric,
         higher_is_better=config.higher_is_better,
-        host_parameters=_size(host.values()),
-        seed_parameters=_size({id(p): p for added in seeds for p in added}.values()),
-        slots=tuple(
-            _observe_slot(growth, slot, _size(added)) for slot, added in zip(slots, seeds, strict=True)
-        ),
+        host_parameters=_size(host),
+        seed_parameters=_size(_each_once(seeds)),
+        slots=tuple(_observe_slot(growth, slot, _size(added)) for slot, added in slots),
         lost_epochs=growth.lost_epochs,
     )
 
 
 def epoch_ended(model: SlottedModel, growth: Growth, flops: float | None) -> EpochEnded:
     """Return the event of an epoch: the model and every slot as they are."""
-    host = parameters_by_id(model.host)
-    slots = cast("SlotMap[SeedSlot]", model.slots).values()
-    seeds = [_added_by(slot, host) for slot in slots]
+    host, seeds = _parameters(model)
+    slots = zip(cast("SlotMap[SeedSlot]", model.slots).values(), seeds, strict=True)
     return EpochEnded(
         metric=growth.last_metric,
-        host_parameters=_size(host.values()),
-        seed_parameters=_size({id(p): p for added in seeds for p in added}.values()),
+        host_parameters=_size(host),
+        seed_parameters=_size(_each_once(seeds)),
         flops=flops,
         lost_epochs=growth.lost_epochs,
-        slots=tuple(_reading(slot, _size(added)) for slot, added in zip(slots, seeds, strict=True)),
+        slots=tuple(_reading(slot, _size(added)) for slot, added in slots),
     )
 
 
@@ -93,8 +88,15 @@ def _reading(slot: SeedSlot, parameters: int) -> SlotReading:
     )
 
 
-def _added_by(slot: Slot, host: Container[int]) -> list[nn.Parameter]:
-    return [p for p in slot.seed_parameters() if id(p) not in host]
+def _parameters(model: SlottedModel) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+    """Return the host's parameters, and for each slot those that its seed added."""
+    host = parameters_by_id(model.host)
+    added = [[p for p in slot.seed_parameters() if id(p) not in host] for slot in model.slots.values()]
+    return list(host.values()), added
+
+
+def _each_once(seeds: Iterable[Iterable[nn.Parameter]]) -> Iterable[nn.Parameter]:
+    return {id(p): p for added in seeds for p in added}.values()
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
@@ -139,12 +141,9 @@ def summary(model: SlottedModel) -> list[SlotSummary]:
 
 def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
     """Return one row per slot, the host's parameters, and the host's share of what is trainable."""
-    host = parameters_by_id(model.host)
-    slots = model.slots.values()
-    seeds = [_added_by(slot, host) for slot in slots]
-    learning = _size(p for p in host.values() if p.requires_grad)
-    own = {id(p): p for added in seeds for p in added if p.requires_grad}
-    trainable = learning + _size(own.values())
+    host, seeds = _parameters(model)
+    learning = _size(p for p in host if p.requires_grad)
+    trainable = learning + _size(p for p in _each_once(seeds) if p.requires_grad)
     rows = [
         SlotSummary(
             slot=slot.name,
@@ -154,9 +153,9 @@ def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
             parameters=_size(added),
             trainable_share=_size(p for p in added if p.requires_grad) / trainable if trainable else 0.0,
         )
-        for slot, added in zip(slots, seeds, strict=True)
+        for slot, added in zip(model.slots.values(), seeds, strict=True)
     ]
-    return rows, _size(host.values()), learning / trainable if trainable else 0.0
+    return rows, _size(host), learning / trainable if trainable else 0.0
 
 
 def summary_table(model: SlottedModel) -> str:
