@@ -15,7 +15,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import argparse
 import copy
 import dataclasses
-import io
 import json
 import multiprocessing
 import re
@@ -23,28 +22,27 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
 import numpy
 import torch
 import transformers
-from kasmina_core import GrowthConfig, SeedStage, Topology, __version__, default_registry
-from kasmina_core.testing.comparing import same_bits, tensors_in
-from kasmina_core.testing.host_with_slots import open_gates
+from kasmina_core import __version__
+from kasmina_core.testing.sweeps import first_that_attaches, globs_of, live, run, said, shares
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from kasmina_hf.growing import GrowingModel, grow
+from kasmina_hf.growing import grow
 from kasmina_hf.inputs import example_inputs
 from kasmina_hf.shrinking import RECIPES, shrunken
 from kasmina_hf.structure import points
 
 MOST_PARAMETERS: Final = 100_000_000
 SECONDS: Final = 60.0
-BLUEPRINTS: Final = {Topology.CNN: "cnn:conv_light", Topology.TRANSFORMER: "transformer:mlp"}
 
 
 @dataclasses.dataclass
@@ -103,7 +101,7 @@ def examine(row: Row) -> None:
             row.points = len(found)
             row.towers = _towers(found)
         except Exception as error:
-            row.reason = _said(error)
+            row.reason = said(error)
         row.glob = _glob(model, example, [tower.split()[0] for tower in row.towers])
         if row.points:
             _live(row, model, example)
@@ -125,16 +123,16 @@ def _build(row: Row) -> tuple[PreTrainedModel | None, dict[str, Tensor] | None]:
             torch.manual_seed(0)
             model = kind(small).eval()
         except ImportError as error:
-            row.reason = _said(error)
+            row.reason = said(error)
             break
         except Exception as error:
-            row.reason = row.reason or _said(error)
+            row.reason = row.reason or said(error)
             continue
         try:
             example = example_inputs(model)
         except Exception as error:
             if built is None:
-                built, row.recipe, row.reason = model, recipe.name, _said(error)
+                built, row.recipe, row.reason = model, recipe.name, said(error)
             continue
         row.recipe = recipe.name
         row.inputs = {name: list(tensor.shape) for name, tensor in example.items()}
@@ -154,148 +152,31 @@ def _towers(found: list[Any]) -> list[str]:
 
 
 def _glob(model: PreTrainedModel, example: dict[str, Tensor], known: list[str]) -> str:
-    """Return the first glob that holds slots: of the members of a container, or of a part of each."""
-    whole, inner = [], []
-    for path, module in model.named_modules():
-        if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
-            whole.append(f"{path}.*")
-            inner += [f"{path}.*.{name}" for name, _ in module[0].named_children()]
-    for pattern in (*known[:1], *whole, *inner[:40]):
-        try:
-            grow(model, pattern, example=example).detach_slots()
-        except Exception:
-            continue
-        return pattern
-    return ""
+    """Return the first glob that holds slots: of a tower, of the members of a container, or of a part of each."""
+    whole, inner = globs_of(model)
+    return first_that_attaches(
+        (*known[:1], *whole, *inner[:40]), lambda pattern: grow(model, pattern, example=example)
+    )
 
 
 def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
     """Let one seed live its life in the first tower."""
-    bare = copy.deepcopy(host)
-    stage = "attach"
-    try:
-        model = grow(host, example=example, config=_config())
-        model.evaluate_with(lambda: _loss(host(**example)).detach().expand(4))
-        _run(bare, example)
-        fitting = [
-            slot
-            for slot in model.slots.values()
-            if _blueprint(slot.point.topology) and _learns(bare, slot.point.path)
-        ]
-        if not fitting:
-            raise AssertionError("no installed blueprint fits a point on which the outputs depend")
-        place = fitting[0]
-        row.blueprint = _blueprint(place.point.topology)
-        stage = "training"
-        model.germinate(place.name, row.blueprint)
-        _until(model, place.name, SeedStage.TRAINING)
-        _compare(bare, model, example)
-        stage = "fossilising"
-        with torch.no_grad():
-            for parameter in model.seed_parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        _until(model, place.name, SeedStage.FOSSILIZED)
-        stage = "saving and loading"
-        file = io.BytesIO()
-        torch.save(model.state_dict(), file)
-        file.seek(0)
-        other = grow(bare, example=example, config=_config())
-        other.load_state_dict(torch.load(file, weights_only=True))
-        if not _same(_outputs(model.eval(), example), _outputs(other.eval(), example)):
-            raise AssertionError("the loaded model computes something else")
-    except Exception as error:
-        row.life, row.reason = f"ends at {stage}", _said(error)
-    else:
-        row.life = "whole"
 
+    def call(module: nn.Module) -> Any:
+        numpy.random.seed(0)  # transformers masks sound with it in training
+        return module(**example)
 
-def _blueprint(topology: Topology) -> str:
-    """Return the id of an installed blueprint for a topology, empty if there is none."""
-    known = [spec.id for spec in default_registry().blueprints.list_for_topology(topology)]
-    chosen = BLUEPRINTS.get(topology)
-    return chosen if chosen in known else next(iter(known), "")
+    def heard(bare: nn.Module, paths: list[str]) -> set[str]:
+        run(bare, call)
+        return {path for path in paths if _learns(bare, path)}
 
-
-def _config() -> GrowthConfig:
-    return GrowthConfig(ramp_steps=2, gates=open_gates(min_training_epochs=1, min_probation_epochs=1))
-
-
-def _until(model: GrowingModel, slot: str, stage: SeedStage) -> None:
-    for _ in range(40):
-        if model.slots[slot].stage is stage:
-            return
-        model.step_epoch(1.0)
-        if stage is SeedStage.FOSSILIZED and model.slots[slot].stage is SeedStage.PROBATIONARY:
-            model.advance_stage(slot)
-    raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
+    life = live(host, partial(grow, example=example), call, heard)
+    row.life, row.blueprint, row.reason = life.ended, life.blueprint, life.reason or row.reason
 
 
 def _learns(bare: nn.Module, path: str) -> bool:
     """Return whether the loss depends on the module at a path."""
     return any(p.grad is not None and bool(p.grad.any()) for p in bare.get_submodule(path).parameters())
-
-
-def _compare(bare: nn.Module, model: GrowingModel, example: dict[str, Tensor]) -> None:
-    """Compare a forward and backward pass with the bare host's, which is in evaluation and, if it can be, in training."""
-    for training in (False, True):
-        bare.train(training), model.train(training)
-        for slot in model.slots.values():
-            slot.train()
-        try:
-            expected = _run(bare, example)
-        except Exception:  # some train on labels only
-            continue
-        _compare_runs(bare, model, expected, _run(model, example))
-        if not training and not any(
-            p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters()
-        ):
-            raise AssertionError("the seed has no gradient")
-
-
-def _compare_runs(bare: nn.Module, model: GrowingModel, expected: list[Tensor], found: list[Tensor]) -> None:
-    if not _same(expected, found):
-        raise AssertionError("outputs are not those of the bare host")
-    grown = dict(model.host.named_parameters())
-    for name, parameter in bare.named_parameters():
-        ours = grown[name].grad
-        if (parameter.grad is None) != (ours is None) or (
-            ours is not None and parameter.grad is not None and not same_bits(parameter.grad, ours)
-        ):
-            raise AssertionError(f"the gradient of {name} is not that of the bare host")
-
-
-def _run(module: nn.Module, example: dict[str, Tensor]) -> list[Tensor]:
-    torch.manual_seed(0)
-    numpy.random.seed(0)  # transformers masks sound with it in training
-    module.zero_grad()
-    output = module(**example)
-    _loss(output).backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    return [tensor.detach() for _, tensor in tensors_in(output)]
-
-
-def _outputs(module: nn.Module, example: dict[str, Tensor]) -> list[Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return [tensor for _, tensor in tensors_in(module(**example))]
-
-
-def _loss(output: Any) -> Tensor:
-    """Return a number in which every differentiable output has a part."""
-    terms = [
-        (tensor.float() * torch.linspace(-1.0, 1.0, tensor.numel()).view_as(tensor)).mean()
-        for _, tensor in tensors_in(output)
-        if tensor.is_floating_point() and (tensor.requires_grad or not torch.is_grad_enabled())
-    ]
-    return torch.stack(terms).sum()
-
-
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _said(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:600]
 
 
 def _work(channel: Connection) -> None:
@@ -311,7 +192,7 @@ def _work(channel: Connection) -> None:
         try:
             examine(row)
         except Exception as error:
-            row.reason = _said(error)
+            row.reason = said(error)
         row.seconds = round(time.perf_counter() - start, 1)
         channel.send(row)
 
@@ -406,14 +287,9 @@ def summary(rows: list[Row]) -> str:
         built = [row for row in chosen if row.recipe]
         ran = [row for row in built if row.inputs]
         if ran:
-            counts = {
-                "offer points by themselves": sum(row.points > 0 for row in ran),
-                "by a glob": sum(bool(row.glob) for row in ran),
-                "whole lives": sum(row.life == "whole" for row in ran),
-            }
             lines.append(
                 f"{what}: {len(chosen)}, built {len(built)}, run with derived inputs {len(ran)}; of these "
-                + ", ".join(f"{what} {n} ({n / len(ran):.1%})" for what, n in counts.items())
+                + shares(ran)
             )
     return "\n".join(lines)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import io
 import json
 import multiprocessing
 import re
@@ -18,24 +17,24 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
 import timm
 import torch
 import torchvision  # type: ignore[import-untyped]  # ships no types
-from kasmina_core import GrowthConfig, InjectionPoint, SeedStage, Topology, __version__, default_registry
-from kasmina_core.testing.comparing import same_bits, tensors_in
-from kasmina_core.testing.host_with_slots import open_gates
+from kasmina_core import InjectionPoint, __version__
+from kasmina_core.testing.comparing import tensors_in
+from kasmina_core.testing.sweeps import first_that_attaches, globs_of, live, run, said, shares
 from torch import Tensor, nn
 
-from kasmina_timm.growing import GrowingModel, grow
+from kasmina_timm.growing import grow
 from kasmina_timm.structure import example_inputs, points
 
 MOST_PARAMETERS: Final = 150_000_000
 SECONDS: Final = 120.0
 CANDIDATES: Final = 2
-BLUEPRINTS: Final = {Topology.CNN: "cnn:conv_light", Topology.TRANSFORMER: "transformer:mlp"}
 SMALL: Final = [
     "test_",
     "atto",
@@ -182,7 +181,7 @@ def examine(row: Row) -> None:
         row.points = len(found)
         row.layouts = sorted({f"{p.topology.value} {p.layout or p.topology.layout}" for p in found})
     except Exception as error:
-        row.reason = _said(error)
+        row.reason = said(error)
     row.glob = _glob(model, example, found)
     if row.points:
         _live(row, model, example)
@@ -208,7 +207,7 @@ def _build(row: Row) -> nn.Module | None:
                     meta = timm.create_model(name, pretrained=False, **shrunken)
                     meta.eval()(example_inputs(meta))
             except Exception as error:
-                row.reason = _said(error)
+                row.reason = said(error)
                 continue
             built[name, i] = sum(parameter.numel() for parameter in meta.parameters())
             break
@@ -223,7 +222,7 @@ def _build(row: Row) -> nn.Module | None:
                 with torch.no_grad():
                     copy.deepcopy(small)(example_inputs(small))
             except Exception as error:
-                row.reason = _said(error)
+                row.reason = said(error)
                 continue
             row.model, row.reason = name, ""
             row.size = sum(parameter.numel() for parameter in small.parameters())
@@ -242,81 +241,24 @@ def _rank(name: str) -> tuple[int, int, str]:
 
 
 def _glob(model: nn.Module, example: object, found: list[InjectionPoint]) -> str:
-    """Return the first glob that holds slots: of the members of a container, or of a part of each."""
-    whole, inner = [], []
-    for path, module in model.named_modules():
-        if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
-            whole.append(f"{path}.*")
-            inner += [f"{path}.*.{name}" for name, _ in module[0].named_children()]
+    """Return the first glob that holds slots: of the members of a container, of points, or of a part of each member."""
+    whole, inner = globs_of(model)
     named = [re.sub(r"\d\w*", "*", point.path) for point in found]
-    for pattern in dict.fromkeys((*whole, *named, *inner[:40])):
-        try:
-            grow(model, pattern, example=example).detach_slots()
-        except Exception:
-            continue
-        return pattern
-    return ""
+    return first_that_attaches(
+        dict.fromkeys((*whole, *named, *inner[:40])), lambda pattern: grow(model, pattern, example=example)
+    )
 
 
 def _live(row: Row, host: nn.Module, example: object) -> None:
     """Let one seed live its life at the last point that the outputs depend on, where features are small."""
-    bare = copy.deepcopy(host)
-    stage = "attach"
-    try:
-        model = grow(host, example=example, config=_config())
-        model.evaluate_with(lambda: _loss(_call(host, example)).detach().expand(4))
-        heard = _heard(bare, [slot.point.path for slot in model.slots.values()], example)
-        fitting = [
-            slot
-            for slot in model.slots.values()
-            if slot.point.path in heard and _blueprint(slot.point.topology)
-        ]
-        if not fitting:
-            raise AssertionError("no installed blueprint fits a point on which the outputs depend")
-        place = fitting[-1]
-        row.blueprint = _blueprint(place.point.topology)
-        stage = "training"
-        model.germinate(place.name, row.blueprint)
-        _until(model, place.name, SeedStage.TRAINING)
-        _compare(bare, model, example)
-        stage = "fossilising"
-        with torch.no_grad():
-            for parameter in model.seed_parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        _until(model, place.name, SeedStage.FOSSILIZED)
-        stage = "saving and loading"
-        file = io.BytesIO()
-        torch.save(model.state_dict(), file)
-        file.seek(0)
-        other = grow(bare, example=example, config=_config())
-        other.load_state_dict(torch.load(file, weights_only=True))
-        if not _same(_outputs(model.eval(), example), _outputs(other.eval(), example)):
-            raise AssertionError("the loaded model computes something else")
-    except Exception as error:
-        row.life, row.reason = f"ends at {stage}", _said(error)
-    else:
-        row.life = "whole"
-
-
-def _blueprint(topology: Topology) -> str:
-    """Return the id of an installed blueprint for a topology, empty if there is none."""
-    known = [spec.id for spec in default_registry().blueprints.list_for_topology(topology)]
-    chosen = BLUEPRINTS.get(topology)
-    return chosen if chosen in known else next(iter(known), "")
-
-
-def _config() -> GrowthConfig:
-    return GrowthConfig(ramp_steps=2, gates=open_gates(min_training_epochs=1, min_probation_epochs=1))
-
-
-def _until(model: GrowingModel, slot: str, stage: SeedStage) -> None:
-    for _ in range(40):
-        if model.slots[slot].stage is stage:
-            return
-        model.step_epoch(1.0)
-        if stage is SeedStage.FOSSILIZED and model.slots[slot].stage is SeedStage.PROBATIONARY:
-            model.advance_stage(slot)
-    raise AssertionError(f"{stage.name} was not reached: {model.slots[slot].last_gate}")
+    life = live(
+        host,
+        partial(grow, example=example),
+        lambda module: _call(module, example),
+        lambda bare, paths: _heard(bare, paths, example),
+        last=True,
+    )
+    row.life, row.blueprint, row.reason = life.ended, life.blueprint, life.reason or row.reason
 
 
 def _heard(bare: nn.Module, paths: list[str], example: object) -> set[str]:
@@ -333,7 +275,7 @@ def _heard(bare: nn.Module, paths: list[str], example: object) -> set[str]:
         return note
 
     handles = [bare.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
-    _run(bare, example)
+    run(bare, lambda module: _call(module, example))
     for handle in handles:
         handle.remove()
     return {
@@ -341,70 +283,8 @@ def _heard(bare: nn.Module, paths: list[str], example: object) -> set[str]:
     }
 
 
-def _compare(bare: nn.Module, model: GrowingModel, example: object) -> None:
-    """Compare a forward and backward pass with the bare host's, which is in evaluation and, if it can be, in training."""
-    for training in (False, True):
-        bare.train(training), model.train(training)
-        for slot in model.slots.values():
-            slot.train()
-        try:
-            expected = _run(bare, example)
-        except Exception:  # some train on labels only
-            continue
-        _compare_runs(bare, model, expected, _run(model, example))
-        if not training and not any(
-            p.grad is not None and bool(p.grad.any()) for p in model.seed_parameters()
-        ):
-            raise AssertionError("the seed has no gradient")
-
-
-def _compare_runs(bare: nn.Module, model: GrowingModel, expected: list[Tensor], found: list[Tensor]) -> None:
-    if not _same(expected, found):
-        raise AssertionError("outputs are not those of the bare host")
-    grown = dict(model.host.named_parameters())
-    for name, parameter in bare.named_parameters():
-        ours = grown[name].grad
-        if (parameter.grad is None) != (ours is None) or (
-            ours is not None and parameter.grad is not None and not same_bits(parameter.grad, ours)
-        ):
-            raise AssertionError(f"the gradient of {name} is not that of the bare host")
-
-
-def _run(module: nn.Module, example: object) -> list[Tensor]:
-    torch.manual_seed(0)
-    module.zero_grad()
-    output = _call(module, example)
-    _loss(output).backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    return [tensor.detach() for _, tensor in tensors_in(output)]
-
-
 def _call(module: nn.Module, example: object) -> Any:
     return module(*example) if isinstance(example, tuple) else module(example)
-
-
-def _outputs(module: nn.Module, example: object) -> list[Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return [tensor for _, tensor in tensors_in(_call(module, example))]
-
-
-def _loss(output: Any) -> Tensor:
-    """Return a number in which every differentiable output has a part."""
-    terms = [
-        (tensor.float() * torch.linspace(-1.0, 1.0, tensor.numel()).view_as(tensor)).mean()
-        for _, tensor in tensors_in(output)
-        if tensor.is_floating_point() and (tensor.requires_grad or not torch.is_grad_enabled())
-    ]
-    return torch.stack(terms).sum()
-
-
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _said(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:600]
 
 
 def _work(row: Row, channel: Connection) -> None:
@@ -415,7 +295,7 @@ def _work(row: Row, channel: Connection) -> None:
     try:
         examine(row)
     except Exception as error:
-        row.reason = _said(error)
+        row.reason = said(error)
     row.seconds = round(time.perf_counter() - start, 1)
     channel.send(row)
 
@@ -479,14 +359,8 @@ def summary(rows: list[Row]) -> str:
         chosen = [row for row in rows if row.library == library]
         ran = [row for row in chosen if row.inputs]
         if ran:
-            counts = {
-                "offer points by themselves": sum(row.points > 0 for row in ran),
-                "by a glob": sum(bool(row.glob) for row in ran),
-                "whole lives": sum(row.life == "whole" for row in ran),
-            }
             lines.append(
-                f"{library}: {len(chosen)} families, built and run {len(ran)}; of these "
-                + ", ".join(f"{what} {n} ({n / len(ran):.1%})" for what, n in counts.items())
+                f"{library}: {len(chosen)} families, built and run {len(ran)}; of these " + shares(ran)
             )
     return "\n".join(lines)
 
