@@ -14,7 +14,7 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.lifecycle import SeedStage, SeedState
-from kasmina_core.records import Count, Range, Record
+from kasmina_core.records import Count, Mark, Range, Record
 from kasmina_core.slots.notes import EpochNotes, GradientNorms, SeedNotes, StageNotes
 from kasmina_core.verdicts import GateResult
 
@@ -42,6 +42,7 @@ class SlotRecord(Record):
         look_is_counted: Whether one of them is at the evidence of this epoch.
         error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
         host_losses: Held-out losses of the host as last measured in TRAINING, one per sample; ``None`` if never.
+        causal: Whether the slot's point is causal; ``None`` in records that do not say it.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
         incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
@@ -67,6 +68,7 @@ class SlotRecord(Record):
     look_is_counted: bool
     error_share: Annotated[float, Range(above=0.0, most=1.0)]
     host_losses: list[float] | None
+    causal: Annotated[bool | None, Mark.LATER] = None
 
     @classmethod
     def of(cls, slot: SeedSlot) -> SlotRecord:
@@ -92,6 +94,7 @@ class SlotRecord(Record):
             look_is_counted=notes.look_is_counted,
             error_share=notes.error_share,
             host_losses=notes.host_losses.tolist() if notes.host_losses is not None else None,
+            causal=slot.point.causal,
         )
 
     @property
@@ -120,15 +123,17 @@ class SlotRecord(Record):
         return FORMAT_VERSION
 
     @classmethod
-    def for_slot(cls, data: Any, slot: str) -> SlotRecord:
+    def for_slot(cls, data: Any, slot: str, causal: bool | None = None) -> SlotRecord:
         """Rebuild from `to_dict`.
 
         Args:
             data: What was saved.
             slot: Name of the slot that reads it.
+            causal: Whether its point is causal; ``None`` if somebody else compares the points.
 
         Raises:
-            CheckpointError: If the data is of another version, damaged, or belongs to another slot.
+            CheckpointError: If the data is of another version, damaged, or belongs to another slot, or a seed is in it
+                and the slot's point was causal and is not, or the reverse.
         """
         what = f"The saved state of slot '{slot}'"
         version = data.get("version") if isinstance(data, Mapping) else type(data).__name__
@@ -143,6 +148,13 @@ class SlotRecord(Record):
             if state.slot != slot:
                 raise CheckpointError(
                     f"The saved state belongs to another slot.\n  saved: '{state.slot:.200}'\n  this:  '{slot}'"
+                )
+            if None not in (record.causal, causal) and record.causal is not causal:
+                raise CheckpointError(
+                    f"Slot '{slot}' is at a point that was saved with causal={record.causal}, and has causal={causal} here: "
+                    "a seed that mixes positions would compute something else.\n"
+                    f"Make the model as it was saved: MorphogeneticModel(host, ..., causal={record.causal}), or "
+                    f"InjectionPoint({slot!r}, ..., causal={record.causal}) if the point is declared."
                 )
             if state.stage is SeedStage.BLENDING and record.schedule is None:
                 raise CheckpointError(f"{what} is BLENDING but has no alpha schedule.")

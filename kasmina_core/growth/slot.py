@@ -317,7 +317,8 @@ class SeedSlot(core.SeedSlot):
 
     def _record(self, state: Mapping[str, Any] | Tensor) -> SlotRecord:
         what = f"The saved state of slot '{self.name}'"
-        return SlotRecord.for_slot(from_bytes(state, what) if isinstance(state, Tensor) else state, self.name)
+        data = from_bytes(state, what) if isinstance(state, Tensor) else state
+        return SlotRecord.for_slot(data, self.name, self.point.causal)
 
     def _load_from_state_dict(
         self,

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kasmina_core import GerminationError, HostError, InjectionPoint, MorphogeneticModel, Topology
+from kasmina_core import (
+    CheckpointError,
+    EveryPosition,
+    GerminationError,
+    HostError,
+    InjectionPoint,
+    MorphogeneticModel,
+    Topology,
+)
 
 DIM, VALUES = 4, 7
 
@@ -198,3 +206,35 @@ def test_a_seed_that_would_show_the_future_is_refused_and_one_for_each_position_
     model.germinate("blocks_0", "transformer:norm")
     said = MorphogeneticModel(seeded(lambda: Language(False)), ["blocks.0"], example=ids(2, 5), causal=False)
     assert not said.slots["blocks_0"].doubt
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_state_saved_with_other_causality_is_refused_and_changes_nothing(saved: bool) -> None:
+    def model(causal: bool) -> MorphogeneticModel:
+        host = seeded(lambda: Language(False))
+        return MorphogeneticModel(
+            host, ["norm"], example=ids(2, 5), causal=causal, context=EveryPosition()
+        ).eval()
+
+    grown, other, same = model(saved), model(not saved), model(saved)
+    grown.germinate("norm", "transformer:attention")
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"saved with causal={saved}, and has causal={not saved} here"):
+        other.load_state_dict(grown.state_dict())
+    with pytest.raises(CheckpointError, match=rf"MorphogeneticModel\(host, \.\.\., causal={saved}\)"):
+        other.slots["norm"].set_extra_state(grown.slots["norm"].get_extra_state())
+    after = other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    same.load_state_dict(grown.state_dict())
+    assert same.slots["norm"].seed is not None
+
+
+def test_a_state_that_does_not_say_whether_its_point_is_causal_loads() -> None:
+    host = seeded(lambda: Language(True))
+    model = MorphogeneticModel(host, ["norm"], example=ids(2, 5), causal=True)
+    model.germinate("norm", "transformer:norm")
+    record = model.slots["norm"].get_extra_state()
+    assert record.pop("causal") is True
+    model.slots["norm"].set_extra_state(record)
+    assert model.slots["norm"].seed is not None
