@@ -110,13 +110,22 @@ class StageChanged(TelemetryEvent):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateEvaluated(TelemetryEvent):
-    """A gate was evaluated; ``checks`` holds plain data of each check: name, value, threshold, verdict."""
+    """A gate was evaluated.
+
+    Attributes:
+        gate: Name of the gate.
+        passed: Whether the seed may move.
+        reason: Why, in one line.
+        checks: Plain data of each check: name, value, bounds, verdict, detail.
+        verdict: Value of `GateResult.verdict`: ``passed``, ``failed``, or ``waiting`` if nothing but time is missing.
+    """
 
     type: ClassVar[TelemetryEventType] = TelemetryEventType.GATE_EVALUATED
     gate: str
     passed: bool
     reason: str
     checks: tuple[Mapping[str, Any], ...] = ()
+    verdict: str = ""
 
 
 @final

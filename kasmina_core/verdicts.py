@@ -39,17 +39,21 @@ GATE_INTO: Final[Mapping[SeedStage, GateLevel]] = MappingProxyType(
 
 @final
 class CheckVerdict(Enum):
-    """Verdict of one check. A gate passes if one is PASSED and every other is PASSED or NOT_REQUIRED."""
+    """Verdict of one check. A gate passes if one is PASSED and every other is PASSED or NOT_REQUIRED.
+
+    WAITING means that time alone is missing: epochs in a stage, or the end of a ramp.
+    """
 
     PASSED = "passed"
     FAILED = "failed"
+    WAITING = "waiting"
     NEVER_MEASURED = "never measured"
     NOT_REQUIRED = "not required"
 
     @property
     def stops(self) -> bool:
         """Whether it keeps a gate from passing."""
-        return self in (CheckVerdict.FAILED, CheckVerdict.NEVER_MEASURED)
+        return self in (CheckVerdict.FAILED, CheckVerdict.WAITING, CheckVerdict.NEVER_MEASURED)
 
 
 @final
@@ -62,7 +66,7 @@ class GateCheck(Record):
         value: What was measured; ``None``, NaN or infinite where nothing usable was.
         minimum: Smallest value that passes, if there is one.
         maximum: Largest value that passes, if there is one.
-        verdict: Passed, failed or never measured.
+        verdict: Passed, failed, waiting, never measured or not required.
         detail: More for people, such as the reason a width was refused.
     """
 
@@ -88,7 +92,10 @@ class GateCheck(Record):
 
     def __str__(self) -> str:
         value = "nothing" if self.value is None else f"{self.value:.4g}"
-        text = f"{self.name} {self.verdict.value}: {value} (needs {self.threshold})"
+        if self.verdict is CheckVerdict.WAITING:
+            text = f"{self.name}: {value} so far (needs {self.threshold})"
+        else:
+            text = f"{self.name} {self.verdict.value}: {value} (needs {self.threshold})"
         return f"{text}: {self.detail}" if self.detail else text
 
 
@@ -143,7 +150,7 @@ class GateResult(Record):
         finding: Effect, interval, sample size and what the test spent, where the gate decided on evidence.
     """
 
-    derived: ClassVar = ("passed", "reason")
+    derived: ClassVar = ("passed", "verdict", "reason")
 
     gate: Annotated[GateLevel | None, Mark.BY_NAME]
     checks: tuple[GateCheck, ...]
@@ -156,6 +163,14 @@ class GateResult(Record):
         verdicts = [check.verdict for check in self.checks]
         return CheckVerdict.PASSED in verdicts and not any(verdict.stops for verdict in verdicts)
 
+    @property
+    def verdict(self) -> CheckVerdict:
+        """PASSED; WAITING if nothing but time is missing; otherwise FAILED, also where a check was never measured."""
+        if self.passed:
+            return CheckVerdict.PASSED
+        stopping = {check.verdict for check in self.failed_checks}
+        return CheckVerdict.WAITING if stopping == {CheckVerdict.WAITING} else CheckVerdict.FAILED
+
     def __bool__(self) -> bool:
         return self.passed
 
@@ -166,18 +181,19 @@ class GateResult(Record):
 
     @property
     def reason(self) -> str:
-        """Why, in one line: the first check that failed (or was never measured, if none failed)."""
+        """Why, in one line: the first check that failed, else that was never measured, else that waits."""
         if self.passed:
             return f"all {len(self.checks)} checks passed"
         if not self.failed_checks:
             return "nothing was checked"
-        measured = [check for check in self.failed_checks if check.verdict is CheckVerdict.FAILED]
-        return str((measured or self.failed_checks)[0])
+        # Of checks that wait, those without a value were not asked because of the others.
+        worst = (CheckVerdict.FAILED, CheckVerdict.NEVER_MEASURED, CheckVerdict.WAITING)
+        return str(min(self.failed_checks, key=lambda c: (worst.index(c.verdict), c.value is None)))
 
     def __str__(self) -> str:
         if self.gate is None:
             return self.reason
-        text = f"{self.gate.name} {'passed' if self.passed else 'failed'}: {self.reason}"
+        text = f"{self.gate.name} {self.verdict.value}: {self.reason}"
         return text if self.finding is None else f"{text}; {self.finding}"
 
 

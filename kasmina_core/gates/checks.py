@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, final
 
@@ -62,6 +62,8 @@ class GateCheckSpec:
         maximum: Largest value that passes.
         needs_evidence: Whether it asks for ``context.measure()``; such checks run only when the cheap ones passed.
         screens: Whether it runs between those two kinds.
+        waits: Whether a value out of bounds gets there with time, as a number of epochs does; the check then says
+            *waiting*, not *failed*.
 
     Raises:
         BlueprintError: If there is neither a minimum nor a maximum, no gate, or a field is of another kind.
@@ -74,6 +76,7 @@ class GateCheckSpec:
     maximum: float | None = None
     needs_evidence: bool = False
     screens: bool = False
+    waits: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -117,11 +120,21 @@ class GateCheckSpec:
         if value is None:
             advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""
             return self.not_measured(f"no measurement{advice}")
-        return _judged(self.name, value, self.minimum, self.maximum)
+        check = _judged(self.name, value, self.minimum, self.maximum)
+        if self.waits and check.verdict is CheckVerdict.FAILED:
+            return replace(check, verdict=CheckVerdict.WAITING)
+        return check
 
     def not_measured(self, why: str) -> GateCheck:
         """Return the check as one that was never measured."""
         return GateCheck(self.name, None, CheckVerdict.NEVER_MEASURED, self.minimum, self.maximum, why)
+
+    def not_asked_yet(self, is_waiting: bool) -> GateCheck:
+        """Return the check as one that did not run because an earlier one waits, or failed."""
+        if not is_waiting:
+            return self.not_measured("an earlier check failed")
+        why = "asked when the earlier checks have passed"
+        return GateCheck(self.name, None, CheckVerdict.WAITING, self.minimum, self.maximum, why)
 
 
 def _judged(
@@ -158,13 +171,18 @@ def _germination_check(name: str) -> GateCheckSpec:
 
 
 def _metric_check(
-    name: str, gate: GateLevel, value: Callable[[SeedMetrics], float | None], minimum: float
+    name: str,
+    gate: GateLevel,
+    value: Callable[[SeedMetrics], float | None],
+    minimum: float,
+    *,
+    waits: bool = False,
 ) -> GateCheckSpec:
-    return GateCheckSpec(name, (gate,), lambda c: value(c.state.metrics), minimum)
+    return GateCheckSpec(name, (gate,), lambda c: value(c.state.metrics), minimum, waits=waits)
 
 
 def _dwell(stage: str, gate: GateLevel, epochs: int) -> GateCheckSpec:
-    return _metric_check(f"epochs in {stage}", gate, lambda m: m.epochs_in_current_stage, epochs)
+    return _metric_check(f"epochs in {stage}", gate, lambda m: m.epochs_in_current_stage, epochs, waits=True)
 
 
 def _evidence_check(
@@ -320,8 +338,8 @@ def common_checks(t: GateThresholds) -> list[GateCheckSpec]:
 def evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     """Return the checks of `GateProfile.EVIDENCE`."""
     checks = [
-        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, 1.0),
-        _metric_check("ramp progress", GateLevel.G3, lambda m: m.ramp_progress, 1.0),
+        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, 1.0, waits=True),
+        _metric_check("ramp progress", GateLevel.G3, lambda m: m.ramp_progress, 1.0, waits=True),
     ]
     for gate in (GateLevel.G2, GateLevel.G4, GateLevel.G5):
         checks.append(
@@ -351,7 +369,7 @@ def report_checks(t: GateThresholds) -> list[GateCheckSpec]:
     return [
         _metric_check(since_start, GateLevel.G2, lambda m: m.improvement_since_stage_start, least),
         _dwell("blending", GateLevel.G3, t.min_blending_epochs),
-        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, t.min_blending_alpha),
+        _metric_check("alpha", GateLevel.G3, lambda m: m.alpha, t.min_blending_alpha, waits=True),
         _metric_check("metric", GateLevel.G4, lambda m: m.current_metric, -math.inf),
         _metric_check("total improvement", GateLevel.G5, lambda m: m.total_improvement, total),
     ]

@@ -57,8 +57,8 @@ class QualityGates:
     ) -> GateResult:
         """Run every check of a gate.
 
-        Checks that need evidence run only when the others passed; otherwise they are never measured. An unknown gate
-        fails.
+        Checks that need evidence run only when the others passed; otherwise they wait with them, or are never measured.
+        An unknown gate fails.
 
         Args:
             gate: Which gate.
@@ -74,13 +74,13 @@ class QualityGates:
             return GateResult(None, (unknown,), epoch)
         asked = [spec for spec in (*self.checks, *pack_checks) if level in spec.gates]
         done: dict[int, GateCheck] = {}
-        may_go_on = True
+        may_go_on, is_waiting = True, False
         for cost in (0, 1, 2):
             for spec in [one for one in asked if one.cost == cost]:
-                early = None if may_go_on else spec.not_measured("an earlier check failed")
-                done[id(spec)] = early or spec.run(context)
+                done[id(spec)] = spec.run(context) if may_go_on else spec.not_asked_yet(is_waiting)
             if cost < 2:
-                may_go_on = not any(check.verdict.stops for check in done.values())
+                stopping = {check.verdict for check in done.values() if check.verdict.stops}
+                may_go_on, is_waiting = not stopping, stopping == {CheckVerdict.WAITING}
         checks = tuple(done[id(spec)] for spec in asked)
         if level is GateLevel.G0:
             found = {name: text for name, (_, text) in context.germination.items()}

@@ -134,6 +134,7 @@ def _refusal(model: MorphogeneticModel, command: Command) -> str:
                     slot=slot,
                     gate="G0",
                     passed=False,
+                    verdict=result.verdict.value,
                     reason=f"{command.blueprint}: {result.reason}",
                     checks=tuple(check.to_dict() for check in result.checks),
                 )

@@ -248,7 +248,13 @@ class SeedSlot(Slot):
         if is_failure_stage(state.stage):
             waited = state.metrics.epochs_in_current_stage
             needed = self.config.embargo_epochs if state.stage is SeedStage.EMBARGOED else 1
-            result = _plain_result("epochs of cooldown", waited >= needed, state, f"{waited} of {needed}")
+            check = GateCheck(
+                "epochs of cooldown",
+                waited,
+                CheckVerdict.PASSED if waited >= needed else CheckVerdict.WAITING,
+                minimum=needed,
+            )
+            result = GateResult(None, (check,), state.metrics.epochs_total)
         else:
             result = self.check_gate(GATE_INTO[goal])
         if result.passed:
@@ -619,7 +625,8 @@ class SeedSlot(Slot):
     def _emit_result(self, result: GateResult) -> None:
         gate = result.gate.name if result.gate is not None else "unknown"
         checks = tuple(check.to_dict() for check in result.checks)
-        self._emit(GateEvaluated, gate=gate, passed=result.passed, reason=result.reason, checks=checks)
+        said = {"passed": result.passed, "verdict": result.verdict.value, "reason": result.reason}
+        self._emit(GateEvaluated, gate=gate, checks=checks, **said)
 
     def clear(self) -> None:
         """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""

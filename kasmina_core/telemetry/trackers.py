@@ -153,7 +153,7 @@ def _row(event: TelemetryEvent) -> tuple[str, str] | None:
         case StageChanged():
             what = f"{event.before} → {event.after}"
         case GateEvaluated():
-            what = f"{event.gate} {'passed' if event.passed else 'not passed'}: {event.reason}"
+            what = f"{event.gate} {event.verdict or ('passed' if event.passed else 'not passed')}: {event.reason}"
         case CommandDone():
             what = f"{event.command} {_said(event.arguments)}".strip()
         case CommandRefused():

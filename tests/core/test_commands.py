@@ -498,12 +498,12 @@ def test_an_unknown_gate_fails_and_moves_nothing():
     assert same_picture(before, picture(model))
 
 
-def test_a_failed_gate_moves_nothing():
+def test_a_gate_that_did_not_pass_moves_nothing():
     model, *_ = grown(S.TRAINING)
     before = picture(model)
     result = model.advance_stage(FIRST)
     assert not result.passed
-    assert result.reason == "epochs in training failed: 0 (needs >= 2)"
+    assert result.reason == "epochs in training: 0 so far (needs >= 2)"
     after = picture(model)
     assert after.pop("gates")[FIRST] is result
     del before["gates"]
@@ -558,7 +558,7 @@ def test_a_cooldown_cannot_be_cut_short():
     result = model.advance_stage(FIRST)
     assert not result
     assert result.gate is None
-    assert result.reason == "epochs of cooldown failed: 0 (needs >= 1): 0 of 3"
+    assert result.reason == "epochs of cooldown: 0 so far (needs >= 3)"
     assert slot.stage is S.EMBARGOED
 
 

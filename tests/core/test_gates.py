@@ -155,16 +155,11 @@ def test_the_checks_of_the_evidence_gates_are_these():
     ("gate", "name", "change", "value", "threshold"),
     [
         (G.G1, "just germinated", {"stage": SeedStage.TRAINING}, 0.0, ">= 1"),
-        (G.G2, "epochs in training", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
         (G.G2, "isolation violations", {"isolation_violations": 1}, 1.0, "<= 0"),
         (G.G2, "held-out samples", {"measured": evidence(samples=99)}, 99.0, ">= 100"),
         (G.G2, "gain", {"measured": evidence(gain=-0.1)}, -0.1, ">= 0"),
-        (G.G3, "alpha", {"alpha": 0.99}, 0.99, ">= 1"),
-        (G.G3, "ramp progress", {"blending_steps_done": 4}, 0.8, ">= 1"),
-        (G.G4, "epochs in shadowing", {"epochs_in_current_stage": 0}, 0.0, ">= 1"),
         (G.G4, "gain over its error", {"measured": evidence(gain=-0.021)}, -2.1, ">= -2"),
         (G.G4, "output deviation", {"measured": evidence(deviation=10.5)}, 10.5, "<= 10"),
-        (G.G5, "epochs in probation", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
         (G.G5, "smallest gain in probation", {"gains": (0.2, -0.3, 0.1)}, -0.3, ">= 0"),
     ],
 )
@@ -177,6 +172,37 @@ def test_one_bad_value_fails_its_gate_by_name_value_and_threshold(gate, name, ch
     assert failed.threshold == threshold
     assert str(failed) == f"{name} failed: {value:.4g} (needs {threshold})"
     assert str(failed) in str(result)
+    assert result.verdict is CheckVerdict.FAILED
+    assert str(result).startswith(f"{gate.name} failed: ")
+
+
+@pytest.mark.parametrize(
+    ("gate", "name", "change", "value", "threshold"),
+    [
+        (G.G2, "epochs in training", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
+        (G.G3, "alpha", {"alpha": 0.99}, 0.99, ">= 1"),
+        (G.G3, "ramp progress", {"blending_steps_done": 4}, 0.8, ">= 1"),
+        (G.G4, "epochs in shadowing", {"epochs_in_current_stage": 0}, 0.0, ">= 1"),
+        (G.G5, "epochs in probation", {"epochs_in_current_stage": 2}, 2.0, ">= 3"),
+    ],
+)
+def test_a_gate_that_lacks_time_alone_waits(gate, name, change, value, threshold):
+    result = QualityGates().check(gate, context(**change))
+    waiting = check(result, name)
+    assert not result.passed
+    assert waiting.verdict is result.verdict is CheckVerdict.WAITING
+    assert str(waiting) == f"{name}: {value:.4g} so far (needs {threshold})"
+    assert str(result) == f"{gate.name} waiting: {waiting}"
+    assert set(verdicts(result).values()) <= {CheckVerdict.WAITING, CheckVerdict.PASSED}
+
+
+def test_a_check_of_a_pack_may_wait():
+    warm = GateCheckSpec("warm", (G.G5,), lambda c: c.state.metrics.epochs_total, minimum=30, waits=True)
+    result = QualityGates(extra_checks=[warm]).check(G.G5, context())
+    assert str(result) == "G5 waiting: warm: 21 so far (needs >= 30)"
+    unmeasured = replace(warm, measure=lambda c: None)
+    result = QualityGates(extra_checks=[unmeasured]).check(G.G5, context())
+    assert result.verdict is CheckVerdict.FAILED
 
 
 @pytest.mark.parametrize("gate", [G.G1, G.G2, G.G3, G.G4, G.G5])
@@ -404,7 +430,11 @@ def test_a_gate_without_checks_does_not_pass():
 
 def test_the_reason_is_the_first_failure_before_what_was_not_measured():
     result = QualityGates().check(G.G2, context(epochs_in_current_stage=1, measured=None))
-    assert result.reason == "epochs in training failed: 1 (needs >= 3)"
+    assert result.reason == "epochs in training: 1 so far (needs >= 3)"
+    assert str(result) == f"G2 waiting: {result.reason}"
+    poor = replace(context(epochs_in_current_stage=1), parameters_finite=lambda: False)
+    result = QualityGates().check(G.G2, poor)
+    assert result.reason == "finite parameters failed: 0 (needs >= 1)"
     assert str(result) == f"G2 failed: {result.reason}"
     unmeasured = QualityGates().check(G.G2, context(measured=None))
     assert unmeasured.reason.startswith("held-out samples never measured: nothing (needs >= 100)")
@@ -418,7 +448,7 @@ def test_a_result_as_plain_data_names_every_check():
         "value": 0.5,
         "minimum": 1.0,
         "maximum": None,
-        "verdict": "failed",
+        "verdict": "waiting",
         "detail": "",
     }
 
@@ -515,8 +545,12 @@ def test_costly_checks_run_only_when_the_cheap_ones_passed():
         asked.append(1)
         return evidence()
 
-    state = context(epochs_in_current_stage=0).state
-    result = QualityGates().check(G.G2, GateContext(state, measure))
+    early = context(epochs_in_current_stage=0).state
+    result = QualityGates().check(G.G2, GateContext(early, measure))
+    assert asked == []
+    assert check(result, "gain").verdict is CheckVerdict.WAITING
+    assert check(result, "gain").detail == "asked when the earlier checks have passed"
+    result = QualityGates().check(G.G2, GateContext(early, measure, parameters_finite=lambda: False))
     assert asked == []
     assert check(result, "gain").verdict is CheckVerdict.NEVER_MEASURED
     assert check(result, "gain").detail == "an earlier check failed"
