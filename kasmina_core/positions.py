@@ -116,6 +116,13 @@ class SeedContext:
         self.store[name] = whole
         return whole
 
+    def part(self, name: str) -> SeedContext:
+        """Return the context for a part of what it is given to, with cached names of its own.
+
+        A seed of several layers that keep ``"keys"`` gives each ``context.part("layer0")``, ``"layer1"`` and so on.
+        """
+        return self if self.store is None else replace(self, store=self.store.setdefault(name, {}))
+
     @classmethod
     def from_allowed(cls, allowed: Tensor) -> SeedContext:
         """Read a matrix of who may look at whom.
@@ -288,9 +295,7 @@ class HostCalls:
                 f"A cache holds positions that could not look at those after them, and {where} is not causal.\n"
                 "Call the host without a cache."
             )
-        if context.store is not None:
-            return replace(context, store=context.store.setdefault(point.path, {}))
-        return context
+        return context.part(point.name)
 
     def _recomputed(self, where: str) -> HostCall:
         """Return the call to which a module belongs that runs again in a backward."""

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kasmina_layers.sizes import DEFAULT_REDUCTION, bottleneck_refusal, norm_params, waist_params
+from kasmina_layers.sizes import (
+    DEFAULT_COPIES,
+    DEFAULT_REDUCTION,
+    bottleneck_refusal,
+    norm_params,
+    waist_params,
+)
 
 from kasmina_cnn import sizes
 from kasmina_core import BlueprintSpec, HostSpec, Topology, hookimpl
@@ -32,6 +38,15 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             "Channel attention: scales each channel by what the whole image holds",
             options={"reduction": DEFAULT_REDUCTION},
             source="https://arxiv.org/abs/1709.01507",
+        ),
+        BlueprintSpec(
+            "block",
+            Topology.CNN,
+            "kasmina_cnn.blueprints.conv:BlockSeed",
+            sizes.block_params,
+            "Whole residual blocks: two 3x3 convolutions, a norm before each",
+            options={"copies": DEFAULT_COPIES},
+            source="https://arxiv.org/abs/1603.05027",
         ),
         BlueprintSpec(
             "bottleneck",

@@ -5,6 +5,11 @@ from __future__ import annotations
 from kasmina_layers.sizes import waist_width
 
 
+def block_params(dim: int) -> int:
+    """Norm, 3x3, norm, 3x3 with bias: ``18 dim² + 5 dim``."""
+    return 18 * dim * dim + 5 * dim
+
+
 def bottleneck_params(dim: int) -> int:
     """1x1 in, 3x3, 1x1 out with bias, and two norms, with the waist ``m``: ``2 dim m + 9 m² + 4 m + dim``."""
     m = waist_width(dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+DEFAULT_COPIES: Final = 1
 DEFAULT_EXPANSION: Final = 4
 DEFAULT_REDUCTION: Final = 4
 MAX_GROUPS: Final = 8

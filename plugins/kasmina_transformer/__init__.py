@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kasmina_layers.sizes import DEFAULT_EXPANSION, layer_norm_refusal, mlp_params, norm_params
+from kasmina_layers.sizes import (
+    DEFAULT_COPIES,
+    DEFAULT_EXPANSION,
+    layer_norm_refusal,
+    mlp_params,
+    norm_params,
+)
 
 from kasmina_core import BlueprintSpec, HostSpec, Topology, hookimpl
 from kasmina_transformer import sizes
@@ -35,6 +41,18 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             takes_causal=True,
             mixes="positions",
             source="https://arxiv.org/abs/1706.03762",
+        ),
+        BlueprintSpec(
+            "block",
+            Topology.TRANSFORMER,
+            "kasmina_transformer.blueprints.block:BlockSeed",
+            sizes.block_params,
+            "Whole layers: attention and a feed-forward network with pre-normalisation; causal where the host is",
+            options={"heads": None, "expansion": DEFAULT_EXPANSION, "copies": DEFAULT_COPIES},
+            accepts_width=layer_norm_refusal,
+            takes_causal=True,
+            mixes="positions",
+            source="https://arxiv.org/abs/2002.04745",
         ),
         BlueprintSpec(
             "lora",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kasmina_layers.sizes import require_at_least
+from kasmina_layers.sizes import mlp_params, require_at_least
 
 MAX_DEFAULT_HEADS: Final = 4
 MAX_DEFAULT_RANK: Final = 8
@@ -49,6 +49,11 @@ def default_rank(dim: int) -> int:
 def attention_params(dim: int) -> int:
     """Norm, queries, keys and values without biases, output with bias: ``4 dim² + 3 dim``."""
     return 4 * dim * dim + 3 * dim
+
+
+def block_params(dim: int) -> int:
+    """Attention and feed-forward network: ``12 dim² + 10 dim``."""
+    return attention_params(dim) + mlp_params(dim)
 
 
 def lora_params(dim: int) -> int:

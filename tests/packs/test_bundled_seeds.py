@@ -55,6 +55,8 @@ def test_declared_size_is_the_size_that_fvcore_counts(spec: BlueprintSpec, dim: 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("cnn:block", {}),
+        ("cnn:block", {"copies": 3}),
         ("cnn:bottleneck", {"reduction": 1}),  # eight independent channels do not fit through a waist of four
         ("cnn:conv_heavy", {}),
         ("cnn:conv_light", {}),
@@ -73,8 +75,9 @@ def test_convolutions_learn_to_look_at_the_position_beside(name: str, options: d
     assert fit(newborn(spec, 8, **options), x, x + x.roll(1, dims=-1), steps=80) < 0.5
 
 
-def test_attention_learns_to_average_the_past() -> None:
-    spec = SPECS["transformer:attention"]
+@pytest.mark.parametrize("name", ["transformer:attention", "transformer:block"])
+def test_attention_learns_to_average_the_past(name: str) -> None:
+    spec = SPECS[name]
     x = features(spec, 8, batch=8, size=(3, 2))
     past = x.cumsum(1) / torch.arange(1, 7).view(1, -1, 1)
     assert fit(newborn(spec, 8, causal=True), x, x + past, steps=80) < 0.5
@@ -90,6 +93,7 @@ def test_declarations_have_the_packs_topology_and_come_sorted(pack: str) -> None
 def test_bundled_ids_are_these() -> None:
     assert list(SPECS) == [
         "cnn:attention",
+        "cnn:block",
         "cnn:bottleneck",
         "cnn:conv_heavy",
         "cnn:conv_light",
@@ -101,6 +105,7 @@ def test_bundled_ids_are_these() -> None:
         "signal:dilated",
         "signal:norm",
         "transformer:attention",
+        "transformer:block",
         "transformer:lora",
         "transformer:mlp",
         "transformer:norm",
@@ -128,6 +133,7 @@ REFUSED = [
     "signal:depthwise",
     "signal:norm",
     "transformer:attention",
+    "transformer:block",
     "transformer:mlp",
     "transformer:norm",
     "vector:mlp",

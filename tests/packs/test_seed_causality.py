@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_cases import SPECS
 
-from kasmina_core import BlueprintRegistry
+from kasmina_core import BlueprintRegistry, SeedContext
 from kasmina_core.testing.seeds import DTYPES, features, grown
 
 CAN_BE_CAUSAL = [name for name, spec in SPECS.items() if spec.topology.can_be_causal]
-LOOKS_ELSEWHERE = ["signal:conv", "signal:depthwise", "signal:dilated", "transformer:attention"]
+LOOKS_ELSEWHERE = [
+    "signal:conv",
+    "signal:depthwise",
+    "signal:dilated",
+    "transformer:attention",
+    "transformer:block",
+]
 
 
 def _grown_from_registry(name: str, dim: int, causal: bool) -> torch.nn.Module:
@@ -59,6 +67,7 @@ def test_earlier_outputs_are_bit_equal_when_later_inputs_change(
         ("signal:depthwise", [0, 1, 2, 3]),
         ("signal:dilated", [3]),  # steps 3, -1 and -5
         ("transformer:attention", [0, 1, 2, 3]),
+        ("transformer:block", [0, 1, 2, 3]),
     ],
 )
 def test_no_gradient_reaches_a_later_position_in_a_causal_host(name: str, reached: list[int]) -> None:
@@ -77,7 +86,7 @@ def test_outside_a_causal_host_a_seed_looks_ahead(name: str) -> None:
     _time_first(name, seed(x))[9].square().sum().backward()
     assert x.grad is not None
     reached = (_time_first(name, x.grad).abs().amax(dim=(1, 2)) > 0).nonzero().flatten() - 9
-    assert len(reached) == 30 if name == "transformer:attention" else 0 < max(reached) == -min(reached)
+    assert len(reached) == 30 if name.startswith("transformer:") else 0 < max(reached) == -min(reached)
 
 
 @pytest.mark.parametrize(("causal", "reached"), [(True, [0, 3, 6, 9]), (False, [4, 7, 10, 13])])
@@ -95,3 +104,15 @@ def test_an_even_kernel_keeps_the_length_and_looks_farther_back_than_ahead(
 
 def test_only_seeds_that_look_at_other_positions_ask_whether_the_host_is_causal() -> None:
     assert [name for name, spec in SPECS.items() if spec.takes_causal] == LOOKS_ELSEWHERE
+
+
+def test_a_block_of_several_layers_heeds_padding_documents_and_a_cache_in_each_of_them() -> None:
+    seed = grown(SPECS["transformer:block"], 8, copies=3, causal=True)
+    x = features(SPECS["transformer:block"], 8, batch=2, size=(4, 3))
+    whole, store = seed(x), dict[str, Any]()
+    pieces = [seed(x[:, start : start + 4], SeedContext(past=start, store=store)) for start in (0, 4, 8)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    real = torch.arange(12) >= torch.tensor([[0], [5]])
+    torch.testing.assert_close(seed(x, SeedContext(real=real))[1:, 5:], seed(x[1:, 5:]))
+    documents = (torch.arange(12) >= 7).int().expand(2, -1)
+    torch.testing.assert_close(seed(x, SeedContext(documents=documents))[:, 7:], seed(x[:, 7:]))

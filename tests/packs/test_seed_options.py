@@ -26,11 +26,14 @@ def _count(name: str, dim: int, **options: Any) -> int:
     [
         ("cnn:attention", {"reduction": 2}, 2 * 64 * 32 + 32 + 64),
         ("cnn:attention", {"reduction": 64}, 2 * 64 * 4 + 4 + 64),
+        ("cnn:block", {"copies": 3}, 3 * (18 * 64 * 64 + 5 * 64)),
         ("cnn:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 9 * 32 * 32 + 4 * 32 + 64),
         ("signal:bottleneck", {"reduction": 2}, 2 * 64 * 32 + 32 + 64),
         ("signal:conv", {"kernel": 2, "dilation": 5}, 3 * 64 * 64 + 3 * 64),
         ("signal:depthwise", {"kernel": 31}, 64 * 64 + 34 * 64),
         ("signal:dilated", {"kernel": 1}, 3 * 64 * 64 + 3 * 64),
+        ("transformer:block", {"copies": 3}, 3 * (12 * 64 * 64 + 10 * 64)),
+        ("transformer:block", {"expansion": 2}, 8 * 64 * 64 + 8 * 64),
         ("transformer:lora", {"rank": 3}, 2 * 64 * 3),
         ("transformer:lora", {"rank": 64}, 2 * 64 * 64),
         ("transformer:mlp", {"expansion": 1}, 2 * 64 * 64 + 4 * 64),
@@ -47,6 +50,7 @@ def test_an_option_sets_the_size(name: str, options: dict[str, Any], params: int
     ("name", "options"),
     [
         ("cnn:attention", {"reduction": 1}),
+        ("cnn:block", {"copies": 3}),
         ("cnn:bottleneck", {"reduction": 1}),
         ("signal:conv", {"kernel": 4, "dilation": 3}),
         ("signal:depthwise", {"kernel": 2, "causal": True}),
@@ -54,6 +58,8 @@ def test_an_option_sets_the_size(name: str, options: dict[str, Any], params: int
         ("transformer:attention", {"heads": 1}),
         ("transformer:attention", {"heads": 12}),
         ("transformer:attention", {"causal": True}),
+        ("transformer:block", {"copies": 3, "causal": True}),
+        ("transformer:block", {"heads": 12, "expansion": 1}),
         ("transformer:lora", {"rank": 1}),
         ("transformer:mlp", {"expansion": 2}),
     ],
@@ -79,6 +85,7 @@ def test_heads_change_the_result_and_not_the_size() -> None:
     ("name", "option"),
     [
         ("cnn:attention", "reduction"),
+        ("cnn:block", "copies"),
         ("cnn:bottleneck", "reduction"),
         ("signal:bottleneck", "reduction"),
         ("signal:conv", "dilation"),
@@ -86,6 +93,9 @@ def test_heads_change_the_result_and_not_the_size() -> None:
         ("signal:dilated", "dilation"),
         ("signal:dilated", "kernel"),
         ("transformer:attention", "heads"),
+        ("transformer:block", "copies"),
+        ("transformer:block", "expansion"),
+        ("transformer:block", "heads"),
         ("transformer:lora", "rank"),
         ("transformer:mlp", "expansion"),
     ],
@@ -107,9 +117,27 @@ def test_a_width_that_is_no_positive_number_is_refused(spec: BlueprintSpec, dim:
         spec.load_factory()(dim)
 
 
-def test_heads_that_do_not_divide_the_width_are_refused_with_the_numbers_that_do() -> None:
-    with pytest.raises(ValueError, match=r"heads: 5\n +dim: 12\nGive heads as one of 1, 2, 3, 4, 6, 12\."):
-        newborn(SPECS["transformer:attention"], 12, heads=5)
+@pytest.mark.parametrize("name", ["attention", "block"])
+def test_heads_that_do_not_divide_the_width_are_refused_with_the_numbers_that_do(name: str) -> None:
+    message = rf"'{name}'(?s:.*)heads: 5\n +dim: 12\nGive heads as one of 1, 2, 3, 4, 6, 12\."
+    with pytest.raises(ValueError, match=message):
+        newborn(SPECS[f"transformer:{name}"], 12, heads=5)
+
+
+@pytest.mark.parametrize("name", ["cnn:block", "transformer:block"])
+def test_every_copy_of_a_block_learns_from_the_first_step_and_all_of_it_from_the_second(name: str) -> None:
+    seed, x = newborn(SPECS[name], 8, copies=3), features(SPECS[name], 8)
+    optimizer = torch.optim.SGD(seed.parameters(), lr=0.1)
+    moved = []
+    for _ in range(2):
+        before = {key: parameter.detach().clone() for key, parameter in seed.named_parameters()}
+        optimizer.zero_grad()
+        (seed(x) - x.roll(1, dims=1)).square().mean().backward()
+        optimizer.step()
+        moved.append({key for key, p in seed.named_parameters() if not torch.equal(p, before[key])})
+    last = {key for key, p in before.items() if ".second." in key or ".out." in key or ".contract." in key}
+    assert moved == [last, set(before)]
+    assert {key.split(".")[1] for key in last} == {"0", "1", "2"}
 
 
 def test_a_rank_above_the_width_is_refused() -> None:

@@ -100,7 +100,7 @@ def test_there_is_a_case_for_each_blueprint_and_check_that_says_something_of_it(
     found = cases(kasmina_transformer)
     names = [spec.name for spec in kasmina_transformer.kasmina_blueprints()]
     assert {f"{name}-{check}" for name in names for check in everywhere} <= set(found)
-    assert {"attention-options", "lora-options", "mlp-options"} == {
+    assert {"attention-options", "block-options", "lora-options", "mlp-options"} == {
         id for id in found if id.endswith("options")
     }
     assert {id.rpartition("-")[2] for id in cases(kasmina_cnn)} == set(CHECK_NAMES) - {
@@ -128,7 +128,7 @@ def test_no_case_is_about_a_check_that_a_blueprint_never_gets(module: Any) -> No
     [
         (Pack(), ["scale", "narrow"]),
         (SimpleNamespace(kasmina_blueprints=None, __name__="x"), PluginError),
-        ("transformer", ["transformer:attention", "transformer:lora", "transformer:mlp", "transformer:norm"]),
+        ("transformer", [f"transformer:{name}" for name in ("attention", "block", "lora", "mlp", "norm")]),
         (["cnn:norm", SCALE], ["cnn:norm", "scale"]),
         ([], ValueError),
         (3, TypeError),
