@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -90,6 +91,21 @@ class GateCheck(Record):
         high = f"<= {self.maximum:.6g}" if self.maximum is not None else ""
         return f"{low}, {high}".strip(", ")
 
+    @property
+    def score(self) -> float:
+        """How near the check is to passing, in [0, 1]: 1 exactly where it passed, 0 where nothing was measured.
+
+        A value below ``minimum > 0`` scores ``value / minimum``, one above ``maximum > 0`` scores ``maximum / value``,
+        and 0 where that is negative or a bound is not above 0.
+        """
+        if self.verdict is CheckVerdict.PASSED:
+            return 1.0
+        shares = [0.0]
+        if self.value is not None and self.value > 0.0 and math.isfinite(self.value):
+            shares += [self.value / self.minimum] if self.minimum is not None and self.minimum > 0.0 else []
+            shares += [self.maximum / self.value] if self.maximum is not None and self.maximum > 0.0 else []
+        return max((share for share in shares if share < 1.0), default=0.0)
+
     def __str__(self) -> str:
         value = "nothing" if self.value is None else f"{self.value:.4g}"
         if self.verdict is CheckVerdict.WAITING:
@@ -150,7 +166,7 @@ class GateResult(Record):
         finding: Effect, interval, sample size and what the test spent, where the gate decided on evidence.
     """
 
-    derived: ClassVar = ("passed", "verdict", "reason")
+    derived: ClassVar = ("passed", "verdict", "reason", "score")
 
     gate: Annotated[GateLevel | None, Mark.BY_NAME]
     checks: tuple[GateCheck, ...]
@@ -173,6 +189,26 @@ class GateResult(Record):
 
     def __bool__(self) -> bool:
         return self.passed
+
+    @property
+    def score(self) -> float:
+        """How far the seed has come with this gate, in [0, 1]; 1 exactly if it passed.
+
+        It is the mean of `GateCheck.score` over the checks that were asked. By gate that is
+
+        - G0: the share of the tests of a new seed that passed;
+        - G1: the share of its checks that passed: just germinated, finite parameters;
+        - G2: how ready a seed in TRAINING is to blend in: its epochs, its isolation and its evidence;
+        - G3: mostly, the share of the ramp that is done;
+        - G4: how near the model with the seed is to being no worse, with outputs in bounds;
+        - G5: how near the seed is to its proof: its epochs in probation and the evidence, over what the test asks.
+
+        Evidence counts 0 until the checks that cost nothing have passed, because it is not measured before.
+        """
+        asked = [c for c in self.checks if c.verdict.stops or c.verdict is CheckVerdict.PASSED]
+        if self.passed or not asked:
+            return float(self.passed)
+        return sum(check.score for check in asked) / len(asked)
 
     @property
     def failed_checks(self) -> tuple[GateCheck, ...]:

@@ -839,3 +839,37 @@ def test_a_declaration_of_a_check_that_cannot_be_asked_is_refused_where_it_is_ma
 
 def test_the_gates_of_a_check_may_be_given_by_their_numbers() -> None:
     assert GateCheckSpec("n", [1], lambda context: 0.0, minimum=1.0).gates == (GateLevel.G1,)
+
+
+@pytest.mark.parametrize(
+    ("check", "score"),
+    [
+        (GateCheck("a", 3.0, CheckVerdict.PASSED, minimum=1.0), 1.0),
+        (GateCheck("a", 1.0, CheckVerdict.FAILED, minimum=4.0), 0.25),
+        (GateCheck("a", -1.0, CheckVerdict.FAILED, minimum=4.0), 0.0),
+        (GateCheck("a", -3.0, CheckVerdict.FAILED, minimum=-2.0), 0.0),
+        (GateCheck("a", 10.0, CheckVerdict.FAILED, maximum=5.0), 0.5),
+        (GateCheck("a", 2.0, CheckVerdict.FAILED, maximum=0.0), 0.0),
+        (GateCheck("a", None, CheckVerdict.FAILED, minimum=1.0), 0.0),
+        (GateCheck("a", math.nan, CheckVerdict.NEVER_MEASURED, minimum=1.0), 0.0),
+    ],
+)
+def test_a_check_scores_how_near_it_is_to_its_bound(check, score):
+    assert check.score == score
+
+
+def test_a_gate_scores_the_mean_of_its_checks_and_1_only_if_it_passed():
+    passed = GateCheck("a", 1.0, CheckVerdict.PASSED, minimum=1.0)
+    half = GateCheck("b", 2.0, CheckVerdict.FAILED, minimum=4.0)
+    waived = GateCheck("c", None, CheckVerdict.NOT_REQUIRED, minimum=1.0)
+    assert GateResult(GateLevel.G2, (passed, half, waived)).score == 0.75
+    assert GateResult(GateLevel.G2, (passed, waived)).score == 1.0
+    assert GateResult(GateLevel.G2, (waived,)).score == GateResult(GateLevel.G2, ()).score == 0.0
+    assert GateResult(GateLevel.G2, (half,)).to_dict()["score"] == 0.5
+
+
+def test_the_score_of_g3_is_the_share_of_the_ramp():
+    metrics = SeedMetrics(alpha=0.25, blending_steps_done=1, blending_steps_total=4)
+    state = SeedState("s", "b", "slot", SeedStage.BLENDING, metrics)
+    result = QualityGates().check(GateLevel.G3, GateContext(state))
+    assert result.score == pytest.approx((1.0 + 0.25 + 0.25) / 3)  # the seed's parameters are finite
