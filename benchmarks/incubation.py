@@ -66,6 +66,9 @@ class Open:
     def judge(self, slot: SeedSlot, gate: GateLevel | int) -> GateResult:
         return GateResult(GateLevel(gate), (GateCheck("open", 1.0, CheckVerdict.PASSED),))
 
+    def foresee(self, slot: SeedSlot, gate: GateLevel) -> bool | None:
+        return True
+
 
 @dataclass(frozen=True)
 class Way:

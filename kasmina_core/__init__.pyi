@@ -66,8 +66,10 @@ from .evidence.calibration import Calibration as Calibration
 from .evidence.calibration import CalibrationError as CalibrationError
 from .evidence.calibration import calibrate as calibrate
 from .evidence.isolation import GradientIsolationMonitor as GradientIsolationMonitor
+from .experiments.flops import FlopLedger as FlopLedger
 from .experiments.tasks import Task as Task
 from .experiments.tasks import TaskError as TaskError
+from .experiments.tasks import load_task as load_task
 from .gates.checks import GateCheckSpec as GateCheckSpec
 from .gates.gates import QualityGates as QualityGates
 from .gates.paired import SeedEvidence as SeedEvidence
@@ -120,6 +122,7 @@ from .policies.budget import SeedCost as SeedCost
 from .policies.budget import blueprint_costs as blueprint_costs
 from .policies.growing import GrowingPolicy as GrowingPolicy
 from .policies.growing import SeedCare as SeedCare
+from .policies.legal import legal_commands as legal_commands
 from .policies.plateau import FixedTimesPolicy as FixedTimesPolicy
 from .policies.plateau import PlateauPolicy as PlateauPolicy
 from .policies.protocol import Advance as Advance

@@ -93,3 +93,22 @@ class QualityGates:
             with suppress(Exception):  # the checks say what an evaluator raised
                 finding = finding_of(level, context, self.thresholds)
         return GateResult(level, checks, epoch, finding)
+
+    def foresee(
+        self, gate: GateLevel, context: GateContext, pack_checks: Iterable[GateCheckSpec] = ()
+    ) -> bool | None:
+        """Say what a gate would answer, as far as its checks that cost nothing tell.
+
+        Args:
+            gate: Which gate.
+            context: What it may look at; nothing is measured.
+            pack_checks: Checks that packs declare.
+
+        Returns:
+            False if such a check fails, true if all checks are such and pass, ``None`` if the others would decide.
+        """
+        asked = [spec for spec in (*self.checks, *pack_checks) if gate in spec.gates]
+        free = [spec.run(context) for spec in asked if spec.cost == 0]
+        if any(check.verdict.stops for check in free):
+            return False
+        return GateResult(gate, tuple(free)).passed if len(free) == len(asked) else None

@@ -107,8 +107,17 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
     growth.outcomes = ()
     require_policy(policy)
     with growth.command(None, "follow"):
-        for command in growth.agreement.commands(decided(policy, model.observe())):
-            growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)
+        commands = growth.agreement.commands(decided(policy, model.observe()))
+        for command in commands:
+            try:
+                growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)
+            except BaseException as error:
+                done, left = len(growth.outcomes), len(commands) - len(growth.outcomes) - 1
+                error.add_note(
+                    f"This happened in follow, at {command!r:.200}: {done} commands before it were tried (see outcomes), "
+                    f"{left} after it were not."
+                )
+                raise
     return [outcome.command for outcome in growth.outcomes if outcome.done]
 
 

@@ -68,6 +68,8 @@ class Growth:
         outcomes: See `MorphogeneticModel.outcomes`.
         sequence: Events so far.
         last_metric: Metric of the last epoch.
+        flops: Training FLOPs spent, as last given.
+        budget: Training FLOPs that the run may spend, as last given.
         agreement: How the processes of a job decide together; set with `decide_with`.
         examiner: What measures seeds.
         listeners: Called when parameters come and go.
@@ -90,6 +92,8 @@ class Growth:
         self._config = config
         self.epoch = self.lost_epochs = self.sequence = 0
         self.last_metric: float | None = None
+        self.flops: float | None = None
+        self.budget: float | None = None
         self.outcomes: tuple[CommandOutcome, ...] = ()
         self.agreement = Agreement()
         self.examiner = Examiner(model, samples)
@@ -107,7 +111,7 @@ class Growth:
         """Return what a copy of the model has too; what points at the outside (sinks, loaders, optimisers) stays behind."""
         return {
             name: getattr(self, name)
-            for name in ("epoch", "lost_epochs", "sequence", "last_metric", "graphs")
+            for name in ("epoch", "lost_epochs", "sequence", "last_metric", "flops", "budget", "graphs")
         }
 
     @property
@@ -153,7 +157,7 @@ class Growth:
             yield
             return
         before = EpochBefore(self._model().slots.values())
-        kept = {name: getattr(self, name) for name in ("epoch", "sequence", "last_metric")}
+        kept = {name: getattr(self, name) for name in ("epoch", "sequence", "last_metric", "flops", "budget")}
         snapshots = dict(self.snapshots)
         unsent: list[TelemetryEvent] = []
         self._unsent = unsent

@@ -191,7 +191,11 @@ class MorphogeneticModel(SlottedModel):
 
     @verb
     def step_epoch(
-        self, metric: float | Tensor | None = None, *, flops: float | None = None
+        self,
+        metric: float | Tensor | None = None,
+        *,
+        flops: float | None = None,
+        budget: float | None = None,
     ) -> dict[str, GateResult]:
         """Let one epoch pass in every slot. See `SeedSlot.step_epoch`.
 
@@ -200,7 +204,8 @@ class MorphogeneticModel(SlottedModel):
 
         Args:
             metric: Validation metric of the whole model, one number.
-            flops: Training FLOPs since the start of the run, for the `EpochEnded` event alone.
+            flops: Training FLOPs since the start of the run, for the `EpochEnded` event and policies.
+            budget: Training FLOPs that the run may spend in all, for policies.
 
         Returns:
             By slot, what the gate of this epoch said, where one was asked.
@@ -218,10 +223,11 @@ class MorphogeneticModel(SlottedModel):
         with growth.whole_epoch(), growth.command(None, "step_epoch"):
             growth.last_metric = value = growth.agreement.metric(value)
             growth.epoch += 1
+            growth.flops, growth.budget = flops, budget
             for name, slot in self.slots.items():
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result
-            growth.emit(observing.epoch_ended(self, growth, flops))
+            growth.emit(observing.epoch_ended(self, growth))
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 
@@ -251,7 +257,8 @@ class MorphogeneticModel(SlottedModel):
         Raises:
             TypeError: If it is no policy, or decides on something else than a list of commands; nothing is carried out.
             HostError: If the host lacks the module of a slot.
-            DistributedError: If the processes of a job do not agree.
+            DistributedError: If the processes of a job do not agree. Whatever is raised while commands are carried out
+                has a note that says how many were not; `outcomes` has those before.
 
         Warns:
             MisuseWarning: If something else than a gate refused a command, once per kind of command and slot; or if

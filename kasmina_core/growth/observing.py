@@ -51,10 +51,12 @@ def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> 
         seed_parameters=_size(_each_once(seeds)),
         slots=tuple(_observe_slot(growth, slot, _size(added)) for slot, added in slots),
         lost_epochs=growth.lost_epochs,
+        flops=growth.flops,
+        budget=growth.budget,
     )
 
 
-def epoch_ended(model: SlottedModel, growth: Growth, flops: float | None) -> EpochEnded:
+def epoch_ended(model: SlottedModel, growth: Growth) -> EpochEnded:
     """Return the event of an epoch: the model and every slot as they are."""
     host, seeds = _parameters(model)
     slots = zip(cast("SlotMap[SeedSlot]", model.slots).values(), seeds, strict=True)
@@ -62,7 +64,7 @@ def epoch_ended(model: SlottedModel, growth: Growth, flops: float | None) -> Epo
         metric=growth.last_metric,
         host_parameters=_size(host),
         seed_parameters=_size(_each_once(seeds)),
-        flops=flops,
+        flops=growth.flops,
         lost_epochs=growth.lost_epochs,
         slots=tuple(_reading(slot, _size(added)) for slot, added in slots),
     )
@@ -131,6 +133,8 @@ def _observe_slot(growth: Growth, slot: SeedSlot, parameters: int) -> SlotObserv
         gate_passed=gate.passed if gate is not None else None,
         gate_reason=gate.reason if gate is not None else "",
         cull_reason=state.cull_reason,
+        gate_score=gate.score if gate is not None else None,
+        can_advance=slot.can_advance,
     )
 
 

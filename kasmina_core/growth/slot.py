@@ -121,11 +121,20 @@ class ConfiguredGates:
         )
         return self._config.gates.check(gate, context, self._pack_checks)
 
+    def foresee(self, slot: CoreSlot, gate: GateLevel) -> bool | None:
+        context = GateContext(cast("SeedState", slot.state), parameters_finite=lambda: _is_finite_here(slot))
+        answer = self._config.gates.foresee(gate, context, self._pack_checks)
+        # These gates read isolation and deviation anew when they are asked.
+        return None if answer and gate in (GateLevel.G2, GateLevel.G5) else answer
+
+
+def _is_finite_here(slot: CoreSlot) -> bool:
+    return all(bool(local_part(p).isfinite().all()) for p in slot.seed_parameters())
+
 
 def _is_finite(slot: CoreSlot) -> bool:
     """Return whether every parameter of the seed is finite in every process of a job."""
-    finite = all(bool(local_part(p).isfinite().all()) for p in slot.seed_parameters())
-    return slot.owner.everywhere(slot, "finite parameters", finite)
+    return slot.owner.everywhere(slot, "finite parameters", _is_finite_here(slot))
 
 
 @final

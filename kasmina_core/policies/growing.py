@@ -110,7 +110,7 @@ class GrowingPolicy(Remembering):
     ) -> None:
         if max_growing < 1:
             raise ValueError(f"max_growing must be at least 1, not {max_growing!r}.")
-        self._candidates = blueprints if callable(blueprints) else _from_mapping(blueprints)
+        self._candidates = candidates_by_slot(blueprints)
         self.trigger = trigger
         self.care = care or SeedCare()
         self.max_seeds = max_seeds
@@ -243,7 +243,15 @@ def living_seeds(observation: Observation) -> list[SlotObservation]:
     return [slot for slot in observation.slots if slot.stage in LIVING]
 
 
-def _from_mapping(blueprints: Mapping[Topology, Sequence[str]]) -> Callable[[SlotObservation], Sequence[str]]:
+def candidates_by_slot(blueprints: Candidates) -> Callable[[SlotObservation], Sequence[str]]:
+    """Return candidates as a function of a slot's observation.
+
+    Raises:
+        TypeError: If they are neither a function nor a mapping to lists.
+        TopologyError: If they map something that is no topology.
+    """
+    if callable(blueprints):
+        return blueprints
     if not isinstance(blueprints, Mapping):
         raise TypeError(
             f"blueprints must map topologies to lists of ids, such as {{Topology.CNN: ['norm']}}, not {blueprints!r}."

@@ -117,6 +117,9 @@ class SlotObservation:
         gain_t: ``gain`` over its standard error.
         gate_passed: Result of this epoch's gate.
         gate_reason: Its reason.
+        gate_score: Its `GateResult.score`.
+        can_advance: Whether `Advance` would move the seed, or its cooldown, now; ``None`` where only a measurement on
+            held-out samples, which nobody asked for in this epoch, could tell.
     """
 
     slot: str
@@ -143,6 +146,8 @@ class SlotObservation:
     gate_passed: bool | None = None
     gate_reason: str = ""
     cull_reason: str = ""
+    gate_score: float | None = None
+    can_advance: bool | None = None
 
 
 @final
@@ -155,6 +160,8 @@ class Observation:
         metric: Validation metric of the whole model at this epoch.
         higher_is_better: Whether it grows with quality.
         lost_epochs: Epochs of the host's training that were given up by reverts so far.
+        flops: Training FLOPs spent since the start of the run, as given to ``step_epoch``; ``None`` if not known.
+        budget: Training FLOPs that the run may spend in all; ``None`` if not known, or unlimited.
     """
 
     epoch: int
@@ -164,6 +171,13 @@ class Observation:
     seed_parameters: int
     slots: tuple[SlotObservation, ...]
     lost_epochs: int = 0
+    flops: float | None = None
+    budget: float | None = None
+
+    @property
+    def flops_left(self) -> float | None:
+        """Training FLOPs that are left of the budget, at least 0; ``None`` if that is not known."""
+        return None if self.flops is None or self.budget is None else max(0.0, self.budget - self.flops)
 
 
 @runtime_checkable

@@ -93,6 +93,10 @@ class Judge(Protocol):
         """Return the result of a gate for the slot's seed."""
         ...
 
+    def foresee(self, slot: SeedSlot, gate: GateLevel) -> bool | None:
+        """Say what a gate would answer, without measuring; ``None`` if only a measurement can tell."""
+        ...
+
 
 class SlotOwner(Protocol):
     """The model around a slot: it measures the seed and takes part in changes, with the other processes of a job.

@@ -155,6 +155,22 @@ class SeedSlot(Slot):
             return False
         return self.stage is SeedStage.TRAINING or (self.stage is SeedStage.BLENDING and self.alpha == 0.0)
 
+    @property
+    def can_advance(self) -> bool | None:
+        """Whether `advance_stage` would move the seed now; ``None`` where only a measurement could tell.
+
+        Nothing is measured, and no other process of a job is asked.
+        """
+        state = self.state
+        if state is None or state.is_paused or state.stage is SeedStage.FOSSILIZED:
+            return False
+        if is_failure_stage(state.stage):
+            waited, needed = self._cooldown(state)
+            return waited >= needed
+        gate = GATE_INTO[VALID_TRANSITIONS[state.stage][0]]
+        known = self.notes.answers.get(gate)
+        return known.passed if known is not None else self.judge.foresee(self, gate)
+
     # -- commands --------------------------------------------------------------------------------------------------
 
     @shared_command
@@ -246,8 +262,7 @@ class SeedSlot(Slot):
         if state.is_paused:
             return _plain_result("not paused", False, state, "the seed is paused; resume it first")
         if is_failure_stage(state.stage):
-            waited = state.metrics.epochs_in_current_stage
-            needed = self.config.embargo_epochs if state.stage is SeedStage.EMBARGOED else 1
+            waited, needed = self._cooldown(state)
             check = GateCheck(
                 "epochs of cooldown",
                 waited,
@@ -538,6 +553,11 @@ class SeedSlot(Slot):
             self.owner.seed_added(self, list(seed.parameters()))
         finally:
             self.state, self.seed = before
+
+    def _cooldown(self, state: SeedState) -> tuple[int, int]:
+        """Return the epochs that a culled seed's slot has waited in its stage, and those it must."""
+        needed = self.config.embargo_epochs if state.stage is SeedStage.EMBARGOED else 1
+        return state.metrics.epochs_in_current_stage, needed
 
     def _require_seed(self, command: str) -> SeedState:
         if self.state is None:

@@ -378,8 +378,11 @@ def test_a_lost_module_is_no_refusal_but_an_error():
     model, _ = make_model()
     bring_to(model, S.TRAINING)
     del model.host[2:]
-    with pytest.raises(HostError, match="is gone"):
-        model.follow(Script([Advance(FIRST)]))
+    with pytest.raises(HostError, match="is gone") as raised:
+        model.follow(Script([Continue(), Advance(FIRST), Pause(FIRST)]))
+    (note,) = raised.value.__notes__
+    assert "1 commands before it were tried (see outcomes), 1 after it were not" in note
+    assert [outcome.command for outcome in model.outcomes] == [Continue()]
 
 
 def test_an_observation_tells_what_the_model_knows():
@@ -393,7 +396,9 @@ def test_an_observation_tells_what_the_model_knows():
     assert observation.host_parameters == sum(p.numel() for p in model.host.parameters())
     assert observation.seed_parameters == 8
     first, second = observation.slots
-    assert second == SlotObservation(SECOND, Topology.CNN, 4, S.DORMANT, shape=(2, 4, 5, 5))
+    assert second == SlotObservation(
+        SECOND, Topology.CNN, 4, S.DORMANT, shape=(2, 4, 5, 5), can_advance=False
+    )
     assert first == SlotObservation(
         slot=FIRST,
         topology=Topology.CNN,
@@ -412,7 +417,22 @@ def test_an_observation_tells_what_the_model_knows():
         gate_reason="all 8 checks passed",
         parameters=8,
         shape=(2, 4, 5, 5),
+        gate_score=1.0,
+        can_advance=True,
     )
+    assert (observation.flops, observation.budget, observation.flops_left) == (None, None, None)
+
+
+def test_an_observation_holds_what_is_spent_and_what_is_left_as_given_with_the_epoch():
+    model, recorder = make_model()
+    model.step_epoch(1.0, flops=30.0, budget=100.0)
+    seen = model.observe()
+    assert (seen.flops, seen.budget, seen.flops_left) == (30.0, 100.0, 70.0)
+    assert recorder.events[-1].flops == 30.0
+    model.step_epoch(1.0, flops=130.0)
+    assert (model.observe().flops, model.observe().budget, model.observe().flops_left) == (130.0, None, None)
+    model.step_epoch(1.0, flops=130.0, budget=100.0)
+    assert model.observe().flops_left == 0.0
 
 
 def test_an_observation_does_not_change_with_the_model():

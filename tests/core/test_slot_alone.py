@@ -64,6 +64,9 @@ class Verdict:
     def judge(self, slot, gate):
         return GateResult(GateLevel(gate), (GateCheck("any", 1.0, self.verdict, minimum=1.0),))
 
+    def foresee(self, slot, gate):
+        return self.verdict is CheckVerdict.PASSED
+
 
 def make_slot(verdict):
     return SeedSlot(POINT, SHAPE, GrowthConfig(ramp_steps=2), OneSeed(), Verdict(verdict))
