@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Final, Self, final
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -34,6 +34,9 @@ SHOWN_EPOCHS: Final = 5
 
 SHOWN_DORMANT: Final = 8
 """Largest number of slots at which the live table shows dormant ones too."""
+
+INDENT: Final = 2
+"""Columns by which the lines that continue an epoch are indented."""
 
 WHY_WIDTH: Final = 24
 """Columns a seed's reason needs; if the table leaves fewer, the seeds are printed as a list."""
@@ -74,6 +77,7 @@ class RunDisplay:
         self._every = max(1, math.ceil(total_epochs / PLAIN_LINES))
         self._epochs: deque[EpochRecord] = deque(maxlen=SHOWN_EPOCHS)
         self._gate = ""
+        self._told_fossils: set[str] = set()
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
@@ -135,7 +139,9 @@ class RunDisplay:
             return
         is_due = record.epoch % self._every == 0 or record.epoch in (1, self._total_epochs)
         if is_due or stages != previous:
-            self._line(plain_line(record, self._total_epochs, self._metric_name))
+            parts = epoch_parts(record, self._total_epochs, self._metric_name, self._told_fossils)
+            self._told_fossils |= {slot.name for slot in record.slots if slot.stage == "FOSSILIZED"}
+            self._line(folded(parts, self._console.width))
 
     def _line(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
@@ -191,8 +197,17 @@ class RunDisplay:
         return full * cells + empty * (10 - cells)
 
 
-def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
-    """Return an epoch as one line: losses, metric, parameters, slots that are not dormant, the gate's verdict."""
+def epoch_parts(
+    record: EpochRecord, total_epochs: int, metric_name: str, told: Container[str] = ()
+) -> list[str]:
+    """Return an epoch as text: losses, metric, parameters, slots with a seed, the gate's verdict.
+
+    Args:
+        record: The epoch.
+        total_epochs: Epochs of the run.
+        metric_name: Name of the metric.
+        told: Slots whose fossil was shown before; it is left out.
+    """
     width = len(str(total_epochs))
     parts = [
         f"epoch {record.epoch:>{width}}/{total_epochs}",
@@ -202,17 +217,36 @@ def plain_line(record: EpochRecord, total_epochs: int, metric_name: str) -> str:
         f"parameters {wording.count(record.parameters)}",
     ]
     for slot in record.slots:
-        if slot.stage == "DORMANT":
+        if slot.stage == "DORMANT" or (slot.stage == "FOSSILIZED" and slot.name in told):
             continue
         words = [slot.name, slot.stage.lower(), slot.blueprint]
-        if slot.blueprint:
+        if slot.blueprint and slot.stage != "FOSSILIZED":
             words.append(f"alpha {slot.alpha:.2f}")
         if slot.gain is not None:
             words.append(f"gain {_gain(slot)}")
         parts.append(" ".join(clean(word) for word in words if word))
     if record.gate:
         parts.append(f"gate {clean(record.gate)}")
-    return " | ".join(parts)
+    return parts
+
+
+def folded(parts: Sequence[str], width: int) -> str:
+    """Join parts to lines of at most ``width`` cells; what follows the first is indented. A longer part is cut.
+
+    >>> print(folded(["epoch 1", "loss 0.5", "gate G2 waiting"], 20))
+    epoch 1 | loss 0.5
+      gate G2 waiting
+    """
+    indent = " " * INDENT
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if cell_len(lines[-1]) + 3 + cell_len(part) <= width:
+            lines[-1] += f" | {part}"
+        else:
+            lines.append(f"{indent}{part}")
+    return "\n".join(
+        line if cell_len(line) <= width else f"{set_cell_size(line, width - 1)}…" for line in lines
+    )
 
 
 def print_final(record: RunRecord, console: Console | None = None) -> None:

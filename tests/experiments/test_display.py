@@ -11,10 +11,11 @@ import pytest
 from fake_runs import fake_run
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from kasmina_core.experiments import wording
-from kasmina_core.experiments.display import RunDisplay, plain_line, print_final
+from kasmina_core.experiments.display import RunDisplay, epoch_parts, folded, print_final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
@@ -40,7 +41,7 @@ def final_text(record, width):
 
 
 def test_without_a_terminal_each_epoch_is_one_plain_line():
-    out, run = console(width=40), fake_run()
+    out, run = console(width=400), fake_run()
     with RunDisplay(40, console=out, metric_name="accuracy") as display:
         assert not display.is_live
         display.phase("growing", 40)
@@ -56,6 +57,29 @@ def test_without_a_terminal_each_epoch_is_one_plain_line():
     )
     assert "accuracy 77.1 %" in lines[14]
     assert lines[17].endswith("| gate G2 block2: failed, gain -0.0040 is not above 0.02")
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_lines_are_as_wide_as_the_screen_and_fold_between_figures(width):
+    out, run = console(width=width), fake_run()
+    with RunDisplay(40, console=out, metric_name="accuracy") as display:
+        for epoch in run.epochs:
+            display.epoch(epoch)
+    lines = shown(out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert [line[:11] for line in lines if not line.startswith("  ")] == [
+        f"epoch {i:>2}/40" for i in range(1, 41)
+    ]
+    assert ("…" in shown(out)) == (width == 40)
+    assert (width == 120) != ("\n  gate G2 block2: failed" in shown(out))
+
+
+def test_a_fossil_is_told_once():
+    out = console()
+    with RunDisplay(40, console=out, metric_name="accuracy") as display:
+        for epoch in fake_run().epochs:
+            display.epoch(epoch)
+    assert shown(out).count("block1 fossilized") == shown(out).count("block2 fossilized") == 1
 
 
 def test_quiet_prints_plain_lines_even_on_a_terminal():
@@ -118,6 +142,28 @@ def test_the_live_table_shows_epochs_slots_and_the_last_gate():
     assert "last gate  G2 block2: failed" in last
 
 
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_the_live_table_is_no_wider_than_the_terminal(width):
+    out = console(terminal=True, width=width)
+    with RunDisplay(40, console=out, metric_name="accuracy") as display:
+        display.phase("growing the host on digits", 40)
+        for epoch in fake_run().epochs[:28]:
+            display.epoch(epoch)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(out))
+    assert max(cell_len(line) for line in text.replace("\r", "\n").split("\n")) <= width
+
+
+def test_no_color_takes_the_colours(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Console(file=io.StringIO(), force_terminal=True, width=120, color_system="standard")
+    with RunDisplay(40, console=out, metric_name="accuracy") as display:
+        for epoch in fake_run().epochs[:28]:
+            display.epoch(epoch)
+    print_final(fake_run(), out)
+    codes = {code for codes in re.findall(r"\x1b\[([0-9;]*)m", shown(out)) for code in codes.split(";")}
+    assert codes <= {"", "0", "1", "2", "3"}  # bold, dim and italic are no colours
+
+
 def test_names_are_shown_as_they_are_and_control_nothing():
     slot = EpochSlot(HOSTILE, "TRAINING", HOSTILE, 0.5, 0.1)
     record = EpochRecord(1, math.nan, math.inf, 0.5, 10, 1.0, (slot,), HOSTILE)
@@ -128,14 +174,16 @@ def test_names_are_shown_as_they_are_and_control_nothing():
             display.epoch(record)
         assert "[bold red]x[/]" in shown(out)
         assert "\x1b]52" not in shown(out)
-    assert "train loss not a number" in plain_line(record, 1, "accuracy")
+    assert "train loss not a number" in epoch_parts(record, 1, "accuracy")
 
 
 @given(name=st.text(), stage=st.text(), reason=st.text())
-def test_no_text_makes_a_plain_line_more_than_one_printable_line(name, stage, reason):
+def test_no_text_makes_a_line_unprintable_or_wider_than_the_screen(name, stage, reason):
     slot = EpochSlot(name, stage, name, 0.5, None)
-    line = plain_line(EpochRecord(1, 1.0, 1.0, 0.5, 10, 1.0, (slot,), reason), 1, "accuracy")
-    assert line.isprintable()
+    parts = epoch_parts(EpochRecord(1, 1.0, 1.0, 0.5, 10, 1.0, (slot,), reason), 1, "accuracy")
+    for line in folded(parts, 60).split("\n"):
+        assert line.isprintable()
+        assert cell_len(line) <= 60
 
 
 def test_final_text_holds_the_arms_and_every_seed_at_any_width_without_escape_codes():
