@@ -86,7 +86,8 @@ def calibrate(
         ramp_epochs=data.ramp_epochs,
         host_options={},
     )
-    run = CalibrationRun(settings, data, default_registry(), seeds, looks)
+    with options.reading_request():
+        run = CalibrationRun(settings, data, default_registry(), seeds, looks)
     folder = options.make_folder(out, f"calibrate-{data.name}")
     try:
         with RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kasmina_core.cli import options
+from kasmina_core.cli import INTERRUPTED, options
 
 if TYPE_CHECKING:
     from kasmina_core.experiments.record import EpochRecord, RunRecord
@@ -90,6 +90,13 @@ def grow(
     The run's folder then holds config.json, events.jsonl, metrics.csv, run.json, model.pt, report.png and report.html.
 
     events.jsonl and metrics.csv grow while the run does. Ctrl-C ends the run with what there is.
+
+    \b
+    Exit code:
+      0    done, whether growth was of use or not
+      1    not done: the message says why
+      2    refused as it was typed; nothing was run
+      130  Ctrl-C
     """
     import torch
 
@@ -125,10 +132,11 @@ def grow(
     aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with aside, RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
         plugins = default_registry()
-        run = GrowthRun(settings, data, plugins, display)
-        folder = options.choose_folder(out, data.name)
-        known = {"task": data.name, "seed": seed, "folder": str(folder)}
-        named = [plugins.create_sink(name, known) for name in sinks]
+        with options.reading_request():
+            run = GrowthRun(settings, data, plugins, display)
+            folder = options.choose_folder(out, data.name)
+            known = {"task": data.name, "seed": seed, "folder": str(folder)}
+            named = [plugins.create_sink(name, known) for name in sinks]
         options.make_folder(folder, data.name)  # after everything that may refuse the arguments
         to = [JsonLinesSink(folder / "events.jsonl"), *named]
         with Telemetry(to) as telemetry, _interruptible(run.interrupt):
@@ -151,7 +159,7 @@ def grow(
     if not as_json:
         click.echo(f"\nFiles: {folder} (open report.html)")
     if record.interrupted:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _growing_table(record: RunRecord, path: Path) -> Callable[[str, EpochRecord], None]:

@@ -15,6 +15,7 @@ from typing import Final
 import click
 
 from kasmina_core.blueprints.declarations import NAME_PATTERN
+from kasmina_core.cli import options
 from kasmina_core.errors import KasminaError
 from kasmina_core.packs.scanning import list_packs
 from kasmina_core.topology import Topology
@@ -101,7 +102,9 @@ def task_command(name: str, out: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise KasminaError(f"'{path}' is there already: nothing was written. Give another name.") from error
+        raise options.WrongRequestError(
+            f"'{path}' is there already: nothing was written. Give another name."
+        ) from error
     except OSError as error:
         raise KasminaError(f"'{path}' could not be written: {error}") from error
     click.echo(f"Wrote {path}. Put your data and your host into it.\n\nNext:")
@@ -131,13 +134,14 @@ def write_package(kind: str, name: str, out: Path) -> Path:
 
     Raises:
         click.BadParameter: If the name cannot be used, or belongs to something that is installed.
-        KasminaError: If the folder is there and not empty, or cannot be written.
+        WrongRequestError: If the folder is there and not empty.
+        KasminaError: If it cannot be written.
     """
     name = pack_name(name)
     _demand_free_name(name)
     target = out / f"kasmina-{name}"
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise KasminaError(
+        raise options.WrongRequestError(
             f"'{target}' is there already{'' if target.is_file() else ', and not empty'}: nothing was written.\n"
             "Give another name, or another folder with --out."
         )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from kasmina_core.errors import KasminaError
+from kasmina_core.blueprints.foreign import cleaned
+from kasmina_core.errors import KasminaError, PluginError, SwitchError
 
 if TYPE_CHECKING:
     from kasmina_core.experiments.tasks import Task
@@ -22,7 +23,24 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class RunFolderError(KasminaError):
-    """The folder for a run is already used or cannot be written."""
+    """The folder for a run cannot be written."""
+
+
+class WrongRequestError(click.ClickException):
+    """What was asked for cannot be done as it was typed; nothing was run and nothing written."""
+
+    exit_code = click.UsageError.exit_code
+
+
+@contextmanager
+def reading_request() -> Iterator[None]:
+    """Give errors of the library the exit code of wrong usage; not those of packs and of the environment."""
+    try:
+        yield
+    except (PluginError, SwitchError):
+        raise
+    except KasminaError as error:
+        raise WrongRequestError(cleaned(str(error), 20_000, lines=True)) from error
 
 
 task: Final = click.option(
@@ -112,16 +130,17 @@ def prepare(task: str, seed: int, device: str, threads: int, data_dir: Path | No
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
-    require_plots()
-    offered = default_registry().tasks()
-    return load_task(task, seed, device, data_dir=data_dir, offered=offered), device
+    with reading_request():
+        require_plots()
+        offered = default_registry().tasks()
+        return load_task(task, seed, device, data_dir=data_dir, offered=offered), device
 
 
 def choose_folder(out: Path | None, name: str) -> Path:
     """Return the folder for files, by default ``runs/NAME-DATE-TIME``; it must be new or empty."""
     folder = out or Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(
+        raise WrongRequestError(
             f"--out {folder}: it holds something already. Name a folder that is new or empty."
         )
     return folder

@@ -47,7 +47,7 @@ def plugins() -> None:
     Exit code (more in the help of each command):
       0  done
       1  not done, or a pack cannot be used; the message says why
-      2  wrong usage
+      2  wrong usage, such as an unknown name
     """
 
 
@@ -97,14 +97,15 @@ def info_command(name: str, as_json: bool) -> None:
     \b
     Exit code:
       0  shown
-      1  nothing of that name, or its pack cannot be used: the cause is shown
-      2  wrong usage
+      1  its pack cannot be used: the cause is shown
+      2  wrong usage, such as an unknown name
     """
     with contextlib.redirect_stdout(sys.stderr):  # what a pack prints while it loads is not our output
         from kasmina_core.packs.discovery import default_registry
 
         registry = default_registry()
-        facts = _facts(registry, name)
+        with options.reading_request():
+            facts = _facts(registry, name)
     if as_json:
         options.print_json({key: value for key, value in facts.items() if key != "report_text"})
     else:

@@ -266,7 +266,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kasmina-acme").mkdir()
     (tmp_path / "kasmina-acme" / "thesis.txt").write_text("years of work")
     done = kasmina("new", "host", "acme", "--out", tmp_path)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "is there already, and not empty: nothing was written" in done.output
     assert [path.name for path in tmp_path.rglob("*")] == ["kasmina-acme", "thesis.txt"]
 
@@ -274,7 +274,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kasmina-acme").write_text("a file")
     done = kasmina("new", "host", "acme", "--out", tmp_path)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "is there already: nothing was written" in done.output
     assert (tmp_path / "kasmina-acme").read_text() == "a file"
 

@@ -123,7 +123,7 @@ def test_what_does_not_fit_ends_before_the_first_epoch(
     folder: Path, task: str, options: tuple[str, ...], words: list[str]
 ) -> None:
     result = _grow("--task", task, *options)
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert "epoch 1/" not in result.output
     for word in words:
@@ -137,7 +137,7 @@ def test_the_file_that_the_command_writes_grows(folder: Path) -> None:
     assert "kasmina grow --task my_rings.py:my_rings" in written.output
     assert load_task("my_rings.py:my_rings").name == "my-rings"
     again = CliRunner().invoke(main, ["new", "task", "my-rings"])
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "is there already" in again.output
 
 

@@ -252,7 +252,7 @@ def test_info_shows_every_claim_to_a_name(site: Site) -> None:
 def test_an_unknown_name_is_one_message_on_stderr(site: Site) -> None:
     site.install("fake-good", "good = fake_good", fake_good=GOOD)
     done = kasmina("plugins", "info", "scalee")
-    assert (done.exit_code, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == "Error: No pack, blueprint or host 'scalee'. Did you mean 'scale'?\n"
 
 
@@ -260,7 +260,7 @@ def test_a_short_name_of_two_packs_lists_the_full_ids(site: Site) -> None:
     site.install("fake-one", "one = fake_one", fake_one=GOOD)
     site.install("fake-two", "two = fake_two", fake_two=GOOD)
     done = kasmina("plugins", "info", "scale")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stderr == "Error: 'scale' is offered more than once. Use one of: one:scale, two:scale.\n"
 
 
