@@ -93,7 +93,7 @@ class TransformersCall:
             self._kept[cache] = stores[0]
 
     def _read(self, given: Mapping[str, Any], keeps: bool = False) -> SeedContext:
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        cache = next((_own(given[name]) for name in _CACHES if given.get(name) is not None), None)
         past, store = 0, _Store() if keeps else None
         if cache is not None and _length(cache) > 0:
             past, store = _length(cache), self._store_of(cache)
@@ -161,19 +161,24 @@ def _length(cache: Any) -> int:
     return int(length()) if length is not None else len(cache)
 
 
+def _own(cache: Any) -> Any:
+    """Return the part of a cache that holds the positions of the model itself: of a decoder not those of its encoder."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def _tensors_of(cache: Any) -> list[Tensor]:
     """Return the keys that a cache holds; one that holds them in another way has none."""
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
-    return [keys for layer in layers if isinstance(keys := getattr(layer, "keys", None), Tensor)]
+    held = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
+    return [keys for keys in held if isinstance(keys, Tensor)]
 
 
 def _cache_in(output: Any) -> Any:
     """Return the cache in what a model returned, if it is one whose tensors can be watched."""
-    if isinstance(output, tuple):
-        found = [item for item in output if _tensors_of(item)]
-    else:
-        found = [cache for name in _CACHES if _tensors_of(cache := getattr(output, name, None))]
-    return found[0] if found else None
+    held = output if isinstance(output, tuple) else [getattr(output, name, None) for name in _CACHES]
+    for item in held:
+        if _tensors_of(_own(item)):
+            return _own(item)
+    return None
 
 
 def _documents(ids: Tensor) -> Tensor:

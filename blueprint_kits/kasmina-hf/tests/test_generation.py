@@ -12,9 +12,18 @@ from hf_cases import CASES, Case
 from kasmina_core import EveryPosition, HostError, MorphogeneticModel, SeedStage
 from kasmina_core.testing.lives import bring_to, open_config, shake
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
-from kasmina_hf import example_inputs, points
+from kasmina_hf import GrowingModel, example_inputs, grow, points
 from kasmina_hf.hosts import llama_tiny
 
 NEW_TOKENS = 6
@@ -205,3 +214,91 @@ def test_a_model_without_a_language_modelling_head_does_not_generate() -> None:
     model = CASES["bert"].grown()
     with pytest.raises(HostError, match="BertForSequenceClassification does not generate"):
         model.generate(CASES["bert"].inputs()["input_ids"])
+
+
+# -- encoder-decoders ----------------------------------------------------------------------------------------------
+
+_SMALL = {
+    "vocab_size": 48,
+    "d_model": 16,
+    "decoder_start_token_id": 2,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_LAYERS = {
+    f"{side}_{name}": number
+    for side in ("encoder", "decoder")
+    for name, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+}
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(d_kv=8, d_ff=32, num_layers=2, num_heads=2, **_SMALL))
+
+
+def bart() -> PreTrainedModel:
+    config = BartConfig(max_position_embeddings=32, forced_eos_token_id=None, **_LAYERS, **_SMALL)
+    return BartForConditionalGeneration(config)
+
+
+def whisper() -> PreTrainedModel:
+    config = WhisperConfig(max_source_positions=8, num_mel_bins=8, **_LAYERS, **_SMALL)
+    config.suppress_tokens = config.begin_suppress_tokens = None
+    return WhisperForConditionalGeneration(config)
+
+
+def translator(build: Any) -> tuple[GrowingModel, dict[str, Tensor]]:
+    """A model with a fossil that mixes positions in its decoder, and what its encoder takes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        host = build().eval()
+        with torch.no_grad():
+            for parameter in host.parameters():
+                parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+        read = {"input_ids": torch.randint(3, 48, (2, 6)), "attention_mask": torch.ones(2, 6)}
+        read["attention_mask"][1, 4:] = 0
+        if build is whisper:
+            read = {"input_features": torch.randn(2, 8, 16)}
+        written = torch.randint(3, 48, (2, 5))
+    model = grow(host, config=open_config())
+    model.evaluate_with(lambda: model(**read, decoder_input_ids=written).logits.square().mean((1, 2)))
+    bring_to(model, SeedStage.FOSSILIZED, "decoder_layer1", ATTENTION)
+    shake(model)
+    return model.eval(), read
+
+
+@pytest.mark.parametrize("build", [t5, bart, whisper])
+def test_an_encoder_decoder_generates_with_its_cache_what_it_does_without(build: Any) -> None:
+    model, read = translator(build)
+    options = {
+        "max_new_tokens": 5,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "do_sample": False,
+    }
+    for owner in (model, model.host):
+        cached, whole = (owner.generate(**read, use_cache=use, **options) for use in (True, False))
+        assert cached.past_key_values.self_attention_cache.get_seq_length() > 0
+        assert torch.equal(cached.sequences, whole.sequences)
+        for one, other in zip(cached.scores, whole.scores, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    with model.bypassed("decoder_layer1"):
+        assert not torch.equal(model.generate(**read, **options).scores[-1], whole.scores[-1])
+    beams = {"num_beams": 2, "max_new_tokens": 5}
+    assert torch.equal(model.generate(**read, **beams), model.generate(**read, use_cache=False, **beams))
+
+
+def test_a_cache_of_a_decoder_that_was_reordered_or_that_a_seed_has_not_seen_is_refused() -> None:
+    model, read = translator(bart)
+    written = torch.tensor([[2, 7, 9], [2, 8, 4]])
+    whole = model(**read, decoder_input_ids=written).logits
+    cache = model(**read, decoder_input_ids=written[:, :2]).past_key_values
+    last = model(**read, decoder_input_ids=written[:, 2:], **with_cache(model.host, cache)).logits
+    torch.testing.assert_close(last, whole[:, 2:], atol=1e-4, rtol=1e-4)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(HostError, match="was reordered"):
+        model(**read, decoder_input_ids=written[:, 2:], **with_cache(model.host, cache))
+    with model.bypassed("decoder_layer1"):
+        cache = model(**read, decoder_input_ids=written[:, :2]).past_key_values
+    with pytest.raises(HostError, match="has not seen"):
+        model(**read, decoder_input_ids=written[:, 2:], **with_cache(model.host, cache))

@@ -34,14 +34,17 @@ def test_recorded_hidden_states_are_those_that_the_next_layer_gets(case: Case, r
 
 
 @pytest.mark.parametrize("blueprint", ["transformer:attention", "transformer:mlp"])
-def test_a_grown_model_compiles_to_one_graph(blueprint: str) -> None:
-    case = CASES["llama"]
+@pytest.mark.parametrize(
+    ("name", "options"), [("llama", {"use_cache": False}), ("llama", {}), ("bert", {}), ("gpt2", {})]
+)
+def test_a_grown_model_compiles_to_one_graph(name: str, options: dict[str, bool], blueprint: str) -> None:
+    case = CASES[name]
     fresh = case.open(case.build()).eval()
     fresh.load_state_dict(case.grown(SeedStage.FOSSILIZED, blueprint).state_dict())
     torch.compiler.reset()
     compiled = torch.compile(fresh, fullgraph=True, backend="eager")
-    inputs = {**case.inputs(), "use_cache": False}
-    assert torch.equal(compiled(**inputs).logits, fresh(**inputs).logits)
+    inputs = {**case.inputs(), **options}
+    torch.testing.assert_close(compiled(**inputs).logits, fresh(**inputs).logits)
     mask = torch.ones_like(inputs["input_ids"])
     for hidden in (2, 4):  # read in the graph, not into it
         mask[:, :hidden] = 0
