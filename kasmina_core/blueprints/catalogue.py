@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from kasmina_core.blueprints.declarations import (
@@ -30,30 +30,52 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Settle = Callable[[Collection[str] | None], bool]
+"""Checks the packs of these ids, or all, that are not checked yet, and takes away what fails; whether there were any."""
+
+
+def _all_checked(ids: Collection[str] | None) -> bool:
+    return False
+
 
 class Catalogue(Mapping[str, T], Generic[T]):
     """Things by id ``pack:name``; a short name resolves when it is unique.
 
     Iteration gives full ids in order. ``catalogue[name]`` raises `UnknownNameError` for a name that nobody offers,
     `AmbiguousNameError` for a short name that fits more than one, and `PluginError` for a pack that is not available.
+
+    Args:
+        kind: What the things are, for messages.
+        unavailable: See `BlueprintRegistry`.
+        settle: Called with ids before the things under them are given out, or counted.
     """
 
-    def __init__(self, kind: str, unavailable: Mapping[str, PluginError]) -> None:
+    def __init__(
+        self, kind: str, unavailable: Mapping[str, PluginError], settle: Settle = _all_checked
+    ) -> None:
         self._kind = kind
         self._things: dict[str, T] = {}
         self._unavailable = unavailable
+        self._settle = settle
 
     def __getitem__(self, name: str) -> T:
         return self._things[self.resolve(name)]
 
     def __iter__(self) -> Iterator[str]:
+        self._settle(list(self._things))
         return iter(sorted(self._things))
 
     def __len__(self) -> int:
+        self._settle(list(self._things))
         return len(self._things)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._things
+        return name in self._things and (not self._settle([str(name)]) or name in self._things)
+
+    def those(self, fits: Callable[[T], bool]) -> list[T]:
+        """Return the things for which ``fits`` holds, by id; the packs of others stay as they are."""
+        self._settle([full for full, thing in self._things.items() if fits(thing)])
+        return [thing for _, thing in sorted(self._things.items()) if fits(thing)]
 
     def resolve(self, name: str, fits: Callable[[T], bool] = lambda thing: True, where: str = "") -> str:
         """Return the full id of ``name``.
@@ -68,10 +90,13 @@ class Catalogue(Mapping[str, T], Generic[T]):
             UnknownNameError: If nobody offers it.
             AmbiguousNameError: If a short name fits more than one id.
         """
-        if name in self._things:
+        if name in self:
             return name
-        named = [full for full in self if full.partition(":")[2] == name]
-        fitting = [full for full in named if fits(self._things[full])]
+        while True:
+            named = [full for full in sorted(self._things) if full.partition(":")[2] == name]
+            fitting = [full for full in named if fits(self._things[full])]
+            if not self._settle(fitting or named):
+                break
         if len(chosen := fitting or named) == 1:
             return chosen[0]
         if fitting:
@@ -79,6 +104,8 @@ class Catalogue(Mapping[str, T], Generic[T]):
         for claim in sorted(self._unavailable):
             if claim in (name, name.partition(":")[0]) or claim.partition(":")[2] == name:
                 raise self._unavailable[claim].with_traceback(None)
+        if self._settle(None):
+            return self.resolve(name, fits, where)
         absent = sorted(claim for claim in self._unavailable if ":" not in claim)
         if ":" in name:
             known, where = list(self), ""
@@ -104,7 +131,6 @@ class BlueprintRegistry:
     Attributes:
         gate_checks: The gate checks (`GateCheckSpec`) of the same packs by id. They join the gates of every model that
             has this registry, unless ``GrowthConfig(pack_gate_checks=False)`` leaves them out.
-        unavailable: Why a pack (``pack``) or a thing of one (``pack:name``) is not there: what asking for it raises.
 
     >>> registry = BlueprintRegistry()
     >>> spec = BlueprintSpec("scale", Topology.CNN, "my_pack.seeds:Scale", lambda dim: dim)
@@ -114,10 +140,19 @@ class BlueprintRegistry:
     'mine:scale'
     """
 
-    def __init__(self) -> None:
-        self.unavailable: dict[str, PluginError] = {}
+    def __init__(
+        self, unavailable: dict[str, PluginError] | None = None, settle: Settle = _all_checked
+    ) -> None:
+        self._unavailable = unavailable if unavailable is not None else {}
+        self._settle = settle
         self.gate_checks: Mapping[str, Any] = {}
-        self._entries: Catalogue[RegisteredBlueprint] = Catalogue("blueprint", self.unavailable)
+        self._entries: Catalogue[RegisteredBlueprint] = Catalogue("blueprint", self._unavailable, settle)
+
+    @property
+    def unavailable(self) -> Mapping[str, PluginError]:
+        """Why a pack (``pack``) or a thing of one (``pack:name``) is not there: what asking for it raises."""
+        self._settle(None)
+        return self._unavailable
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -144,7 +179,7 @@ class BlueprintRegistry:
                 "Rename one of them, or uninstall one of the packs."
             )
         self._entries.add(entry.id, entry)
-        self.unavailable.pop(entry.id, None)
+        self._unavailable.pop(entry.id, None)
         return entry
 
     def unregister(self, blueprint_id: str) -> RegisteredBlueprint:
@@ -159,12 +194,12 @@ class BlueprintRegistry:
 
     def mark_unavailable(self, name: str, cause: PluginError) -> None:
         """Remember why a pack (``pack``) or blueprint (``pack:name``) is not there: asking for it raises the cause."""
-        self.unavailable[name] = cause
+        self._unavailable[name] = cause
 
     def mark_available(self, pack: str) -> None:
         """Forget what was remembered of a pack and its blueprints by `mark_unavailable`."""
-        for name in [n for n in self.unavailable if n.partition(":")[0] == pack]:
-            del self.unavailable[name]
+        for name in [n for n in self._unavailable if n.partition(":")[0] == pack]:
+            del self._unavailable[name]
 
     def get(self, blueprint_id: str, topology: Topology | None = None) -> RegisteredBlueprint:
         """Return the blueprint of a full id or a short name.
@@ -185,7 +220,7 @@ class BlueprintRegistry:
 
     def list_for_topology(self, topology: Topology) -> list[RegisteredBlueprint]:
         """Return the blueprints of a topology, sorted by id."""
-        return [entry for entry in self.list_all() if entry.spec.topology is topology]
+        return self._entries.those(lambda entry: entry.spec.topology is topology)
 
     def list_all(self) -> list[RegisteredBlueprint]:
         """Return every blueprint, sorted by id."""
@@ -238,8 +273,8 @@ class BlueprintRegistry:
 class HostRegistry(Catalogue[HostSpec]):
     """Hosts by id; see `Catalogue`."""
 
-    def __init__(self, unavailable: Mapping[str, PluginError]) -> None:
-        super().__init__("host", unavailable)
+    def __init__(self, unavailable: Mapping[str, PluginError], settle: Settle = _all_checked) -> None:
+        super().__init__("host", unavailable, settle)
 
     def get(self, host_id: str) -> HostSpec:  # type: ignore[override]  # a default would hide a misspelt id
         """Return the declaration of a host; raises as `resolve`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
+from importlib.machinery import PathFinder
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -387,13 +390,27 @@ def _devices(device: str | torch.device | None) -> tuple[tuple[str, ...], list[s
 def _fvcore_counter() -> Callable[[nn.Module], int] | str:
     """Return a function that counts parameters with fvcore, or why there is none."""
     try:
-        with warnings.catch_warnings():
-            # fvcore scripts functions when it is imported, which torch deprecates.
-            warnings.simplefilter("ignore")
-            from fvcore.nn import parameter_count
-    except ImportError as error:
+        parameter_count = _parameter_count()
+    except (ImportError, AttributeError) as error:
         return f"fvcore cannot be imported: {error}"
     return lambda module: int(parameter_count(module)[""])
+
+
+@cache
+def _parameter_count() -> Callable[[nn.Module], Mapping[str, int]]:
+    """Return ``fvcore.nn.parameter_count``.
+
+    Its file is imported by itself: the package around it compiles loss functions, which takes several times as long.
+    """
+    package = importlib.util.find_spec("fvcore")
+    folders = (package and package.submodule_search_locations) or ()
+    file = PathFinder.find_spec("parameter_count", [os.path.join(folder, "nn") for folder in folders])
+    if file is None or file.loader is None:
+        raise ImportError("no module fvcore.nn.parameter_count")
+    module = importlib.util.module_from_spec(file)
+    file.loader.exec_module(module)
+    count: Callable[[nn.Module], Mapping[str, int]] = module.parameter_count
+    return count
 
 
 def _polynomial(counts: Mapping[int, int]) -> str | None:

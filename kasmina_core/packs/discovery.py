@@ -1,7 +1,8 @@
 """Loading of plugin packs one by one, and the registry of what they offer.
 
 A pack is loaded whole or not at all. An unusable one leaves a `PackRecord` with its cause, which is raised when somebody
-asks for what it offered.
+asks for what it offered. Where packs are only declared (`PluginRegistry.declare_installed`), the checks of a pack run
+before the first thing of it, or its record, is given out.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ class PluginRegistry:
     Attributes:
         blueprints: The blueprints of active packs, and their gate checks: what `MorphogeneticModel` takes from a registry.
         hosts: Their hosts.
-        events: A `BlueprintRegistered` for each blueprint, in order.
         switches: The switches in force.
 
     Raises:
@@ -98,26 +98,41 @@ class PluginRegistry:
         self._records: dict[tuple[str, str, str], PackRecord] = {}
         self._offers: dict[tuple[str, str, str], Offer] = {}
         self._reports: dict[str, ValidationReport] = {}
-        self.blueprints = BlueprintRegistry()
-        self._unavailable = self.blueprints.unavailable
-        self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", self._unavailable)
+        self._unavailable: dict[str, PluginError] = {}
+        self._unchecked: dict[
+            str, PackRecord
+        ] = {}  # by name of the pack: declared, and active once it is checked
+        self._checked_now = ""
+        facts: tuple[Any, ...] = (self._unavailable, self._settle)
+        self.blueprints = BlueprintRegistry(*facts)
+        self._gate_checks: Catalogue[GateCheckSpec] = Catalogue("gate check", *facts)
         self.blueprints.gate_checks = self._gate_checks
-        self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", self._unavailable)
-        self._tasks: Catalogue[Callable[..., Any]] = Catalogue("task", self._unavailable)
-        self.hosts = HostRegistry(self._unavailable)
+        self._policies: Catalogue[Callable[..., Policy]] = Catalogue("policy", *facts)
+        self._tasks: Catalogue[Callable[..., Any]] = Catalogue("task", *facts)
+        self.hosts = HostRegistry(*facts)
         self._catalogues: dict[str, Catalogue[Any]] = {
             "hosts": self.hosts,
             "gate_checks": self._gate_checks,
             "policies": self._policies,
             "tasks": self._tasks,
         }
-        self.events: list[BlueprintRegistered] = []
+        self._events: list[BlueprintRegistered] = []
+
+    @property
+    def events(self) -> list[BlueprintRegistered]:
+        """A `BlueprintRegistered` for each blueprint, in order."""
+        self._settle(None)
+        return self._events
 
     @property
     def packs(self) -> list[PackRecord]:
         """Every pack that was seen, sorted by name."""
         with self._lock:
-            return [self._records[key] for key in sorted(self._records)]
+            self._settle(None)
+            return self._seen()
+
+    def _seen(self) -> list[PackRecord]:
+        return [self._records[key] for key in sorted(self._records)]
 
     def pack(self, name: str) -> PackRecord:
         """Return the record of a pack; of several claims to one name the active one, else the first.
@@ -131,10 +146,12 @@ class PluginRegistry:
         return self._active(name) or named[0]
 
     def _active(self, name: str) -> PackRecord | None:
-        return next((r for r in self.packs if r.name == name and r.state is PackState.ACTIVE), None)
+        self._settle([name])
+        return next((r for r in self._seen() if r.name == name and r.state is PackState.ACTIVE), None)
 
     def report(self, blueprint_id: str) -> ValidationReport | None:
         """Return the registration report of a full id, also of one that was refused; ``None`` if none was made."""
+        self._settle([blueprint_id])
         return self._reports.get(blueprint_id)
 
     def load_installed(self) -> list[PackRecord]:
@@ -146,9 +163,7 @@ class PluginRegistry:
             PluginError: Under ``strict``, if any pack cannot be used; the message names each. What can be used is loaded.
         """
         with self._lock:
-            for record, entry in sorted(scan_packs(self.switches), key=lambda claim: not claim[0].is_bundled):
-                if record.key not in self._records:
-                    self._take(record, entry)
+            self.declare_installed()
             if self.switches.strict and (bad := [record for record in self.packs if record.is_bad]):
                 rows = "".join(f"\n{r.name} ({_place(r)}), {r.state.value}: {r.cause}" for r in bad)
                 error = PluginError(
@@ -156,6 +171,17 @@ class PluginRegistry:
                 )
                 raise error from bad[0].error
             return self.packs
+
+    def declare_installed(self) -> None:
+        """Take what every installed pack declares, as `load_installed`, and leave the checks of each to its first use.
+
+        That is when something of it, or its record, is asked for: nothing is given out before. Then it is active, or it
+        is refused whole with the cause, which asking raises. Packs that add topologies are checked at once.
+        """
+        with self._lock:
+            for record, entry in sorted(scan_packs(self.switches), key=lambda claim: not claim[0].is_bundled):
+                if record.key not in self._records:
+                    self._take(record, entry, wait=True)
 
     def load_pack(self, name: str) -> PackRecord:
         """Load one installed pack, also where packs are not loaded by themselves; one that is active stays as it is.
@@ -226,18 +252,23 @@ class PluginRegistry:
             if name not in active:
                 raise UnknownNameError(f"No pack '{name}' is active.{did_you_mean(name, active)}")
             record = active[name]
-            self._manager.unregister(name=_plugin_name(record))
+            self._withdraw(record)
             for full in record.blueprints:
-                if full in self.blueprints:
-                    self.blueprints.unregister(full)
                 self._reports.pop(full, None)
-            for kind, catalogue in self._catalogues.items():
-                for full in getattr(record, kind):
-                    catalogue.discard(full)
             self.blueprints.mark_available(name)
-            self._offers.pop(record.key).withdraw_topologies()
             del self._records[record.key]
             return record
+
+    def _withdraw(self, record: PackRecord) -> None:
+        """Take back everything that a pack offers."""
+        self._manager.unregister(name=_plugin_name(record))
+        for full in record.blueprints:
+            if full in self.blueprints:
+                self.blueprints.unregister(full)
+        for kind, catalogue in self._catalogues.items():
+            for full in getattr(record, kind):
+                catalogue.discard(full)
+        self._offers.pop(record.key).withdraw_topologies()
 
     def gate_checks(self) -> list[GateCheckSpec]:
         """Return the gate checks of every pack, sorted; each is named by its full id, ``pack:name``."""
@@ -317,12 +348,14 @@ class PluginRegistry:
 
     # -- one pack -----------------------------------------------------------------------------------------------------
 
-    def _take(self, record: PackRecord, entry: importlib_metadata.EntryPoint | None) -> PackRecord:
+    def _take(
+        self, record: PackRecord, entry: importlib_metadata.EntryPoint | None, wait: bool = False
+    ) -> PackRecord:
         """Load what the scan found, or keep the record of why not."""
-        return self._refuse(record, Offer()) if entry is None else self._load(record, entry.load)
+        return self._refuse(record, Offer()) if entry is None else self._load(record, entry.load, wait)
 
-    def _load(self, record: PackRecord, load_plugin: Callable[[], object]) -> PackRecord:
-        """Take a pack whole or not at all, and keep the record of that."""
+    def _load(self, record: PackRecord, load_plugin: Callable[[], object], wait: bool = False) -> PackRecord:
+        """Take a pack whole or not at all, and keep the record of that; under ``wait`` its checks may come later."""
         offer = Offer(f"pack '{record.name}' ({_place(record)})")
         withheld: tuple[str, ...] = ()
         try:
@@ -330,19 +363,20 @@ class PluginRegistry:
                 plugin = import_plugin(load_plugin)
                 collect_offer(plugin, offer)
                 withheld = self._withhold(record, offer)
-                if self._checks:
+                wait = wait and self._checks and bool(offer.blueprints) and not offer.topologies
+                if self._checks and not wait:
                     self._examine(record, offer)
             self._commit(record, plugin, offer)
         except Exception as error:
             offer.withdraw_topologies()
-            if not isinstance(error, RefusalError):
-                error = RefusalError(
-                    PackReason.HOOK_FAILED, f"Taking what it declares raised {described(error)}", error
-                )
-            return self._refuse(record.refused(error.reason, error.cause, error.error), offer)
+            return self._refuse(_refused(record, error), offer)
         record = replace(_with_ids(record, offer), state=PackState.ACTIVE, withheld=withheld)
         self._records[record.key] = record
         self._offers[record.key] = offer
+        if wait:
+            self._unchecked[record.name] = record
+        else:
+            self._announce(record, offer)
         self.blueprints.mark_available(record.name)
         for full in withheld:
             self.blueprints.mark_unavailable(
@@ -350,6 +384,59 @@ class PluginRegistry:
                 PluginError(f"'{full}' ({record.origin}) is left out: see the switches block and allow."),
             )
         return record
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether the checks of a pack are running."""
+        return bool(self._checked_now)
+
+    def _settle(self, ids: Collection[str] | None) -> bool:
+        """Check the packs of these ids, or all, that are not checked yet; return whether there were any."""
+        if not self._unchecked:
+            return False
+        with self._lock:
+            names = {full.partition(":")[0] for full in (self._unchecked if ids is None else ids)}
+            waiting = sorted(names & self._unchecked.keys())
+            if self._checked_now and (self._checked_now in waiting or ids is None):
+                raise PluginError(
+                    f"Pack '{self._checked_now}' is being checked: its blueprints may not ask for what it offers."
+                )
+            before = self._checked_now
+            for name in waiting:
+                self._checked_now = name
+                try:
+                    self._check_late(self._unchecked[name])
+                finally:
+                    self._checked_now = before
+            return bool(waiting)
+
+    def _check_late(self, record: PackRecord) -> None:
+        """Run the checks of a pack that was only declared, and take all of it back if one fails."""
+        offer = self._offers[record.key]
+        try:
+            with contained(), _named_if_slow(record), self._guard():
+                self._examine(record, offer)
+        except Exception as error:
+            del self._unchecked[record.name]
+            self._withdraw(record)
+            self._refuse(_refused(record, error), offer)
+        else:
+            del self._unchecked[record.name]
+            self._announce(record, offer)
+
+    def _announce(self, record: PackRecord, offer: Offer) -> None:
+        """Keep the reports, and an event for each blueprint."""
+        self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
+        for name in sorted(offer.blueprints):
+            report = offer.reports.get(name)
+            self._events.append(
+                BlueprintRegistered(
+                    blueprint_id=f"{record.name}:{name}",
+                    distribution=record.distribution,
+                    verdict=report.verdict.value if report is not None else "not run",
+                    sequence=len(self._events),
+                )
+            )
 
     def _withhold(self, record: PackRecord, offer: Offer) -> tuple[str, ...]:
         """Take out of an offer what a switch leaves out, and return the ids of that."""
@@ -399,7 +486,7 @@ class PluginRegistry:
 
         name = _plugin_name(record)
         for topology in offer.topologies:
-            for other in self.packs:
+            for other in self._seen():
                 if other.state is PackState.ACTIVE and topology in other.topologies:
                     cause = (
                         f"2 packs add the topology '{topology}':\n  {other.name} ({_place(other)})\n"
@@ -410,21 +497,11 @@ class PluginRegistry:
             with ExitStack() as undo:
                 undo.callback(forget_plugin)
                 self._manager.register(plugin, name=name)
-                undo.callback(self.events.__delitem__, slice(len(self.events), None))
                 for _, spec in sorted(offer.blueprints.items()):
                     entry = self.blueprints.register(
                         spec, pack=record.name, distribution=record.distribution, version=record.version
                     )
                     undo.callback(self.blueprints.unregister, entry.id)
-                    report = offer.reports.get(spec.name)
-                    self.events.append(
-                        BlueprintRegistered(
-                            blueprint_id=entry.id,
-                            distribution=entry.distribution,
-                            verdict=report.verdict.value if report is not None else "not run",
-                            sequence=len(self.events),
-                        )
-                    )
                 undo.pop_all()
         except NameConflictError as error:
             raise RefusalError(PackReason.DUPLICATE_ID, str(error), error) from error
@@ -438,7 +515,6 @@ class PluginRegistry:
         for kind, catalogue in self._catalogues.items():
             for short, thing in getattr(offer, kind).items():
                 catalogue.add(f"{record.name}:{short}", thing)
-        self._reports |= {f"{record.name}:{short}": report for short, report in offer.reports.items()}
 
     def _refuse(self, record: PackRecord, offer: Offer) -> PackRecord:
         """Keep the record of a pack that is not taken, and let questions for what it offered raise the cause."""
@@ -485,6 +561,14 @@ def _named_if_slow(record: PackRecord) -> Iterator[None]:
         timer.join()  # a fork while a thread runs is warned of
 
 
+def _refused(record: PackRecord, error: Exception) -> PackRecord:
+    """Return the record of a pack whose loading raised."""
+    if not isinstance(error, RefusalError):
+        cause = f"Taking what it declares raised {described(error)}"
+        error = RefusalError(PackReason.HOOK_FAILED, cause, error)
+    return record.refused(error.reason, error.cause, error.error)
+
+
 def _plugin_name(record: PackRecord) -> str:
     return f"{record.distribution}:{record.name}"
 
@@ -513,6 +597,8 @@ _default_is_loading = False
 def default_registry() -> PluginRegistry:
     """Return the registry of this process; the first call loads the installed packs that the environment lets it.
 
+    The checks of a pack run when something of it is first asked for (see `PluginRegistry.declare_installed`).
+
     Raises:
         PluginError: If a pack calls this while it is being loaded, or under ``KASMINA_PLUGINS_STRICT`` if any pack
             cannot be used.
@@ -532,7 +618,10 @@ def default_registry() -> PluginRegistry:
         try:
             switches = Switches.from_environment()
             registry = PluginRegistry(**{name: getattr(switches, name) for name in ENVIRONMENT})
-            registry.load_installed()
+            if switches.strict:
+                registry.load_installed()
+            else:
+                registry.declare_installed()
             _default = registry
         finally:
             _default_is_loading = False
@@ -548,8 +637,10 @@ def reset_default_registry() -> None:
 
 def _let_a_forked_child_load() -> None:
     """Forget a load that another thread of the parent had begun: in the child nobody ends it, or frees the lock."""
-    global _default_lock, _default_is_loading
+    global _default, _default_lock, _default_is_loading
     _default_lock, _default_is_loading = threading.RLock(), False
+    if _default is not None and _default.is_checking:
+        _default = None
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

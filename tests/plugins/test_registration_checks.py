@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
+import inspect
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from kasmina_core import (
     ValidationVerdict,
     check_blueprint_spec,
 )
+from kasmina_core.checks import blueprints
 from kasmina_core.checks.devices import _backward, device_check_names
 from kasmina_core.checks.global_state import preserved_global_state
 
@@ -468,19 +471,23 @@ def test_on_the_cpu_cuda_is_not_even_asked_for(full: bool, monkeypatch: pytest.M
 
 
 def test_without_fvcore_the_size_is_not_called_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refusing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("fvcore"):
-            raise ImportError("no fvcore")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refusing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    blueprints._parameter_count.cache_clear()
     report = check_blueprint_spec(spec())
     assert report.verdict is ValidationVerdict.INCOMPLETE
     assert [(c.status, c.hint) for c in results(report, "param_estimate")] == [
-        (CheckStatus.NOT_RUN, "fvcore cannot be imported: no fvcore")
+        (CheckStatus.NOT_RUN, "fvcore cannot be imported: no module fvcore.nn.parameter_count")
     ]
+
+
+def test_the_size_is_counted_by_fvcores_own_function() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")  # fvcore calls it on import
+        from fvcore.nn import parameter_count
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"one": shared, "again": shared, "other": nn.Conv2d(2, 5, 3)})
+    assert blueprints._parameter_count()(model) == parameter_count(model)
+    assert inspect.getsource(blueprints._parameter_count()) == inspect.getsource(parameter_count)
 
 
 def test_too_little_memory_is_no_failure_of_the_blueprint() -> None:

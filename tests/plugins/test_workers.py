@@ -92,6 +92,31 @@ def test_a_worker_forked_while_another_thread_loads_the_packs_does_not_wait_for_
     assert loaded == [("good", "active")]
 
 
+@pytest.mark.skipif("fork" not in METHODS, reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_worker_forked_while_another_thread_checks_a_pack_does_not_wait_for_ever(
+    site: Site, fresh_default_registry: None
+) -> None:
+    slow = GOOD.replace('scale("scale")', 'scale("scale", factory=build)') + (
+        "\nimport os, threading\nparent, held, release = os.getpid(), threading.Event(), threading.Event()\n"
+        "def build(dim):\n    held.set()\n    if os.getpid() == parent:\n        release.wait()\n    return Scale(dim)\n"
+    )
+    site.install("fake-good", "good = fake_good", fake_good=GOOD)
+    site.install("fake-slow", "slow = fake_slow", fake_slow=slow)
+    registry = default_registry()
+    thread = threading.Thread(target=registry.blueprints.get, args=("slow:scale",))
+    thread.start()
+    import fake_slow  # type: ignore[import-not-found]  # written by this test
+
+    fake_slow.held.wait()
+    try:
+        _, _, loaded, _ = in_worker("fork")
+    finally:
+        fake_slow.release.set()
+        thread.join()
+    assert loaded == [("good", "active"), ("slow", "active")]
+
+
 # -- CUDA -----------------------------------------------------------------------------------------------------------
 
 
