@@ -66,7 +66,9 @@ from .evidence.calibration import Calibration as Calibration
 from .evidence.calibration import CalibrationError as CalibrationError
 from .evidence.calibration import calibrate as calibrate
 from .evidence.isolation import GradientIsolationMonitor as GradientIsolationMonitor
+from .experiments.arm import Arm as Arm
 from .experiments.flops import FlopLedger as FlopLedger
+from .experiments.run import start_arm as start_arm
 from .experiments.tasks import Task as Task
 from .experiments.tasks import TaskError as TaskError
 from .experiments.tasks import load_task as load_task

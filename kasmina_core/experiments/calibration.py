@@ -10,16 +10,14 @@ import torch
 
 from kasmina_core.evidence import calibration
 from kasmina_core.evidence.calibration import Calibration
+from kasmina_core.experiments.arm import EVALUATION_BATCH, logits_of, train_epoch
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.report import blank_figure, figure_png
 from kasmina_core.experiments.run import (
-    EVALUATION_BATCH,
     Display,
     RunSettings,
     candidates,
-    logits_of,
     make_model,
-    train_epoch,
 )
 from kasmina_core.experiments.tasks import Split, Task
 from kasmina_core.experiments.wording import clean

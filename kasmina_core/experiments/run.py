@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -24,6 +24,7 @@ from kasmina_core.events import (
     StageChanged,
     TelemetryEvent,
 )
+from kasmina_core.experiments.arm import Arm, logits_of
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.named import accepted_keywords, called, is_reference, named_object
 from kasmina_core.experiments.record import (
@@ -35,14 +36,14 @@ from kasmina_core.experiments.record import (
     RunRecord,
     SeedRecord,
 )
-from kasmina_core.experiments.tasks import SplitName, Task, TaskError
+from kasmina_core.experiments.tasks import Task, TaskError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.hosts import HostProtocol
-from kasmina_core.packs.discovery import PluginRegistry
+from kasmina_core.packs.discovery import PluginRegistry, default_registry
 from kasmina_core.policies.bundled import BUNDLED, build_policy
 from kasmina_core.policies.protocol import (
     Advance,
@@ -58,11 +59,7 @@ from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_ev
 from kasmina_core.readers import EveryPosition
 from kasmina_core.records import Record
 from kasmina_core.topology import Topology
-from kasmina_core.training.optim import tie_optimizer
 from kasmina_core.verdicts import Finding, GateResult
-
-EVALUATION_BATCH: Final = 256
-"""Samples per batch in evaluation."""
 
 FINAL_EPOCHS: Final = 5
 """Final figures are means over the models of at most this many last epochs, because one epoch's are noisy."""
@@ -258,20 +255,6 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
     return host_id, host
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the tensor that a task's loss takes: the output, or its ``logits`` as models of transformers have them.
-
-    Raises:
-        TaskError: If there is none.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TaskError(
-            f"The host must return a tensor, or something with logits, not {type(output).__name__}."
-        )
-    return logits
-
-
 def _try_host(host_id: str, host: nn.Module, task: Task) -> None:
     """Raise a `TaskError` if a host cannot learn a task, as far as two samples tell."""
     inputs, targets = (part[:2] for part in task.train)
@@ -424,62 +407,79 @@ def make_model(
     return host_id, model
 
 
-def train_epoch(
-    module: nn.Module,
+def start_arm(
     task: Task,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    order: torch.Generator,
-    ledger: FlopLedger,
-    is_over: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Train on every sample once; a `MorphogeneticModel` incubates its seeds in every step.
+    *,
+    host: str | None = None,
+    slots: Sequence[str] = (),
+    host_options: Mapping[str, Any] | None = None,
+    grows: bool = True,
+    config: GrowthConfig | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+    ledger: FlopLedger | None = None,
+    telemetry: EventTarget | None = None,
+    plugins: PluginRegistry | None = None,
+) -> Arm:
+    """Build a host for a task, as ``kasmina grow`` does, and the arm that trains it.
+
+    Equal arguments give the same arm. With ``grows=False`` the host, of the same weights, trains alone.
 
     Args:
-        module: The model, on the task's device.
-        task: Gives batches and the loss.
-        batch_size: Samples per batch.
-        optimizer: Steps after each batch.
-        order: Shuffles the samples.
-        ledger: Is charged with what the training costs.
-        is_over: Called before each batch; true ends the epoch.
+        task: What it learns; see `load_task`.
+        host: Id of a pack's host, ``module:callable`` or ``file.py:callable``; default the task's, or the first one of
+            its topology.
+        slots: Names, paths or globs of points; empty for all that the host declares.
+        host_options: Keywords for the host's factory.
+        grows: Whether slots are attached.
+        config: How seeds are treated; default `GrowthConfig.recommended`, with a ramp as long as the task says.
+        batch_size: Samples per training batch; default the task's.
+        lr: Learning rate of Adam; default the task's.
+        seed: For the weights, the order of the samples and the seeds.
+        budget: Training FLOPs that the run may spend, for policies.
+        ledger: See `Arm`.
+        telemetry: Takes the events of the model.
+        plugins: Where hosts and blueprints come from; default the installed packs.
 
-    Returns:
-        Mean loss per sample; ``None`` if no batch was trained.
+    Raises:
+        KasminaError: If there is no such host or point, or the host cannot learn the task.
     """
-    model = module if isinstance(module, MorphogeneticModel) else None
-    module.train()
-    total, samples = 0.0, 0
-    for inputs, targets in task.training_batches(batch_size, order):
-        if is_over():
-            break
-
-        def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            return task.loss(logits_of(module(inputs)), targets).mean()
-
-        def learn(loss: Callable[[], Tensor] = loss) -> Tensor:
-            value = loss()
-            value.backward()  # type: ignore[no-untyped-call]  # torch
-            return value.detach()
-
-        optimizer.zero_grad(set_to_none=True)
-        kind = (forward_kind(model) if model else (), tuple(inputs.shape))
-        value = ledger.charge(("learn", kind), learn)
-        if model is not None:
-            incubating = tuple(slot.is_incubating for slot in model.slots.values())
-            ledger.charge(("incubate", kind, incubating), partial(model.incubate, loss))
-            model.step()
-        optimizer.step()
-        total += float(value) * len(inputs)
-        samples += len(inputs)
-    return total / samples if samples else None
-
-
-def forward_kind(model: MorphogeneticModel) -> Hashable:
-    """Return what decides the cost of a forward: each slot's mode and blueprint, and what a replay spares."""
-    slots = model.slots.values()
-    modes = tuple((s.mode, s.state.blueprint_id if s.state is not None else "") for s in slots)
-    return model.is_replaying, next((s.name for s in slots if s.is_forced), ""), modes
+    plugins = plugins or default_registry()
+    settings = RunSettings(
+        task=task.name,
+        host=host,
+        slots=tuple(slots),
+        blueprints=(),
+        policy="none",
+        incubation="",
+        epochs=task.epochs,
+        batch_size=batch_size or task.batch_size,
+        lr=task.lr if lr is None else lr,
+        seed=seed,
+        device=str(task.train.inputs.device),
+        ramp_epochs=task.ramp_epochs,
+        host_options=host_options or {},
+    )
+    module: nn.Module
+    if grows:
+        steps = math.ceil(len(task.train.inputs) / settings.batch_size)
+        config = config or GrowthConfig.recommended(
+            steps, ramp_epochs=settings.ramp_epochs, seed=derived_seed(seed, "seeds")
+        )
+        _, module = make_model(plugins, task, settings, config, telemetry)
+    else:
+        _, module = make_host(plugins, task, settings)
+    return Arm(
+        module,
+        task,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        seed=seed,
+        budget=budget,
+        ledger=ledger,
+    )
 
 
 @final
@@ -548,15 +548,13 @@ class GrowthRun:
         return self.record
 
     def _grow(self) -> None:
-        model, ledger = self.model, FlopLedger()
+        model, arm = self.model, self._arm(self.model)
         self._display.phase(f"growing the host on {self.task.name}", self.settings.epochs)
-        model.evaluate_with(lambda: self._losses("gate", ledger))
-        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), self.settings.lr))
-        arm = self._train(GROWN, model, optimizer, ledger, self.record.epochs, epochs=self.settings.epochs)
+        result = self._train(GROWN, arm, self.record.epochs, epochs=self.settings.epochs)
         for name, slot in model.slots.items():
             if slot.is_active and slot.state is not None:
                 # A kept seed is measured on the test samples: no decision was made on them.
-                evidence = model.measure(name, lambda: self._losses("test"))
+                evidence = model.measure(name, partial(arm.losses, "test"))
                 if evidence is not None:
                     self._log.evidence[slot.state.seed_id] = evidence
         self.record.seeds = self._log.records()
@@ -570,33 +568,34 @@ class GrowthRun:
                 f"{model.lost_epochs} epochs of the host's training were given up to undo what seeds did that were "
                 "culled late; their operations are charged."
             )
-        self.record.arms.append(arm)
+        self.record.arms.append(result)
 
     def _train_alone(self) -> None:
         grown = self.record.arm(GROWN)
         if grown is None or self._interrupted:
             return
-        host = self._host_alone
         self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
-        optimizer = torch.optim.Adam(host.parameters(), self.settings.lr)
-        arm = self._train(HOST_ALONE, host, optimizer, FlopLedger(), self.record.baseline, budget=grown.flops)
+        result = self._train(
+            HOST_ALONE, self._arm(self._host_alone), self.record.baseline, budget=grown.flops
+        )
         if not self._interrupted:  # a host that was trained for less is no comparison
-            self.record.arms.append(arm)
+            self.record.arms.append(result)
+
+    def _arm(self, module: nn.Module) -> Arm:
+        settings = self.settings
+        return Arm(module, self.task, batch_size=settings.batch_size, lr=settings.lr, seed=settings.seed)
 
     def _train(
         self,
         name: str,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ledger: FlopLedger,
+        arm: Arm,
         records: list[EpochRecord],
         *,
         epochs: float = math.inf,
         budget: float = math.inf,
     ) -> ArmResult:
         """Train one arm for so many epochs or FLOPs, record its epochs, and return its final figures."""
-        started = time.perf_counter()
-        order = torch.Generator().manual_seed(derived_seed(self.settings.seed, "order"))
+        started, ledger = time.perf_counter(), arm.ledger
         last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
 
         def is_over() -> bool:
@@ -604,36 +603,34 @@ class GrowthRun:
 
         while len(records) < epochs and ledger.total < budget:
             before = ledger.total
-            batch_size = self.settings.batch_size
-            loss = train_epoch(module, self.task, batch_size, optimizer, order, ledger, is_over)
+            loss = arm.train_epoch(is_over)
             if loss is None or self._interrupted:
                 break
-            val_loss, val_metric = self._evaluate(module, "val")
-            grows = module is self.model
-            gate = self._step_epoch(val_loss, ledger) if grows else ""
+            val_loss, val_metric = arm.evaluate("val")
+            grows = arm.module is self.model
+            gate = self._step_epoch(arm, val_loss) if grows else ""
             slots = [self._slot_record(slot) for slot in self.model.slots] if grows else ()
             flops = float(ledger.total)
             record = EpochRecord(
-                len(records) + 1, loss, val_loss, val_metric, _trainable(module), flops, slots, gate
+                len(records) + 1, loss, val_loss, val_metric, arm.parameters, flops, slots, gate
             )
             records.append(record)
             self._each_epoch(name, record)
-            last.append(self._evaluate(module, "test"))
+            last.append(arm.evaluate("test"))
             if grows:
                 self._display.epoch(record)
             else:
                 self._display.advance(ledger.total - before)
         seconds = time.perf_counter() - started
-        val_loss, _ = self._evaluate(module, "val")
-        test_loss, test_metric = map(fmean, zip(*(last or [self._evaluate(module, "test")]), strict=True))
-        flops = float(ledger.total)
+        val_loss, _ = arm.evaluate("val")
+        test_loss, test_metric = map(fmean, zip(*(last or [arm.evaluate("test")]), strict=True))
         return ArmResult(
-            name, _trainable(module), flops, len(records), val_loss, test_loss, test_metric, seconds
+            name, arm.parameters, float(ledger.total), len(records), val_loss, test_loss, test_metric, seconds
         )
 
-    def _step_epoch(self, val_loss: float, ledger: FlopLedger) -> str:
+    def _step_epoch(self, arm: Arm, val_loss: float) -> str:
         """End an epoch of the grown model, follow its policy, and return what the gates said."""
-        verdicts = self.model.step_epoch(val_loss, flops=float(ledger.total))
+        verdicts = arm.end_epoch(val_loss)
         for slot in self.model.slots.values():
             if slot.state is not None:
                 self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
@@ -673,27 +670,6 @@ class GrowthRun:
             again.is_due(Observation(e.epoch, e.val_loss, False, 0, 0, ()), False) for e in self.record.epochs
         )
 
-    def _losses(self, split: SplitName, ledger: FlopLedger | None = None) -> Tensor:
-        """Return the grown model's loss of each sample of a split."""
-        modes, losses = forward_kind(self.model), []
-        for inputs, targets in self.task.batches(split, EVALUATION_BATCH):
-
-            def forward(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                return self.task.loss(logits_of(self.model(inputs)), targets)
-
-            kind = ("evaluate", modes, tuple(inputs.shape))
-            losses.append(ledger.charge(kind, forward) if ledger is not None else forward())
-        return torch.cat(losses)
-
-    def _evaluate(self, module: nn.Module, split: SplitName) -> tuple[float, float]:
-        """Return mean loss and mean metric of a split."""
-        with quiet_evaluation(module):
-            logits = torch.cat(
-                [logits_of(module(inputs)) for inputs, _ in self.task.batches(split, EVALUATION_BATCH)]
-            )
-        targets = self.task.splits[split].targets
-        return float(self.task.loss(logits, targets).mean()), float(self.task.metric(logits, targets).mean())
-
     def _slot_record(self, name: str) -> EpochSlot:
         slot = self.model.slots[name]
         evidence = slot.last_evidence
@@ -714,7 +690,3 @@ def test_figures_note(record: RunRecord) -> str:
     if epochs == 1:
         return "Test figures are those of the model after the last epoch."
     return f"Test figures are means over the models of the last {epochs} epochs."
-
-
-def _trainable(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
