@@ -7,6 +7,7 @@ from .blueprints.catalogue import HostRegistry as HostRegistry
 from .blueprints.declarations import BlueprintSpec as BlueprintSpec
 from .blueprints.declarations import HostSpec as HostSpec
 from .blueprints.declarations import RegisteredBlueprint as RegisteredBlueprint
+from .carried import copy_without_slots as copy_without_slots
 from .checkpoints.checkpoint import LoadedCheckpoint as LoadedCheckpoint
 from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
 from .checkpoints.checkpoint import save_checkpoint as save_checkpoint

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kasmina_core.carried import refusal_of
 from kasmina_core.causality import demand_towers, with_causality
 from kasmina_core.errors import HostError, KasminaError, MisuseWarning
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
@@ -24,7 +25,7 @@ from kasmina_core.outputs import split_path
 from kasmina_core.positions import CallBegins, CallEnds, ContextReader, HostCalls
 from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
 from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
-from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.slots.forward import ForwardMode, Slot
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 
@@ -443,6 +444,10 @@ def _take_off_lost_slots(host: nn.Module) -> None:
                 continue
             slot = cast("SeedSlot", hook.slot)
             if (model := _MODEL_OF.get(slot)) is None:
+                if isinstance(slot, Slot):  # a copy: a model knows its slots, those of a copied model too
+                    raise HostError(
+                        f"This {type(host).__name__} already has a slot, or is a copy of a host that had: {refusal_of(host)}."
+                    )
                 continue
             if model() is not None:
                 raise HostError(

@@ -246,7 +246,8 @@ class BlueprintRegistry:
 
         Raises:
             UnknownNameError: If nobody offers the blueprint.
-            BlueprintError: If the width or an option is refused; the message gives the reason.
+            BlueprintError: If the width or an option is refused, or the module carries a slot of a model; the message
+                gives the reason.
         """
         entry = self.get(blueprint_id, topology)
         spec, given = entry.spec, dict(options or {})
@@ -262,11 +263,16 @@ class BlueprintRegistry:
         factory = spec.load_factory()
         try:
             with contained():
-                return factory(dim, **given)
+                seed = factory(dim, **given)
         except (TypeError, ValueError) as error:
             raise BlueprintError(
                 f"Blueprint '{entry.id}' could not be built at width {dim} with {given or 'its defaults'}: {error}"
             ) from error
+        from kasmina_core.carried import refusal_of  # needs torch
+
+        if refusal := refusal_of(seed):
+            raise BlueprintError(f"Blueprint '{entry.id}' carries a slot of a model.\n  {refusal}.")
+        return seed
 
 
 @final

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blending import memory_format_of
+from kasmina_core.carried import take_slots_off
 from kasmina_core.errors import ExportError, HostError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
-from kasmina_core.hosts import HostProtocol, SlotHook, submodule
+from kasmina_core.hosts import submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import features_in, keys_in, own_key
-from kasmina_core.positions import CallBegins, CallEnds, ContextReader, follow_calls
+from kasmina_core.positions import ContextReader, follow_calls
 from kasmina_core.probing import call_with, example_of
 from kasmina_core.quiet import quiet_evaluation
 
@@ -92,7 +93,9 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     # In one copy, so that what host and seeds share stays shared.
     reader = fossils[0].calls.reader if fossils else None
     host, seeds, reader = copy.deepcopy((model.host, {slot.name: slot.seed for slot in fossils}, reader))
-    host = _without_slots(host, list(model.slots))
+    take_slots_off(host)
+    if left := [path for path, module in host.named_modules() if isinstance(module, SeedSlot)]:
+        raise ExportError(f"{type(host).__name__} keeps its slots after unregister_slot: {', '.join(left)}.")
     for slot in sorted(fossils, key=lambda one: -one.point.path.count(".")):
         host = _inline(host, slot, seeds[slot.name], joints[slot.name])
     mixing = {cast("nn.Module", seeds[slot.name]): slot.point for slot in fossils if slot.takes_context}
@@ -146,23 +149,6 @@ def _watch(
             if slot.seed is not None:
                 stack.callback(slot.seed.register_forward_hook(at_seed).remove)
         return joints, call_with(model, example)
-
-
-def _without_slots(host: nn.Module, names: list[str]) -> nn.Module:
-    for module in host.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, (SlotHook, CallEnds)):
-                del module._forward_hooks[key]
-        for key, begins in list(module._forward_pre_hooks.items()):
-            if isinstance(begins, CallBegins):
-                del module._forward_pre_hooks[key]
-        module.__dict__.pop("_slot_handles", None)
-    if isinstance(host, HostProtocol):
-        for name in names:
-            host.unregister_slot(name)
-    if left := [path for path, module in host.named_modules() if isinstance(module, SeedSlot)]:
-        raise ExportError(f"{type(host).__name__} keeps its slots after unregister_slot: {', '.join(left)}.")
-    return host
 
 
 def _inline(host: nn.Module, slot: SeedSlot, seed: nn.Module | None, joint: _Joint) -> nn.Module:

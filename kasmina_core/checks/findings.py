@@ -112,6 +112,8 @@ class Bench:
         from torch import nn
         from torch.nn.parameter import is_lazy
 
+        from kasmina_core.carried import refusal_of
+
         given = dict(options or {}) | ({"causal": causal} if self.spec.takes_causal else {})
         where = f"dim={width}" + "".join(f", {name}={value!r}" for name, value in given.items())
         claim, hint, measured = "", "", ""
@@ -143,6 +145,12 @@ class Bench:
             elif any(is_lazy(tensor) for tensor in chain(module.parameters(), module.buffers())):
                 measured, claim = "uninitialised (lazy) parameters", "is not complete when it is built"
                 hint = "Give every layer its size: the width is known, and optimisers need the parameters."
+            elif refusal := refusal_of(module):
+                measured, claim, hint = (
+                    refusal,
+                    "carries a slot of a model",
+                    "Build it of modules of its own.",
+                )
             else:
                 self.note_settings()
                 return Built(width, causal, module)
