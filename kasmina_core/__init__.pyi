@@ -51,6 +51,7 @@ from .events import CommandRefused as CommandRefused
 from .events import EpochEnded as EpochEnded
 from .events import GateChecksJoined as GateChecksJoined
 from .events import GateEvaluated as GateEvaluated
+from .events import GatesNotAsked as GatesNotAsked
 from .events import IncubationStopped as IncubationStopped
 from .events import IsolationViolation as IsolationViolation
 from .events import RunStarted as RunStarted
@@ -156,6 +157,7 @@ from .slots.forward import ForwardMode as ForwardMode
 from .slots.settings import GradientPolicy as GradientPolicy
 from .slots.settings import Incubation as Incubation
 from .slots.settings import RampUnit as RampUnit
+from .slots.settings import StraightInsertion as StraightInsertion
 from .telemetry import CallableSink as CallableSink
 from .telemetry import JsonLinesSink as JsonLinesSink
 from .telemetry import MemorySink as MemorySink

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
-from kasmina_core.records import Record
+from kasmina_core.records import Mark, Record
 
 
 @final
@@ -23,6 +23,7 @@ class TelemetryEventType(Enum):
     ISOLATION_VIOLATION = "isolation_violation"
     INCUBATION_STOPPED = "incubation_stopped"
     GATE_CHECKS_JOINED = "gate_checks_joined"
+    GATES_NOT_ASKED = "gates_not_asked"
     COMMAND_DONE = "command_done"
     COMMAND_REFUSED = "command_refused"
     EPOCH_ENDED = "epoch_ended"
@@ -95,6 +96,15 @@ class GateChecksJoined(TelemetryEvent):
 
     type: ClassVar[TelemetryEventType] = TelemetryEventType.GATE_CHECKS_JOINED
     checks: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatesNotAsked(TelemetryEvent):
+    """A seed was put in straight; it passes these ``gates`` (names of `GateLevel`) by without being judged."""
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.GATES_NOT_ASKED
+    gates: tuple[str, ...]
 
 
 @final
@@ -209,6 +219,7 @@ class SlotReading(Record):
         deviation: How far the seed was from the host while it learned apart, relative to the host's RMS.
         gradient_norm: L2 norm of the seed's gradient, mean over the epoch.
         isolation_violations: Times that the seed leaked gradient into the host.
+        unasked: Names of the gates that were not asked, because the seed was put in straight.
     """
 
     slot: str
@@ -223,6 +234,7 @@ class SlotReading(Record):
     deviation: float | None = None
     gradient_norm: float | None = None
     isolation_violations: int = 0
+    unasked: Annotated[tuple[str, ...], Mark.LATER] = ()
 
 
 @final

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Final, final
 
 from kasmina_core.errors import TransitionError
-from kasmina_core.records import Count, Range, Record
+from kasmina_core.records import Count, Mark, Range, Record
 
 HISTORY_LENGTH: Final = 100
 
@@ -183,6 +183,7 @@ class SeedState(Record):
         is_paused: Whether its clock and its training stand still.
         is_stopped: Whether it was paused because it had gone too far from the host.
         cull_reason: Why it was culled; empty if it was not.
+        unasked: Names of the gates that were not asked, because it was put in straight; empty for any other seed.
     """
 
     seed_id: str
@@ -194,9 +195,15 @@ class SeedState(Record):
     is_paused: bool = False
     is_stopped: bool = False
     cull_reason: str = ""
+    unasked: Annotated[tuple[str, ...], Mark.LATER] = ()
 
     def __post_init__(self) -> None:
         self.stage_history = deque(self.stage_history, maxlen=HISTORY_LENGTH)
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the seed was put in straight: it contributed before anything was proved."""
+        return bool(self.unasked)
 
     @property
     def previous_stage(self) -> SeedStage:

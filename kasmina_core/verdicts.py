@@ -40,9 +40,10 @@ GATE_INTO: Final[Mapping[SeedStage, GateLevel]] = MappingProxyType(
 
 @final
 class CheckVerdict(Enum):
-    """Verdict of one check. A gate passes if one is PASSED and every other is PASSED or NOT_REQUIRED.
+    """Verdict of one check. A gate passes if one is PASSED, and none is FAILED, WAITING or NEVER_MEASURED.
 
-    WAITING means that time alone is missing: epochs in a stage, or the end of a ramp.
+    WAITING means that time alone is missing: epochs in a stage, or the end of a ramp. NOT_REQUIRED: there was nothing to
+    measure it on. NOT_ASKED: it was left out on purpose, as for a seed that was put in straight.
     """
 
     PASSED = "passed"
@@ -50,6 +51,7 @@ class CheckVerdict(Enum):
     WAITING = "waiting"
     NEVER_MEASURED = "never measured"
     NOT_REQUIRED = "not required"
+    NOT_ASKED = "not asked"
 
     @property
     def stops(self) -> bool:
@@ -67,7 +69,7 @@ class GateCheck(Record):
         value: What was measured; ``None``, NaN or infinite where nothing usable was.
         minimum: Smallest value that passes, if there is one.
         maximum: Largest value that passes, if there is one.
-        verdict: Passed, failed, waiting, never measured or not required.
+        verdict: Passed, failed, waiting, never measured, not required or not asked.
         detail: More for people, such as the reason a width was refused.
     """
 
@@ -219,7 +221,10 @@ class GateResult(Record):
     def reason(self) -> str:
         """Why, in one line: the first check that failed, else that was never measured, else that waits."""
         if self.passed:
-            return f"all {len(self.checks)} checks passed"
+            left_out = (CheckVerdict.NOT_REQUIRED, CheckVerdict.NOT_ASKED)
+            counts = {v.value: n for v in left_out if (n := sum(c.verdict is v for c in self.checks))}
+            passed = len(self.checks) - sum(counts.values())
+            return ", ".join([f"all {passed} checks passed", *(f"{n} {what}" for what, n in counts.items())])
         if not self.failed_checks:
             return "nothing was checked"
         # Of checks that wait, those without a value were not asked because of the others.

@@ -65,9 +65,15 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
             slot.germinations = germinations.get(name, slot.germinations)
 
 
-Counters = tuple[int, int, int, float | None]
+Counters = tuple[int, int, int, float | None, tuple[tuple[int, float], ...]]
 
-_COUNTERS: Final = {"epoch": Count, "events": Count, "lost_epochs": Count, "last_metric": float | None}
+_COUNTERS: Final = {
+    "epoch": Count,
+    "events": Count,
+    "lost_epochs": Count,
+    "last_metric": float | None,
+    "metrics": tuple[tuple[int, float], ...],
+}
 _RECORD: Final = "The saved record of growth"
 
 
@@ -77,19 +83,26 @@ def _counters(model: MorphogeneticModel) -> dict[str, Any]:
         "events": model.growth.sequence,
         "lost_epochs": model.lost_epochs,
         "last_metric": model.growth.last_metric,
+        "metrics": [list(noted) for noted in model.growth.metrics],
     }
 
 
 def _checked_counters(data: Any) -> Counters:
-    saved = data if isinstance(data, Mapping) else {}
+    saved = {"metrics": (), **(data if isinstance(data, Mapping) else {})}  # earlier versions had none
     epoch, *others = (read(hint, saved.get(name), _RECORD, name) for name, hint in _COUNTERS.items())
     return epoch, *others
 
 
 def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
-    """Set epochs, events, lost epochs and the last metric."""
+    """Set epochs, events, lost epochs and metrics."""
     growth = model.growth
-    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric = counters
+    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics = counters
+
+
+def present_counters(model: MorphogeneticModel) -> Counters:
+    """Return what `set_counters` sets."""
+    growth = model.growth
+    return growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics
 
 
 def slot_data(slot: SeedSlot) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kasmina_core._version import __version__
-from kasmina_core.checkpoints.growth_state import growth_of, rebuilding, restore_counters, set_counters
+from kasmina_core.checkpoints.growth_state import (
+    growth_of,
+    present_counters,
+    rebuilding,
+    restore_counters,
+    set_counters,
+)
 from kasmina_core.checkpoints.migrations import part
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
@@ -300,7 +306,7 @@ def _load_generators(generators: Mapping[str, torch.Generator], states: Mapping[
 @contextmanager
 def _undone_on_error(run: Run) -> Iterator[None]:
     growth = run.model.growth
-    counters = growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric
+    counters = present_counters(run.model)
     numbers = random_states(["torch", "python", *(["numpy"] if "numpy" in sys.modules else [])])
     things = [one for one in (run.policy, run.scaler) if one is not None]
     with ExitStack() as undo:

@@ -102,6 +102,7 @@ class SeedRecord(Record):
         samples: Held-out samples that ``gain`` was measured on; ``None`` if never measured.
         finding: Result of the last gate that decided on evidence: ``gate`` and the fields of `Finding`; ``None`` if
             none did.
+        unasked: Names of the gates that were not asked, because it was put in straight.
     """
 
     seed_id: str
@@ -118,6 +119,7 @@ class SeedRecord(Record):
     reason: str = ""
     samples: Annotated[int | None, Mark.LATER] = None
     finding: Annotated[Mapping[str, Any] | None, Mark.LATER] = None
+    unasked: Annotated[tuple[str, ...], Mark.LATER] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple((str(stage), int(epoch)) for stage, epoch in self.stages))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kasmina_core.blueprints.declarations import import_factory
 from kasmina_core.errors import BlueprintError, UnknownNameError, did_you_mean
 from kasmina_core.events import (
+    GatesNotAsked,
     RunStarted,
     SeedCulled,
     SeedFossilized,
@@ -148,6 +149,8 @@ class SeedLog:
         if isinstance(event, SeedGerminated):
             life |= {"slot": event.slot, "blueprint": event.blueprint_id, "parameters": event.parameters}
             life["germinated_epoch"] = event.epoch
+        elif isinstance(event, GatesNotAsked):
+            life["unasked"] = event.gates
         elif isinstance(event, StageChanged):
             life["stages"].append((event.after, event.epoch))
         elif isinstance(event, SeedFossilized):

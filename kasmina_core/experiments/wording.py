@@ -155,7 +155,7 @@ def seeds_table(record: RunRecord) -> TextTable:
             f"{seed.germinated_epoch}–{'' if seed.ended_epoch is None else seed.ended_epoch}",  # noqa: RUF001  a range
             count(seed.parameters),
             gain(seed),
-            seed.reason,
+            f"{', '.join(seed.unasked)} not asked; {seed.reason}" if seed.unasked else seed.reason,
         )
         for seed in record.seeds
     )

@@ -11,10 +11,13 @@ from typing import Final, final
 from kasmina_core.blueprints.foreign import shown
 from kasmina_core.errors import BlueprintError
 from kasmina_core.gates.paired import SeedEvidence
-from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge
+from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge, student_t_quantile
 from kasmina_core.gates.thresholds import GateThresholds, StartComparison
+from kasmina_core.gates.trend import TrendGap
 from kasmina_core.lifecycle import SeedMetrics, SeedStage, SeedState
 from kasmina_core.verdicts import CheckVerdict, Finding, GateCheck, GateLevel
+
+PROBATION_DWELL: Final = "epochs in probation"
 
 SCREEN_T: Final = 3.0
 """Standard errors below 0 at which the first-order screen refuses a seed."""
@@ -34,6 +37,9 @@ class GateContext:
         parameters_finite: Returns whether all of the seed's parameters are finite.
         look: Counts a look of the sequential test, once per measurement, and returns which it is.
         screen: Measures the seed's first-order gain; ``None`` where that cannot be done.
+        trend: Returns the gain over the host's trend, of a seed that was put in straight; ``None`` where there is none.
+        since_insertion: Epochs or steps since such a seed was put in, as its lag counts.
+        lag: How many of them must pass before it is judged.
     """
 
     state: SeedState
@@ -43,6 +49,9 @@ class GateContext:
     parameters_finite: Callable[[], bool] = lambda: True
     look: Callable[[], Look] = Look
     screen: Callable[[], PairedGain | None] = lambda: None
+    trend: Callable[[], TrendGap | None] = lambda: None
+    since_insertion: int = 0
+    lag: int = 0
 
 
 @final
@@ -124,6 +133,12 @@ class GateCheckSpec:
         if self.waits and check.verdict is CheckVerdict.FAILED:
             return replace(check, verdict=CheckVerdict.WAITING)
         return check
+
+    @property
+    def not_asked(self) -> GateCheck:
+        """The check as one that a seed was spared that was put in straight."""
+        why = "put in straight: compared with the host's trend"
+        return GateCheck(self.name, None, CheckVerdict.NOT_ASKED, self.minimum, self.maximum, why)
 
     def not_measured(self, why: str) -> GateCheck:
         """Return the check as one that was never measured."""
@@ -312,6 +327,33 @@ def _smallest_gain_check(t: GateThresholds) -> GateCheckSpec:
 
     name = "smallest gain in probation"
     return GateCheckSpec(name, (GateLevel.G5,), smallest, minimum=t.min_gain, needs_evidence=True)
+
+
+def straight_checks(t: GateThresholds) -> list[GateCheckSpec]:
+    """Return the checks of G5 for a seed that was put in straight: the lag, and the host's trend."""
+    lag_name, name = "lag since insertion", "gain over the host's trend"
+
+    def lag(context: GateContext) -> GateCheck:
+        check = _judged(lag_name, context.since_insertion, minimum=context.lag)
+        return check if check.verdict is CheckVerdict.PASSED else replace(check, verdict=CheckVerdict.WAITING)
+
+    def gain(context: GateContext) -> GateCheck:
+        gap = context.trend()
+        if gap is None:
+            why = "no metric now, or too few before the insertion: give step_epoch one in each epoch"
+            return GateCheck(name, None, CheckVerdict.NEVER_MEASURED, detail=why)
+        detail = f"gain {gap.gain:.4g}, error {gap.standard_error:.4g}"
+        if t.against_start is StartComparison.NO_HARM:
+            return _judged(name, _bounded(gap.t), minimum=-t.max_harm_t, detail=detail)
+        look = context.look()
+        level = look.share * t.spending.at(look.number) if t.error_rate < 1.0 else 1.0
+        least = student_t_quantile(1.0 - level, gap.freedom)
+        return _judged(name, _bounded(gap.t), minimum=_bounded(least), detail=detail)
+
+    checks = [GateCheckSpec(lag_name, (GateLevel.G5,), lag, minimum=0.0)]
+    if t.against_start is not StartComparison.NOT_ASKED:
+        checks.append(GateCheckSpec(name, (GateLevel.G5,), gain, minimum=0.0, screens=True))
+    return checks
 
 
 def common_checks(t: GateThresholds) -> list[GateCheckSpec]:

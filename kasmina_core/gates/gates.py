@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any, Final, final
 
 from kasmina_core.gates.checks import (
+    PROBATION_DWELL,
     GateCheckSpec,
     GateContext,
     common_checks,
     evidence_checks,
     finding_of,
     report_checks,
+    straight_checks,
 )
 from kasmina_core.gates.thresholds import GateProfile, GateThresholds
 from kasmina_core.verdicts import CheckVerdict, GateCheck, GateLevel, GateResult
@@ -47,7 +49,11 @@ class QualityGates:
         self.thresholds = thresholds or (GateThresholds.report() if is_report else GateThresholds())
         self.extra_checks = tuple(extra_checks)
         decisive = report_checks(self.thresholds) if is_report else evidence_checks(self.thresholds)
-        self.checks = (*common_checks(self.thresholds), *decisive, *self.extra_checks)
+        common = common_checks(self.thresholds)
+        self.checks = (*common, *decisive, *self.extra_checks)
+        # What compares a seed with the host without it, or waits for that.
+        self._spared = (*decisive, *(spec for spec in common if spec.name == PROBATION_DWELL))
+        self._straight = tuple(straight_checks(self.thresholds))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QualityGates, (self.profile, self.thresholds, self.extra_checks)
@@ -58,7 +64,8 @@ class QualityGates:
         """Run every check of a gate.
 
         Checks that need evidence run only when the others passed; otherwise they wait with them, or are never measured.
-        An unknown gate fails.
+        An unknown gate fails. At G5 a seed that was put in straight is compared with the host's trend; what would compare
+        it with the host without it is not asked. Checks of packs and ``extra_checks`` are.
 
         Args:
             gate: Which gate.
@@ -72,8 +79,8 @@ class QualityGates:
             detail = f"{gate!r} is none of {', '.join(member.name for member in GateLevel)}"
             unknown = GateCheck("gate exists", 0.0, CheckVerdict.FAILED, minimum=1.0, detail=detail)
             return GateResult(None, (unknown,), epoch)
-        asked = [spec for spec in (*self.checks, *pack_checks) if level in spec.gates]
-        done: dict[int, GateCheck] = {}
+        asked, spared = self._asked(level, context, pack_checks)
+        done = {id(spec): spec.not_asked for spec in spared}
         may_go_on, is_waiting = True, False
         for cost in (0, 1, 2):
             for spec in [one for one in asked if one.cost == cost]:
@@ -81,7 +88,7 @@ class QualityGates:
             if cost < 2:
                 stopping = {check.verdict for check in done.values() if check.verdict.stops}
                 may_go_on, is_waiting = not stopping, stopping == {CheckVerdict.WAITING}
-        checks = tuple(done[id(spec)] for spec in asked)
+        checks = tuple(done[id(spec)] for spec in (*asked, *spared))
         if level is GateLevel.G0:
             found = {name: text for name, (_, text) in context.germination.items()}
             checks = tuple(
@@ -89,10 +96,21 @@ class QualityGates:
                 for c in checks
             )
         finding = None
-        if may_go_on and self.profile is GateProfile.EVIDENCE and level in _DECIDED_ON_EVIDENCE:
+        on_evidence = self.profile is GateProfile.EVIDENCE and level in _DECIDED_ON_EVIDENCE
+        if may_go_on and on_evidence and not spared:
             with suppress(Exception):  # the checks say what an evaluator raised
                 finding = finding_of(level, context, self.thresholds)
         return GateResult(level, checks, epoch, finding)
+
+    def _asked(
+        self, gate: GateLevel, context: GateContext, pack_checks: Iterable[GateCheckSpec]
+    ) -> tuple[list[GateCheckSpec], list[GateCheckSpec]]:
+        """Return the checks that a gate asks, and those that it spares a seed that was put in straight."""
+        asked = [spec for spec in (*self.checks, *pack_checks) if gate in spec.gates]
+        if not (gate is GateLevel.G5 and context.state.is_straight):
+            return asked, []
+        spared = [spec for spec in asked if spec in self._spared]
+        return [*self._straight, *(spec for spec in asked if spec not in self._spared)], spared
 
     def foresee(
         self, gate: GateLevel, context: GateContext, pack_checks: Iterable[GateCheckSpec] = ()
@@ -107,7 +125,7 @@ class QualityGates:
         Returns:
             False if such a check fails, true if all checks are such and pass, ``None`` if the others would decide.
         """
-        asked = [spec for spec in (*self.checks, *pack_checks) if gate in spec.gates]
+        asked, _ = self._asked(gate, context, pack_checks)
         free = [spec.run(context) for spec in asked if spec.cost == 0]
         if any(check.verdict.stops for check in free):
             return False

@@ -67,12 +67,16 @@ def cull(
         )
     else:
         snapshot = growth.snapshots[chosen.name]
-        lost = growth.epoch - snapshot.epoch
+        # Reverts since then gave up epochs too, which are counted already.
+        since = growth.lost_epochs - (
+            snapshot.lost_epochs if snapshot.lost_epochs is not None else growth.lost_epochs
+        )
+        lost = growth.epoch - snapshot.epoch - since
         with growth.command(chosen, f"revert({chosen.name!r})"):
             chosen.cull(reason, lost_epochs=lost)
             growth.misuse.restart()
             snapshot.restore(contributing_tensors(model.host, model.slots.values(), chosen))
-            growth.lost_epochs += lost
+            growth.forget_lost(lost)
     if kept is not None:
         growth.kept_seeds[chosen.name] = kept
 
@@ -80,8 +84,8 @@ def cull(
 def execute(model: MorphogeneticModel, command: Command) -> SeedState | GateResult | None:
     """Carry out one command of a policy. See `MorphogeneticModel.execute`."""
     match command:
-        case Germinate(slot, blueprint, options):
-            return model.germinate(slot, blueprint, **dict(options))
+        case Germinate(slot, blueprint, options, straight):
+            return model.germinate(slot, blueprint, straight=straight, **dict(options))
         case Advance(slot):
             return model.advance_stage(slot)
         case Regerminate(slot):

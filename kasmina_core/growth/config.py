@@ -11,7 +11,7 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.gates import QualityGates
 from kasmina_core.gates.thresholds import GateProfile, GateThresholds, chosen
 from kasmina_core.records import demand_fields, read
-from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit
+from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit, StraightInsertion
 from kasmina_core.topology import Topology
 
 
@@ -30,10 +30,12 @@ class GrowthConfig:
         incubate_every: Calls of `MorphogeneticModel.incubate` of which one runs the counterfactual pass; in between
             the seed does not learn.
         keep_snapshot: Whether the host is copied in memory when a seed begins to blend in, so that
-            `MorphogeneticModel.cull` can put it back. It costs the host's size and its optimiser's state once more.
+            `MorphogeneticModel.cull` can put it back. It costs the host's size and its optimiser's state once more. For
+            a seed that is put in straight it is copied in any case.
         ramp_steps: Steps of the alpha ramp.
         ramp_unit: What a step of the ramp is.
         temperature: Steepness of the ramp in steps; ``None`` for ``ramp_steps / 12``.
+        straight: How seeds that are put in straight (``germinate(..., straight=True)``) join, and when they are judged.
         embargo_epochs: Epochs in EMBARGOED before the slot is reset.
         isolation_every: Optimiser steps between two measurements of isolation in TRAINING; 0 for once an epoch only.
         higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
@@ -45,7 +47,7 @@ class GrowthConfig:
         seed: Number from which the weights of each new seed are derived, so that they draw on no global generator.
 
     Raises:
-        TypeError: If ``gates`` are neither gates nor thresholds.
+        TypeError: If ``gates`` are neither gates nor thresholds, or ``straight`` is no `StraightInsertion`.
         ValueError: If a value is out of range.
     """
 
@@ -57,6 +59,7 @@ class GrowthConfig:
     ramp_steps: int = 5
     ramp_unit: RampUnit = RampUnit.EPOCH
     temperature: float | None = None
+    straight: StraightInsertion = field(default_factory=StraightInsertion)
     embargo_epochs: int = 3
     isolation_every: int = 100
     higher_is_better: bool = False
@@ -77,6 +80,8 @@ class GrowthConfig:
             object.__setattr__(self, "gates", QualityGates(thresholds=gates))
         elif not isinstance(gates, QualityGates):
             raise TypeError(f"gates must be QualityGates or GateThresholds, not {gates!r:.200}.")
+        if not isinstance(self.straight, StraightInsertion):
+            raise TypeError(f"straight must be a StraightInsertion, not {self.straight!r:.200}.")
         for name in ("max_deviation", "max_incubation_deviation"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
@@ -108,6 +113,7 @@ class GrowthConfig:
         return written | {
             "incubation": self.incubation.value,
             "ramp_unit": self.ramp_unit.value,
+            "straight": self.straight.to_dict(),
             "gradient_policies": {
                 topology.value: policy.detach_input_in_blending
                 for topology, policy in self.gradient_policies.items()
@@ -126,8 +132,8 @@ class GrowthConfig:
         what = f"The saved {cls.__name__}"
         hints = get_type_hints(cls) | {"gradient_policies": dict[str, bool], "gates": dict[str, Any]}
         data = read(dict[str, Any], data, what)
-        demand_fields(data, hints, hints, what)
-        values = {name: read(hint, data[name], what, name) for name, hint in hints.items()}
+        demand_fields(data, hints.keys() - {"straight"}, hints, what)  # earlier versions did not write it
+        values = {name: read(hint, data[name], what, name) for name, hint in hints.items() if name in data}
         profile = read(GateProfile, values["gates"].get("profile"), what, "gates.profile")
         thresholds = GateThresholds.from_dict(values["gates"].get("thresholds"), f"{what}, gates.thresholds,")
         values["gates"] = QualityGates(profile, thresholds)

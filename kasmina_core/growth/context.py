@@ -10,12 +10,13 @@ from typing import Any, Protocol, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_core.errors import TransitionError
+from kasmina_core.errors import GerminationError, TransitionError
 from kasmina_core.events import AlphaChanged, StageChanged, TelemetryEvent
 from kasmina_core.evidence.examiner import Examiner
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import PairedGain
+from kasmina_core.gates.thresholds import StartComparison
 from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.reverting import HostSnapshot, HostStateKeeper, KeptSeed, obstacle_to_revert
@@ -26,6 +27,7 @@ from kasmina_core.growth.watching.untracked import UntrackedSeeds
 from kasmina_core.isolation import IsolationReading
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.protocol import CommandOutcome
+from kasmina_core.slots.settings import LEAST_TREND
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel, held_weakly
 
@@ -70,6 +72,7 @@ class Growth:
         last_metric: Metric of the last epoch.
         flops: Training FLOPs spent, as last given.
         budget: Training FLOPs that the run may spend, as last given.
+        metrics: ``learned_epochs`` and the metric of the last epochs, oldest first, as many as a trend needs.
         agreement: How the processes of a job decide together; set with `decide_with`.
         examiner: What measures seeds.
         listeners: Called when parameters come and go.
@@ -94,6 +97,7 @@ class Growth:
         self.last_metric: float | None = None
         self.flops: float | None = None
         self.budget: float | None = None
+        self.metrics: tuple[tuple[int, float], ...] = ()
         self.outcomes: tuple[CommandOutcome, ...] = ()
         self.agreement = Agreement()
         self.examiner = Examiner(model, samples)
@@ -111,7 +115,16 @@ class Growth:
         """Return what a copy of the model has too; what points at the outside (sinks, loaders, optimisers) stays behind."""
         return {
             name: getattr(self, name)
-            for name in ("epoch", "lost_epochs", "sequence", "last_metric", "flops", "budget", "graphs")
+            for name in (
+                "epoch",
+                "lost_epochs",
+                "sequence",
+                "last_metric",
+                "metrics",
+                "flops",
+                "budget",
+                "graphs",
+            )
         }
 
     @property
@@ -157,7 +170,8 @@ class Growth:
             yield
             return
         before = EpochBefore(self._model().slots.values())
-        kept = {name: getattr(self, name) for name in ("epoch", "sequence", "last_metric", "flops", "budget")}
+        counters = ("epoch", "sequence", "last_metric", "metrics", "flops", "budget")
+        kept = {name: getattr(self, name) for name in counters}
         snapshots = dict(self.snapshots)
         unsent: list[TelemetryEvent] = []
         self._unsent = unsent
@@ -174,6 +188,22 @@ class Growth:
             if self.telemetry is not None:
                 for event in unsent:
                     self.telemetry.emit(event)
+
+    @property
+    def learned_epochs(self) -> int:
+        """Epochs that the host has learned: those stepped, less those that reverts gave up."""
+        return self.epoch - self.lost_epochs
+
+    def note_metric(self, metric: float | None) -> None:
+        """Keep the metric of the epoch that ends, for the trends of seeds that are put in straight."""
+        if metric is not None:
+            noted = *self.metrics, (self.learned_epochs, metric)
+            self.metrics = noted[-self._config.straight.trend_epochs :]
+
+    def forget_lost(self, epochs: int) -> None:
+        """Count epochs that a revert gave up, and forget their metrics."""
+        self.lost_epochs += epochs
+        self.metrics = tuple(noted for noted in self.metrics if noted[0] <= self.learned_epochs)
 
     def obstacle_to_revert(self, slot: SeedSlot) -> str:
         """Return why the host cannot be put back to a slot's snapshot; empty if it can."""
@@ -250,14 +280,40 @@ class Growth:
 
     def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
         """Keep, or forget, what `MorphogeneticModel.cull` needs to revert the host."""
-        if target is SeedStage.BLENDING and self._config.keep_snapshot:
-            model = self._model()
-            keepers = [listener for listener in self.listeners if isinstance(listener, HostStateKeeper)]
-            self.snapshots[slot.name] = HostSnapshot.take(
-                model.host, model.slots.values(), slot, keepers, self.epoch
-            )
+        is_kept = slot.state is not None and slot.state.is_straight
+        if target is SeedStage.BLENDING and self._config.keep_snapshot and not is_kept:
+            self._keep_host(slot)
         elif target in (SeedStage.FOSSILIZED, SeedStage.CULLED):
             self.snapshots.pop(slot.name, None)
+
+    def begin_straight(self, slot: SeedSlot) -> tuple[tuple[int, float], ...]:
+        """Keep the host, before a seed is put in straight; return the metrics that foretell what it would become.
+
+        Raises:
+            GerminationError: If they are too few for G5.
+        """
+        asked = self._config.gates.thresholds.against_start is not StartComparison.NOT_ASKED
+        if asked and len(self.metrics) < LEAST_TREND:
+            raise GerminationError(
+                f"A seed that is put in straight is judged by the trend of its host, and slot '{slot.name}' comes too early.\n"
+                f"  epochs with a metric: {len(self.metrics)}\n  needed:               {LEAST_TREND}\n"
+                "Call step_epoch(metric) as often before, or GrowthConfig(gates=GateThresholds(against_start='not asked'))."
+            )
+        self._keep_host(slot)
+        return self.metrics
+
+    def _keep_host(self, slot: SeedSlot) -> None:
+        model = self._model()
+        keepers = [listener for listener in self.listeners if isinstance(listener, HostStateKeeper)]
+        self.snapshots[slot.name] = HostSnapshot.take(
+            model.host,
+            model.slots.values(),
+            slot,
+            keepers,
+            self.epoch,
+            self.lost_epochs,
+            self.snapshots.values(),
+        )
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
         """Make a new seed the same in every process, before anybody holds its parameters."""

@@ -127,13 +127,24 @@ class MorphogeneticModel(SlottedModel):
     # -- commands --------------------------------------------------------------------------------------------------
 
     @verb
-    def germinate(self, slot: str, blueprint: str, seed_id: str | None = None, **options: Any) -> SeedState:
+    def germinate(
+        self,
+        slot: str,
+        blueprint: str,
+        seed_id: str | None = None,
+        *,
+        straight: bool = False,
+        **options: Any,
+    ) -> SeedState:
         """Make a seed in a slot. See `SeedSlot.germinate`.
+
+        With ``straight=True`` it contributes at once, before anything is proved: proof after in place of proof before.
+        The host is kept, so that ``cull(slot, revert=True)`` puts it back, bit for bit.
 
         The global random generators are borrowed for a moment: a thread that draws from them meanwhile draws others.
         """
         self.demand_slots()
-        state = self.slots[slot].germinate(blueprint, seed_id, **options)
+        state = self.slots[slot].germinate(blueprint, seed_id, straight=straight, **options)
         self.follow_modules()
         return state
 
@@ -224,6 +235,7 @@ class MorphogeneticModel(SlottedModel):
             growth.last_metric = value = growth.agreement.metric(value)
             growth.epoch += 1
             growth.flops, growth.budget = flops, budget
+            growth.note_metric(value)
             for name, slot in self.slots.items():
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result

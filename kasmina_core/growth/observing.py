@@ -29,6 +29,7 @@ class SlotSummary:
     Attributes:
         parameters: Parameters of the seed.
         trainable_share: Trainable parameters of the seed over those of the model, in [0, 1].
+        unasked: Names of the gates that were not asked, because the seed was put in straight.
     """
 
     slot: str
@@ -37,6 +38,7 @@ class SlotSummary:
     alpha: float
     parameters: int
     trainable_share: float
+    unasked: tuple[str, ...] = ()
 
 
 def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> Observation:
@@ -87,6 +89,7 @@ def _reading(slot: SeedSlot, parameters: int) -> SlotReading:
         deviation=metrics.deviation,
         gradient_norm=metrics.gradient_norm,
         isolation_violations=metrics.isolation_violations,
+        unasked=state.unasked,
     )
 
 
@@ -135,6 +138,7 @@ def _observe_slot(growth: Growth, slot: SeedSlot, parameters: int) -> SlotObserv
         cull_reason=state.cull_reason,
         gate_score=gate.score if gate is not None else None,
         can_advance=slot.can_advance,
+        unasked=state.unasked,
     )
 
 
@@ -156,6 +160,7 @@ def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
             alpha=slot.alpha,
             parameters=_size(added),
             trainable_share=_size(p for p in added if p.requires_grad) / trainable if trainable else 0.0,
+            unasked=slot.state.unasked if slot.state is not None else (),
         )
         for slot, added in zip(model.slots.values(), seeds, strict=True)
     ]
@@ -168,7 +173,8 @@ def summary_table(model: SlottedModel) -> str:
     rows = [("slot", "stage", "blueprint", "alpha", "parameters", "trainable")]
     for row in found:
         numbers = f"{row.alpha:.2f}", f"{row.parameters:,}", f"{row.trainable_share:.1%}"
-        rows.append((row.slot, row.stage, row.blueprint or "-", *numbers))
+        stage = f"{row.stage}, {' '.join(row.unasked)} not asked" if row.unasked else row.stage
+        rows.append((row.slot, stage, row.blueprint or "-", *numbers))
     rows.append(("(host)", "-", type(model.host).__name__, "-", f"{host:,}", f"{share:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

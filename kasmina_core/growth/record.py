@@ -43,6 +43,8 @@ class SlotRecord(Record):
         error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
         host_losses: Held-out losses of the host as last measured in TRAINING, one per sample; ``None`` if never.
         causal: Whether the slot's point is causal; ``None`` in records that do not say it.
+        steps: Optimiser steps in which the seed was active.
+        trend: Of a seed that was put in straight, epochs that the host had learned and the metric then.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
         incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
@@ -69,6 +71,8 @@ class SlotRecord(Record):
     error_share: Annotated[float, Range(above=0.0, most=1.0)]
     host_losses: list[float] | None
     causal: Annotated[bool | None, Mark.LATER] = None
+    steps: Annotated[Count, Mark.LATER] = 0
+    trend: Annotated[tuple[tuple[int, float], ...], Mark.LATER] = ()
 
     @classmethod
     def of(cls, slot: SeedSlot) -> SlotRecord:
@@ -95,6 +99,8 @@ class SlotRecord(Record):
             error_share=notes.error_share,
             host_losses=notes.host_losses.tolist() if notes.host_losses is not None else None,
             causal=slot.point.causal,
+            steps=notes.steps,
+            trend=notes.trend,
         )
 
     @property
@@ -107,6 +113,8 @@ class SlotRecord(Record):
             error_share=self.error_share,
             incubations=self.incubations,
             steps_since_isolation=self.steps_since_isolation,
+            steps=self.steps,
+            trend=self.trend,
             stage=StageNotes(self.gains, self.looks),
             epoch=EpochNotes(
                 self.evidence_is_fresh,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast, final, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_core.errors import CheckpointError
-from kasmina_core.records import Count, Record
+from kasmina_core.records import Count, Mark, Record
 from kasmina_core.sharding import reshard
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class _SavedHost(Record):
     contributors: list[str]
     tensors: dict[str, Tensor]
     optimizers: list[dict[str, dict[str, Any]] | None]
+    lost_epochs: Annotated[Count | None, Mark.LATER] = None
 
 
 @final
@@ -47,12 +48,14 @@ class HostSnapshot:
         contributors: Ids of the other seeds that contributed.
         copies: The tensors by name, as `contributing_tensors` names them.
         kept: What puts back what the listeners knew.
+        lost_epochs: Epochs that reverts had given up by then; ``None`` where an earlier version saved it.
     """
 
     epoch: int
     contributors: frozenset[str]
     copies: Mapping[str, Tensor]
     kept: Sequence[Callable[[], None]]
+    lost_epochs: int | None = None
 
     @classmethod
     def take(
@@ -62,16 +65,30 @@ class HostSnapshot:
         slot: SeedSlot,
         keepers: Iterable[HostStateKeeper],
         epoch: int,
+        lost_epochs: int,
+        earlier: Iterable[HostSnapshot] = (),
     ) -> HostSnapshot:
-        """Copy what is to be put back should a slot's seed, which is about to contribute, be culled later."""
-        others = list(slots)
+        """Copy what is to be put back should a slot's seed, which is about to contribute, be culled later.
+
+        What is the same in an ``earlier`` snapshot is shared with it: seeds that are put in together cost one copy.
+        """
+        others, earlier = list(slots), list(earlier)
         tensors = contributing_tensors(host, others, slot)
         parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
+        known = {name: copied for each in earlier for name, copied in each.copies.items()}
+        kept = [keeper.keep(parameters) for keeper in keepers]
+        for each in kept:
+            if isinstance(each, KeptOptimizerState):
+                each.share(state for one in earlier for state in one.kept)
         return cls(
             epoch,
             frozenset(_contributors(others, slot)),
-            {name: tensor.detach().clone() for name, tensor in tensors.items()},
-            [keeper.keep(parameters) for keeper in keepers],
+            {
+                name: known[name] if _is_same(tensor, known.get(name)) else tensor.detach().clone()
+                for name, tensor in tensors.items()
+            },
+            kept,
+            lost_epochs,
         )
 
     def to_dict(
@@ -93,6 +110,7 @@ class HostSnapshot:
         names = {id(tensor): name for name, tensor in tensors.items()}
         return {
             "epoch": self.epoch,
+            "lost_epochs": self.lost_epochs,
             "contributors": sorted(self.contributors),
             "tensors": dict(self.copies),
             "optimizers": [
@@ -147,7 +165,7 @@ class HostSnapshot:
             for one, states in zip(optimizers, saved.optimizers, strict=False)
             if states is not None
         ]
-        return cls(saved.epoch, frozenset(saved.contributors), copies, kept)
+        return cls(saved.epoch, frozenset(saved.contributors), copies, kept, saved.lost_epochs)
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str:
         """Return, one line per tensor, where the copies do not fit these tensors; empty if they do."""
@@ -273,12 +291,32 @@ class KeptOptimizerState:
         states = {p: copy.deepcopy(optimizer.state[p]) for p in wanted if p in optimizer.state}
         return cls(optimizer, wanted, states)
 
+    def share(self, earlier: Iterable[object]) -> None:
+        """Take the tensors of earlier copies of the same optimiser's state, where they are the same."""
+        for other in earlier:
+            if not isinstance(other, KeptOptimizerState) or other.optimizer is not self.optimizer:
+                continue
+            for p, state in self.states.items():
+                for name, known in other.states.get(p, {}).items():
+                    if _is_same(state.get(name), known):
+                        state[name] = known
+
     def __call__(self) -> None:
         for p in self.parameters:
             if p not in self.states:
                 self.optimizer.state.pop(p, None)
             else:
                 self.optimizer.state[p] = _copied_into(self.optimizer.state.get(p, {}), self.states[p])
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two plain tensors are equal bit for bit; ``False`` where that cannot be told cheaply."""
+    if not (type(one) in (Tensor, nn.Parameter) and type(other) is Tensor and isinstance(one, Tensor)):
+        return False
+    if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape) or one.is_complex():
+        return False
+    # 0 and -0 are equal numbers and other bits.
+    return torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
 
 
 def _beside(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:

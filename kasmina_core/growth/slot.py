@@ -15,6 +15,7 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.gates.checks import GateCheckSpec, GateContext
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import Look, PairedGain
+from kasmina_core.gates.trend import TrendGap
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.plain_data import from_bytes, to_bytes
 from kasmina_core.growth.record import SlotRecord
@@ -25,6 +26,7 @@ from kasmina_core.records import Record
 from kasmina_core.sharding import local_part
 from kasmina_core.slots import slot as core
 from kasmina_core.slots.owner import Trial
+from kasmina_core.slots.settings import RampUnit
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import GateLevel, GateResult
 
@@ -118,11 +120,19 @@ class ConfiguredGates:
             parameters_finite=lambda: _is_finite(slot),
             look=lambda: Look(slot.notes.take_look(), slot.notes.error_share),
             screen=lambda: cast("PairedGain | None", slot.owner.screen(slot)),
+            trend=lambda: _gap(slot),
+            since_insertion=_since_insertion(slot),
+            lag=slot.config.straight.lag,
         )
         return self._config.gates.check(gate, context, self._pack_checks)
 
     def foresee(self, slot: CoreSlot, gate: GateLevel) -> bool | None:
-        context = GateContext(cast("SeedState", slot.state), parameters_finite=lambda: _is_finite_here(slot))
+        context = GateContext(
+            cast("SeedState", slot.state),
+            parameters_finite=lambda: _is_finite_here(slot),
+            since_insertion=_since_insertion(slot),
+            lag=slot.config.straight.lag,
+        )
         answer = self._config.gates.foresee(gate, context, self._pack_checks)
         # These gates read isolation and deviation anew when they are asked.
         return None if answer and gate in (GateLevel.G2, GateLevel.G5) else answer
@@ -130,6 +140,25 @@ class ConfiguredGates:
 
 def _is_finite_here(slot: CoreSlot) -> bool:
     return all(bool(local_part(p).isfinite().all()) for p in slot.seed_parameters())
+
+
+def _gap(slot: CoreSlot) -> TrendGap | None:
+    """Return what the model has gained over the trend of its host before a slot's seed was put in."""
+    state = cast("SeedState", slot.state)
+    if (metric := state.metrics.current_metric) is None:
+        return None
+    return TrendGap.of(
+        slot.notes.trend,
+        slot.owner.learned_epochs,
+        metric,
+        higher_is_better=state.metrics.higher_is_better,
+    )
+
+
+def _since_insertion(slot: CoreSlot) -> int:
+    state = cast("SeedState", slot.state)
+    by_step = slot.config.straight.lag_unit is RampUnit.STEP
+    return slot.notes.steps if by_step else state.metrics.epochs_total
 
 
 def _is_finite(slot: CoreSlot) -> bool:

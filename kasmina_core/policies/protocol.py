@@ -13,11 +13,16 @@ from kasmina_core.topology import Topology
 @final
 @dataclass(frozen=True, slots=True)
 class Germinate:
-    """Make a seed in a dormant slot."""
+    """Make a seed in a dormant slot.
+
+    Attributes:
+        straight: Whether it contributes at once, before anything is proved; see `SeedSlot.germinate`.
+    """
 
     slot: str
     blueprint: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    straight: bool = False
 
 
 @final
@@ -120,6 +125,7 @@ class SlotObservation:
         gate_score: Its `GateResult.score`.
         can_advance: Whether `Advance` would move the seed, or its cooldown, now; ``None`` where only a measurement on
             held-out samples, which nobody asked for in this epoch, could tell.
+        unasked: Names of the gates that were not asked, because the seed was put in straight.
     """
 
     slot: str
@@ -148,6 +154,7 @@ class SlotObservation:
     cull_reason: str = ""
     gate_score: float | None = None
     can_advance: bool | None = None
+    unasked: tuple[str, ...] = ()
 
 
 @final

@@ -111,6 +111,8 @@ class SeedNotes:
         error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
         incubations: Calls of ``incubate`` since germination.
         steps_since_isolation: Optimiser steps since isolation was measured.
+        steps: Optimiser steps in which the seed was active.
+        trend: Of a seed that was put in straight, epochs that the host had learned and the metric then, oldest first.
         stage: Notes that end with the stage.
         epoch: Notes that end with the epoch.
         answers: Results of gates, in the order asked. They end with the epoch, with the stage, and when a command
@@ -123,6 +125,8 @@ class SeedNotes:
     error_share: float = 1.0
     incubations: int = 0
     steps_since_isolation: int = 0
+    steps: int = 0
+    trend: tuple[tuple[int, float], ...] = ()
     stage: StageNotes = field(default_factory=StageNotes)
     epoch: EpochNotes = field(default_factory=EpochNotes)
     answers: dict[GateLevel, GateResult] = field(default_factory=dict)

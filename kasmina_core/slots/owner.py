@@ -140,6 +140,18 @@ class SlotOwner(Protocol):
         """Return the largest value of all processes of a job; NaN if one is."""
         return value
 
+    @property
+    def learned_epochs(self) -> int:
+        """Epochs that the host has learned: those stepped, less those that reverts gave up."""
+        return 0
+
+    def begin_straight(self, slot: SeedSlot) -> tuple[tuple[int, float], ...]:
+        """Called with a new seed that is put in straight; keeps what a revert needs, or raises to prevent it.
+
+        Returns ``learned_epochs`` and the metric of the last epochs, oldest first.
+        """
+        return ()
+
     def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
         """Called before a stage change; may raise to prevent it."""
         return None

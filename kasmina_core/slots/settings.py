@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from kasmina_core.blending import AlphaSchedule
+from kasmina_core.records import Record
 from kasmina_core.topology import Topology
+
+LEAST_TREND: Final = 3
+"""Epochs that a trend needs: a line through two points has no error."""
 
 
 @final
@@ -30,6 +34,43 @@ class RampUnit(Enum):
 
     EPOCH = "epoch"
     STEP = "step"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StraightInsertion(Record):
+    """How a seed that is put in straight joins the model, and when it is judged.
+
+    It learns nothing before it contributes, and gates G1, G2 and G4 are not asked. G5 is, after ``lag``: the model is
+    then compared with what the host would have become, as its own metrics before the insertion foretell
+    (`TrendGap`). The host is kept for a revert in any case, see ``GrowthConfig.keep_snapshot``.
+
+    Attributes:
+        ramp_steps: Steps of the alpha ramp, the first of them at the insertion; 1 sets alpha 1 at once, and G3 is then
+            not asked either.
+        ramp_unit: What a step of the ramp is.
+        lag: Epochs or optimiser steps (calls of `MorphogeneticModel.step`) after the insertion before G5 judges.
+            The loss right after it misleads.
+        lag_unit: What ``lag`` counts.
+        trend_epochs: Epochs before the insertion whose metrics make the host's trend, at most; at least 3.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    ramp_steps: int = 1
+    ramp_unit: RampUnit = RampUnit.STEP
+    lag: int = 3
+    lag_unit: RampUnit = RampUnit.EPOCH
+    trend_epochs: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("ramp_steps", 1), ("lag", 0), ("trend_epochs", LEAST_TREND)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        for name in ("ramp_unit", "lag_unit"):
+            object.__setattr__(self, name, RampUnit(getattr(self, name)))
 
 
 @final
@@ -57,6 +98,8 @@ class SlotSettings(Protocol):
     def incubate_every(self) -> int: ...
     @property
     def ramp_unit(self) -> RampUnit: ...
+    @property
+    def straight(self) -> StraightInsertion: ...
     @property
     def embargo_epochs(self) -> int: ...
     @property

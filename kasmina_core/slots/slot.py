@@ -18,6 +18,7 @@ from kasmina_core.events import (
     AlphaChanged,
     GateChecksJoined,
     GateEvaluated,
+    GatesNotAsked,
     IncubationStopped,
     IsolationViolation,
     SeedCulled,
@@ -174,7 +175,9 @@ class SeedSlot(Slot):
     # -- commands --------------------------------------------------------------------------------------------------
 
     @shared_command
-    def germinate(self, blueprint_id: str, seed_id: str | None = None, **options: Any) -> SeedState:
+    def germinate(
+        self, blueprint_id: str, seed_id: str | None = None, *, straight: bool = False, **options: Any
+    ) -> SeedState:
         """Make a seed from a blueprint; it starts to learn at the next tick.
 
         Its weights are drawn from a generator derived from ``config.seed``, the slot's name and the number of
@@ -183,13 +186,17 @@ class SeedSlot(Slot):
         Args:
             blueprint_id: ``pack:name``, or a short name that is unique for this topology.
             seed_id: Name of the seed; default ``<slot>-<number>``.
+            straight: Whether it contributes at once, before anything is proved, as ``config.straight`` says. It goes
+                through the stages up to PROBATIONARY, or to BLENDING if alpha rises over a ramp; the gates on the way
+                are not asked (`SeedState.unasked`, `GatesNotAsked`). G5 compares the model with the host's trend.
             options: Options of the blueprint: plain data.
 
         Returns:
             The state of the new seed.
 
         Raises:
-            GerminationError: If the slot is not dormant or gate G0 fails; ``.result`` holds the gate's checks. Nothing
+            GerminationError: If the slot is not dormant, there are too few metrics for a trend that G5 asks for, or
+                gate G0 fails; ``.result`` holds the gate's checks. Nothing
                 is changed then.
             UnknownNameError: If nobody offers the blueprint.
             TypeError: If the blueprint is not named by text.
@@ -216,7 +223,8 @@ class SeedSlot(Slot):
         number = self.germinations + 1
         state = SeedState(seed_id or f"{self.name}-{number}", found, self.name)
         state.metrics.higher_is_better = self.config.higher_is_better
-        trial = self._make_seed(found, options, number, SeedStage.GERMINATED)
+        first = SeedStage.BLENDING if straight else SeedStage.GERMINATED
+        trial = self._make_seed(found, options, number, first)
         if self.doubt and (trial.takes_causal or trial.mixes):
             raise GerminationError(f"'{found}' cannot germinate in slot '{self.name}': {self.doubt}")
         result = self.judge.judge_trial(state, trial)
@@ -228,6 +236,11 @@ class SeedSlot(Slot):
             )
         seed = trial.seed.train(self.training)
         self._announce(state, seed)
+        try:
+            trend = self.owner.begin_straight(self) if straight else ()
+        except BaseException:
+            self.owner.seed_removed(self, list(seed.parameters()))
+            raise
         self.germinations = number
         self.state, self.seed, self.options = state, seed, copy.deepcopy(options)
         self.takes_context = trial.mixes
@@ -237,7 +250,22 @@ class SeedSlot(Slot):
             self._emit(GateChecksJoined, checks=joined)
         self._emit_result(result)
         self._transition(SeedStage.GERMINATED)
+        if straight:
+            self._put_in(state, trend)
         return state
+
+    def _put_in(self, state: SeedState, trend: tuple[tuple[int, float], ...]) -> None:
+        """Let a new seed contribute; the gates on the way are not asked."""
+        at_once = self.config.straight.ramp_steps == 1
+        state.unasked = ("G1", "G2", "G3", "G4") if at_once else ("G1", "G2", "G4")
+        self.notes.trend = trend
+        self._emit(GatesNotAsked, gates=state.unasked)
+        self._transition(SeedStage.TRAINING)
+        self._transition(SeedStage.BLENDING)
+        self._step_ramp()
+        if at_once:
+            self._transition(SeedStage.SHADOWING)
+            self._transition(SeedStage.PROBATIONARY)
 
     @shared_command
     def advance_stage(self, target: SeedStage | None = None) -> GateResult:
@@ -274,6 +302,8 @@ class SeedSlot(Slot):
             result = self.check_gate(GATE_INTO[goal])
         if result.passed:
             self._transition(goal)
+            if goal is SeedStage.SHADOWING and "G4" in state.unasked:
+                self._transition(SeedStage.PROBATIONARY)
         return result
 
     def check_gate(self, gate: GateLevel | int) -> GateResult:
@@ -323,11 +353,13 @@ class SeedSlot(Slot):
         metrics.epochs_in_current_stage += 1
         if state.stage is SeedStage.FOSSILIZED:
             return None
+        if state.stage is SeedStage.PROBATIONARY and state.is_straight:
+            return self.check_gate(GateLevel.G5)
         if state.stage is SeedStage.PROBATIONARY:
             with suppress(Exception):  # the gate asks again and says what an evaluator raised
                 self.measure_once()  # every epoch of probation counts for G5's stability, not only those past the dwell
             return self.check_gate(GateLevel.G5)
-        if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.EPOCH:
+        if state.stage is SeedStage.BLENDING and self._ramp_unit is RampUnit.EPOCH:
             self._step_ramp()
         return self.advance_stage()
 
@@ -342,7 +374,8 @@ class SeedSlot(Slot):
         gradients = [p.grad for p in self.seed_parameters() if p.grad is not None]
         if gradients:
             self.notes.epoch.norms.note(gradients)
-        if state.stage is SeedStage.BLENDING and self.config.ramp_unit is RampUnit.STEP:
+        self.notes.steps += 1
+        if state.stage is SeedStage.BLENDING and self._ramp_unit is RampUnit.STEP:
             self._step_ramp()
         if state.stage is SeedStage.TRAINING and self.config.isolation_every:
             self.notes.steps_since_isolation += 1
@@ -506,7 +539,8 @@ class SeedSlot(Slot):
         if target in (SeedStage.GERMINATED, SeedStage.TRAINING):
             self.notes.error_share = self.owner.error_share(self)
         if target is SeedStage.BLENDING:
-            self.schedule = self.config.make_schedule()
+            straight = AlphaSchedule(self.config.straight.ramp_steps) if state.is_straight else None
+            self.schedule = straight or self.config.make_schedule()
             state.metrics.blending_steps_done = 0
             state.metrics.blending_steps_total = self.schedule.total_steps
         if target in (SeedStage.SHADOWING, SeedStage.CULLED):
@@ -527,6 +561,11 @@ class SeedSlot(Slot):
             )
         if target is SeedStage.DORMANT:
             self.state = None
+
+    @property
+    def _ramp_unit(self) -> RampUnit:
+        is_straight = self.state is not None and self.state.is_straight
+        return self.config.straight.ramp_unit if is_straight else self.config.ramp_unit
 
     def _step_ramp(self) -> None:
         metrics = cast("SeedState", self.state).metrics

@@ -13,6 +13,7 @@ from kasmina_core.events import (
     CommandRefused,
     EpochEnded,
     GateEvaluated,
+    GatesNotAsked,
     IncubationStopped,
     IsolationViolation,
     RunStarted,
@@ -154,6 +155,8 @@ def _row(event: TelemetryEvent) -> tuple[str, str] | None:
             what = f"{event.before} → {event.after}"
         case GateEvaluated():
             what = f"{event.gate} {event.verdict or ('passed' if event.passed else 'not passed')}: {event.reason}"
+        case GatesNotAsked():
+            what = f"{', '.join(event.gates)}: put in straight"
         case CommandDone():
             what = f"{event.command} {_said(event.arguments)}".strip()
         case CommandRefused():

@@ -240,7 +240,7 @@ def test_commands_of_a_policy_are_told_done_or_refused_with_what_they_asked():
         model.follow(Asks())
     told_of = [e for e in recorder.events if isinstance(e, CommandDone | CommandRefused)]
     assert [(type(e), e.slot, e.command, dict(e.arguments)) for e in told_of] == [
-        (CommandDone, FIRST, "Germinate", {"blueprint": "scale", "options": {}}),
+        (CommandDone, FIRST, "Germinate", {"blueprint": "scale", "options": {}, "straight": False}),
         (CommandDone, FIRST, "Advance", {}),
         (CommandRefused, SECOND, "Cull", {"reason": "why not", "revert": False, "keep": False}),
     ]

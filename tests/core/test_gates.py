@@ -110,7 +110,8 @@ def test_a_good_seed_passes_every_gate(profile, gate):
     assert result.gate is gate
     assert result.passed, str(result)
     assert result.epoch == 21
-    assert result.reason == f"all {len(result.checks)} checks passed"
+    passed = sum(check.verdict is CheckVerdict.PASSED for check in result.checks)
+    assert result.reason.startswith(f"all {passed} checks passed")
 
 
 def test_the_checks_of_the_evidence_gates_are_these():
