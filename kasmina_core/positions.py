@@ -164,7 +164,9 @@ class SeedContext:
                 raise HostError(
                     f"What the reader says of positions does not fit the features in {where}.\n"
                     f"  {name}: {tuple(tensor.shape)}\n  features: {tuple(features.shape)}{cached}\n"
-                    f"The mask must be {expected}, one entry for each position there."
+                    f"The mask must be {expected}, one entry for each position there. If the host shortens or pads sequences "
+                    "itself, give inputs of a length that it keeps, leave the mask out, or make the model with a reader of "
+                    "your own, context=reader, that returns the mask as it is there."
                 )
 
 
@@ -287,7 +289,8 @@ class HostCalls:
         if context is None:
             raise HostError(
                 f"The reader says nothing of the positions in {where}, at '{point.path}', where a seed mixes them.\n"
-                "Let it return a context for that part of the host, or use a seed that treats each position by itself."
+                "Make the model with a reader that returns a context for that part of the host, context=reader, or use a seed "
+                "that treats each position by itself."
             )
         context.demand_fit(features, sequence_axis(point), where)
         if context.past and not (point.causal or context.causal):

@@ -38,6 +38,7 @@ from kasmina_core.outputs import (
     passed_unchanged,
     what_it_holds,
 )
+from kasmina_core.positions import ContextReader, HostCalls
 from kasmina_core.quiet import devices_of, kept_attributes, kept_buffers, private_rng, quiet_evaluation
 from kasmina_core.topology import Topology
 
@@ -508,6 +509,54 @@ def _prove(
         demand_statement(evidence, point.topology, point.axes, known.usable, line)
     shape = tuple(size[axis] for axis in point.topology.order(point.axes))
     return ProbedPoint(point, shape, features.dtype, features.device, is_proved)
+
+
+def unread(
+    host: nn.Module, reader: ContextReader, proved: Sequence[ProbedPoint], example: object
+) -> dict[str, str]:
+    """Return what a reader cannot say of positions when the host is called with the example, by name of the point.
+
+    Args:
+        host: The module.
+        reader: Reads its calls.
+        proved: Its points.
+        example: Inputs for one forward.
+    """
+    points = [found.point for found in proved if found.point.topology.sequence_axis is not None]
+    if not points or any(tensor.is_meta for tensor in tensors_in(example)):
+        return {}
+    calls = HostCalls(reader)
+    faults: dict[str, str] = {}
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        try:
+            calls.begin(module, args, kwargs)
+        except HostError as error:
+            faults.update((point.name, str(error)) for point in points)
+        except Exception as error:  # a reader of the user's own
+            faults.update((point.name, f"the reader {reader!r} raised {error!r}") for point in points)
+
+    def look(point: InjectionPoint, output: Any) -> None:
+        if point.name in faults or torch._C._functorch.maybe_current_level() is not None:
+            return
+        try:
+            features = features_in(output, point.path)
+            calls.context_at(point, features.permute(point.topology.order(point.axes)))
+        except HostError as error:
+            faults[point.name] = str(error)
+
+    read = submodule(host, getattr(reader, "module", ""))
+    with ExitStack() as stack:
+        stack.callback(read.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(read.register_forward_hook(lambda *_: calls.end(), always_call=True).remove)
+        for point in points:
+            module = submodule(host, point.path)
+            hook = module.register_forward_hook(lambda _m, _a, out, point=point: look(point, out))
+            stack.callback(hook.remove)
+        for block in (kept_attributes(host), kept_buffers(host), quiet_evaluation(host)):
+            stack.enter_context(block)
+        call_with(host, example)
+    return faults
 
 
 def parameter_dtype(host: nn.Module, path: str, otherwise: torch.dtype) -> torch.dtype:

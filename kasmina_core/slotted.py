@@ -23,7 +23,15 @@ from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_op
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import split_path
 from kasmina_core.positions import CallBegins, CallEnds, ContextReader, HostCalls
-from kasmina_core.probing import ProbedPoint, example_of, lookup, parameter_dtype, probe, requested_points
+from kasmina_core.probing import (
+    ProbedPoint,
+    example_of,
+    lookup,
+    parameter_dtype,
+    probe,
+    requested_points,
+    unread,
+)
 from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode, Slot
 from kasmina_core.slots.slot import SeedSlot
@@ -121,6 +129,7 @@ class SlottedModel(nn.Module):
         wanted = requested_points(host, slots)
         by_path = [item for item in wanted if isinstance(item, str)]
         proved, doubts = with_causality(host, probe(host, wanted, example), by_path, example, causal)
+        silent = {} if context is None else unread(host, context, proved, example)
         self.host = host
         self._handles: dict[str, RemovableHandle] = {}
         self._is_detached = False
@@ -133,6 +142,7 @@ class SlottedModel(nn.Module):
         calls, taking = HostCalls(context), list(self.slots.values())
         for found, slot in zip(proved, taking, strict=True):
             slot.has_proved_layout, slot.doubt, slot.calls = found.is_proved, doubts.get(slot.name, ""), calls
+            slot.unread = silent.get(slot.name, "")
         # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
         try:

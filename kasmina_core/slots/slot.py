@@ -51,6 +51,7 @@ class SeedSlot(Slot):
         state: The seed's state, or ``None`` in a dormant slot. It stays through the cooldown after a cull.
         notes: What was measured and counted of the seed.
         doubt: Why no seed that depends on whether the host is causal can be here; set by the model, empty for none.
+        unread: Why the model's reader cannot say what positions mean here; set by the model, empty if it can.
         owned_by: A weak reference to the model around the slot, as the slot sees it; set by the model.
     """
 
@@ -70,7 +71,7 @@ class SeedSlot(Slot):
         self.maker = maker
         self.judge = judge
         self.owned_by: weakref.ref[SlotOwner] | None = None
-        self.doubt = ""
+        self.doubt = self.unread = ""
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -614,20 +615,22 @@ class SeedSlot(Slot):
         like = self.alpha_buffer.new_empty((1, *self.shape[1:]))
         random_seed = derived_seed(self.config.seed, self.name, number)
         trial = self.maker.make(blueprint_id, self.point, options, like, random_seed, may_draw)
-        knows = not trial.mixes or self.calls.reader is not None
-        reason = NO_READER
-        if knows and trial.mixes and not self.has_proved_layout:
-            layouts = " or ".join(f'layout="{layout}"' for layout in ("btd", "tbd"))
-            knows, reason = (
-                False,
-                (
-                    "it mixes positions, and which axis they are on is not proved: the host treats each entry of two axes by "
-                    f"itself. State it, with {layouts}: slots=[InjectionPoint({self.name!r}, {self.point.path!r}, "
-                    f'{self.point.dim}, Topology("{self.point.topology.value}"), layout="{self.point.axes}")]'
-                ),
-            )
-        trial.findings["positions"] = (knows, "" if knows else reason)
+        reason = self._why_not_mix() if trial.mixes else ""
+        trial.findings["positions"] = (not reason, reason)
         return trial
+
+    def _why_not_mix(self) -> str:
+        """Return why no seed that mixes positions can be here; nothing if one can."""
+        if self.calls.reader is None:
+            return NO_READER
+        if self.has_proved_layout:
+            return f"it mixes positions. {self.unread}" if self.unread else ""
+        layouts = " or ".join(f'layout="{layout}"' for layout in ("btd", "tbd"))
+        return (
+            "it mixes positions, and which axis they are on is not proved: the host treats each entry of two axes by "
+            f"itself. State it, with {layouts}: slots=[InjectionPoint({self.name!r}, {self.point.path!r}, "
+            f'{self.point.dim}, Topology("{self.point.topology.value}"), layout="{self.point.axes}")]'
+        )
 
     def measure(self) -> Evidence | None:
         """Return the seed's evidence of this epoch, measuring it if nobody has yet.

@@ -430,6 +430,24 @@ def test_a_slot_of_which_the_reader_says_nothing_refuses_a_seed_that_mixes() -> 
         model(rows(2))
 
 
+@pytest.mark.parametrize(
+    ("reader", "words"),
+    [
+        (lambda *_: {"last": WHOLE_SEQUENCES}, "says nothing of the positions in slot 'first', at 'first'"),
+        (lambda *_: SeedContext(real=torch.ones(2, 4).bool()), r"real: \(2, 4\)\n  features: \(2, 6, 8\)"),
+        (TorchTransformer("last"), "reads the calls of torch.nn.Transformer"),
+        (lambda host, args, kwargs: kwargs["lengths"], r"raised KeyError\('lengths'\)"),
+    ],
+)
+def test_what_a_reader_cannot_say_of_the_example_is_found_at_germination(reader: Any, words: str) -> None:
+    model = MorphogeneticModel(Documents(), ["first"], example=rows(2), context=reader, config=open_config())
+    with pytest.raises(GerminationError, match=f"it mixes positions(?s:.*){words}"):
+        model.germinate("first", "transformer:attention")
+    assert model.slots["first"].state is None
+    model.germinate("first", "transformer:mlp")
+    model(rows(2))
+
+
 class Recomputing(Documents):
     """A host with gradient checkpointing."""
 
@@ -527,9 +545,10 @@ def test_no_call_is_read_unless_a_seed_that_mixes_takes_part() -> None:
         return WHOLE_SEQUENCES
 
     model = MorphogeneticModel(Documents(), ["first"], example=rows(2), context=reader, config=open_config())
+    assert read == ["Documents"]  # tried on the example
     model(rows(2))
     live(model, SeedStage.BLENDING, "transformer:mlp", rows(2))(rows(2))
-    assert not read
+    assert len(read) == 1
     model = grown(Documents(), "first", reader)
     model(rows(2))
     assert read

@@ -49,11 +49,12 @@ class GrowingModel(MorphogeneticModel):
         """Generate as the host does, with the same arguments.
 
         Seeds that mix positions keep what they need of earlier tokens beside the host's cache. Where the cache is
-        reordered or of a fixed size, by beam search or ``cache_implementation``, it is left out if there is such a
-        seed, unless ``use_cache=True`` is given: slower, and the same tokens.
+        reordered, of a fixed size or of states, by beam search, ``cache_implementation`` or a host like Mamba, it is left
+        out if there is such a seed, unless ``use_cache=True`` is given: slower, and the same tokens.
 
         Raises:
-            HostError: If the host does not generate, or changes a cache in a way that such a seed cannot follow.
+            HostError: If the host does not generate, or changes a cache in a way that such a seed cannot follow, as
+                assisted decoding and ``prompt_lookup_num_tokens`` do.
         """
         host = cast("Any", self.host)
         if not host.can_generate():
@@ -61,9 +62,15 @@ class GrowingModel(MorphogeneticModel):
         settings = kwargs.get("generation_config") or host.generation_config
         beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
         kind = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
-        if (beams > 1 or kind) and any(
-            slot.takes_context and slot.mode != ForwardMode.PASS for slot in self.slots.values()
-        ):
+        mixing = [s.name for s in self.slots.values() if s.takes_context and s.mode != ForwardMode.PASS]
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if mixing and (kwargs.get(name) or getattr(settings, name, None)):
+                raise HostError(
+                    f"'{name}' crops the cache after each guess, which the seed that mixes positions in slot "
+                    f"'{mixing[0]}' cannot follow.\n"
+                    f"Generate without {name}: slower, and greedy decoding gives the same tokens."
+                )
+        if mixing and (beams > 1 or kind or getattr(host, "_is_stateful", False)):
             kwargs.setdefault("use_cache", False)
         return host.generate(*args, **kwargs)
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final, final
 from weakref import WeakKeyDictionary
 
 import torch
-from kasmina_core import HostError, SeedContext, call_arguments
+from kasmina_core import WHOLE_SEQUENCES, HostError, SeedContext, call_arguments
 from torch import Tensor, nn
 
 _CACHES: Final = ("cache", "past_key_values", "cache_params", "mems")  # the first from transformers 5.24 on
 _UNREAD: Final = ("input_mask", "perm_mask")
 _TEXT: Final = ("language_model", "text_model", "model.language_model", "model.text_model")
+_VISION: Final = (
+    "vision_model",
+    "vision_tower",
+    "visual",
+    "model.vision_model",
+    "model.vision_tower",
+    "model.visual",
+)
+_PARTS_OF_IMAGES: Final = (
+    "pixel_attention_mask",
+    "pixel_mask",
+    "spatial_shapes",
+    "image_grid_thw",
+    "image_sizes",
+)
+_PAD_THEMSELVES: Final = ("big_bird", "bigbird_pegasus", "led", "longformer", "reformer")
 _ADVICE: Final = "Begin with an empty cache, or pass use_cache=False."
 
 
@@ -40,8 +57,12 @@ class TransformersCall:
     - A cache: seeds keep what they need of its positions beside it. A cache that was filled without the seed, or was
       reordered, cropped or copied since, is refused.
 
+    - A mask of the samples of sound becomes that of the steps which the model makes of them, as in the model itself.
+
     Of an encoder-decoder model encoder and decoder have masks of their own. Of a model with towers the language model is
-    read, and a seed that mixes positions is refused in another one.
+    read; images have no padding, unless the call has masks or sizes of their parts. In another tower a seed that mixes
+    positions is refused. Where a model pads sequences itself, to a multiple of its window, such a seed is too: give
+    inputs of such a length, or leave the window as long as they are.
     """
 
     def __init__(self) -> None:
@@ -66,6 +87,10 @@ class TransformersCall:
             if given.get(name) is not None:
                 raise HostError(f"'{name}' says of positions what a seed that mixes them cannot follow.")
         config: Any = host.config
+        given["attention_mask"] = _of_steps(host, given)
+        pads = config.model_type in _PAD_THEMSELVES
+        if pads and given["attention_mask"] is None:
+            given["attention_mask"] = torch.ones(_tokens(given), device=host.device)  # type: ignore[arg-type]  # of torch's modules
         if getattr(config, "is_encoder_decoder", False):
             decoder = {
                 "attention_mask": given.get("decoder_attention_mask"),
@@ -75,13 +100,15 @@ class TransformersCall:
             }
             caches = {name: given.get(name) for name in _CACHES}
             return {
-                _path(host, "encoder"): self._read({"attention_mask": given.get("attention_mask")}),
+                _path(host, "encoder"): self._read({"attention_mask": given["attention_mask"]}, pads=pads),
                 _path(host, "decoder"): self._read(decoder | caches, keeps=_keeps(host, given)),
             }
-        read = self._read(given, keeps=_keeps(host, given))
+        read = self._read(given, keeps=_keeps(host, given), pads=pads)
         if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
-            named = dict(host.named_modules())
-            return {path: read for path in _TEXT if path in named}
+            contexts = dict.fromkeys(_TEXT, read)
+            if all(given.get(name) is None for name in _PARTS_OF_IMAGES):
+                contexts |= dict.fromkeys(_VISION, WHOLE_SEQUENCES)
+            return {path: context for path, context in contexts.items() if _has(host, path)}
         return read
 
     def ended(self, context: SeedContext | Mapping[str, SeedContext], output: Any) -> None:
@@ -92,7 +119,7 @@ class TransformersCall:
             stores[0].seen = tuple((weakref.ref(t), t._version) for t in _tensors_of(cache))
             self._kept[cache] = stores[0]
 
-    def _read(self, given: Mapping[str, Any], keeps: bool = False) -> SeedContext:
+    def _read(self, given: Mapping[str, Any], keeps: bool = False, pads: bool = False) -> SeedContext:
         cache = next((_own(given[name]) for name in _CACHES if given.get(name) is not None), None)
         past, store = 0, _Store() if keeps else None
         if cache is not None and _length(cache) > 0:
@@ -122,7 +149,8 @@ class TransformersCall:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask != 0
-            if not torch.compiler.is_compiling() and bool(real.all()):
+            # Features of a host that pads have more positions than the mask of all of them: then it does not fit.
+            if not pads and not torch.compiler.is_compiling() and bool(real.all()):
                 real = None
         elif mask is not None:
             shown = SeedContext.from_allowed(_allowed(mask, past))
@@ -155,10 +183,36 @@ def _keeps(host: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _length(cache: Any) -> int:
-    length = getattr(cache, "get_seq_length", None)
-    if length is None and not isinstance(cache, (tuple, list)):
-        raise HostError(f"A {type(cache).__name__} does not say how many positions it holds. {_ADVICE}")
-    return int(length()) if length is not None else len(cache)
+    if isinstance(cache, (tuple, list)):
+        return len(cache)
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError) as error:  # of a cache of states
+        raise HostError(
+            f"A {type(cache).__name__} does not say how many positions it holds. {_ADVICE}"
+        ) from error
+
+
+def _has(host: nn.Module, path: str) -> bool:
+    module: Any = host
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Module)
+
+
+def _of_steps(host: Any, given: Mapping[str, Any]) -> Any:
+    """Return the attention mask of a call, that of sound by the steps which the model makes of its samples."""
+    mask = given.get("attention_mask")
+    is_sound = any(given.get(name) is not None for name in ("input_values", "input_features"))
+    if (
+        not is_sound
+        or not isinstance(mask, Tensor)
+        or not hasattr(host, "_get_feature_vector_attention_mask")
+    ):
+        return mask
+    lengths, steps = host._get_feat_extract_output_lengths, host._get_feature_vector_attention_mask  # noqa: SLF001  # transformers'
+    before = {"add_adapter": False} if "add_adapter" in inspect.signature(steps).parameters else {}
+    return steps(int(lengths(torch.tensor(mask.shape[1]), **before)), mask, **before)
 
 
 def _own(cache: Any) -> Any:

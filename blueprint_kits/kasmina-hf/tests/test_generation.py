@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import CASES, Case
+from hf_cases import CASES, NO_TOKENS, Case
 from kasmina_core import EveryPosition, HostError, MorphogeneticModel, SeedStage
 from kasmina_core.testing.lives import bring_to, open_config, shake
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -214,6 +216,31 @@ def test_a_model_without_a_language_modelling_head_does_not_generate() -> None:
     model = CASES["bert"].grown()
     with pytest.raises(HostError, match="BertForSequenceClassification does not generate"):
         model.generate(CASES["bert"].inputs()["input_ids"])
+
+
+def test_decoding_that_guesses_is_refused_with_the_way_out_where_a_seed_mixes_positions() -> None:
+    case = CASES["llama"]
+    model, ids = case.grown(SeedStage.FOSSILIZED, ATTENTION), prompt(case)[:1]
+    options = {"prompt_lookup_num_tokens": 2}
+    with pytest.raises(
+        HostError, match=r"'layer2' cannot follow.\nGenerate without prompt_lookup_num_tokens"
+    ):
+        generated(model, ids, **options)
+    with model.bypassed("layer2"):
+        assert torch.equal(generated(model, ids, **options), generated(model, ids))
+
+
+def test_a_host_that_keeps_states_generates_without_them_beside_a_seed_that_mixes() -> None:
+    config = MambaConfig(vocab_size=48, hidden_size=16, state_size=4, num_hidden_layers=2, **NO_TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, ids = grow(MambaForCausalLM(config).eval(), config=open_config()), torch.randint(48, (2, 5))
+    model.evaluate_with(lambda: model(input_ids=ids).logits.square().mean((1, 2)))
+    bring_to(model, SeedStage.FOSSILIZED, "layer1", ATTENTION)
+    shake(model)
+    assert torch.equal(generated(model.eval(), ids), greedy(model, ids))
+    with pytest.raises(HostError, match=r"does not say how many positions it holds.*use_cache=False"):
+        generated(model, ids, use_cache=True)
 
 
 # -- encoder-decoders ----------------------------------------------------------------------------------------------

@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import CASES, Case
-from kasmina_core import HostError, InjectionPoint, SeedContext, SeedStage, Topology
+from kasmina_core import GerminationError, HostError, InjectionPoint, SeedContext, SeedStage, Topology
 from kasmina_core.testing.lives import bring_to, open_config, shake
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    LongformerConfig,
+    LongformerModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from kasmina_hf import TransformersCall, grow
 
@@ -171,3 +180,78 @@ def test_prompts_padded_on_the_left_continue_as_if_alone(
     for row, length in enumerate(LENGTHS):
         alone = model.generate(ids[row : row + 1, -length:], **options)
         assert torch.equal(together[row, -length - 5 :], alone[0])
+
+
+_ATTENTION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def born(make: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def fossil(model: Any, slot: str, example: dict[str, Tensor]) -> Any:
+    model.evaluate_with(lambda: next(iter(model(**example).values())).square().flatten(1).mean(1))
+    bring_to(model, SeedStage.FOSSILIZED, slot, ATTENTION)
+    shake(model)
+    return model.eval()
+
+
+def test_a_seed_mixes_the_patches_of_images_beside_text_that_is_padded() -> None:
+    text = {"vocab_size": 48, "max_position_embeddings": 16, "eos_token_id": 2, **_ATTENTION}
+    vision = {"image_size": 8, "patch_size": 4, **_ATTENTION}
+    host = born(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)))
+    ids, images = torch.arange(3, 15).view(2, 6), torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    example = {"input_ids": ids, "pixel_values": images, "attention_mask": mask}
+    model = grow(host, example=example, config=open_config())
+    before = model(**example).image_embeds
+    fossil(model, "vision_model_layer1", example)
+    together = model(**example).image_embeds
+    assert not torch.allclose(together, before, atol=1e-4)
+    alone = model(input_ids=ids[1:, :3], pixel_values=images[1:]).image_embeds
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_of_the_samples_of_sound_is_followed_by_steps() -> None:
+    config = Wav2Vec2Config(
+        conv_dim=(8, 8),
+        conv_stride=(4, 2),
+        conv_kernel=(4, 2),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        **_ATTENTION,
+    )
+    host = born(lambda: Wav2Vec2Model(config))
+    sound = torch.linspace(-3, 3, 320).sin().view(2, 160)
+    model = grow(host, ["encoder.layers.0"], example={"input_values": sound}, config=open_config())
+    fossil(model, "encoder_layers_0", {"input_values": sound})
+    mask = torch.ones(2, 160, dtype=torch.long)
+    mask[1, 80:] = 0
+    slot, seen = model.slots["encoder_layers_0"], []
+    slot.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    model(input_values=sound * mask, attention_mask=mask)
+    features, grown = seen[0]
+    torch.testing.assert_close(grown[1:, 10:], features[1:, 10:])
+    assert slot.seed is not None
+    torch.testing.assert_close(grown[1:, :10], slot.seed(features[1:, :10]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_pads_sequences_itself_is_refused_where_it_does() -> None:
+    config = LongformerConfig(vocab_size=48, attention_window=4, max_position_embeddings=40, **_ATTENTION)
+    host, ids = born(lambda: LongformerModel(config)), torch.arange(3, 19).view(2, 8)
+    model = fossil(grow(host, example={"input_ids": ids}, config=open_config()), "layer1", {"input_ids": ids})
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    together = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(together[1:, :4], model(ids[1:, :4]).last_hidden_state, atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        HostError, match=r"real: \(2, 6\)\n.*features: \(2, 8, 16\)(?s:.*)length that it keeps"
+    ):
+        model(ids[:, :6])
+    short = grow(born(lambda: LongformerModel(config)), example={"input_ids": ids[:, :6]})
+    with pytest.raises(GerminationError, match=r"it mixes positions(?s:.*)real: \(2, 6\)"):
+        short.germinate("layer1", ATTENTION)
