@@ -83,6 +83,8 @@ from .gates.thresholds import ErrorBudget as ErrorBudget
 from .gates.thresholds import GateProfile as GateProfile
 from .gates.thresholds import GateThresholds as GateThresholds
 from .gates.thresholds import StartComparison as StartComparison
+from .growth.closing import GrowthCause as GrowthCause
+from .growth.closing import GrowthVerdict as GrowthVerdict
 from .growth.config import GrowthConfig as GrowthConfig
 from .growth.model import MorphogeneticModel as MorphogeneticModel
 from .growth.observing import SlotSummary as SlotSummary

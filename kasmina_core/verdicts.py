@@ -225,11 +225,14 @@ class GateResult(Record):
             counts = {v.value: n for v in left_out if (n := sum(c.verdict is v for c in self.checks))}
             passed = len(self.checks) - sum(counts.values())
             return ", ".join([f"all {passed} checks passed", *(f"{n} {what}" for what, n in counts.items())])
-        if not self.failed_checks:
-            return "nothing was checked"
+        return str(self.decisive or "nothing was checked")
+
+    @property
+    def decisive(self) -> GateCheck | None:
+        """The check that `reason` tells; ``None`` if none stops the gate."""
         # Of checks that wait, those without a value were not asked because of the others.
         worst = (CheckVerdict.FAILED, CheckVerdict.NEVER_MEASURED, CheckVerdict.WAITING)
-        return str(min(self.failed_checks, key=lambda c: (worst.index(c.verdict), c.value is None)))
+        return min(self.failed_checks, key=lambda c: (worst.index(c.verdict), c.value is None), default=None)
 
     def __str__(self) -> str:
         if self.gate is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kasmina_core.blueprints.declarations import RegisteredBlueprint
 from kasmina_core.checkpoints.migrations import part, upgraded
 from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
+from kasmina_core.growth.journal import Journal
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.growth.record import SlotRecord
@@ -65,7 +66,7 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
             slot.germinations = germinations.get(name, slot.germinations)
 
 
-Counters = tuple[int, int, int, float | None, tuple[tuple[int, float], ...]]
+Counters = tuple[int, int, int, float | None, tuple[tuple[int, float], ...], Journal]
 
 _COUNTERS: Final = {
     "epoch": Count,
@@ -84,25 +85,37 @@ def _counters(model: MorphogeneticModel) -> dict[str, Any]:
         "lost_epochs": model.lost_epochs,
         "last_metric": model.growth.last_metric,
         "metrics": [list(noted) for noted in model.growth.metrics],
+        "journal": model.growth.journal.to_dict(),
     }
 
 
 def _checked_counters(data: Any) -> Counters:
     saved = {"metrics": (), **(data if isinstance(data, Mapping) else {})}  # earlier versions had none
     epoch, *others = (read(hint, saved.get(name), _RECORD, name) for name, hint in _COUNTERS.items())
-    return epoch, *others
+    # Earlier versions kept none.
+    journal = read(Journal | None, saved.get("journal"), _RECORD, "journal") or Journal()
+    return epoch, *others, journal
 
 
 def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
-    """Set epochs, events, lost epochs and metrics."""
+    """Set epochs, events, lost epochs, metrics and the journal."""
     growth = model.growth
-    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics = counters
+    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics, growth.journal = (
+        counters
+    )
 
 
 def present_counters(model: MorphogeneticModel) -> Counters:
     """Return what `set_counters` sets."""
     growth = model.growth
-    return growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics
+    return (
+        growth.epoch,
+        growth.sequence,
+        growth.lost_epochs,
+        growth.last_metric,
+        growth.metrics,
+        growth.journal,
+    )
 
 
 def slot_data(slot: SeedSlot) -> dict[str, Any]:

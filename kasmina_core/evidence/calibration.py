@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kasmina_core.errors import KasminaError
 from kasmina_core.evidence.measuring import GateSamples, SeedMeasurer
-from kasmina_core.gates.sequential import LevelSpending, Look, PairedGain, judge, student_t_quantile
+from kasmina_core.gates.sequential import LevelSpending, Look, PairedGain, judge, samples_needed
 from kasmina_core.gates.thresholds import GateThresholds
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.quiet import derived_seed
@@ -26,8 +26,6 @@ from kasmina_core.verdicts import Finding
 
 RESAMPLES: Final = 100
 """Resampled null seeds for each placebo."""
-
-_POWER: Final = 0.8
 
 _Model = TypeVar("_Model", bound=SlottedModel)
 
@@ -165,14 +163,7 @@ class Calibration:
         t = self.thresholds
         level = t.spending.at(1) / (1 + len(t.smaller_alphas))
         spread = self.spread if spread is None else spread
-        needed = 3
-        for _ in range(20):  # the quantile depends on the number: a few rounds settle it
-            quantile = student_t_quantile(1 - level, needed - 1) + NormalDist().inv_cdf(_POWER)
-            again = max(3, math.ceil((quantile * spread / effect) ** 2))
-            if again == needed:
-                break
-            needed = max(again, (needed + again) // 2)
-        return needed
+        return samples_needed(effect, spread, level)
 
     def propose(self, effect: float | None = None) -> GateThresholds:
         """Return thresholds for this task, otherwise those it was judged by.

@@ -64,6 +64,27 @@ def student_t_quantile(probability: float, freedom: int) -> float:
     return math.copysign(math.sqrt(freedom * math.expm1(exponent)), z)
 
 
+def samples_needed(effect: float, spread: float, level: float, power: float = 0.8) -> int:
+    """Return the paired samples at which a true mean of ``effect`` is accepted at one look with probability ``power``.
+
+    ``n = ((t + z) * spread / effect)²`` with the quantiles of Student's t at ``1 - level`` and of the normal at ``power``.
+
+    Args:
+        effect: Gain per sample, above 0.
+        spread: Standard deviation of the paired differences.
+        level: Level of the look.
+        power: Probability of accepting.
+    """
+    needed = 3
+    for _ in range(20):  # the quantile depends on the number: a few rounds settle it
+        quantile = student_t_quantile(1 - level, needed - 1) + _NORMAL.inv_cdf(power)
+        again = max(3, math.ceil((quantile * spread / effect) ** 2))
+        if again == needed:
+            break
+        needed = max(again, (needed + again) // 2)
+    return needed
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class LevelSpending:

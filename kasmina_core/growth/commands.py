@@ -112,6 +112,7 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
     require_policy(policy)
     with growth.command(None, "follow"):
         commands = growth.agreement.commands(decided(policy, model.observe()))
+        growth.journal.note_policy(policy)
         for command in commands:
             try:
                 growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)

@@ -19,6 +19,7 @@ from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.gates.thresholds import StartComparison
 from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.config import GrowthConfig
+from kasmina_core.growth.journal import Journal
 from kasmina_core.growth.reverting import HostSnapshot, HostStateKeeper, KeptSeed, obstacle_to_revert
 from kasmina_core.growth.undo import EpochBefore, ModelBefore
 from kasmina_core.growth.watching.graphs import GraphForesight
@@ -79,6 +80,7 @@ class Growth:
         telemetry: Takes the events.
         snapshots: By slot, the host before its seed began to contribute.
         kept_seeds: By slot, the seed that was put aside.
+        journal: What became of each seed.
         graphs: Watches the graphs that torch.compile makes.
         misuse: Warns of calls that were forgotten.
         untracked: Warns of seeds that no optimiser holds.
@@ -99,6 +101,7 @@ class Growth:
         self.budget: float | None = None
         self.metrics: tuple[tuple[int, float], ...] = ()
         self.outcomes: tuple[CommandOutcome, ...] = ()
+        self.journal = Journal()
         self.agreement = Agreement()
         self.examiner = Examiner(model, samples)
         self.untracked = UntrackedSeeds(slot.name for slot in model.slots.values() if slot.seed is not None)
@@ -123,6 +126,7 @@ class Growth:
                 "metrics",
                 "flops",
                 "budget",
+                "journal",
                 "graphs",
             )
         }
@@ -185,9 +189,8 @@ class Growth:
             raise
         finally:
             self._unsent = None
-            if self.telemetry is not None:
-                for event in unsent:
-                    self.telemetry.emit(event)
+            for event in unsent:
+                self._send(event)
 
     @property
     def learned_epochs(self) -> int:
@@ -218,10 +221,15 @@ class Growth:
         self.sequence += 1
         if self._unsent is not None:
             self._unsent.append(placed)
-        elif self.telemetry is not None:
-            self.telemetry.emit(placed)
+        else:
+            self._send(placed)
         if isinstance(event, StageChanged | AlphaChanged):
             self.graphs.look(self._model().slots.values())
+
+    def _send(self, event: TelemetryEvent) -> None:
+        self.journal.note(event)
+        if self.telemetry is not None:
+            self.telemetry.emit(event)
 
     def measure(
         self, slot: SeedSlot, host_losses: Tensor | None

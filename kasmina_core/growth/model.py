@@ -17,6 +17,7 @@ from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.growth import commands, incubation, observing
 from kasmina_core.growth.agreement import no_inference_mode, verb
 from kasmina_core.growth.arguments import event_target, one_number
+from kasmina_core.growth.closing import GrowthVerdict, closing_verdict
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
 from kasmina_core.growth.slot import SeedSlot, SeedTelemetry
@@ -240,6 +241,7 @@ class MorphogeneticModel(SlottedModel):
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result
             growth.emit(observing.epoch_ended(self, growth))
+        growth.journal.note_epoch(self.slots.values(), results)
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 
@@ -438,6 +440,26 @@ class MorphogeneticModel(SlottedModel):
     def summary_table(self) -> str:
         """Return `summary` as aligned text, the host in the last line."""
         return observing.summary_table(self)
+
+    def verdict(self, training_metric: float | None = None) -> GrowthVerdict:
+        """Say why growth ended as it did, in at most three sentences with figures.
+
+        Of a run without a kept seed: whether the host fits its training data and has capacity to spare, there were too few
+        held-out samples (and how many would be needed), the metric never was on a plateau, one check refused the seeds, or
+        they had no gradient. Of others: what stayed, and which of it is unproved, because it was kept in the last 5 epochs.
+
+        Args:
+            training_metric: The metric of the last epoch, as given to `step_epoch`, but on training data. Without it nothing
+                is said of how well the host fits them.
+        """
+        growth = self.growth
+        return closing_verdict(
+            growth.journal,
+            growth.epoch,
+            growth.last_metric,
+            training_metric,
+            self.growth_config.higher_is_better,
+        )
 
     # -- persistence -----------------------------------------------------------------------------------------------
 

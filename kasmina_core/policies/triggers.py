@@ -75,6 +75,11 @@ class Plateau(Remembering):
             self._stale = 0
         return self._stale >= self.patience and metric is not None and math.isfinite(metric)
 
+    @property
+    def stale(self) -> int:
+        """Epochs in a row, up to the last one, without an improvement."""
+        return self._stale
+
     def spend(self) -> None:
         """Wait for the next plateau."""
         self._stale = 0

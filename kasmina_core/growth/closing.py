@@ -1,0 +1,244 @@
+"""Closing verdict: why growth ended as it did, in three sentences with figures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, final
+
+from kasmina_core.gates.sequential import samples_needed
+from kasmina_core.growth.journal import Journal, SeedLife
+from kasmina_core.lifecycle import SeedStage
+from kasmina_core.verdicts import CheckVerdict
+
+UNPROVED_EPOCHS: Final = 5
+"""A seed that was kept in so many last epochs is said to be unproved: nobody saw what became of it."""
+
+FITS: Final = 0.5
+"""A host fits its training data if its error there is at most this share of that on held-out data."""
+
+
+@final
+class GrowthCause(Enum):
+    """Why growth ended as it did; see `GrowthVerdict`."""
+
+    KEPT = "a seed stayed"
+    NO_POLICY = "nothing asked for a seed"
+    NOT_ASKED_FOR = "the policy asked for no seed"
+    NO_PLATEAU = "the metric never was on a plateau"
+    NOT_GERMINATED = "every germination was refused"
+    NO_GRADIENT = "the seeds had no gradient"
+    NEVER_MEASURED = "the seeds were never measured"
+    UNFINISHED = "the run ended first"
+    FITS_TRAINING_DATA = "the host fits its training data and has capacity to spare"
+    TOO_FEW_SAMPLES = "too few held-out samples"
+    REFUSED_BY_CHECK = "gates refused the seeds"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GrowthVerdict:
+    """Why growth ended as it did; ``str()`` of it is the sentences.
+
+    Attributes:
+        cause: The one that explains most.
+        sentences: What became of the seeds, why, and what to do; at most three.
+        germinated: Seeds that germinated.
+        kept: Ids of the seeds that became part of the model.
+        unproved: Those of them that did so in the last 5 epochs.
+        samples_needed: Held-out samples at which the largest gain would show in 80 of 100 cases, if it is real; ``None``
+            unless there are too few.
+    """
+
+    cause: GrowthCause
+    sentences: tuple[str, ...]
+    germinated: int
+    kept: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
+    samples_needed: int | None = None
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
+
+def closing_verdict(
+    journal: Journal, epochs: int, held_out: float | None, training: float | None, higher_is_better: bool
+) -> GrowthVerdict:
+    """Return why growth ended as it did.
+
+    Args:
+        journal: What happened to the seeds.
+        epochs: Epochs the model has stepped.
+        held_out: Its last metric on held-out data.
+        training: The same metric on training data; ``None`` if not known.
+        higher_is_better: Whether the metric grows with quality.
+    """
+    lives = list(journal.seeds.values())
+    if not lives:
+        return _none_germinated(journal, epochs)
+    if any(life.stage is SeedStage.FOSSILIZED for life in lives):
+        return _some_kept(lives, epochs)
+    culled = sum(life.stage is SeedStage.CULLED for life in lives)
+    still = f", and {len(lives) - culled} not finished" if culled < len(lives) else ""
+    first = (
+        f"Of {_counted(len(lives), 'seed')} none stayed: within {_counted(epochs, 'epoch')} "
+        f"{culled} {'was' if culled == 1 else 'were'} culled{still}."
+    )
+    cause, why, todo, needed = _why_none_stayed(lives, held_out, training, higher_is_better)
+    return GrowthVerdict(cause, (first, why, todo), len(lives), samples_needed=needed)
+
+
+def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
+    def verdict(cause: GrowthCause, why: str, todo: str) -> GrowthVerdict:
+        return GrowthVerdict(cause, (f"No seed germinated in {_counted(epochs, 'epoch')}.", why, todo), 0)
+
+    if journal.refused:
+        reason, _ = max(journal.refused.items(), key=lambda item: item[1])
+        times = _counted(sum(journal.refused.values()), "germination")
+        return verdict(
+            GrowthCause.NOT_GERMINATED,
+            f"All of {times} that the policy asked for were refused, most often so: {_one_line(reason)}.",
+            "Name blueprints that fit the slots; kasmina plugins info ID says what one asks for.",
+        )
+    if not journal.policy:
+        return verdict(
+            GrowthCause.NO_POLICY,
+            "Nothing asked for one: neither model.follow nor model.germinate was called.",
+            "Call model.follow(policy) after model.step_epoch.",
+        )
+    if journal.patience and journal.longest_wait < journal.patience:
+        return verdict(
+            GrowthCause.NO_PLATEAU,
+            f"The metric never was on a plateau, which takes {journal.patience} epochs in a row without an "
+            f"improvement by {100 * journal.min_delta:.3g} %; the longest time without one was "
+            f"{_counted(journal.longest_wait, 'epoch')}.",
+            "The host still learns by itself: train for more epochs, or give the policy less patience.",
+        )
+    if journal.first_time is not None and journal.first_time > epochs:
+        return verdict(
+            GrowthCause.NOT_ASKED_FOR,
+            f"The first time for one is epoch {journal.first_time}, and the run had {epochs}.",
+            "Train for more epochs, or give the policy earlier times.",
+        )
+    nothing = "grows nothing" if journal.policy == "NoGrowthPolicy" else "asked for none"
+    return verdict(
+        GrowthCause.NOT_ASKED_FOR,
+        f"The policy, {journal.policy}, {nothing}.",
+        "Choose another policy, or look at its settings.",
+    )
+
+
+def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
+    kept = [life for life in lives if life.stage is SeedStage.FOSSILIZED]
+    added = sum(life.parameters for life in kept)
+    sentences = [f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; they add {added:,} parameters."]
+    if measured := [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]:
+        sentences.append(
+            f"When they were last measured for a gate, they gained {', '.join(measured)} per sample."
+        )
+    late = [life for life in kept if life.ended is not None and life.ended > epochs - UNPROVED_EPOCHS]
+    if late:
+        names = ", ".join(life.seed_id for life in late)
+        sentences.append(
+            f"Unproved: {names} became part of the model in the last {UNPROVED_EPOCHS} epochs, so nothing shows "
+            "what it is worth after that; train on and look again."
+        )
+    ids = tuple(life.seed_id for life in kept)
+    return GrowthVerdict(
+        GrowthCause.KEPT, tuple(sentences), len(lives), ids, tuple(life.seed_id for life in late)
+    )
+
+
+def _why_none_stayed(
+    lives: Sequence[SeedLife], held_out: float | None, training: float | None, higher_is_better: bool
+) -> tuple[GrowthCause, str, str, int | None]:
+    """Return the cause, why, what to do, and the samples that would be needed."""
+    n = len(lives)
+    learned = [life for life in lives if life.learned_epochs]
+    if learned and not any(life.gradient for life in learned):
+        unknown = all(life.gradient is None for life in learned)
+        return (
+            GrowthCause.NO_GRADIENT,
+            f"No seed had a gradient in any epoch: it was {'never measured' if unknown else '0'}.",
+            "Call model.step() between backward and the optimiser's step, and model.incubate(closure) before it."
+            if unknown
+            else "The loss does not depend on the slots, or the blueprint is dead: kasmina plugins check tests it.",
+            None,
+        )
+    judged = [life for life in lives if life.verdict is not None]
+    if judged and all(life.verdict is CheckVerdict.NEVER_MEASURED for life in judged):
+        return (
+            GrowthCause.NEVER_MEASURED,
+            f"The gates had nothing to decide on: {_one_line(judged[-1].reason)}.",
+            "Give the model held-out samples with model.evaluate_with.",
+            None,
+        )
+    if all(life.stage is not SeedStage.CULLED for life in lives):
+        waiting = ", ".join(
+            f"{life.seed_id} in {life.stage.name}{f' ({_one_line(life.reason)})' if life.reason else ''}"
+            for life in lives
+        )
+        return (
+            GrowthCause.UNFINISHED,
+            f"The run ended before they were judged: {waiting}.",
+            "Train for more epochs, or let seeds germinate earlier.",
+            None,
+        )
+    if (fit := _fit(held_out, training, higher_is_better)) is not None:
+        return (
+            GrowthCause.FITS_TRAINING_DATA,
+            f"The host fits its training data and has capacity to spare: {fit}.",
+            "More capacity is no help there: use more data, regularisation, or a smaller host.",
+            None,
+        )
+    best = max((life for life in lives if life.gain is not None), key=_gain_or_nothing, default=None)
+    if best is not None and best.gain is not None and best.gain > 0.0 and best.level and best.spread > 0.0:
+        needed = samples_needed(best.gain, best.spread, best.level)
+        if needed > best.samples:
+            why = (
+                f"The largest gain, {best.gain:+.3g} per sample of {best.seed_id} ({best.blueprint}), was measured on "
+                f"{best.samples:,} held-out samples; if it is real, {needed:,} would show it in 80 of 100 cases."
+            )
+            return (
+                GrowthCause.TOO_FEW_SAMPLES,
+                why,
+                "Give the gates that many, or take it that seeds gain nothing here that can be shown.",
+                needed,
+            )
+    (gate, check), times = Counter((life.gate, life.check) for life in judged).most_common(1)[0]
+    last = next(life for life in reversed(judged) if (life.gate, life.check) == (gate, check))
+    return (
+        GrowthCause.REFUSED_BY_CHECK,
+        f"Gate {gate} stopped {times} of {n} by its check '{check}', the last one so: {_one_line(last.reason)}.",
+        "Seeds of these blueprints gain nothing here: try others, other slots, or a larger task."
+        if best is None or not _gain_or_nothing(best) > 0.0
+        else "The table of thresholds says when to change that check.",
+        None,
+    )
+
+
+def _fit(held_out: float | None, training: float | None, higher_is_better: bool) -> str | None:
+    """Return the figures if the error on training data is at most half of that on held-out data."""
+    if held_out is None or training is None or not (math.isfinite(held_out) and math.isfinite(training)):
+        return None
+    worst = 1.0 if higher_is_better else 0.0  # of a share of right answers the error is what lacks to 1
+    here, there = abs(worst - training), abs(worst - held_out)
+    in_range = (0.0 <= training <= 1.0 and 0.0 <= held_out <= 1.0) if higher_is_better else training >= 0.0
+    if not in_range or there == 0.0 or here > FITS * there:
+        return None
+    return f"its metric is {training:.4g} on training data and {held_out:.4g} on held-out data"
+
+
+def _gain_or_nothing(life: SeedLife) -> float:
+    return life.gain if life.gain is not None and math.isfinite(life.gain) else -math.inf
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300].rstrip(".")
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,225 @@
+"""Closing verdict: why growth ended as it did, by figures."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from state_helpers import FIRST, SECOND, bring_to, make_model, open_config, open_thresholds, train_once
+
+from kasmina_core import (
+    CheckVerdict,
+    FixedTimesPolicy,
+    ForwardMode,
+    GateThresholds,
+    GrowthCause,
+    GrowthConfig,
+    GrowthVerdict,
+    MisuseWarning,
+    MorphogeneticModel,
+    NoGrowthPolicy,
+    PlateauPolicy,
+    SeedStage,
+    Topology,
+    load_checkpoint,
+    save_checkpoint,
+    tie_optimizer,
+)
+
+S = SeedStage
+
+
+def sentences(verdict: GrowthVerdict) -> list[str]:
+    assert 1 <= len(verdict.sentences) <= 3
+    assert all(re.fullmatch(r"[A-Z].*\.", sentence) for sentence in verdict.sentences)
+    assert str(verdict) == " ".join(verdict.sentences)
+    return list(verdict.sentences)
+
+
+def tied(model: MorphogeneticModel) -> torch.optim.Optimizer:
+    return tie_optimizer(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def plateau(**options) -> PlateauPolicy:
+    return PlateauPolicy({Topology.CNN: ["scale"]}, patience=3, **options)
+
+
+def grown_and_culled(model: MorphogeneticModel, optimizer=None, epochs: int = 3) -> None:
+    model.germinate(FIRST, "scale")
+    for _ in range(epochs):
+        if optimizer is not None:
+            train_once(model, optimizer)
+        model.step_epoch(1.0)
+    model.cull(FIRST, "took too long")
+
+
+def test_a_model_that_nobody_asks_for_seeds_says_so():
+    model, _ = make_model()
+    model.step_epoch(1.0)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NO_POLICY
+    assert sentences(verdict)[0] == "No seed germinated in 1 epoch."
+    model.follow(NoGrowthPolicy())
+    assert model.verdict().cause is GrowthCause.NOT_ASKED_FOR
+    assert "NoGrowthPolicy, grows nothing" in str(model.verdict())
+
+
+def test_a_metric_without_a_plateau_is_told_with_its_longest_wait():
+    model, _ = make_model()
+    policy = plateau()
+    for metric in (1.0, 0.9, 0.9, 0.9, 0.5, 0.3):
+        model.step_epoch(metric)
+        model.follow(policy)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NO_PLATEAU
+    assert "takes 3 epochs in a row without an improvement by 1 %" in str(verdict)
+    assert "the longest time without one was 2 epochs" in str(verdict)
+
+
+def test_times_that_did_not_come_are_told():
+    model, _ = make_model()
+    model.step_epoch(1.0)
+    model.follow(FixedTimesPolicy({Topology.CNN: ["scale"]}, epochs=[9]))
+    assert "The first time for one is epoch 9, and the run had 1." in sentences(model.verdict())
+
+
+def test_germinations_that_were_all_refused_are_counted_with_the_reason():
+    model, _ = make_model()
+    policy = PlateauPolicy({Topology.CNN: ["picky"]}, patience=1)
+    for _ in range(4):
+        model.step_epoch(1.0)
+        model.follow(policy)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NOT_GERMINATED
+    assert "4 is not a multiple of 8" in str(verdict)
+
+
+def test_a_seed_without_gradient_is_told_apart_from_one_that_nobody_watched():
+    model, _ = make_model()
+    grown_and_culled(model)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NO_GRADIENT
+    assert "never measured" in str(verdict)
+    assert "model.step()" in str(verdict)
+    assert sentences(verdict)[0] == "Of 1 seed none stayed: within 3 epochs 1 was culled."
+
+    model, _ = make_model()
+    optimizer = tied(model)
+    for parameter in model.host[7].parameters():  # the head: nothing of the loss comes back
+        torch.nn.init.zeros_(parameter.requires_grad_(False))
+    grown_and_culled(model, optimizer)
+    assert "it was 0." in str(model.verdict())
+
+
+def test_a_model_without_held_out_samples_says_what_lacks():
+    model, _ = make_model(evaluate=False)
+    with pytest.warns(MisuseWarning, match="no evaluator"):
+        grown_and_culled(model, tied(model))
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NEVER_MEASURED
+    assert "model.evaluate_with" in str(verdict)
+
+
+def test_a_host_that_fits_its_training_data_has_capacity_to_spare():
+    model, _ = make_model(GrowthConfig(gates=GateThresholds(min_samples=2, min_training_epochs=1)))
+    optimizer = tied(model)
+    grown_and_culled(model, optimizer)
+    verdict = model.verdict(training_metric=0.5)
+    assert verdict.cause is GrowthCause.FITS_TRAINING_DATA
+    assert "0.5 on training data and 1 on held-out data" in str(verdict)
+    assert model.verdict(training_metric=0.6).cause is not GrowthCause.FITS_TRAINING_DATA
+    assert model.verdict().cause is not GrowthCause.FITS_TRAINING_DATA
+
+
+def noisy(model: MorphogeneticModel, gain: float):
+    """Hold an evaluator that finds a gain with a spread of 1."""
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean()) / noise.std()
+
+    def losses():
+        slot = model.slots[FIRST]
+        return 5.0 - (gain + noise) * float(slot.mode != ForwardMode.PASS)
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("gain", "cause"), [(0.05, GrowthCause.TOO_FEW_SAMPLES), (-0.05, GrowthCause.REFUSED_BY_CHECK)]
+)
+def test_a_gain_that_needs_more_samples_says_how_many(gain, cause):
+    thresholds = GateThresholds(min_training_epochs=1, smaller_alphas=(), max_harm_t=1e9)
+    model, _ = make_model(GrowthConfig(gates=thresholds))
+    model.evaluate_with(noisy(model, gain))
+    optimizer = tied(model)
+    grown_and_culled(model, optimizer)
+    verdict = model.verdict()
+    assert verdict.cause is cause
+    if gain > 0:
+        # ((z(1 - .005) + z(.8)) / .05)² with normal quantiles
+        assert verdict.samples_needed == pytest.approx((2.576 + 0.842) ** 2 / 0.05**2, rel=0.01)
+        assert f"{verdict.samples_needed:,} would show it" in str(verdict)
+        assert "+0.05 per sample of" in str(verdict)
+        assert "400 held-out samples" in str(verdict)
+    else:
+        assert "Gate G2 stopped 1 of 1 by its check 'gain'" in str(verdict)
+
+
+def test_a_run_that_ended_first_says_where_its_seeds_were():
+    model, _ = make_model()
+    optimizer = tied(model)
+    model.germinate(FIRST, "scale")
+    for _ in range(2):
+        train_once(model, optimizer)
+        model.step_epoch(1.0)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.UNFINISHED
+    assert "in TRAINING (epochs in training: 1 so far (needs >= 2))" in str(verdict)
+
+
+def test_a_seed_that_was_kept_in_the_last_epochs_is_unproved_until_more_have_passed():
+    model, _ = make_model()
+    bring_to(model, S.FOSSILIZED)
+    (seed,) = model.growth.journal.seeds
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.KEPT
+    assert (verdict.kept, verdict.unproved) == ((seed,), (seed,))
+    assert f"Unproved: {seed} " in sentences(verdict)[2]
+    assert sentences(verdict)[0] == "Of 1 seed 1 stayed; they add 8 parameters."
+    for _ in range(5):
+        model.step_epoch(1.0)
+    assert model.verdict().unproved == ()
+
+
+def test_a_checkpoint_and_a_copy_remember_what_became_of_the_seeds(tmp_path):
+    model, _ = make_model(open_config(gates=open_thresholds()))
+    bring_to(model, S.FOSSILIZED, SECOND)
+    grown_and_culled(model)
+    save_checkpoint(tmp_path / "point", model)
+    loaded, _ = make_model(open_config(gates=open_thresholds()))
+    load_checkpoint(tmp_path / "point", loaded)
+    assert loaded.growth.journal == copy.deepcopy(model).growth.journal == model.growth.journal
+    assert loaded.verdict() == model.verdict()
+
+
+def test_an_epoch_that_is_undone_leaves_nothing_in_the_journal():
+    model, recorder = make_model()
+    bring_to(model, S.TRAINING)
+    before = copy.deepcopy(model.growth.journal)
+
+    def fails():
+        raise KeyboardInterrupt
+
+    while (
+        model.slots[FIRST].last_gate is None or model.slots[FIRST].last_gate.verdict is CheckVerdict.WAITING
+    ):
+        before, sent = copy.deepcopy(model.growth.journal), len(recorder.events)
+        if model.slots[FIRST].state.metrics.epochs_in_current_stage == 1:
+            model.evaluate_with(fails)
+            break
+        model.step_epoch(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        model.step_epoch(1.0)
+    assert model.growth.journal == before
+    assert len(recorder.events) == sent
