@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
+from itertools import zip_longest
 from typing import Final, Self, final
 
 from rich.cells import cell_len, set_cell_size
@@ -34,6 +35,9 @@ SHOWN_EPOCHS: Final = 5
 
 SHOWN_DORMANT: Final = 8
 """Largest number of slots at which the live table shows dormant ones too."""
+
+HARM: Final = "red"
+"""Style of what became worse."""
 
 INDENT: Final = 2
 """Columns by which the lines that continue an epoch are indented."""
@@ -262,7 +266,10 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
         parts.append(_arms(record, console.width))
     if record.seeds:
         parts += [*_seeds(record, console.width), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
-    parts.append(Text(wording.summary(record)))
+    parts.append(Text(wording.summary(record), style=HARM if wording.is_worse(record) else ""))
+    if record.verdict:
+        parts.append(Text(f"Growth: {clean(record.verdict)}"))
+    parts += [Text(clean(sentence), style=HARM) for sentence in wording.harms(record)]
     for part in (*parts, *(Text(f"Note: {clean(note)}") for note in record.notes)):
         console.print(part)
 
@@ -282,20 +289,21 @@ def _seeds(record: RunRecord, width: int) -> Iterator[RenderableType]:
     table = wording.seeds_table(record)
     *figures, _ = zip(table.header, *table.rows, strict=True)  # columns; the last is the reason
     if sum(max(map(cell_len, column)) + 2 for column in figures) + WHY_WIDTH <= width:
-        yield _rich_table(table, prose=len(figures))
+        yield _rich_table(table, len(figures), [HARM if seed.does_harm else "" for seed in record.seeds])
         return
     yield Text(table.title, style="bold")
-    for seed, slot, blueprint, outcome, epochs, parameters, contribution, why in table.rows:
+    for life, row in zip(record.seeds, table.rows, strict=True):
+        seed, slot, blueprint, outcome, epochs, parameters, contribution, why = row
         yield Text(clean(f"{seed}: {outcome}"), style="bold")
         yield Text(f"  {clean(blueprint)} in {clean(slot)}, epochs {epochs}, {parameters} parameters")
-        yield Text(f"  contribution {contribution}")
+        yield Text(f"  contribution {contribution}", style=HARM if life.does_harm else "")
         if why:
             yield Padding(Text(clean(why)), (0, 0, 0, 2))
     yield Text()
 
 
-def _rich_table(source: TextTable, prose: int | None = None) -> Table:
-    """Return the table; only the column ``prose`` may wrap."""
+def _rich_table(source: TextTable, prose: int | None = None, styles: Sequence[str] = ()) -> Table:
+    """Return the table; only the column ``prose`` may wrap. ``styles`` are those of its rows."""
     table = Table(
         title=source.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
     )
@@ -307,8 +315,8 @@ def _rich_table(source: TextTable, prose: int | None = None) -> Table:
             min_width=WHY_WIDTH if i == prose else None,
             header_style="dim",
         )
-    for row in source.rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+    for row, style in zip_longest(source.rows, styles, fillvalue=""):
+        table.add_row(*(Text(clean(cell)) for cell in row), style=style)
     table.add_row()
     return table
 

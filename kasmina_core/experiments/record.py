@@ -124,6 +124,11 @@ class SeedRecord(Record):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple((str(stage), int(epoch)) for stage, epoch in self.stages))
 
+    @property
+    def does_harm(self) -> bool:
+        """Whether the model has the seed and is worse with it: the whole interval of its gain is below 0."""
+        return self.outcome != "culled" and self.gain_high is not None and self.gain_high < 0.0
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ class RunRecord(Record):
         interrupted: Whether the run was stopped before its end.
         notes: Sentences for the reader, for instance what did not run.
         higher_is_better: Whether a larger metric is better; False for bits per character.
+        verdict: Why growth ended as it did; see `GrowthVerdict`.
     """
 
     derived: ClassVar = ("format",)
@@ -183,6 +189,7 @@ class RunRecord(Record):
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     higher_is_better: bool = True
+    verdict: Annotated[str, Mark.LATER] = ""
 
     def arm(self, name: str) -> ArmResult | None:
         """Return the arm of that name, ``None`` if it did not run."""

@@ -388,7 +388,9 @@ def render_html(record: RunRecord, picture: bytes) -> str:
     if record.seeds:
         seeds = f"{_html_table(wording.seeds_table(record))}<p>{_text(wording.CONTRIBUTION)}</p>"
     sections = [
-        f'<p class="summary">{_text(wording.summary(record))}</p>',
+        f'<p class="summary{" harm" * wording.is_worse(record)}">{_text(wording.summary(record))}</p>',
+        f"<p><b>Growth.</b> {_text(record.verdict)}</p>" if record.verdict else "",
+        *(f'<p class="harm">{_text(sentence)}</p>' for sentence in wording.harms(record)),
         f"<ul>{notes}</ul>" if notes else "",
         _html_table(wording.arms_table(record)) if record.arms else "",
         "<h2>The run</h2>",
@@ -434,6 +436,7 @@ body { margin: 2.5rem auto; max-width: 64rem; padding: 0 1.25rem; color: #222; b
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .summary { padding: .9rem 1.1rem; background: #f1f6f4; border-left: 4px solid #1b9e77; font-size: 1.05rem; }
+.harm { color: #8c1c2b; } .summary.harm { background: #fbefef; border-left-color: #d1495b; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }

@@ -48,14 +48,9 @@ from kasmina_core.packs.discovery import PluginRegistry, default_registry
 from kasmina_core.policies.bundled import BUNDLED, build_policy
 from kasmina_core.policies.protocol import (
     Advance,
-    Germinate,
-    NoGrowthPolicy,
-    Observation,
     Policy,
-    Regerminate,
     SlotObservation,
 )
-from kasmina_core.policies.triggers import FixedTimes, Plateau
 from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_evaluation
 from kasmina_core.readers import EveryPosition
 from kasmina_core.records import Record
@@ -494,7 +489,6 @@ class GrowthRun:
         self.task = task
         self._display = display
         self._interrupted = False
-        self._refused = False
         self._each_epoch: Callable[[str, EpochRecord], object] = lambda arm, epoch: None
         self._log = SeedLog()
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
@@ -542,8 +536,6 @@ class GrowthRun:
                 arm()
         self.record.interrupted = self._interrupted
         self.record.notes.append(test_figures_note(self.record))
-        if not self.record.seeds:
-            self.record.notes.append(self._why_no_seed())
         if self._interrupted:
             self.record.notes.append(
                 "The run was stopped before its end; the figures are those of what was trained."
@@ -560,6 +552,8 @@ class GrowthRun:
                 evidence = model.measure(name, partial(arm.losses, "test"))
                 if evidence is not None:
                     self._log.evidence[slot.state.seed_id] = evidence
+        if model.epoch:
+            self.record.verdict = str(model.verdict(arm.evaluate("train")[0]))
         self.record.seeds = self._log.records()
         if self.record.seeds:
             self.record.notes.append(
@@ -642,35 +636,9 @@ class GrowthRun:
             if not outcome.done and not isinstance(
                 outcome.command, Advance
             ):  # a gate's verdict is in the record
-                self._refused |= isinstance(outcome.command, Germinate | Regerminate)
                 self.record.notes.append(outcome.refusal)
         return "; ".join(
             f"{slot}: {verdict}" for slot, verdict in verdicts.items() if verdict.gate is not None
-        )
-
-    def _why_no_seed(self) -> str:
-        epochs, trigger = len(self.record.epochs), getattr(self._policy, "trigger", None)
-        if isinstance(self._policy, NoGrowthPolicy):
-            return "No seed germinated: policy 'none' grows nothing."
-        if self._refused:
-            return "No seed germinated: every one that the policy asked for was refused; the notes say why."
-        if isinstance(trigger, Plateau) and not self._was_on_a_plateau(trigger):
-            return (
-                f"No seed germinated: the validation loss never was on a plateau within {epochs} "
-                f"epoch{'s' * (epochs != 1)}, which takes {trigger.patience} in a row without an improvement by "
-                f"{100 * trigger.min_delta:.3g} %. Use more epochs, or give the policy less patience."
-            )
-        if isinstance(trigger, FixedTimes) and trigger.epochs[0] > epochs:
-            return (
-                f"No seed germinated: the first time for one is epoch {trigger.epochs[0]}, and the run had {epochs}. "
-                "Use more epochs, or give the policy earlier ones."
-            )
-        return f"No seed germinated: policy '{self.settings.policy}' asked for none within {epochs} epochs."
-
-    def _was_on_a_plateau(self, trigger: Plateau) -> bool:
-        again = Plateau(trigger.patience, trigger.min_delta)
-        return any(
-            again.is_due(Observation(e.epoch, e.val_loss, False, 0, 0, ()), False) for e in self.record.epochs
         )
 
     def _slot_record(self, name: str) -> EpochSlot:

@@ -175,6 +175,23 @@ def summary(record: RunRecord) -> str:
     return f"{first} {_caveat(record, grown, alone)}"
 
 
+def is_worse(record: RunRecord) -> bool:
+    """Whether the grown model's test loss is higher than that of the host alone, by more than counts as equal."""
+    grown, alone = record.arm(GROWN), record.arm(HOST_ALONE)
+    if grown is None or alone is None:
+        return False
+    return grown.test_loss - alone.test_loss > EQUAL_LOSS * abs(alone.test_loss)
+
+
+def harms(record: RunRecord) -> list[str]:
+    """Return a sentence for each seed that is in the model and makes it worse."""
+    return [
+        f"{seed.seed_id} ({seed.blueprint}) is in the model and makes its test loss worse: contribution {gain(seed)}."
+        for seed in record.seeds
+        if seed.does_harm
+    ]
+
+
 def _comparison(record: RunRecord, grown: ArmResult, alone: ArmResult | None) -> str:
     name = record.metric_name
     if alone is None:

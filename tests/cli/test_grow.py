@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import html
 import json
 import os
 import re
@@ -447,24 +448,31 @@ def test_a_full_disk_takes_files_and_not_the_result(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "never was on a plateau within 3 epochs, which takes 3 in a row"),
-        (("--policy", "none"), "policy 'none' grows nothing"),
-        (("--policy", "fixed-times", "--policy-option", "epochs=[9]"), "the first time for one is epoch 9"),
+        ((), "never was on a plateau, which takes 3 epochs in a row without an improvement by 1 %"),
+        (("--policy", "none"), "The policy, NoGrowthPolicy, grows nothing."),
+        (
+            ("--policy", "fixed-times", "--policy-option", "epochs=[9]"),
+            "The first time for one is epoch 9, and the run had 3.",
+        ),
     ],
 )
 def test_a_run_without_seeds_says_why_and_over_what_its_figures_are_means(
     tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     result = _grow("--out", str(tmp_path / "run"), *SHORT, *arguments, "--json")
-    notes = json.loads(result.stdout)["notes"]
-    assert "Test figures are means over the models of the last 3 epochs." in notes
-    assert [note for note in notes if note.startswith("No seed germinated: ") and said in note]
+    record = json.loads(result.stdout)
+    assert "Test figures are means over the models of the last 3 epochs." in record["notes"]
+    assert record["verdict"].startswith("No seed germinated in 3 epochs. ")
+    assert said in record["verdict"]
+    assert record["verdict"] in html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
 
 
-def test_a_run_with_seeds_does_not_say_why_there_are_none(run: tuple[Path, dict[str, Any]]) -> None:
-    notes = run[1]["notes"]
-    assert not [note for note in notes if note.startswith("No seed germinated")]
-    assert "Test figures are means over the models of the last 5 epochs." in notes
+def test_a_run_with_seeds_says_what_became_of_them(run: tuple[Path, dict[str, Any]]) -> None:
+    record = run[1]
+    kept = sum(seed["outcome"] == "fossilized" for seed in record["seeds"])
+    assert record["verdict"].startswith(f"Of {len(record['seeds'])} seed")
+    assert f" {kept} stayed" in record["verdict"]
+    assert "Test figures are means over the models of the last 5 epochs." in record["notes"]
 
 
 def test_a_closed_pipe_takes_the_words_and_not_the_files(

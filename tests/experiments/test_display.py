@@ -17,6 +17,7 @@ from rich.console import Console
 from kasmina_core.experiments import wording
 from kasmina_core.experiments.display import RunDisplay, epoch_parts, folded, print_final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
+from kasmina_core.experiments.report import render_html
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
 
@@ -210,6 +211,36 @@ def test_print_final_has_the_notes():
     run.notes.append("The gates decided on 200 samples.")
     print_final(run, out)
     assert "Note: The gates decided on 200 samples." in shown(out)
+
+
+def test_a_seed_that_makes_the_model_worse_is_told_in_red():
+    run = fake_run()
+    run.verdict = "Of 4 seeds 2 stayed."
+    assert wording.harms(run) == []
+    run.seeds[0] = dataclasses.replace(run.seeds[0], gain=-0.2, gain_low=-0.3, gain_high=-0.1)
+    culled = dataclasses.replace(run.seeds[1], gain=-0.2, gain_low=-0.3, gain_high=-0.1)
+    run.seeds[1] = culled
+    said = (
+        "seed-1 (kasmina-cnn:conv_small) is in the model and makes its test loss worse: "
+        "contribution -0.2000 [-0.3000, -0.1000]."
+    )
+    assert wording.harms(run) == [said]
+    for width in (80, 250):
+        out = console(terminal=True, width=width)
+        print_final(run, out)
+        red = " ".join(re.findall(r"\x1b\[31m(.*?)\x1b\[0m", shown(out)))
+        assert said in " ".join(red.split())
+        assert "seed-2" not in red
+        assert "Growth: Of 4 seeds 2 stayed." in shown(out)
+
+
+def test_a_grown_model_that_is_worse_is_summed_up_in_red():
+    for losses, is_worse in (((0.6, 0.5), True), ((0.5, 0.6), False), ((0.501, 0.5), False)):
+        run = run_of((losses[0], 0.8), (losses[1], 0.8))
+        out = console(terminal=True)
+        print_final(run, out)
+        assert ("\x1b[31mAt equal" in shown(out)) == is_worse
+        assert ('class="summary harm"' in render_html(run, b"")) == is_worse
 
 
 # The summary
