@@ -16,7 +16,7 @@ from kasmina_core.hosts import InjectionPoint, submodule
 from kasmina_core.layouts import cycled
 from kasmina_core.outputs import features_in, split_path
 from kasmina_core.probing import ProbedPoint, call_with
-from kasmina_core.quiet import devices_of, kept_buffers, private_rng, quiet_evaluation
+from kasmina_core.quiet import devices_of, kept_attributes, kept_buffers, private_rng, quiet_evaluation
 
 _MOST_INPUTS: Final = 6
 
@@ -239,6 +239,7 @@ class _Trial:
                 module = submodule(self._host, point.path)
                 hook = module.register_forward_hook(lambda _m, _a, out, number=number: note(number, out))
                 stack.callback(hook.remove)
+            stack.enter_context(kept_attributes(self._host))
             stack.enter_context(kept_buffers(self._host))
             stack.enter_context(quiet_evaluation(self._host))
             stack.enter_context(private_rng(0, *devices_of(self._host)))

@@ -221,13 +221,14 @@ class HostCall:
 
 class _Here(threading.local):
     def __init__(self) -> None:
-        # Not an attribute of the class: a compiled graph guards on whether the thread has one of its own.
+        # Not attributes of the class: a compiled graph guards on whether the thread has some of its own.
         self.call: HostCall | None = None
+        self.fired: tuple[str, ...] | None = None
 
 
 @final
 class HostCalls:
-    """The calls of one host that go on, at most one per thread, and what they say of positions.
+    """The calls of one host that go on, at most one per thread: what they say of positions, and which slots fired.
 
     Args:
         reader: Reads a call; ``None`` if nobody can.
@@ -265,6 +266,34 @@ class HostCalls:
                 # The graph keeps the call, so that gradient checkpointing runs the seed again with its context.
                 cast("dict[str, Any]", tensor.grad_fn.metadata)[_METADATA] = call
                 self._differentiable.add(call)
+
+    def begin_forward(self) -> None:
+        """Begin a forward of this thread in which each slot may fire once."""
+        self._here.fired = ()
+
+    def end_forward(self) -> None:
+        """End it."""
+        self._here.fired = None
+
+    def note_firing(self, slot: str) -> None:
+        """Note that a slot computes its seed.
+
+        Raises:
+            HostError: If it did before in the same forward.
+        """
+        fired = self._here.fired
+        if fired is None:
+            return
+        if slot not in fired:
+            self._here.fired = (*fired, slot)
+        # In a backward within the forward, gradient checkpointing may run a module again.
+        elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            raise HostError(
+                f"The module of slot '{slot}' is called more than once in this forward, and was called once when slots were "
+                "attached: the gates measure a seed that computes once per forward.\n"
+                "Name a module around it that is called once, or give each call a module of its own; "
+                f"model.cull('{slot}') takes the seed out."
+            )
 
     @contextmanager
     def stated(self, context: SeedContext) -> Iterator[None]:

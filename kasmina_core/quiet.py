@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import nn
@@ -134,8 +135,16 @@ def kept_buffers(host: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(host: nn.Module) -> Iterator[None]:
-    """Put the attributes of every module back that the block assigns or deletes, such as a state kept between calls."""
+    """Put the attributes of every module back that the block assigns, deletes or changes, such as a state kept between calls.
+
+    Tensors, lists, sets and mappings that are attributes, or are in such ones, get their contents back. What objects of
+    other classes keep, and what is written into parameters, stays.
+    """
     before = [(module, dict(vars(module))) for module in host.modules()]
+    contents: dict[int, tuple[Any, Any, int]] = {}
+    for _, attributes in before:
+        for name, value in attributes.items():
+            _remember(value, contents, with_tensors=name not in ("_parameters", "_buffers"))
     try:
         yield
     finally:
@@ -146,6 +155,40 @@ def kept_attributes(host: nn.Module) -> Iterator[None]:
             ):
                 now.clear()
                 now.update(attributes)
+        for held, saved, version in contents.values():
+            _put_back(held, saved, version)
+
+
+def _remember(value: Any, contents: dict[int, tuple[Any, Any, int]], with_tensors: bool = True) -> None:
+    """Note what a tensor or container holds, and what is in it."""
+    if isinstance(value, torch.Tensor):
+        if with_tensors and id(value) not in contents and not value.is_inference():
+            contents[id(value)] = value, value.detach().clone(), value._version
+    elif isinstance(value, dict | list | set | tuple | deque) and id(value) not in contents:
+        held = list(value.items() if isinstance(value, dict) else value)
+        contents[id(value)] = value, held, 0
+        for item in value.values() if isinstance(value, dict) else held:
+            _remember(item, contents, with_tensors)
+
+
+def _put_back(held: Any, saved: Any, version: int) -> None:
+    if isinstance(held, torch.Tensor):
+        if held._version != version:
+            with torch.no_grad():
+                held.copy_(saved)
+    elif isinstance(held, dict):
+        now = list(held.items())
+        if len(now) != len(saved) or any(
+            a is not c or b is not d for (a, b), (c, d) in zip(now, saved, strict=True)
+        ):
+            held.clear()
+            for key, item in saved:  # the update of a Counter adds
+                held[key] = item
+    elif not isinstance(held, tuple) and (
+        len(held) != len(saved) or any(a is not b for a, b in zip(held, saved, strict=True))
+    ):
+        held.clear()
+        (held.update if isinstance(held, set) else held.extend)(saved)
 
 
 @final

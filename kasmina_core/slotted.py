@@ -139,9 +139,13 @@ class SlottedModel(nn.Module):
             SLOTS_KEY,
             nn.ModuleDict({found.point.name: make_slot(found).train(host.training) for found in proved}),
         )
-        calls, taking = HostCalls(context), list(self.slots.values())
+        self._calls, taking = HostCalls(context), list(self.slots.values())
         for found, slot in zip(proved, taking, strict=True):
-            slot.has_proved_layout, slot.doubt, slot.calls = found.is_proved, doubts.get(slot.name, ""), calls
+            slot.has_proved_layout, slot.doubt, slot.calls = (
+                found.is_proved,
+                doubts.get(slot.name, ""),
+                self._calls,
+            )
             slot.unread = silent.get(slot.name, "")
         # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
@@ -156,8 +160,8 @@ class SlottedModel(nn.Module):
         self._reading: list[RemovableHandle] = []
         if context is not None:
             self._reading = [
-                read.register_forward_pre_hook(CallBegins(calls, taking), with_kwargs=True),
-                read.register_forward_hook(CallEnds(calls, taking), always_call=True),
+                read.register_forward_pre_hook(CallBegins(self._calls, taking), with_kwargs=True),
+                read.register_forward_hook(CallEnds(self._calls, taking), always_call=True),
             ]
         self.training = host.training
         self._hang_together()
@@ -168,16 +172,21 @@ class SlottedModel(nn.Module):
         """Compute the host, its features passing through the slots.
 
         Raises:
-            HostError: If the module of a slot that holds a seed is gone from the host.
+            HostError: If the module of a slot that holds a seed is gone from the host, or is called more than once.
         """
         # A graph must hold neither locks nor walks over modules; in one, commands and saves look after the slots.
         if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
-            return self.host(*args, **kwargs)
+            self._calls.begin_forward()
+            output = self.host(*args, **kwargs)
+            self._calls.end_forward()
+            return output
         self._turns.enter()
         try:
             self.follow_modules()
+            self._calls.begin_forward()
             return self.host(*args, **kwargs)
         finally:
+            self._calls.end_forward()
             self._turns.leave()
 
     def __getattr__(self, name: str) -> Any:

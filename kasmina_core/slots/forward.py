@@ -138,11 +138,20 @@ class Slot(nn.Module):
 
         Raises:
             SeedShapeError: If the seed returns another shape.
-            HostError: If the features are a nested tensor, or the seed mixes positions and it is not known what they
-                mean.
+            HostError: If the features are a nested tensor, have other axes than when the slot was attached, or come more
+                than once in a forward; or if the seed mixes positions and it is not known what they mean.
         """
         if self.mode == _PASS:
             return features
+        if features.dim() != len(self.shape):
+            axes = ", ".join(self.point.axes)
+            raise HostError(
+                f"Slot '{self.name}' is given features of another kind than when it was attached.\n"
+                f"  attached: ({axes}), width {self.point.dim}\n"
+                f"  given:    shape {tuple(features.shape)}\n"
+                "Name a submodule whose output always has these axes, or call the host with inputs of one kind."
+            )
+        self.calls.note_firing(self.name)
         if self.turn is None:
             return self._compute(features)
         there, back = self.turn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -276,6 +277,47 @@ def test_the_probe_leaves_buffers_modes_and_random_numbers_of_the_host() -> None
     assert model.training
     assert host.training
     assert not attach_images(Counting().eval(), ["conv"]).training
+
+
+class Remembering(nn.Module):
+    """Keeps what it saw in attributes of many kinds, which it changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.seen: list[Any] = [0]
+        self.by_name = {"calls": [0], "last": (None, {"sizes"})}
+        self.recent, self.counted = deque([1, 2], maxlen=2), Counter(a=1)
+        self.state = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if not hasattr(self, "late"):
+            self.late = nn.Identity()
+        self.seen.append(y)
+        self.by_name["calls"][0] += 1
+        self.by_name["last"][1].add(len(x))
+        self.by_name["new"] = y
+        self.recent.append(len(x))
+        self.counted.update("ab")
+        self.state.add_(1)
+        return y
+
+    def memory(self) -> list[Any]:
+        return [self.seen, self.by_name, self.recent, self.counted, self.state]
+
+
+def test_what_a_host_changes_in_place_while_it_is_probed_is_put_back() -> None:
+    host = Remembering()
+    before, held = copy.deepcopy(host.memory()[:-1]), host.memory()
+    attach_images(host, ["conv"])
+    assert host.memory()[:-1] == before
+    assert all(a is b for a, b in zip(host.memory(), held, strict=True))
+    assert not bool(host.state.any())
+    assert [name for name, _ in host.named_children()] == ["conv"]
+    host(images())
+    assert len(host.seen) == 2
+    assert host.counted == Counter(a=2, b=1)
 
 
 # -- what stays of the host ----------------------------------------------------------------------------------------

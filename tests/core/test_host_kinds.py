@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -320,3 +322,68 @@ def test_an_encoder_that_nests_padded_input_is_refused_with_the_option_that_stop
     with pytest.raises(HostError, match="enable_nested_tensor=False"):
         attach(nn.TransformerEncoder(layer, 2), "layers.0", inputs)
     attach(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "layers.0", inputs)
+
+
+# -- what changes after slots were attached ------------------------------------------------------------------------
+
+
+class Changing(nn.Module):
+    """Calls its block once, several times, or on features without positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(DIM, DIM), blocks()
+
+    def forward(self, x: Tensor, times: int = 1, pooled: bool = False) -> Tensor:
+        x = self.first(x)
+        for _ in range(times):
+            x = self.block(x.mean(1) if pooled else x)
+        return x
+
+
+def changing() -> MorphogeneticModel:
+    model = attach(Changing(), "block")
+    model(example(), times=2)  # an empty slot does not mind
+    model.germinate("block", "scale")
+    model.step_epoch()
+    assert model.slots["block"].stage is SeedStage.TRAINING
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch itself
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_that_is_called_more_often_than_in_the_example_is_an_error_at_that_forward(
+    compiled: bool,
+) -> None:
+    model = changing()
+    torch.compiler.reset()
+    run: Any = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    for _ in range(2):
+        run(example())
+    with pytest.raises(Exception if compiled else HostError, match="'block' is called more than once"):
+        run(example(), times=2)
+    run(example())
+    model.eval()(example(), times=2)  # a seed in TRAINING does not compute there
+    model.cull("block")
+    model.train()(example(), times=2)
+
+
+def test_features_of_another_kind_than_in_the_example_are_an_error_at_that_forward() -> None:
+    model = changing()
+    with pytest.raises(
+        HostError, match=r"attached: \(b, t, d\), width 4\n  given:    shape \(2, 4\)\nName a submodule"
+    ):
+        model(example(), pooled=True)
+    model(example())
+
+
+def test_two_threads_may_run_a_model_at_once() -> None:
+    model, meeting = changing(), Barrier(2, timeout=60)
+
+    def meet(module: nn.Module, args: Any) -> None:
+        meeting.wait()
+
+    model.host.block.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(model, [example()] * 2))
+    assert torch.equal(*outputs)
