@@ -469,7 +469,7 @@ def read(evidence: Evidence, usable: Collection[int], line: Callable[[Topology, 
         batch = _batch_by_size(evidence)
 
     def readings() -> str:
-        lines = []
+        lines: dict[str, Topology] = {}
         for b in (0, 1) if batch is None else (batch,):
             for width in evidence.widths(b) or [k for k in range(len(shape)) if k != b]:
                 topology, layout = _named(known, len(shape), b, width)
@@ -477,8 +477,14 @@ def read(evidence: Evidence, usable: Collection[int], line: Callable[[Topology, 
                     demand_statement(evidence, topology, layout, usable, line)
                 except HostError:
                     continue
-                lines.append(line(topology, layout, width))
-        return "".join(f"\n    If this is right, state it: {text}" for text in dict.fromkeys(lines))
+                if batch is not None or evidence.width != b:  # a module says that this axis is the width
+                    lines[line(topology, layout, width)] = topology
+        if not lines:
+            return "\n    Name a module whose features keep each sample on an entry of one axis."
+        return "".join(
+            f"\n    If {_condition(evidence, batch, topology)}, state it: {text}"
+            for text, topology in lines.items()
+        )
 
     if batch is None:
         raise HostError(
@@ -494,6 +500,21 @@ def read(evidence: Evidence, usable: Collection[int], line: Callable[[Topology, 
         )
     topology, layout = _named(known, len(shape), batch, widths[0])
     return Reading(topology, layout, len(found) == 1 or is_said)
+
+
+def _condition(evidence: Evidence, batch: int | None, topology: Topology) -> str:
+    """Return what a statement of a topology means where the batch is not proved."""
+    if batch is None and topology is Topology.VECTOR:
+        return "a seed may treat each row by itself, as a node or a position"
+    first = evidence.cuts.get(0)
+    if (
+        batch is None
+        and first is not None
+        and not first.own
+        and any(rows > 1 for rows in first.rows.values())
+    ):
+        return "a seed may take each row for a sample, as a frame or a window"
+    return "this is right"
 
 
 def _named(known: Sequence[Topology], ndim: int, batch: int, width: int) -> tuple[Topology, str]:
@@ -538,10 +559,7 @@ def _why_no_batch(evidence: Evidence) -> str:
         return "with another number of samples they have another number of axes."
     for axis, rows in first.rows.items():
         if rows > 1:
-            return (
-                f"axis {axis} holds {rows} rows for each sample. A seed would take each row for a sample, or, along "
-                "an axis of positions, let one sample change another's features."
-            )
+            return f"axis {axis} holds {rows} rows for each sample. A seed would take each row for a sample."
     for number, seen in ((0, first), (1, second)):
         if seen is not None and seen.own and seen.apart[seen.own[0]] is False:
             return (

@@ -120,10 +120,10 @@ def demand_plain(output: Any, path: str) -> None:
 
 
 def what_it_holds(output: Any, path: str) -> str:
-    """Return the lines of a message that list the paths of floating-point tensors in an output."""
-    found = list(tensors_in(output, split_path(path)[0]))
+    """Return the lines of a message that list the paths of floating-point tensors in an output that may be features."""
+    found = [(place, t) for place, t in tensors_in(output, split_path(path)[0]) if t.dim() > 1]
     if not found:
-        return "it holds no floating-point tensor; name a submodule that returns the features"
+        return "it holds no floating-point tensor with a batch and a width; name a submodule that returns the features"
     width = max(len(place) for place, _ in found) + 2
     lines = [f"      {place!r:<{width}}  {tuple(t.shape)}, {t.dtype}" for place, t in found[:12]]
     lines += [f"      and {len(found) - 12} more"] if len(found) > 12 else []

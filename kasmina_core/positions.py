@@ -39,8 +39,9 @@ _METADATA: Final = "kasmina_host_call"
 class SeedContext:
     """What a seed that mixes positions must know of the features ``(b, t, d)`` that it is given.
 
-    ``t`` is `Topology.sequence_axis`, whatever other axes there are. With a cache the features are those of the ``t`` new positions, and ``past`` positions came before: ``real`` and
-    ``documents`` are of all ``past + t``.
+    In another topology ``t`` is the size of the axis `Topology.sequence_axis`; where that is not 1, give it to `visible` and
+    `with_past` as ``dim``. With a cache the features are those of the ``t`` new positions, and ``past`` positions came
+    before: ``real`` and ``documents`` are of all ``past + t``.
 
     Attributes:
         real: Which positions are no padding, ``(b, past + t)``, bool; ``None`` if all are real.
@@ -67,9 +68,9 @@ class SeedContext:
         A position of padding may look at itself too, so that no row of a softmax is empty.
 
         Args:
-            features: The new positions, ``(b, t, d)``.
+            features: The new positions, ``(b, t, d)`` or with ``t`` on another axis.
             causal: Whether the seed is causal.
-            dim: Their axis of positions.
+            dim: The axis of ``features`` that holds the positions: ``sequence_axis`` of the seed's topology.
 
         Returns:
             Bool ``(b or 1, 1, t, past + t)``, True where it may; ``None`` if nothing but ``causal`` limits it.
@@ -91,8 +92,8 @@ class SeedContext:
 
         Args:
             name: What it is, such as ``"keys"``; a name of the seed's own.
-            new: Of the ``t`` new positions.
-            dim: Its axis of positions.
+            new: Of the ``t`` new positions, of any shape.
+            dim: The axis of ``new`` that holds the positions: 2 for keys ``(b, heads, t, d)``.
 
         Returns:
             Of all ``past + t`` positions; ``new`` itself without a cache.

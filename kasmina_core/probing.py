@@ -471,11 +471,18 @@ def _the_features(path: str, outputs: list[Any]) -> Tensor:
             f"fires {len(outputs)} times; a point must fire once per forward pass. If layers share it, give each its own, "
             "or name a module around it that is called once"
         )
-    output = features_in(outputs[0], path)
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        kind = outputs[0].dtype if isinstance(outputs[0], Tensor) else type(outputs[0]).__name__
-        raise HostError(f"returns {kind}, not floating-point features; {what_it_holds(outputs[0], path)}")
-    return output
+    output, keys = features_in(outputs[0], path), keys_in(outputs[0], path)
+    is_float = isinstance(output, Tensor) and output.is_floating_point()
+    if not is_float or (keys and output.dim() < 2):
+        kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        where = f" at ':{':'.join(keys)}' of its {type(outputs[0]).__name__}" if keys else ""
+        lacks = (
+            f"whose shape {tuple(output.shape)} has no batch and width"
+            if is_float
+            else "not floating-point features"
+        )
+        raise HostError(f"returns {kind}{where}, {lacks}; {what_it_holds(outputs[0], path)}")
+    return output  # type: ignore[no-any-return]  # a tensor, see above
 
 
 def _prove(

@@ -14,6 +14,7 @@ from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.quiet import generator_states, kept_buffers, private_rng
 from kasmina_core.slots.owner import Trial
+from kasmina_core.topology import Topology
 
 
 def try_seed(
@@ -47,7 +48,7 @@ def try_seed(
     trial.takes_causal = spec.takes_causal
     findings["blueprint known"] = (True, "")
     fits = spec.topology is point.topology
-    findings["topology"] = (fits, f"blueprint: {spec.topology.value}, slot: {point.topology.value}")
+    findings["topology"] = (fits, "" if fits else _other_topology(registry, spec.topology, point.topology))
     try:
         refusal = spec.refusal(point.dim)
     except Exception as error:
@@ -95,6 +96,15 @@ def try_seed(
     )
     trial.seed = seed
     return trial
+
+
+def _other_topology(registry: BlueprintRegistry, own: Topology, here: Topology) -> str:
+    known = [entry.id for entry in registry.list_for_topology(here)]
+    more = ", …" if len(known) > 8 else ""
+    offered = (
+        f"for {here.value} there are {', '.join(known[:8])}{more}" if known else f"none is for {here.value}"
+    )
+    return f"blueprint: {own.value}, slot: {here.value}; {offered}"
 
 
 def size_unbuilt(

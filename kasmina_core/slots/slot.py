@@ -289,7 +289,7 @@ class SeedSlot(Slot):
             self.cull("asked to")
             return _plain_result("culled", True, state)
         if state.is_paused:
-            return _plain_result("not paused", False, state, "the seed is paused; resume it first")
+            return _plain_result("not paused", False, state, self._why_paused())
         if is_failure_stage(state.stage):
             waited, needed = self._cooldown(state)
             check = GateCheck(
@@ -306,6 +306,18 @@ class SeedSlot(Slot):
             if goal is SeedStage.SHADOWING and "G4" in state.unasked:
                 self._transition(SeedStage.PROBATIONARY)
         return result
+
+    def _why_paused(self) -> str:
+        """Return why a paused seed stands still, and the way out."""
+        state = self._require_seed("ask")
+        ways = f"resume it, model.slots[{self.name!r}].resume(), or cull it, model.cull({self.name!r})"
+        if not state.is_stopped:
+            return f"the seed is paused; {ways}"
+        deviation, limit = state.metrics.deviation or math.nan, self.config.max_incubation_deviation
+        return (
+            f"the seed was stopped: it went {deviation:.3g} from the host, and max_incubation_deviation is {limit:g}; {ways}. "
+            "A smaller learning rate for it, or a larger bound, keeps it from being stopped again"
+        )
 
     def check_gate(self, gate: GateLevel | int) -> GateResult:
         """Ask a gate without moving. Within an epoch the answer is cached: nothing is evaluated twice.

@@ -179,7 +179,8 @@ def test_a_module_that_is_given_an_output_may_use_it_again_unchanged() -> None:
 def test_an_output_without_features_is_refused(output: Any) -> None:
     host = Host(lambda x: output)
     with pytest.raises(
-        HostError, match=r"returns (Output|type), not floating-point|has features of shape \(\)"
+        HostError,
+        match=r"returns (Output|type), not floating-point|at ':loss' of its Output, whose shape \(\) has no batch",
     ):
         MorphogeneticModel(host, ["layer"], example=torch.zeros(1, 2, DIM))
 
@@ -335,12 +336,25 @@ def test_the_output_of_the_host_itself_can_hold_a_slot() -> None:
     assert model.state_dict().keys() > Host(lambda x: x).state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (lambda x: 0.5, "float at ':0' of its tuple, not"),
+        (torch.mean, r"whose shape \(\) has no batch and width"),
+    ],
+)
+def test_a_number_before_the_features_is_named_with_the_line_to_write(first: Any, words: str) -> None:
+    host = Host(lambda x: (first(x), x))
+    with pytest.raises(HostError, match=rf"{words}.*\n *'layer:1'  .*\n *Say which: slots=\[\"layer:1\"\]"):
+        MorphogeneticModel(host, ["layer"], example=torch.zeros(2, 3, DIM))
+
+
 def test_a_missing_index_lists_what_there_is_with_the_line_to_write() -> None:
     host = Host(lambda x: (x.long(), [x, {"k": x[0]}]))
     with pytest.raises(HostError) as caught:
         MorphogeneticModel(host, ["layer"], example=torch.zeros(2, 3, DIM))
     assert str(caught.value).splitlines()[1:] == [
-        "  'layer': returns tuple, not floating-point features; it holds floating-point tensors at",
+        "  'layer': returns torch.int64 at ':0' of its tuple, not floating-point features; it holds floating-point tensors at",
         "      'layer:1:0'    (2, 3, 4), torch.float32",
         "      'layer:1:1:k'  (3, 4), torch.float32",
         '    Say which: slots=["layer:1:0"]',

@@ -395,7 +395,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], object, list[str]]] = [
         normal(2, 3, 8, 8),
         [
             "axis 0 holds 4 rows for each sample",
-            'If this is right, state it: InjectionPoint("body", "body", 8, Topology("transformer"))',
+            "If a seed may take each row for a sample, as a frame or a window, state it: InjectionPoint",
         ],
     ),
     (
@@ -456,6 +456,36 @@ def test_what_is_not_proved_is_refused_with_the_reason(
         MorphogeneticModel(make(), ["body"], example=example)
     for text in words:
         assert text in str(caught.value)
+
+
+def test_of_nodes_of_a_graph_the_one_statement_that_can_be_right_is_shown() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+            return self.body(edges @ self.first(nodes).relu())
+
+    torch.manual_seed(0)
+    example = (torch.randn(6, WIDTH), torch.softmax(torch.randn(6, 6), -1))
+    with pytest.raises(HostError) as caught:
+        MorphogeneticModel(Graph(), ["body"], example=example)
+    (line,) = [line for line in str(caught.value).splitlines() if "state it: " in line]
+    assert line.strip() == (
+        "If a seed may treat each row by itself, as a node or a position, state it: "
+        'InjectionPoint("body", "body", 8, Topology("vector"))'
+    )
+    point = InjectionPoint("body", "body", WIDTH, Topology.VECTOR)
+    assert MorphogeneticModel(Graph(), [point], example=example).slots["body"].shape == (6, WIDTH)
+
+
+def test_samples_that_mix_in_a_row_of_positions_are_not_to_be_stated() -> None:
+    with pytest.raises(
+        HostError, match="Name a module whose features keep each sample on an entry of one axis"
+    ) as e:
+        MorphogeneticModel(Packed(), ["body"], example=torch.randn(3, 5, WIDTH))
+    assert "state it" not in str(e.value)
 
 
 def stated(dim: int, topology: Topology, layout: str | None = None) -> InjectionPoint:

@@ -109,7 +109,7 @@ REFUSALS = {
     "poison": ("finite output", "finite output failed: 0"),
     "unbuildable": ("builds", r"its factory raised ZeroDivisionError\('no such luck'\)"),
     "picky": ("width", "4 is not a multiple of 8"),
-    "per-token": ("topology", "blueprint: transformer, slot: cnn"),
+    "per-token": ("topology", "blueprint: transformer, slot: cnn; for cnn there are mine:narrow, "),
 }
 
 
@@ -715,7 +715,9 @@ def test_a_paused_seed_stands_still(stage, incubation):
     )
     assert not any(torch.equal(a, b) for a, b in zip(host, model.host_parameters(), strict=True))
     assert not model.advance_stage(FIRST)
-    assert model.advance_stage(FIRST).reason.endswith("the seed is paused; resume it first")
+    assert model.advance_stage(FIRST).reason.endswith(
+        f"the seed is paused; resume it, model.slots['{FIRST}'].resume(), or cull it, model.cull('{FIRST}')"
+    )
     slot.resume()
     assert frozen is slot.seed.weight
     assert frozen.requires_grad

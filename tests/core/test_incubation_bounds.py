@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -140,6 +141,11 @@ def test_a_seed_that_went_too_far_is_stopped_with_one_event(incubation, size, li
     assert all(torch.equal(a, b) or size != size for a, b in zip(before, slot.seed_parameters(), strict=True))
     assert slot.step_epoch() is None
     assert len(recorder.stops()) == 1
+    assert re.search(
+        rf"was stopped: it went \S+ from the host, and max_incubation_deviation is {limit:g}; resume it, "
+        r"model\.slots\['norm'\]\.resume\(\), or cull it, model\.cull\('norm'\)",
+        slot.advance_stage().reason,
+    )
 
 
 def test_a_run_can_be_stopped_within_an_epoch():
