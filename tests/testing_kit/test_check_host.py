@@ -133,7 +133,11 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
         ["slots_take_features"],
         "changes no output",
     ),
-    "calls a slot twice": (lambda: tiny.OwnHooks("calls twice"), ["slots_take_features"], "called 2 times"),
+    "calls a slot twice": (
+        lambda: tiny.OwnHooks("calls twice"),
+        ["training_output"],
+        "'early' is called more than once",
+    ),
     "never calls a slot": (
         lambda: tiny.OwnHooks("nothing"),
         ["slots_take_features", "deepcopy_with_seeds"],
