@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kasmina_core.causality import changed_at
+from kasmina_core.causality import changed_at, said_of
 from kasmina_core.checks.reports import CheckStatus
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.testing.comparing import features_at, mapped, path_of, tensors_in
@@ -50,7 +50,7 @@ def check_causality(trial: Trial) -> None:
 def _causal_axis(trial: Trial, item: str | InjectionPoint, shape: tuple[int, ...]) -> int | None:
     """Return the axis of the host's features along which a point is said to be causal; ``None`` if it is not."""
     if isinstance(item, str):
-        return 1 if trial.causal and len(shape) == Topology.TRANSFORMER.ndim else None
+        return 1 if said_of(item, trial.causal) and len(shape) == Topology.TRANSFORMER.ndim else None
     axis = item.topology.causal_axis
     return item.axes.index(item.topology.axes[axis]) if item.causal and axis is not None else None
 

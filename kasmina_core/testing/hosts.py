@@ -42,7 +42,7 @@ def check_host(
     example: object = None,
     *,
     slots: Iterable[str | InjectionPoint] | None = None,
-    causal: bool = False,
+    causal: bool | Mapping[str, bool] | None = None,
     options: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
 ) -> HostReport:
@@ -63,7 +63,7 @@ def check_host(
       trains still gets a gradient.
     - ``slots_take_features``: each slot is called once, and the host goes on with what it returns.
     - ``deepcopy_with_seeds``: a copy of a grown model uses the copy's slots.
-    - ``causal_claim``, where a point is declared causal: changing inputs at later positions changes no feature at
+    - ``causal_claim``, where a point is declared or said to be causal: changing inputs at later positions changes no feature at
       earlier ones. Of several inputs with positions one is enough, since a decoder may look at all of an encoder's.
 
     Args:
@@ -72,7 +72,8 @@ def check_host(
         example: Inputs for one forward: a tensor, a tuple of arguments or a mapping of keywords. Default: the host's
             ``example_inputs()``.
         slots: As for `MorphogeneticModel`; ``None`` for all points that the host declares.
-        causal: Whether points given by path lie in a causal host.
+        causal: Whether points given by path are causal, for all of them or by tower, as for `MorphogeneticModel`:
+            ``{"encoder": False, "decoder": True}``.
         options: Keyword arguments for the factory.
         device: Where to run; ``None`` leaves the host where it is.
 
@@ -122,7 +123,12 @@ class Trial:
             kind = type(given) if isinstance(given, nn.Module) else given
             self.name = getattr(kind, "__name__", type(given).__name__)
 
-    def look_alone(self, example: object, slots: Iterable[str | InjectionPoint] | None, causal: bool) -> None:
+    def look_alone(
+        self,
+        example: object,
+        slots: Iterable[str | InjectionPoint] | None,
+        causal: bool | Mapping[str, bool] | None,
+    ) -> None:
         """Run the checks of the bare host.
 
         Raises:

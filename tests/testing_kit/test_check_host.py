@@ -278,3 +278,20 @@ def test_a_signal_that_looks_ahead_is_found_in_each_layout(layout: str, ahead: b
     example = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
     report = check_host(CausalSignal(layout, ahead=ahead), slots=[point], example=example)
     assert [check.name for check in report.failures] == ["causal_claim"] * ahead
+
+
+@pytest.mark.parametrize(
+    ("causal", "failing"),
+    [
+        (None, []),
+        (False, []),
+        ({"head": False}, []),
+        ({"head": True}, ["causal_claim"]),
+        (True, ["causal_claim"]),
+    ],
+)
+def test_points_given_by_path_are_as_causal_as_is_said_of_their_tower(
+    causal: Any, failing: list[str]
+) -> None:
+    report = check_host(lambda: tiny.Words(looks_ahead=True), slots=["head"], causal=causal)
+    assert [check.name for check in report.failures] == failing, str(report)
