@@ -469,13 +469,16 @@ class PluginRegistry:
         device = self._device
         if device is None and not sys.modules["torch"].cuda.is_initialized():
             device = "cpu"  # even asking whether there is a CUDA device would spoil a later fork
+        failed: list[KasminaError] = []
         for _, spec in sorted(offer.blueprints.items()):
             report = check_blueprint_spec(spec, device=device, origin=record.origin, full=False)
             offer.reports[spec.name] = report
             try:
                 report.raise_if_failed()
             except KasminaError as error:
-                raise RefusalError(PackReason.CHECK_FAILED, str(error), error) from error
+                failed.append(error)
+        if failed:  # all of them: whoever writes the pack mends them at once
+            raise RefusalError(PackReason.CHECK_FAILED, "\n".join(map(str, failed)), failed[0]) from failed[0]
 
     def _commit(self, record: PackRecord, plugin: object, offer: Offer) -> None:
         """Register everything; whatever goes wrong, nothing of the pack is left behind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -236,6 +237,18 @@ def test_info_of_a_bad_pack_shows_the_cause_and_exits_with_1(site: Site) -> None
     assert "Traceback" not in asked.stderr
     as_json = kasmina("plugins", "info", "bad", "--json")
     assert (as_json.exit_code, json.loads(as_json.stdout)["state"]) == (1, "failed")
+
+
+def test_info_of_a_pack_with_several_bad_blueprints_shows_a_fault_of_each(site: Site) -> None:
+    two = SEEDS + (
+        "\n@hookimpl\ndef kasmina_blueprints():\n"
+        "    return [BlueprintSpec(name, Topology.CNN, Scale, lambda dim: 2 * dim) for name in ('one', 'two')]\n"
+    )
+    site.install("fake-two", "two = fake_two", fake_two=two)
+    done = kasmina("plugins", "info", "two")
+    assert done.exit_code == 1
+    for name in ("one", "two"):
+        assert re.search(f"Blueprint '{name}' .* does not have the size it declares", done.stdout)
 
 
 def test_info_shows_every_claim_to_a_name(site: Site) -> None:
