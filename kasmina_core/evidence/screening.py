@@ -50,17 +50,21 @@ def screen(
     with model.evaluation(), torch.enable_grad(), _frozen(model), ExitStack() as stack:
         weights = [stack.enter_context(_weighed(slot)) for slot in chosen]
         losses = samples.losses()
-    if not losses.requires_grad or losses.dim() != 1:
-        raise ValueError(
-            "First-order gains need one loss per sample, with its graph.\n"
-            f"  losses: shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}\n"
-            "The evaluator must not detach them, nor run under torch.no_grad()."
-        )
+        if not losses.requires_grad or losses.dim() != 1:
+            raise ValueError(
+                "First-order gains need one loss per sample, with its graph.\n"
+                f"  losses: shape {tuple(losses.shape)}, requires_grad={losses.requires_grad}\n"
+                "The evaluator must not detach them, nor run under torch.no_grad(), and the host must not use gradient "
+                "checkpointing with use_reentrant=True."
+            )
+        # Gradient checkpointing runs parts of the host again in the backward: it needs the modes of the forward, and
+        # makes further weights, which no gradient reaches.
+        inputs = [tuple(each) for each in weights]
+        reached = torch.autograd.grad(losses.sum(), [w for own in inputs for w in own], allow_unused=True)
     sign = 1.0 if samples.higher_is_better else -1.0
-    inputs = [weight for slot in weights for weight in slot]
-    found = iter(torch.autograd.grad(losses.sum(), inputs, allow_unused=True))
+    found = iter(reached)
     gains = {}
-    for slot, own in zip(chosen, weights, strict=True):
+    for slot, own in zip(chosen, inputs, strict=True):
         parts = [g if (g := next(found)) is not None else torch.zeros_like(w) for w in own]
         gradient = torch.cat(parts) if parts else losses.new_zeros(0)
         if gradient.shape != losses.shape:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numeric_helpers import (
     CNN_SLOTS,
+    cnn_host,
     cnn_model,
     gradients,
     grow_to,
@@ -18,7 +19,8 @@ from numeric_helpers import (
     scramble,
     snapshot,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kasmina_core import GateThresholds, MorphogeneticModel, PairedGain, QualityGates, SeedStage
 from kasmina_core.slots.forward import ForwardMode
@@ -157,6 +159,43 @@ def test_first_order_gains_are_the_slope_of_the_loss_as_each_seed_begins_to_blen
             assert gain.gain == pytest.approx(float(slope.mean()), rel=1e-3)
             assert gain.standard_error == pytest.approx(float(slope.std()) / math.sqrt(40), rel=1e-3)
             assert gain.samples == 40
+
+
+class Recomputed(nn.Module):
+    """A host that is computed again in the backward pass, slots included."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.body, self.reentrant = cnn_host(dropout=0.5), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+def recomputed(reentrant: bool) -> tuple[MorphogeneticModel, MorphogeneticModel]:
+    plain = grown(SeedStage.TRAINING, SeedStage.TRAINING, host=cnn_host(dropout=0.5))
+    model = cnn_model(Recomputed(reentrant), ("body.norm", "body.norm2"))
+    for mine, other in zip(model.slots, CNN_SLOTS, strict=False):
+        seed = grow_to(model, mine, SeedStage.TRAINING).seed
+        seed.load_state_dict(plain.slots[other].seed.state_dict())
+    return model, plain
+
+
+def test_first_order_gains_are_those_without_gradient_checkpointing() -> None:
+    model, plain = recomputed(reentrant=False)
+    before = snapshot(model)
+    found = model.screen(lambda: losses(model))
+    expected = plain.screen(lambda: losses(plain))
+    assert list(found.values()) == list(expected.values())
+    assert all(gain.gain != 0.0 for gain in found.values())
+    assert same_tensors(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_gradient_checkpointing_is_refused_by_the_screen() -> None:
+    model, _ = recomputed(reentrant=True)
+    with pytest.raises(ValueError, match="must not use gradient checkpointing with use_reentrant=True"):
+        model.screen(lambda: losses(model))
 
 
 def test_screening_leaves_no_trace() -> None:
