@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 EXAMPLE_SIZE: Final = 96  # Inception needs 75; a stride of 32 leaves 3x3
 SPACE_TO_DEPTH: Final = 16  # a first convolution of so many channels does not see the image itself
@@ -328,25 +328,32 @@ def _ignored(model: nn.Module, found: Sequence[InjectionPoint], example: object)
             if not several and not isinstance(output, Tensor):
                 return None
             features = output[0] if several else output
-            leaf = leaves[path] = torch.zeros_like(features, requires_grad=True)
+            # Gradient checkpointing calls the module again in the backward: its gradient is that of the same leaf.
+            leaf = leaves.setdefault(path, torch.zeros_like(features, requires_grad=True))
             return (features + leaf, *output[1:]) if several else features + leaf
 
         return add
 
     with ExitStack() as stack:
+        stack.enter_context(_quiet_evaluation(model))
+        stack.enter_context(torch.enable_grad())
         for point in found:
             handle = model.get_submodule(point.path).register_forward_hook(adding(point.path))
             stack.callback(handle.remove)
-        outputs = [t for t in tree_leaves(_run(model, example, grad=True)) if isinstance(t, Tensor)]
-    _run(
-        model, example
-    )  # A model may keep features of its last call, here with a graph: no copy of it could be made.
-    if not leaves or not outputs:
-        return []
-    read = [output.sum() for output in outputs if output.requires_grad]
-    of_each = list(leaves.values())
-    gradients = torch.autograd.grad(read, of_each, allow_unused=True) if read else [None] * len(leaves)
-    return [path for path, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+        outputs = [
+            t for t in tree_leaves(_called(model, tree_map(_with_graph, example))) if isinstance(t, Tensor)
+        ]
+        # Within the block: gradient checkpointing needs the hooks and modes of the forward.
+        torch.autograd.backward([output.sum() for output in outputs if output.requires_grad])  # type: ignore[no-untyped-call]  # torch
+    # A model may keep features of its last call, here with a graph: no copy of it could be made.
+    _run(model, example)
+    return [path for path, leaf in leaves.items() if leaf.grad is None] if outputs else []
+
+
+def _with_graph(value: object) -> object:
+    """Let features have a gradient from the input on: reentrant gradient checkpointing gives none to others."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_().clone() if is_float else value
 
 
 def _parts(model: nn.Module, example: object, ignored: Iterable[str]) -> list[InjectionPoint]:
@@ -410,13 +417,21 @@ def _fired(model: nn.Module, paths: Iterable[str], example: object) -> dict[str,
     return {path: fired[path] for path in dict.fromkeys([*order, *fired])}
 
 
-def _run(model: nn.Module, example: object, *, grad: bool = False) -> Any:
-    """Run a model in evaluation mode; modes and random numbers are afterwards as before.
-
-    With ``grad`` what hooks add has a gradient, and parameters have none: some models keep what they compute of them.
+def _run(model: nn.Module, example: object) -> Any:
+    """Run a model in evaluation mode without gradients; modes and random numbers are afterwards as before.
 
     Raises:
         HostError: If the model does not take the example.
+    """
+    with _quiet_evaluation(model), torch.no_grad():
+        return _called(model, example)
+
+
+@contextmanager
+def _quiet_evaluation(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode; modes and random numbers are afterwards as before.
+
+    Parameters have no gradient: some models keep what they compute of them.
     """
     modes = {module: module.training for module in model.modules()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -424,20 +439,25 @@ def _run(model: nn.Module, example: object, *, grad: bool = False) -> Any:
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(grad):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             model.eval()
-            return model(*example) if isinstance(example, tuple) else model(example)
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _called(model: nn.Module, example: object) -> Any:
+    try:
+        return model(*example) if isinstance(example, tuple) else model(example)
     except Exception as error:
         shape = f" of shape {tuple(example.shape)}" if isinstance(example, Tensor) else ""
         raise HostError(
             f"The points of {type(model).__name__} cannot be proved: it does not take an example{shape}: {error}\n"
             "Pass one that it takes: example=tensor."
         ) from error
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _noting(path: str, calls: list[Fired], order: list[str]) -> Callable[[nn.Module, Any, Any], None]:

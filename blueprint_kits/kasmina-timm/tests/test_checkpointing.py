@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from kasmina_core import HostError, SeedStage
 from kasmina_core.testing.comparing import difference
 from kasmina_core.testing.lives import bring_to, shake
-from timm_cases import CASES, Case
+from timm_cases import CASES, Case, timm
 
-from kasmina_timm import GrowingModel
+from kasmina_timm import GrowingModel, points
 
 NAMES = ["timm-resnet", "timm-convnext", "timm-efficientnet", "timm-vit"]
 STAGES = [SeedStage.DORMANT, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.FOSSILIZED]
@@ -22,6 +24,29 @@ def checkpointed(case: Case, stage: SeedStage) -> GrowingModel:
     bring_to(model, stage, case.slot, case.blueprint)
     shake(model)
     return model
+
+
+@pytest.fixture(params=[False, True], ids=["", "reentrant"])
+def checkpointing(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(request.param)
+    yield
+    timm.layers.set_reentrant_ckpt(before)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.usefixtures("checkpointing")
+@pytest.mark.parametrize("name", NAMES)
+def test_points_of_a_model_in_training_are_those_without_checkpointing_and_leave_no_trace(name: str) -> None:
+    case = CASES[name]
+    host = case.host().train()
+    host.set_grad_checkpointing()
+    before = {key: value.clone() for key, value in host.state_dict().items()}
+    found = points(host)
+    assert [point.name for point in found] == [point.name for point in points(case.host())]
+    assert not difference(host.state_dict(), before)
+    assert all(module.training for module in host.modules())
+    assert all(p.requires_grad and p.grad is None for p in host.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
