@@ -294,14 +294,19 @@ class Growth:
         elif target in (SeedStage.FOSSILIZED, SeedStage.CULLED):
             self.snapshots.pop(slot.name, None)
 
+    @property
+    def can_go_straight(self) -> bool:
+        """Whether there are metrics enough for G5 to judge a seed that is put in straight."""
+        asked = self._config.gates.thresholds.against_start is not StartComparison.NOT_ASKED
+        return not asked or len(self.metrics) >= LEAST_TREND
+
     def begin_straight(self, slot: SeedSlot) -> tuple[tuple[int, float], ...]:
         """Keep the host, before a seed is put in straight; return the metrics that foretell what it would become.
 
         Raises:
             GerminationError: If they are too few for G5.
         """
-        asked = self._config.gates.thresholds.against_start is not StartComparison.NOT_ASKED
-        if asked and len(self.metrics) < LEAST_TREND:
+        if not self.can_go_straight:
             raise GerminationError(
                 f"A seed that is put in straight is judged by the trend of its host, and slot '{slot.name}' comes too early.\n"
                 f"  epochs with a metric: {len(self.metrics)}\n  needed:               {LEAST_TREND}\n"

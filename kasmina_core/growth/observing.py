@@ -55,6 +55,7 @@ def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> 
         lost_epochs=growth.lost_epochs,
         flops=growth.flops,
         budget=growth.budget,
+        can_go_straight=growth.can_go_straight,
     )
 
 

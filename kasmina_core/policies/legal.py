@@ -25,7 +25,7 @@ ASKED = "asked to"
 
 
 def legal_commands(
-    observation: Observation, candidates: Candidates, *, alphas: Sequence[float] = ()
+    observation: Observation, candidates: Candidates, *, alphas: Sequence[float] = (), straight: bool = False
 ) -> tuple[Command, ...]:
     """Return the commands that a model would carry out now, in a fixed order: `Continue`, then slot by slot.
 
@@ -42,16 +42,22 @@ def legal_commands(
         observation: What `MorphogeneticModel.observe` returned.
         candidates: Blueprints by topology, or a function of a slot's observation.
         alphas: Blend weights in [0, 1] to list for `SetAlpha`.
+        straight: Whether to list each `Germinate` with ``straight=True`` too, where the host's trend is known.
     """
     blueprints = candidates_by_slot(candidates)
-    of_slots = [command for slot in observation.slots for command in _of_slot(slot, blueprints(slot), alphas)]
+    ways = (False, True) if straight and observation.can_go_straight else (False,)
+    of_slots = [
+        command for slot in observation.slots for command in _of_slot(slot, blueprints(slot), alphas, ways)
+    ]
     return (Continue(), *of_slots)
 
 
-def _of_slot(slot: SlotObservation, blueprints: Sequence[str], alphas: Sequence[float]) -> Iterator[Command]:
+def _of_slot(
+    slot: SlotObservation, blueprints: Sequence[str], alphas: Sequence[float], ways: Sequence[bool]
+) -> Iterator[Command]:
     name, is_living = slot.slot, slot.stage in LIVING
     if slot.stage is SeedStage.DORMANT:
-        yield from (Germinate(name, blueprint) for blueprint in blueprints)
+        yield from (Germinate(name, one, straight=way) for one in blueprints for way in ways)
         if slot.kept_seed:
             yield Regerminate(name)
     if (is_living or is_failure_stage(slot.stage)) and slot.can_advance is not False:

@@ -169,6 +169,7 @@ class Observation:
         lost_epochs: Epochs of the host's training that were given up by reverts so far.
         flops: Training FLOPs spent since the start of the run, as given to ``step_epoch``; ``None`` if not known.
         budget: Training FLOPs that the run may spend in all; ``None`` if not known, or unlimited.
+        can_go_straight: Whether enough epochs had a metric for a `Germinate` with ``straight=True``.
     """
 
     epoch: int
@@ -180,6 +181,7 @@ class Observation:
     lost_epochs: int = 0
     flops: float | None = None
     budget: float | None = None
+    can_go_straight: bool = True
 
     @property
     def flops_left(self) -> float | None:
