@@ -19,6 +19,7 @@ from kasmina_core.probing import ProbedPoint, call_with
 from kasmina_core.quiet import devices_of, kept_attributes, kept_buffers, private_rng, quiet_evaluation
 
 _MOST_INPUTS: Final = 6
+_MOST_STREAMS: Final = 8
 
 
 @final
@@ -77,6 +78,12 @@ def with_causality(
                         "    found:    a position of the host's output depends on no later position\n"
                         f"    Write: {_line(point, point.path in wanted)}"
                     )
+            if streams := trial.streams(point):
+                doubts[point.name] = (
+                    "a seed that mixes positions would show those of one stream the future of another\n"
+                    f"    found:    at '{point.path}' the positions of {streams} streams lie one behind the other\n"
+                    "    Use a seed that treats each position by itself, or name a module outside of the streams"
+                )
             found = replace(found, point=replace(point, causal=said))
         settled.append(found)
     return settled, doubts
@@ -177,6 +184,39 @@ class _Trial:
             return Causality(False, output_is_causal)
         return Causality(True if True in verdicts else None, output_is_causal)
 
+    def streams(self, point: InjectionPoint) -> int:
+        """Return how many streams of the input's positions lie one behind the other along the positions; 0 for none.
+
+        The last position of an input is changed. Where one position follows another, what moves then lies at the end.
+        """
+        number, axis = self._points.index(point), _axis(point)
+        run = self._run("plain", self._inputs)
+        plain = run[number] if run is not None else None
+        if axis is None or plain is None or plain.is_meta:
+            return 0
+        length = plain.shape[axis]
+        for index, tensor in enumerate(self._inputs):
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.dtype is torch.bool
+                or tensor.is_complex()
+                or tensor.dim() < 2
+            ):
+                continue
+            t = tensor.shape[1]
+            if t < 2 or length % t or not 2 <= length // t <= _MOST_STREAMS:
+                continue
+            inputs = [*self._inputs]
+            inputs[index] = changed_at(tensor, 1, t - 1, 1)
+            run = self._run((index, 1, t - 1), inputs)
+            after = run[number] if run is not None else None
+            if after is None or after.shape != plain.shape:
+                continue
+            moved = _moved(plain, after, axis)
+            if bool(moved[t - 1]) and not bool(moved[t - 1 :].all()):
+                return length // t
+        return 0
+
     def _changes(self, point: InjectionPoint, shape: tuple[int, ...], length: int) -> list[tuple[Any, int]]:
         """Return runs in which the values at one position, near the middle, are others."""
         position = length // 2
@@ -257,10 +297,15 @@ class _Trial:
         axis = _axis_in(plain, point, length)
         if axis is None:
             return None
-        a, b = (x.movedim(axis, 0).flatten(1).double() for x in (plain, after))
-        scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
-        moved = ~torch.isclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True).all(1)
+        moved = _moved(plain, after, axis)
         return bool(moved[:position].any()), bool(moved[position]), bool(moved[position + 1 :].any())
+
+
+def _moved(plain: Tensor, after: Tensor, axis: int) -> Tensor:
+    """Return which entries along an axis differ, bool."""
+    a, b = (x.movedim(axis, 0).flatten(1).double() for x in (plain, after))
+    scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
+    return ~torch.isclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True).all(1)
 
 
 def _verdict(looks: Iterable[tuple[bool, bool, bool] | None]) -> bool | None:

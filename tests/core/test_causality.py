@@ -128,6 +128,41 @@ def test_where_no_input_has_the_positions_the_first_features_tell() -> None:
     assert found == {"blocks.0": False, "blocks.1": False}
 
 
+class Streams(nn.Module):
+    """Puts what it predicts from one, and from two positions before, behind the positions, and mixes each by itself."""
+
+    def __init__(self, interleaved: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = (
+            nn.Embedding(VALUES, DIM),
+            Attention(causal=True),
+            nn.Linear(DIM, VALUES),
+        )
+        self.tail, self.interleaved = nn.Identity(), interleaved
+
+    def forward(self, ids: Tensor) -> Tensor:
+        b, t = ids.shape
+        streams = torch.stack(
+            [self.block(self.embed(ids) + k) for k in range(3)], 2 if self.interleaved else 1
+        )
+        return self.head(self.tail(streams.reshape(b, 3 * t, DIM))).view(b, -1, t, VALUES).mean(1)
+
+
+def test_streams_that_lie_one_behind_the_other_refuse_seeds_that_mix_positions() -> None:
+    model = MorphogeneticModel(
+        seeded(lambda: Streams(False)), ["tail"], example=ids(2, 5), causal=True, context=EveryPosition()
+    )
+    with pytest.raises(
+        GerminationError, match="at 'tail' the positions of 3 streams lie one behind the other"
+    ):
+        model.germinate("tail", "transformer:attention")
+    model.germinate("tail", "transformer:norm")
+    longer = MorphogeneticModel(
+        seeded(lambda: Streams(True)), ["tail"], example=ids(2, 5), causal=True, context=EveryPosition()
+    )
+    longer.germinate("tail", "transformer:attention")
+
+
 def test_signals_are_causal_if_their_convolutions_look_back_alone() -> None:
     class Padded(nn.Conv1d):
         def forward(self, x: Tensor) -> Tensor:
