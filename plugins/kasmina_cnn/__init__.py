@@ -59,6 +59,14 @@ def kasmina_blueprints() -> Iterable[BlueprintSpec]:
             source="https://arxiv.org/abs/1512.03385",
         ),
         BlueprintSpec(
+            "conv_enhance",
+            Topology.CNN,
+            "kasmina_cnn.blueprints.conv:ConvLightSeed",
+            sizes.conv_light_params,
+            "conv_light under a former name; conv_heavy is its larger size",
+            source="https://arxiv.org/abs/1603.05027",
+        ),
+        BlueprintSpec(
             "conv_heavy",
             Topology.CNN,
             "kasmina_cnn.blueprints.conv:ConvHeavySeed",

@@ -95,6 +95,7 @@ def test_bundled_ids_are_these() -> None:
         "cnn:attention",
         "cnn:block",
         "cnn:bottleneck",
+        "cnn:conv_enhance",
         "cnn:conv_heavy",
         "cnn:conv_light",
         "cnn:depthwise",
