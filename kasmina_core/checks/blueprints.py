@@ -141,7 +141,8 @@ class _Examination:
                 if check_on_device(self.bench, built, torch.device(name), self.full)
             ]
             if self.runnable:
-                check_samples(self.bench, built, self.runnable[0])
+                forms = {made.causal: made for made in reversed(built)}  # of each form the first width
+                check_samples(self.bench, built if self.full else [*forms.values()], self.runnable[0])
             for name, why in self.absent.items():
                 names = device_check_names(self.spec.topology, self.full)
                 self.bench.none_ran(names, why, device=name, needed=_kind(name) in self.asked)

@@ -106,13 +106,18 @@ def check_on_device(bench: Bench, built: Sequence[Built], device: torch.device, 
     """Run the modules on ``device``; return whether anything ran there."""
     tally = Tally(_WORDS)
     problem = "no module was built"
-    for made in built:
+    for number, made in enumerate(built):
         try:
             module = made.module.to(device)
         except (Exception, SystemExit) as error:
             problem = f"a module could not be moved to {device}: {error!r}"
             continue
-        for shape, training in example_shapes(bench.spec.topology, made.width):
+        examples = example_shapes(bench.spec.topology, made.width)
+        if (
+            number and not full
+        ):  # the first width runs on every shape, each other one on a shape in training mode
+            examples = [examples[number % (len(examples) - 1)]]
+        for shape, training in examples:
             module.train(training)
             where = f"{made.where}, input {shape}" + ("" if training else ", eval mode")
             try:
