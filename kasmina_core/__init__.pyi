@@ -129,6 +129,8 @@ from .policies.budget import blueprint_costs as blueprint_costs
 from .policies.growing import GrowingPolicy as GrowingPolicy
 from .policies.growing import SeedCare as SeedCare
 from .policies.legal import legal_commands as legal_commands
+from .policies.plan import PlanPolicy as PlanPolicy
+from .policies.plan import blueprint_sizes as blueprint_sizes
 from .policies.plateau import FixedTimesPolicy as FixedTimesPolicy
 from .policies.plateau import PlateauPolicy as PlateauPolicy
 from .policies.protocol import Advance as Advance

@@ -66,7 +66,8 @@ def restore_counters(model: MorphogeneticModel, data: Any) -> None:
             slot.germinations = germinations.get(name, slot.germinations)
 
 
-Counters = tuple[int, int, int, float | None, tuple[tuple[int, float], ...], Journal]
+Counters = dict[str, Any]
+"""Values of attributes of `Growth`, by name."""
 
 _COUNTERS: Final = {
     "epoch": Count,
@@ -74,7 +75,12 @@ _COUNTERS: Final = {
     "lost_epochs": Count,
     "last_metric": float | None,
     "metrics": tuple[tuple[int, float], ...],
+    "steps": Count,
+    "journal": Journal,
 }
+_EARLIER: Final[Mapping[str, Any]] = {"metrics": [], "steps": 0, "journal": Journal().to_dict()}
+"""What stands for counters that earlier versions did not write."""
+
 _RECORD: Final = "The saved record of growth"
 
 
@@ -85,37 +91,27 @@ def _counters(model: MorphogeneticModel) -> dict[str, Any]:
         "lost_epochs": model.lost_epochs,
         "last_metric": model.growth.last_metric,
         "metrics": [list(noted) for noted in model.growth.metrics],
+        "steps": model.growth.steps,
         "journal": model.growth.journal.to_dict(),
     }
 
 
 def _checked_counters(data: Any) -> Counters:
-    saved = {"metrics": (), **(data if isinstance(data, Mapping) else {})}  # earlier versions had none
-    epoch, *others = (read(hint, saved.get(name), _RECORD, name) for name, hint in _COUNTERS.items())
-    # Earlier versions kept none.
-    journal = read(Journal | None, saved.get("journal"), _RECORD, "journal") or Journal()
-    return epoch, *others, journal
+    saved = {**_EARLIER, **(data if isinstance(data, Mapping) else {})}
+    counters = {name: read(hint, saved.get(name), _RECORD, name) for name, hint in _COUNTERS.items()}
+    counters["sequence"] = counters.pop("events")
+    return counters
 
 
 def set_counters(model: MorphogeneticModel, counters: Counters) -> None:
-    """Set epochs, events, lost epochs, metrics and the journal."""
-    growth = model.growth
-    growth.epoch, growth.sequence, growth.lost_epochs, growth.last_metric, growth.metrics, growth.journal = (
-        counters
-    )
+    """Set epochs, events, lost epochs, metrics, steps and the journal."""
+    vars(model.growth).update(counters)
 
 
 def present_counters(model: MorphogeneticModel) -> Counters:
     """Return what `set_counters` sets."""
-    growth = model.growth
-    return (
-        growth.epoch,
-        growth.sequence,
-        growth.lost_epochs,
-        growth.last_metric,
-        growth.metrics,
-        growth.journal,
-    )
+    names = {*_COUNTERS, "sequence"} - {"events"}
+    return {name: getattr(model.growth, name) for name in names}
 
 
 def slot_data(slot: SeedSlot) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--policy",
     default="plateau",
     show_default=True,
-    help="plateau, fixed-times, budget, bandit, tournament, none, or one from a pack.",
+    help="plateau, fixed-times, plan, budget, bandit, tournament, none, or one from a pack.",
 )
 @options.many(
     "--policy-option",

@@ -365,6 +365,7 @@ def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: Ru
         settings.policy_options,
         registry=plugins.blueprints,
         seed=derived_seed(settings.seed, "policy"),
+        epochs=settings.epochs,
     )
 
 

@@ -70,6 +70,7 @@ class Growth:
         lost_epochs: Epochs of the host that reverts gave up.
         outcomes: See `MorphogeneticModel.outcomes`.
         sequence: Events so far.
+        steps: Optimiser steps: calls of `MorphogeneticModel.step`.
         last_metric: Metric of the last epoch.
         flops: Training FLOPs spent, as last given.
         budget: Training FLOPs that the run may spend, as last given.
@@ -95,7 +96,7 @@ class Growth:
     ) -> None:
         self._model = held_weakly(model)
         self._config = config
-        self.epoch = self.lost_epochs = self.sequence = 0
+        self.epoch = self.lost_epochs = self.sequence = self.steps = 0
         self.last_metric: float | None = None
         self.flops: float | None = None
         self.budget: float | None = None
@@ -122,6 +123,7 @@ class Growth:
                 "epoch",
                 "lost_epochs",
                 "sequence",
+                "steps",
                 "last_metric",
                 "metrics",
                 "flops",

@@ -195,6 +195,7 @@ class MorphogeneticModel(SlottedModel):
         growth = self.growth
         growth.untracked.look(self, growth.tied_optimizers)
         growth.agreement.gradients(is_step=True)
+        growth.steps += 1
         if growth.misuse.awaits_step:
             growth.misuse.note_step(self)
         for slot in self.slots.values():

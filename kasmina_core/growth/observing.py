@@ -54,6 +54,7 @@ def observe(model: MorphogeneticModel, growth: Growth, config: GrowthConfig) -> 
         slots=tuple(_observe_slot(growth, slot, _size(added)) for slot, added in slots),
         lost_epochs=growth.lost_epochs,
         flops=growth.flops,
+        steps=growth.steps,
         budget=growth.budget,
         can_go_straight=growth.can_go_straight,
     )
@@ -137,6 +138,7 @@ def _observe_slot(growth: Growth, slot: SeedSlot, parameters: int) -> SlotObserv
         gate_passed=gate.passed if gate is not None else None,
         gate_reason=gate.reason if gate is not None else "",
         cull_reason=state.cull_reason,
+        gate_verdict=gate.verdict.value if gate is not None else "",
         gate_score=gate.score if gate is not None else None,
         can_advance=slot.can_advance,
         unasked=state.unasked,

@@ -13,6 +13,7 @@ from kasmina_core.errors import KasminaError, did_you_mean
 from kasmina_core.policies.bandit import BanditPolicy
 from kasmina_core.policies.budget import BudgetPolicy, blueprint_costs
 from kasmina_core.policies.growing import Candidates
+from kasmina_core.policies.plan import PlanPolicy, blueprint_sizes
 from kasmina_core.policies.plateau import FixedTimesPolicy, PlateauPolicy
 from kasmina_core.policies.protocol import NoGrowthPolicy, Policy
 from kasmina_core.policies.tournament import TournamentPolicy
@@ -25,6 +26,7 @@ BUNDLED: Final[Mapping[str, Callable[..., Policy]]] = MappingProxyType(
         "plateau": PlateauPolicy,
         "fixed-times": FixedTimesPolicy,
         "budget": BudgetPolicy,
+        "plan": PlanPolicy,
         "bandit": BanditPolicy,
         "tournament": TournamentPolicy,
         "none": NoGrowthPolicy,
@@ -46,6 +48,15 @@ _KINDS: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = MappingProxyTyp
             "a list of whole numbers, such as [3,8]",
             lambda value: isinstance(value, (list, tuple)) and all(_is_a(Integral, one) for one in value),
         ),
+        "Sequence[float]": (
+            "a list of numbers, such as [0.1,0.4]",
+            lambda value: isinstance(value, (list, tuple)) and all(_is_a(Real, one) for one in value),
+        ),
+        "Mapping[str, Any]": (
+            'a mapping, such as {"copies":2}',
+            lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+        ),
+        "str": ("text", lambda value: isinstance(value, str)),
     }
 )
 """What annotations of options ask for, and whether a value is it; other annotations are the policy's own affair."""
@@ -63,6 +74,7 @@ def build_policy(
     *,
     registry: BlueprintRegistry | None = None,
     seed: int = 0,
+    epochs: int | None = None,
 ) -> Policy:
     """Build a policy from its name's factory, candidates and options.
 
@@ -73,6 +85,8 @@ def build_policy(
         options: Keywords: plain data.
         registry: What a budget counts costs with.
         seed: What a bandit draws with.
+        epochs: Epochs of the run, if they are known: a plan's shares are of them. Without options a plan has two waves,
+            at .1 and .4 of them.
 
     Raises:
         PolicyOptionError: If it does not take an option, or refuses its value.
@@ -83,6 +97,13 @@ def build_policy(
         given = {"blueprints": blueprints, **options}
     if factory is BudgetPolicy and registry is not None:
         given.setdefault("costs", blueprint_costs(registry, count_operations="flops" in options))
+    if factory is PlanPolicy:
+        if registry is not None:
+            given.setdefault("sizes", blueprint_sizes(registry))
+        if not given.keys() & {"at", "shares", "needs"}:
+            given["shares"] = [0.1, 0.4]
+        if given.get("unit", "epochs") == "epochs" and epochs is not None:
+            given.setdefault("budget", epochs)
     if factory is BanditPolicy:
         given.setdefault("seed", seed)
     parameters = inspect.signature(factory).parameters

@@ -122,6 +122,7 @@ class SlotObservation:
         gain_t: ``gain`` over its standard error.
         gate_passed: Result of this epoch's gate.
         gate_reason: Its reason.
+        gate_verdict: Value of its `GateResult.verdict`: passed, waiting or failed; empty if no gate was asked.
         gate_score: Its `GateResult.score`.
         can_advance: Whether `Advance` would move the seed, or its cooldown, now; ``None`` where only a measurement on
             held-out samples, which nobody asked for in this epoch, could tell.
@@ -155,6 +156,7 @@ class SlotObservation:
     gate_score: float | None = None
     can_advance: bool | None = None
     unasked: tuple[str, ...] = ()
+    gate_verdict: str = ""
 
 
 @final
@@ -167,6 +169,7 @@ class Observation:
         metric: Validation metric of the whole model at this epoch.
         higher_is_better: Whether it grows with quality.
         lost_epochs: Epochs of the host's training that were given up by reverts so far.
+        steps: Optimiser steps: calls of `MorphogeneticModel.step`.
         flops: Training FLOPs spent since the start of the run, as given to ``step_epoch``; ``None`` if not known.
         budget: Training FLOPs that the run may spend in all; ``None`` if not known, or unlimited.
         can_go_straight: Whether enough epochs had a metric for a `Germinate` with ``straight=True``.
@@ -179,6 +182,7 @@ class Observation:
     seed_parameters: int
     slots: tuple[SlotObservation, ...]
     lost_epochs: int = 0
+    steps: int = 0
     flops: float | None = None
     budget: float | None = None
     can_go_straight: bool = True

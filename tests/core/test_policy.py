@@ -418,6 +418,7 @@ def test_an_observation_tells_what_the_model_knows():
         parameters=8,
         shape=(2, 4, 5, 5),
         gate_score=1.0,
+        gate_verdict="passed",
         can_advance=True,
     )
     assert (observation.flops, observation.budget, observation.flops_left) == (None, None, None)
