@@ -6,8 +6,9 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any, Final, Self, TypeVar, cast, final
 from weakref import WeakKeyDictionary
@@ -39,8 +40,16 @@ from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 
 SLOTS_KEY: Final = "kasmina_slots"
 
+BEHIND: Final = "__"
+"""Between the name of a point and the number of a slot at it, from 2 on: ``block2``, ``block2__2``, ``block2__3``."""
+
 
 _Slot = TypeVar("_Slot", bound=SeedSlot, covariant=True)
+
+
+def name_behind(chain: Sequence[SeedSlot]) -> str:
+    """Return the name of the slot that would be opened behind the slots at a point."""
+    return f"{chain[0].name}{BEHIND}{len(chain) + 1}"
 
 
 @final
@@ -57,7 +66,7 @@ class SlotMap(Mapping[str, _Slot]):
             )
         if (slot := self._slots.get(name)) is not None:
             return slot
-        by_path = {slot.point.path: slot for slot in self._slots.values()}
+        by_path = {slot.point.path: slot for slot in [*self._slots.values()][::-1]}  # the first at a point
         if name in by_path:
             return by_path[name]
         is_path = any(sign in name for sign in ".:")
@@ -157,6 +166,7 @@ class SlottedModel(nn.Module):
             for slot in attached:
                 self._detach(slot)
             raise
+        self._taking = taking
         self._reading: list[RemovableHandle] = []
         if context is not None:
             self._reading = [
@@ -232,7 +242,7 @@ class SlottedModel(nn.Module):
 
     @property
     def slots(self) -> SlotMap[SeedSlot]:
-        """The slots by name, in the order in which they were asked for."""
+        """The slots by name, in the order in which they were asked for; those behind others follow these."""
         return SlotMap(cast("Mapping[str, SeedSlot]", getattr(self, SLOTS_KEY)._modules))
 
     def host_parameters(self) -> list[nn.Parameter]:
@@ -280,6 +290,77 @@ class SlottedModel(nn.Module):
     def is_evaluating(self) -> bool:
         """Whether the calling thread is inside of `evaluation`: in an evaluator, or a closure of ``incubate``."""
         return self._turns.is_alone
+
+    # -- slots behind slots ------------------------------------------------------------------------------------------
+
+    def chains(self) -> list[list[SeedSlot]]:
+        """Return for each point its slots, in the order in which features pass them."""
+        slots = list(self.slots.values())
+        behind = {id(one) for slot in slots for one in slot.behind}
+        chains = [[slot] for slot in slots if id(slot) not in behind]
+        for chain in chains:
+            while chain[-1].behind:
+                chain.append(cast("SeedSlot", chain[-1].behind[0]))
+        return chains
+
+    def chain_of(self, slot: SeedSlot) -> list[SeedSlot]:
+        """Return the slots at the point of a slot, in the order in which features pass them."""
+        return next(chain for chain in self.chains() if any(one is slot for one in chain))
+
+    def open_behind(self, slot: SeedSlot) -> SeedSlot:
+        """Open a slot behind the last one at a slot's point. No hook is new: the last one calls it.
+
+        Raises:
+            HostError: If a slot elsewhere has its name.
+        """
+        chain = self.chain_of(slot)
+        last, name = chain[-1], name_behind(chain)
+        if name in self.slots:
+            raise HostError(
+                f"A slot behind '{last.name}' would be called '{name}', and a slot elsewhere has this name.\n"
+                "Give that point another one: InjectionPoint(name, path, ...)."
+            )
+        new = last.another(replace(last.point, name=name))
+        new.calls, new.doubt, new.has_proved_layout = last.calls, last.doubt, last.has_proved_layout
+        new.owned_by = last.owned_by
+        last.behind = (new.train(last.training),)
+        last.refresh_mode()
+        self._hold([one for chain in self.chains() for one in chain])
+        return new
+
+    def close_behind(self, slot: SeedSlot) -> None:
+        """Take away the slots behind a slot, with the seeds in them."""
+        chain = self.chain_of(slot)
+        gone = chain[chain.index(slot) + 1 :]
+        for one in gone:
+            one.clear()
+        for one in (slot, *gone):
+            one.behind = ()
+        slot.refresh_mode()
+        self._hold([one for one in self.slots.values() if one not in gone])
+
+    def nest(self, has_behind: Callable[[str], bool]) -> None:
+        """Open and close slots until there is one behind each slot of whose name ``has_behind`` says so."""
+        for first, *_ in self.chains():
+            last = first
+            while has_behind(last.name):
+                last = cast("SeedSlot", last.behind[0]) if last.behind else self.open_behind(last)
+            if last.behind:
+                self.close_behind(last)
+
+    def kept_slots(self) -> Callable[[], None]:
+        """Return what makes the set of slots what it is now; what the slots hold is somebody else's."""
+        held = list(self.slots.values())
+        return lambda: self._hold(held)
+
+    def _hold(self, slots: list[SeedSlot]) -> None:
+        # In place: hooks, compiled graphs and callers know the containers.
+        held = cast("dict[str, nn.Module | None]", getattr(self, SLOTS_KEY)._modules)
+        held.clear()
+        held.update((slot.name, slot) for slot in slots)
+        self._taking[:] = slots
+        for slot in slots:
+            _MODEL_OF[slot] = weakref.ref(self)
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -364,7 +445,7 @@ class SlottedModel(nn.Module):
     def _detach(self, slot: SeedSlot) -> None:
         if (handle := self._handles.pop(slot.name, None)) is not None:
             handle.remove()
-        elif isinstance(self.host, HostProtocol):
+        elif isinstance(self.host, HostProtocol) and slot is self.chain_of(slot)[0]:
             self.host.unregister_slot(slot.name)
 
     def _hang_together(self) -> None:
@@ -408,10 +489,10 @@ class SlottedModel(nn.Module):
         if not assign:
             return super().load_state_dict(without_wrapper(state_dict), strict)
         self._leave_meta(state_dict)
-        before = [(slot, self._dtype_beside(slot)) for slot in self.slots.values()]
+        before = {slot.point.path: self._dtype_beside(slot) for slot in self.slots.values()}
         result = super().load_state_dict(without_wrapper(state_dict), strict, assign)
-        for slot, dtype in before:
-            own = slot.alpha_buffer.dtype
+        for slot in self.slots.values():
+            own, dtype = slot.alpha_buffer.dtype, before[slot.point.path]
             # Assigned parameters may have another dtype. A slot follows those beside it, unless it differed from them.
             slot.alpha_buffer = torch.full_like(
                 slot.alpha_buffer, slot.alpha, dtype=self._dtype_beside(slot) if own == dtype else own

@@ -48,8 +48,8 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
 
     Each module behind which a seed was fossilised is replaced by one that calls it and then the seed: an
     ``nn.Sequential``, or where its output is a tuple or a dataclass, a ``torch.fx.GraphModule``. So a module at path
-    ``p`` moves to ``p.0`` (or ``p.body``) and its seed to ``p.1`` (or ``p.seed``); the replacement has its plain
-    attributes. Slots and their hooks are gone. ``torch.export.export`` takes the result. Its weights need only torch;
+    ``p`` moves to ``p.0`` (or ``p.body``) and its seed to ``p.1`` (or ``p.seed``), further ones to ``p.2`` and so on;
+    the replacement has its plain attributes. Slots and their hooks are gone. ``torch.export.export`` takes the result. Its weights need only torch;
     to unpickle the module itself, the classes of host and seeds must be importable, from kasmina or your own package.
     Seeds that mix positions go on to be told what they mean, by the model's reader and hooks on the copy and the seeds.
 
@@ -96,8 +96,10 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
     take_slots_off(host)
     if left := [path for path, module in host.named_modules() if isinstance(module, SeedSlot)]:
         raise ExportError(f"{type(host).__name__} keeps its slots after unregister_slot: {', '.join(left)}.")
+    made: dict[str, nn.Module] = {}
     for slot in sorted(fossils, key=lambda one: -one.point.path.count(".")):
-        host = _inline(host, slot, seeds[slot.name], joints[slot.name])
+        host = _inline(host, slot, seeds[slot.name], joints[slot.name], made.get(slot.point.path))
+        made[slot.point.path] = submodule(host, slot.point.path)
     mixing = {cast("nn.Module", seeds[slot.name]): slot.point for slot in fossils if slot.takes_context}
     if mixing:
         follow_calls(host, cast("ContextReader", reader), mixing)
@@ -151,12 +153,18 @@ def _watch(
         return joints, call_with(model, example)
 
 
-def _inline(host: nn.Module, slot: SeedSlot, seed: nn.Module | None, joint: _Joint) -> nn.Module:
+def _inline(
+    host: nn.Module, slot: SeedSlot, seed: nn.Module | None, joint: _Joint, before: nn.Module | None
+) -> nn.Module:
+    """Join a fossil to its module, or to what ``before`` made of it and the fossils before it at the same point."""
     body = submodule(host, slot.point.path)
     assert seed is not None and joint.features is not None and joint.seed is not None  # noqa: PT018
     features, grown = joint.features, joint.seed
     is_plain = isinstance(joint.output, Tensor) and (joint.args, joint.keywords) == (1, ())
     is_alike = grown.dtype == features.dtype and grown.stride() == features.stride() and slot.turn is None
+    if is_plain and is_alike and isinstance(before, nn.Sequential):
+        before.append(seed)
+        return host
     joined = nn.Sequential(body, seed) if is_plain and is_alike else _graph(body, seed, joint, slot)
     joined.training = body.training
     missing = [name for name in vars(body) if not name.startswith("_") and name not in vars(joined)]

@@ -181,7 +181,8 @@ def rebuilding(
     """Check what has grown, and yield the slots' records for the one call of ``load_state_dict`` in the block.
 
     A seed with more values than ``room`` returns for its slot is refused before it is built; one that does not fit when
-    it is built makes the load fail. The counters are set when the block ends well.
+    it is built makes the load fail. The counters are set when the block ends well. Slots behind others are opened at once;
+    the caller undoes it if the block fails.
     """
     slots, counters = _checked(model, data)
     records: OrderedDict[str, Any] = OrderedDict()
@@ -212,8 +213,10 @@ def _checked(model: MorphogeneticModel, data: Mapping[str, Any]) -> tuple[dict[s
     data = upgraded("growth", data, _RECORD)
     counters = _checked_counters(data)
     slots = saved_slots(data, _RECORD)
-    for name, saved in slots.items():
-        record = SlotRecord.for_slot(saved["record"], name)
+    records = {name: SlotRecord.for_slot(saved["record"], name) for name, saved in slots.items()}
+    model.nest(lambda name: name in records and records[name].slot_behind)
+    for name, record in records.items():
+        saved = slots[name]
         if record.state is None and not record.germinations and name not in model.slots:
             continue  # an empty slot that was never used may be left out
         if name not in model.slots:

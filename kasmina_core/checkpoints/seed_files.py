@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,9 @@ from kasmina_core.growth.agreement import no_inference_mode
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, from_json, to_json
 from kasmina_core.growth.slot import SeedSlot
+from kasmina_core.lifecycle import SeedStage
 from kasmina_core.probing import lookup
+from kasmina_core.slotted import name_behind
 
 _KEY: Final = "kasmina_seeds"
 
@@ -74,7 +76,7 @@ def graft_seeds(
 ) -> list[str]:
     """Put saved seeds into dormant slots of a model; they go on in the stage they were saved in.
 
-    A fossil is part of the model at once. What gates had measured of a seed that is none is measured anew. Optimisers
+    A fossil is part of the model at once; a seed that was in a slot behind it brings that slot along. What gates had measured of a seed that is none is measured anew. Optimisers
     that are tied get the new parameters; other seeds, and their optimiser state, are not touched.
 
     Args:
@@ -95,15 +97,17 @@ def graft_seeds(
     """
     saved, tensors = _read(Path(file))
     pairs = onto if onto is not None else {name: name for name in saved}
-    plans = []
-    for source, place in pairs.items():
-        data, slot = lookup(source, saved, "saved seed"), model.slots[place]
-        plans.append((slot, data, _record(slot, source, data)))
-    if len({slot.name for slot, *_ in plans}) < len(plans):
-        raise CheckpointError(f"Two seeds cannot be grafted onto one slot: {dict(pairs)}.")
     others: list[str] = []
     grafted: list[SeedSlot] = []
     with model.growth.undone_on_error():
+        plans: list[tuple[SeedSlot, Any, dict[str, Any]]] = []
+        for source, place in pairs.items():
+            data = lookup(source, saved, "saved seed")
+            _open_behind_fossils(model, place, [slot for slot, _, record in plans if _is_fossil(record)])
+            slot = model.slots[place]
+            plans.append((slot, data, _record(slot, source, data)))
+        if len({slot.name for slot, *_ in plans}) < len(plans):
+            raise CheckpointError(f"Two seeds cannot be grafted onto one slot: {dict(pairs)}.")
         try:
             for (slot, data, record), source in zip(plans, pairs, strict=True):
                 start = f"{source}."
@@ -116,6 +120,7 @@ def graft_seeds(
                     slot.seed.load_state_dict(own)
             for text in others:
                 warnings.warn(text, OtherBlueprintVersion, stacklevel=2)
+            model.growth.offer_slots()
         except BaseException as error:
             for slot in grafted:
                 if slot.seed is not None:
@@ -124,6 +129,17 @@ def graft_seeds(
                 raise CheckpointError(f"The saved seeds cannot be grafted: {error}") from error
             raise
     return [slot.name for slot in grafted]
+
+
+def _open_behind_fossils(model: MorphogeneticModel, name: str, coming: Sequence[SeedSlot]) -> None:
+    """Open the slot of a name if it would be behind a fossil, or behind one that is about to be grafted."""
+    for chain in model.chains() if name not in model.slots else ():
+        if name == name_behind(chain) and (chain[-1].stage is SeedStage.FOSSILIZED or chain[-1] in coming):
+            model.open_behind(chain[-1])
+
+
+def _is_fossil(record: Mapping[str, Any]) -> bool:
+    return bool(record["state"].get("stage") == SeedStage.FOSSILIZED)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -161,6 +177,7 @@ def _record(slot: SeedSlot, source: str, data: Mapping[str, Any]) -> dict[str, A
         **record,
         "state": {**state, "slot": slot.name},
         "germinations": max(slot.germinations, count) if isinstance(count, int) else count,
+        "slot_behind": False,  # it is opened if a seed is grafted there
         "gates": [],
         "evidence_is_fresh": False,
         "isolation_is_fresh": False,

@@ -41,6 +41,8 @@ class GrowthConfig:
         higher_is_better: Whether the metric given to ``step_epoch`` grows with quality.
         gradient_policies: Gradient policy of each topology; for one that is left out, the topology's own
             (``Topology.detach_input_in_blending``).
+        nested_slots: How many further slots open at each point, one behind the other, each when the seed before it has
+            become a fossil; see `MorphogeneticModel.open_slot`. 0 for none.
         gates: The quality gates; `GateThresholds` stand for gates that have them.
         pack_gate_checks: Whether the gate checks of packs (``kasmina_gate_checks``) join the gates: those of the packs that
             the model's registry holds. They may refuse a transition, never allow one.
@@ -70,6 +72,7 @@ class GrowthConfig:
     )
     gates: QualityGates = field(default_factory=QualityGates)
     pack_gate_checks: bool = True
+    nested_slots: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class GrowthConfig:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
         if self.incubate_every < 1:
             raise ValueError(f"incubate_every must be at least 1, not {self.incubate_every!r}.")
-        for name in ("embargo_epochs", "isolation_every"):
+        for name in ("embargo_epochs", "isolation_every", "nested_slots"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")
         if odd := [key for key in self.gradient_policies if not isinstance(key, Topology)]:

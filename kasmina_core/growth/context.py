@@ -155,10 +155,11 @@ class Growth:
             yield self._before
             return
         model = self._model()
-        self._before = ModelBefore(model.host, model.slots.values())
+        self._before, put_back_slots = ModelBefore(model.host, model.slots.values()), model.kept_slots()
         try:
             yield self._before
         except BaseException:
+            put_back_slots()
             self._before.put_back()
             raise
         else:
@@ -175,7 +176,7 @@ class Growth:
         if self._unsent is not None:
             yield
             return
-        before = EpochBefore(self._model().slots.values())
+        before, put_back_slots = EpochBefore(self._model().slots.values()), self._model().kept_slots()
         counters = ("epoch", "sequence", "last_metric", "metrics", "flops", "budget")
         kept = {name: getattr(self, name) for name in counters}
         snapshots = dict(self.snapshots)
@@ -184,6 +185,7 @@ class Growth:
         try:
             yield
         except BaseException:
+            put_back_slots()
             before.put_back()
             vars(self).update(kept, snapshots=snapshots)
             self.examiner.forget_screens()
@@ -329,6 +331,19 @@ class Growth:
             self.lost_epochs,
             self.snapshots.values(),
         )
+
+    def fossilized(self, slot: SeedSlot) -> None:
+        """Offer a slot behind a new fossil, if there may be one."""
+        model = self._model()
+        chain = model.chain_of(slot)
+        if chain[-1] is slot and len(chain) <= self._config.nested_slots:
+            model.open_behind(slot)
+
+    def offer_slots(self) -> None:
+        """Offer slots behind fossils that were loaded, as `fossilized` does."""
+        for *_, last in self._model().chains():
+            if last.stage is SeedStage.FOSSILIZED:
+                self.fossilized(last)
 
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
         """Make a new seed the same in every process, before anybody holds its parameters."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
+from kasmina_core.errors import CheckpointError, TransitionError
 from kasmina_core.evidence.attribution import Attribution
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
@@ -20,13 +21,14 @@ from kasmina_core.growth.arguments import event_target, one_number
 from kasmina_core.growth.closing import GrowthVerdict, closing_verdict
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
+from kasmina_core.growth.plain_data import from_bytes
 from kasmina_core.growth.slot import SeedSlot, SeedTelemetry
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
 from kasmina_core.positions import ContextReader
 from kasmina_core.probing import ProbedPoint
-from kasmina_core.slotted import SlotMap, SlottedModel
+from kasmina_core.slotted import SLOTS_KEY, SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ class MorphogeneticModel(SlottedModel):
         super().__init__(host, slots, make_slot, example=example, causal=causal, context=context)
         # Not `config`: trainers take a model's `config` for that of a transformers model.
         self.growth_config = config
+        self.register_load_state_dict_pre_hook(_nest_as_saved)  # type: ignore[no-untyped-call]  # torch
+        self.register_load_state_dict_post_hook(_offer_slots)  # type: ignore[no-untyped-call]  # torch
         self._grow_with(Growth(self, config, samples, telemetry))
 
     def _grow_with(self, growth: Growth) -> None:
@@ -148,6 +152,36 @@ class MorphogeneticModel(SlottedModel):
         state = self.slots[slot].germinate(blueprint, seed_id, straight=straight, **options)
         self.follow_modules()
         return state
+
+    @verb
+    def open_slot(self, slot: str) -> SeedSlot:
+        """Open a further slot at a point whose seeds are all fossils: behind the last one, for growth that goes on.
+
+        It is called after its point and has a number: ``block2__2`` behind ``block2``, then ``block2__3``. It is a slot as
+        any other: seeds in it see the host with the fossils before it. Checkpoints, ``state_dict`` and copies hold it, so
+        a load opens it again. ``GrowthConfig(nested_slots=n)`` opens up to ``n`` at each point by itself, each when the
+        seed before it becomes a fossil.
+
+        Args:
+            slot: Name of any slot at the point.
+
+        Returns:
+            The new slot.
+
+        Raises:
+            TransitionError: If the last slot at the point holds no fossil.
+            HostError: If a slot elsewhere has the name.
+        """
+        self.demand_slots()
+        last = self.chain_of(self.slots[slot])[-1]
+        with self.growth.command(last, f"open_slot({slot!r})"):
+            if last.stage is not SeedStage.FOSSILIZED:
+                raise TransitionError(
+                    f"No slot can be opened behind '{last.name}', which is {last.stage.name}: the seed there must be a "
+                    "fossil, since what is behind it learns from its output.\n"
+                    f"Germinate in '{last.name}', or advance its seed, first."
+                )
+            return cast("SeedSlot", self.open_behind(last))
 
     @verb
     def advance_stage(self, slot: str, target: SeedStage | None = None) -> GateResult:
@@ -483,7 +517,7 @@ class MorphogeneticModel(SlottedModel):
                 result = super().load_state_dict(state_dict, strict, assign)
             finally:
                 growth.listeners = listeners
-            before.call(listeners)
+            before.call(listeners, self.slots.values())
         growth.misuse.awaits_memory = any(slot.seed is not None for slot in self.slots.values())
         return result
 
@@ -496,3 +530,22 @@ class MorphogeneticModel(SlottedModel):
         growth = Growth(self, self.growth_config)
         vars(growth).update(copied)
         self._grow_with(growth)
+
+
+def _nest_as_saved(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_others: object) -> None:
+    """Open and close slots behind fossils, as the records say; a damaged one is reported by its slot."""
+
+    def has_behind(name: str) -> bool:
+        record = state_dict.get(f"{prefix}{SLOTS_KEY}.{name}._extra_state")
+        if isinstance(record, Tensor):
+            try:
+                record = from_bytes(record, f"The saved state of slot '{name}'")
+            except CheckpointError:
+                return False
+        return isinstance(record, Mapping) and record.get("slot_behind") is True
+
+    cast("MorphogeneticModel", model).nest(has_behind)
+
+
+def _offer_slots(model: nn.Module, _keys: object) -> None:
+    cast("MorphogeneticModel", model).growth.offer_slots()

@@ -45,6 +45,7 @@ class SlotRecord(Record):
         causal: Whether the slot's point is causal; ``None`` in records that do not say it.
         steps: Optimiser steps in which the seed was active.
         trend: Of a seed that was put in straight, epochs that the host had learned and the metric then.
+        slot_behind: Whether a slot is open behind this one, at the same point.
         gradient_norms: Number, sum and maximum of the gradient norms noted in this epoch.
         incubations: Calls of `MorphogeneticModel.incubate` since the seed began to learn.
         deviation: Largest deviation from the host in TRAINING since it was last read; -1 for none.
@@ -73,6 +74,7 @@ class SlotRecord(Record):
     causal: Annotated[bool | None, Mark.LATER] = None
     steps: Annotated[Count, Mark.LATER] = 0
     trend: Annotated[tuple[tuple[int, float], ...], Mark.LATER] = ()
+    slot_behind: Annotated[bool, Mark.LATER] = False
 
     @classmethod
     def of(cls, slot: SeedSlot) -> SlotRecord:
@@ -101,6 +103,7 @@ class SlotRecord(Record):
             causal=slot.point.causal,
             steps=notes.steps,
             trend=notes.trend,
+            slot_behind=bool(slot.behind),
         )
 
     @property
@@ -150,6 +153,8 @@ class SlotRecord(Record):
                 f"{what} has another version.\n  saved:    {version!r:.200}\n  readable: {FORMAT_VERSION}"
             )
         record = cls.from_dict(data, what)
+        if record.slot_behind and (record.state is None or record.state.stage is not SeedStage.FOSSILIZED):
+            raise CheckpointError(f"{what} has a slot behind it, which only a fossil can have.")
         if (state := record.state) is not None:
             if state.stage in (SeedStage.UNKNOWN, SeedStage.DORMANT):
                 raise CheckpointError(f"{what} holds a seed that is {state.stage.name}; no seed can be.")

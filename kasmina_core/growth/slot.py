@@ -231,6 +231,12 @@ class SeedSlot(core.SeedSlot):
             point, shape, config, seeds, ConfiguredGates(config, seeds), dtype=dtype, device=device
         )
 
+    def another(self, point: InjectionPoint) -> SeedSlot:
+        """Return an empty slot like this one, at a point with the same features."""
+        slot = SeedSlot(point, self.shape, self.config, dtype=self.alpha_buffer.dtype, device=self.device)
+        slot.maker, slot.judge = self.maker, self.judge
+        return slot
+
     @property
     def last_evidence(self) -> SeedEvidence | None:
         """The seed's evidence as last measured, or ``None``."""

@@ -43,12 +43,18 @@ class ModelBefore:
         self._places = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
         self._called: list[Callable[[], None]] = []
 
-    def call(self, listeners: Sequence[SeedParameterListener]) -> None:
-        """Call listeners with the parameters that went and came since; `put_back` takes it back."""
-        for slot, _, modules, *_ in self._slots:
-            if slot.seed is modules.get("seed"):
+    def call(self, listeners: Sequence[SeedParameterListener], slots: Iterable[SeedSlot]) -> None:
+        """Call listeners with the parameters that went and came since; `put_back` takes it back.
+
+        Args:
+            listeners: Whom to call.
+            slots: The slots that there are.
+        """
+        seeds = {slot: modules.get("seed") for slot, _, modules, *_ in self._slots}
+        for slot in dict.fromkeys((*seeds, *slots)):
+            before = seeds.get(slot)
+            if slot.seed is before:
                 continue
-            before = modules.get("seed")
             gone = list(before.parameters()) if before is not None else []
             come = slot.seed_parameters()
             for listener in listeners:

@@ -29,10 +29,11 @@ class ForwardMode(IntEnum):
     SEED = 4
     REPLACE = 5
     MEASURE = 6
+    THROUGH = 7
 
 
 # Plain ints: a compiled graph guards on a constant, and an Enum member costs a lookup per call.
-_PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE = map(int, ForwardMode)
+_PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE, _THROUGH = map(int, ForwardMode)
 
 
 class Slot(nn.Module):
@@ -52,7 +53,10 @@ class Slot(nn.Module):
         seed: The seed's module, or ``None``.
         takes_context: Whether the seed mixes positions and so is given a `SeedContext` with its features.
         calls: The calls of the host, which say what positions mean.
-        mode: The present `ForwardMode`, as an int.
+        mode: The present `ForwardMode`, as an int. THROUGH stands for PASS where there is a slot behind: a hook need not
+            call a slot whose mode is PASS.
+        behind: The slot behind this one at the same point, or none: it is given what this one returns. Not a child of
+            this one, but of the model.
         has_proved_layout: Whether the layout of the point was proved or stated.
         turn: Orders for ``permute``, from the host's layout to the topology's and back; ``None`` if they are the same.
         deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
@@ -86,6 +90,7 @@ class Slot(nn.Module):
         self.takes_context = False
         self.calls = HostCalls()
         self.mode: int = _PASS
+        self.behind: tuple[Slot, ...] = ()
         self._override: int | None = None
         self.has_proved_layout = True
         self.turn: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -143,6 +148,19 @@ class Slot(nn.Module):
         """
         if self.mode == _PASS:
             return features
+        output = features if self.mode == _THROUGH else self._turned(features)
+        for slot in self.behind:
+            if slot.is_called:
+                output = slot(output)
+        return output
+
+    @property
+    def is_called(self) -> bool:
+        """Whether a call does anything: the slot computes, or somebody listens to it."""
+        return self.mode != _PASS or bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def _turned(self, features: Tensor) -> Tensor:
+        """Compute the present mode on features in the layout of the point."""
         if features.dim() != len(self.shape):
             axes = ", ".join(self.point.axes)
             raise HostError(
@@ -253,7 +271,8 @@ class Slot(nn.Module):
 
     def refresh_mode(self) -> None:
         """Assign ``mode`` anew: the forced one if there is a seed, else the natural one."""
-        self.mode = int(self.natural_mode) if self._override is None or self.seed is None else self._override
+        mode = int(self.natural_mode) if self._override is None or self.seed is None else self._override
+        self.mode = _THROUGH if mode == _PASS and self.behind else mode
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; the natural mode may depend on it."""

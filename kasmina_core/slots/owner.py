@@ -156,6 +156,10 @@ class SlotOwner(Protocol):
         """Called before a stage change; may raise to prevent it."""
         return None
 
+    def fossilized(self, slot: SeedSlot) -> None:
+        """Called when the seed has become a part of the model."""
+        return None
+
     def seed_made(self, slot: SeedSlot, seed: nn.Module, blueprint_id: str) -> None:
         """Called before anybody holds the parameters of a new seed; may replace them, or raise to prevent it."""
         return None

@@ -572,6 +572,7 @@ class SeedSlot(Slot):
                 gain=self._last_gain,
                 total_improvement=state.metrics.total_improvement,
             )
+            self.owner.fossilized(self)
         if target is SeedStage.DORMANT:
             self.state = None
 
@@ -701,6 +702,11 @@ class SeedSlot(Slot):
         checks = tuple(check.to_dict() for check in result.checks)
         said = {"passed": result.passed, "verdict": result.verdict.value, "reason": result.reason}
         self._emit(GateEvaluated, gate=gate, checks=checks, **said)
+
+    def another(self, point: InjectionPoint) -> SeedSlot:
+        """Return an empty slot like this one, at a point with the same features; `MorphogeneticModel.open_slot` hangs it."""
+        dtype, device = self.alpha_buffer.dtype, self.device
+        return SeedSlot(point, self.shape, self.config, self.maker, self.judge, dtype=dtype, device=device)
 
     def clear(self) -> None:
         """Remove the seed without a trace: no event, no cooldown. For a load that begins anew or fails."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, final
 
 import torch
@@ -61,6 +61,8 @@ class GrowingAveragedModel(AveragedModel):
         self.register_buffer(
             "seed_updates", torch.zeros(len(_slots(model)), dtype=torch.long, device=self.n_averaged.device)
         )
+        self.register_load_state_dict_pre_hook(_take_length)  # type: ignore[no-untyped-call]  # torch
+        self.register_load_state_dict_post_hook(_demand_length)  # type: ignore[no-untyped-call]  # torch
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -108,6 +110,7 @@ class GrowingAveragedModel(AveragedModel):
                 )
 
     def _follow(self, model: nn.Module) -> None:
+        self._nest(model)
         ours, theirs = _slots(self.module), _slots(model)
         if [slot.point for slot in ours] != [slot.point for slot in theirs]:
             raise HostError(
@@ -136,6 +139,34 @@ class GrowingAveragedModel(AveragedModel):
                 twin.options, twin.germinations = copy.deepcopy(slot.options), slot.germinations
                 twin.alpha_buffer.copy_(slot.alpha_buffer)
                 twin.refresh_mode()
+
+    def _nest(self, model: nn.Module) -> None:
+        """Open and close slots behind others as in the model; counts of updates stay with their slots."""
+        has_behind = {slot.name: bool(slot.behind) for slot in _slots(model)}
+        before = {slot: int(self.seed_updates[i]) for i, slot in enumerate(_slots(self.module))}
+        for part in self.module.modules():
+            if isinstance(part, MorphogeneticModel):
+                part.nest(lambda name: has_behind.get(name, False))
+        now = [before.get(slot, 0) for slot in _slots(self.module)]
+        if len(now) != len(before):
+            self.seed_updates = torch.tensor(now, dtype=torch.long, device=self.seed_updates.device)
+
+
+def _take_length(average: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_others: object) -> None:
+    """Make room for the counts of a saved average with other slots behind others, which the load opens."""
+    average, saved = cast("GrowingAveragedModel", average), state_dict.get(f"{prefix}seed_updates")
+    if isinstance(saved, Tensor) and saved.dim() == 1 and saved.dtype == torch.long:
+        average.seed_updates = average.seed_updates.new_zeros(len(saved))
+
+
+def _demand_length(average: nn.Module, _keys: object) -> None:
+    average = cast("GrowingAveragedModel", average)
+    if len(average.seed_updates) != (here := len(_slots(average.module))):
+        raise RuntimeError(
+            "The saved average is of a model with another number of slots.\n"
+            f"  saved: {len(average.seed_updates)}\n  here:  {here}\n"
+            "Make the model as it was, with the same GrowthConfig(nested_slots=...)."
+        )
 
 
 def pairs_by_position(average: object, model: MorphogeneticModel) -> bool:
