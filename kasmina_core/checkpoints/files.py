@@ -251,7 +251,12 @@ class NewFolder:
             _drop_second_name(self._previous / entry.name, self._target / entry.name)
         _remove(gone)
         if not self._keep_previous:
-            _remove(self._previous)
+            last = self._previous
+            if _foreign(last) == []:
+                # Killed while it is removed, half of it must not stay under a name at which saves and loads look.
+                os.rename(last, gone)
+                last = gone
+            _remove(last)
 
     def _beside(self, what: str) -> Path:
         name = f".{self._target.name}.{what}-{socket.gethostname()}-{os.getpid()}-{self._number}"

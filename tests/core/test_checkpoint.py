@@ -310,6 +310,24 @@ def test_the_checkpoint_before_is_kept_or_not(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["point"]
 
 
+def test_a_kill_while_the_one_before_is_removed_stops_no_later_save(tmp_path, monkeypatch):
+    whole, folder = grown(), tmp_path / "point"
+    save(folder, whole)
+    unlink = Path.unlink
+
+    def dies(path, *arguments, **options):
+        unlink(path, *arguments, **options)
+        raise KeyboardInterrupt  # when one file of it is gone
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, whole, data_position=1, keep_previous=False)
+    assert load(folder, parts()).data_position == 1
+    save(folder, whole, data_position=2, keep_previous=False)
+    assert load(folder, parts()).data_position == 2
+
+
 @pytest.mark.parametrize("content", ["a file", "a folder"])
 def test_what_is_no_checkpoint_is_not_replaced(content, tmp_path):
     target = tmp_path / "point"
