@@ -7,18 +7,35 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from kasmina_core.cli import INTERRUPTED, options
 
 if TYPE_CHECKING:
     from kasmina_core.experiments.record import EpochRecord, RunRecord
+    from kasmina_core.experiments.run import RunSettings
+    from kasmina_core.experiments.tasks import Task
+    from kasmina_core.telemetry import Sink
+
+CONFIG: Final = "config.json"
+REPEATS: Final = "repeats"
+"""Key of config.json under which the folder of several runs holds their number."""
+
+
+class _Request(NamedTuple):
+    """What is asked of a run besides its settings."""
+
+    data_dir: Path | None
+    sinks: tuple[str, ...]
+    as_json: bool
 
 
 @click.command(short_help="Train a host and grow it with seeds.")
@@ -62,8 +79,22 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the grown model. Default: the task's.")
 @click.option("--batch-size", type=click.IntRange(min=2), help="Samples per batch. Default: the task's.")
 @options.lr
+@click.option(
+    "--repeat",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Run N times, with --seed and the N - 1 seeds after it, and show the spread.",
+)
+@click.option(
+    "--resume",
+    metavar="RUN",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Go on from the folder of a run that was stopped or killed, exactly.",
+)
 @options.surroundings("TASK", "the record of the run")
+@click.pass_context
 def grow(
+    context: click.Context,
     task: str,
     host: str | None,
     host_options: tuple[str, ...],
@@ -77,6 +108,8 @@ def grow(
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
+    repeat: int | None,
+    resume: Path | None,
     seed: int,
     device: str,
     threads: int,
@@ -89,7 +122,8 @@ def grow(
     Both arms get the same training FLOPs: what incubation, gates and culled seeds cost is charged to the grown one.
     The run's folder then holds config.json, events.jsonl, metrics.csv, run.json, model.pt, report.png and report.html.
 
-    events.jsonl and metrics.csv grow while the run does. Ctrl-C ends the run with what there is.
+    events.jsonl and metrics.csv grow while the run does. Ctrl-C ends the run with what there is; --resume goes on with
+    it, or with one that was killed, after its last whole epoch.
 
     \b
     Exit code:
@@ -98,47 +132,102 @@ def grow(
       2    refused as it was typed; nothing was run
       130  Ctrl-C
     """
+    from kasmina_core.experiments.run import RunSettings
+
+    if lr is not None and not math.isfinite(lr):
+        raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
+    given: dict[str, Any] = {
+        "host_options": dict(_option("--host-option", text) for text in host_options),
+        "policy_options": dict(_option("--policy-option", text) for text in policy_options),
+    }
+    request = _Request(data_dir, sinks, as_json)
+    if resume is not None:
+        settings, repeats = _saved_settings(resume)
+        typed = {
+            name: given.get(name, value)
+            for name, value in context.params.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        _demand_same(resume, typed, settings, repeats)
+        data, _ = options.prepare(settings.task, settings.seed, settings.device, threads, data_dir)
+        folder = resume
+    else:
+        data, place = options.prepare(task, seed, device, threads, data_dir)
+        settings = RunSettings(
+            task=task,
+            host=host,
+            slots=slots,
+            blueprints=blueprints,
+            policy=policy,
+            incubation=incubation,
+            proof=proof,
+            epochs=epochs or data.epochs,
+            batch_size=batch_size or data.batch_size,
+            lr=lr or data.lr,
+            seed=seed,
+            device=place,
+            ramp_epochs=data.ramp_epochs,
+            **given,
+        )
+        folder, repeats = options.choose_folder(out, data.name), repeat
+    if repeats is not None:
+        _run_several(settings, data, folder, repeats, request)
+        return
+    record = _run_one(settings, data, folder, request)
+    if record.interrupted:
+        click.echo(f"To go on: kasmina grow --resume {folder}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _run_one(
+    settings: RunSettings,
+    data: Task,
+    folder: Path,
+    request: _Request,
+    begin_several: Callable[[], None] | None = None,
+) -> RunRecord:
+    """Run, or go on with what the folder holds, and write all files.
+
+    Args:
+        settings: Of the run.
+        data: Its task.
+        folder: Where to.
+        request: What else was asked for.
+        begin_several: Called before the folder of a run that is one of several is made; its result is not shown.
+    """
     import torch
 
     from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.display import RunDisplay, print_final
+    from kasmina_core.experiments.progress import EVENTS_FILE, ModelEvents, ProgressFolder, cut_events
     from kasmina_core.experiments.record import write_all
     from kasmina_core.experiments.report import write_run
-    from kasmina_core.experiments.run import GrowthRun, RunSettings
+    from kasmina_core.experiments.run import GrowthRun
     from kasmina_core.packs.discovery import default_registry
     from kasmina_core.telemetry import JsonLinesSink, Telemetry
 
-    if lr is not None and not math.isfinite(lr):
-        raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
-    data, place = options.prepare(task, seed, device, threads, data_dir)
-    settings = RunSettings(
-        task=task,
-        host=host,
-        slots=slots,
-        blueprints=blueprints,
-        policy=policy,
-        incubation=incubation,
-        proof=proof,
-        epochs=epochs or data.epochs,
-        batch_size=batch_size or data.batch_size,
-        lr=lr or data.lr,
-        seed=seed,
-        device=place,
-        ramp_epochs=data.ramp_epochs,
-        host_options=dict(_option("--host-option", text) for text in host_options),
-        policy_options=dict(_option("--policy-option", text) for text in policy_options),
-    )
     # Some trackers print; with --json standard output holds the record alone.
-    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with aside, RunDisplay(settings.epochs, quiet=as_json, metric_name=data.metric_name) as display:
+    aside = redirect_stdout(sys.stderr) if request.as_json else nullcontext()
+    progress = ProgressFolder(folder)
+    with (
+        aside,
+        RunDisplay(settings.epochs, quiet=request.as_json, metric_name=data.metric_name) as display,
+    ):
         plugins = default_registry()
         with options.reading_request():
-            run = GrowthRun(settings, data, plugins, display)
-            folder = options.choose_folder(out, data.name)
-            known = {"task": data.name, "seed": seed, "folder": str(folder)}
-            named = [plugins.create_sink(name, known) for name in sinks]
-        options.make_folder(folder, data.name)  # after everything that may refuse the arguments
-        to = [JsonLinesSink(folder / "events.jsonl"), *named]
+            run = GrowthRun(settings, data, plugins, display, progress)
+            known = {"task": data.name, "seed": settings.seed, "folder": str(folder)}
+            named = [plugins.create_sink(name, known) for name in request.sinks]
+            run.go_on()
+        begins = not (folder / CONFIG).exists()
+        if begins:  # after everything that may refuse the arguments
+            if begin_several is not None:
+                begin_several()
+            options.make_folder(folder, data.name)
+            _write_config(folder, settings.to_dict())
+        cut_events(folder / EVENTS_FILE, run.model.growth.sequence)
+        events: Sink = JsonLinesSink(folder / EVENTS_FILE)
+        to = [events if begins else ModelEvents(events), *named]
         with Telemetry(to) as telemetry, _interruptible(run.interrupt):
             for event in plugins.events:
                 telemetry.emit(event)
@@ -150,24 +239,149 @@ def grow(
         write_atomically(folder / "model.pt", whole.getvalue())
 
     try:  # a full disk must not prevent the output, nor a closed pipe the files
-        if as_json:
+        if begin_several is None and request.as_json:
             click.echo(json.dumps(record.to_dict(), allow_nan=False))
-        else:
+        elif begin_several is None:
             print_final(record)
     finally:
         write_all(folder, [lambda: write_run(record, folder), write_model])
-    if not as_json:
+    if not record.interrupted:
+        progress.remove()
+    if begin_several is None and not request.as_json:
         click.echo(f"\nFiles: {folder} (open report.html)")
-    if record.interrupted:
-        sys.exit(INTERRUPTED)
+    return record
+
+
+def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, request: _Request) -> None:
+    """Run with several seeds, each in a folder of its own, and show the spread; what is done already is read."""
+    from kasmina_core.checkpoints.atomic import write_atomically
+    from kasmina_core.experiments.record import RunRecord, write_all
+    from kasmina_core.experiments.repeats import Repeats, print_repeats, repeats_png
+    from kasmina_core.experiments.tasks import load_task
+    from kasmina_core.packs.discovery import default_registry
+
+    def begin() -> None:
+        if not (folder / CONFIG).exists():
+            options.make_folder(folder, settings.task)
+            _write_config(folder, settings.to_dict() | {REPEATS: repeats})
+
+    records: list[RunRecord] = []
+    for seed in range(settings.seed, settings.seed + repeats):
+        place, one = folder / f"seed-{seed}", replace(settings, seed=seed)
+        if _is_done(place):
+            records.append(RunRecord.read(place / "run.json"))
+            continue
+        if seed != settings.seed:
+            offered = default_registry().tasks()
+            data = load_task(one.task, seed, one.device, data_dir=request.data_dir, offered=offered)
+        click.echo(f"seed {seed}: run {seed - settings.seed + 1} of {repeats}", err=True)
+        record = _run_one(one, data, place, request, begin)
+        if record.interrupted:
+            click.echo(f"To go on: kasmina grow --resume {folder}", err=True)
+            sys.exit(INTERRUPTED)
+        records.append(record)
+    found = Repeats.of(records)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    try:
+        if request.as_json:
+            click.echo(text)
+        else:
+            print_repeats(found)
+    finally:
+        picture = repeats_png(found)
+        write_all(
+            folder,
+            [
+                lambda: write_atomically(folder / "repeats.json", text + "\n"),
+                lambda: write_atomically(folder / "repeats.png", picture),
+            ],
+        )
+    if not request.as_json:
+        click.echo(f"\nFiles: {folder} (repeats.png, and a folder per seed)")
+
+
+def _saved_settings(folder: Path) -> tuple[RunSettings, int | None]:
+    """Return the settings with which a run began, and how many runs its folder holds, if it is one of several."""
+    from kasmina_core.errors import CheckpointError
+    from kasmina_core.experiments.run import RunSettings
+
+    path = folder / CONFIG
+    with options.reading_request():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            repeats = saved.pop(REPEATS, None) if isinstance(saved, dict) else None
+            settings = RunSettings.from_dict(saved, f"{path}")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"--resume {folder}: no run can be read there: {error}") from error
+    if not isinstance(repeats, int | None):
+        raise click.UsageError(f"{path}: {REPEATS} cannot be {repeats!r:.80}.")
+    if repeats is None and _is_done(folder):
+        raise click.UsageError(f"--resume {folder}: this run is done.")
+    return settings, repeats
+
+
+def _is_done(folder: Path) -> bool:
+    """Say whether a run ended and wrote all its files."""
+    from kasmina_core.experiments.progress import ProgressFolder
+
+    return (folder / "run.json").exists() and not ProgressFolder(folder).exists
+
+
+def _demand_same(folder: Path, typed: Mapping[str, Any], settings: RunSettings, repeats: int | None) -> None:
+    """Refuse options that a run did not begin with, and code that only its folder names.
+
+    Raises:
+        click.UsageError: If so.
+    """
+    from kasmina_core.packs.discovery import default_registry
+
+    if "out" in typed:
+        raise click.UsageError("--resume and --out: the run goes on in its own folder.")
+    begun = {field.name: getattr(settings, field.name) for field in fields(settings)} | {"repeat": repeats}
+    for name, value in typed.items():
+        if name in begun and value != begun[name] and not (name == "device" and value == "auto"):
+            raise click.UsageError(
+                f"--resume goes on with the settings of the run; leave out --{name.replace('_', '-')}.\n"
+                f"  the run: {begun[name]!r}\n  given:   {value!r}"
+            )
+    plugins = default_registry()
+    for name, offered in (("task", plugins.tasks()), ("host", plugins.hosts)):
+        value = begun[name]
+        # A file never names code to load: who resumes the run does.
+        if value is not None and ":" in value and value not in offered and name not in typed:
+            raise click.UsageError(
+                f"The {name} of the run is code that no pack offers, and a folder must not lead to code.\n"
+                f"Name it again: kasmina grow --resume {folder} --{name} {value}"
+            )
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    from kasmina_core.checkpoints.atomic import write_atomically
+    from kasmina_core.telemetry.sinks import for_json
+
+    try:
+        write_atomically(folder / CONFIG, json.dumps(for_json(config), indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise options.RunFolderError(f"{folder / CONFIG}: {error.strerror}.") from error
 
 
 def _growing_table(record: RunRecord, path: Path) -> Callable[[str, EpochRecord], None]:
-    """Return a function that adds an epoch to metrics.csv at once; the whole file is written again in the end."""
+    """Return a function that adds an epoch to metrics.csv at once; the whole file is written again in the end.
+
+    What the record holds already is written first.
+    """
+    from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.report import MetricsFile
 
     text = io.StringIO()
     table = MetricsFile(record, text)
+    if record.epochs:
+        table.add_all()
+        write_atomically(path, text.getvalue())
+        text.seek(0)
+        text.truncate()
+    else:
+        path.unlink(missing_ok=True)
 
     def add(arm: str, epoch: EpochRecord) -> None:
         table.add(arm, epoch)

@@ -133,6 +133,7 @@ class SeedMeasurer:
 
     Attributes:
         processes: The processes that measure together.
+        trusted: Slots for which the part before the slot need not run again.
         faults: By slot, why passes run in full.
         is_replaying: Whether a pass goes on in which the part before a slot does not run.
     """
@@ -140,7 +141,7 @@ class SeedMeasurer:
     def __init__(self, model: SlottedModel) -> None:
         self._model = held_weakly(model)
         self.processes = Processes()
-        self._trusted: set[str] = set()
+        self.trusted: set[str] = set()
         self.faults: dict[str, str] = {}
         self.is_replaying = False
 
@@ -176,7 +177,7 @@ class SeedMeasurer:
         evaluator = samples.losses
         slot.begin_measurement()
         tape = self._tape(slot)
-        if tape is not None and slot.name in self._trusted:
+        if tape is not None and slot.name in self.trusted:
             with self._pass(slot, ForwardMode.MEASURE), tape.recording():
                 with_seed = evaluator()
             without = self._again(slot, evaluator, tape, ForwardMode.PASS)
@@ -256,7 +257,7 @@ class SeedMeasurer:
             self.faults[slot.name] = fault or tape.fault or "the losses differed from those of a full pass"
             return False
         if self._all_agree(not _equal(with_seed, without)):
-            self._trusted.add(slot.name)
+            self.trusted.add(slot.name)
             return True
         return False
 

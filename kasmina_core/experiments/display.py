@@ -263,7 +263,7 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
     console = console if console is not None else Console()
     parts: list[RenderableType] = []
     if record.arms:
-        parts.append(_arms(record, console.width))
+        parts.append(_turned(wording.arms_table(record), console.width))
     if record.seeds:
         parts += [*_seeds(record, console.width), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
     parts.append(Text(wording.summary(record), style=HARM if wording.is_worse(record) else ""))
@@ -274,9 +274,12 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
         console.print(part)
 
 
-def _arms(record: RunRecord, width: int) -> Table:
-    """Return the comparison, one arm per row if that is narrow enough, else one per column."""
-    table = wording.arms_table(record)
+def print_table(table: TextTable, console: Console) -> None:
+    """Print a table, its rows as columns if it is too wide."""
+    console.print(_turned(table, console.width))
+
+
+def _turned(table: TextTable, width: int) -> Table:
     columns = list(zip(table.header, *table.rows, strict=True))
     if sum(max(map(cell_len, column)) + 2 for column in columns) > width:
         header, *rows = columns

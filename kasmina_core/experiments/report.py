@@ -103,10 +103,7 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
 def metrics_csv(record: RunRecord) -> str:
     """Return one line per epoch of both arms as CSV; each slot has four columns, empty for the host alone."""
     out = io.StringIO()
-    file = MetricsFile(record, out)
-    for arm, epochs in ((GROWN, record.epochs), (HOST_ALONE, record.baseline)):
-        for epoch in epochs:
-            file.add(arm, epoch)
+    MetricsFile(record, out).add_all()
     return out.getvalue()
 
 
@@ -136,6 +133,12 @@ class MetricsFile:
             slot = held.get(name)
             row += [slot.stage, slot.blueprint, slot.alpha, slot.gain] if slot is not None else [""] * 4
         self._writer.writerow(row)
+
+    def add_all(self) -> None:
+        """Write every epoch that the record holds."""
+        for arm, epochs in ((GROWN, self._record.epochs), (HOST_ALONE, self._record.baseline)):
+            for epoch in epochs:
+                self.add(arm, epoch)
 
     def _write_head(self, slots: Sequence[str]) -> None:
         metric = f"val_{self._record.metric_name.replace(' ', '_')}"

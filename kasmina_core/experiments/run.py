@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import fmean
 from typing import Any, Final, Protocol, final
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import import_factory
-from kasmina_core.errors import BlueprintError, UnknownNameError, did_you_mean
+from kasmina_core.errors import BlueprintError, CheckpointError, UnknownNameError, did_you_mean
 from kasmina_core.events import (
     GatesNotAsked,
     RunStarted,
@@ -28,6 +28,7 @@ from kasmina_core.events import (
 from kasmina_core.experiments.arm import Arm, logits_of
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.named import accepted_keywords, called, is_reference, named_object
+from kasmina_core.experiments.progress import Progress, ProgressFolder, progress_of
 from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
@@ -54,6 +55,7 @@ from kasmina_core.policies.protocol import (
 from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_evaluation
 from kasmina_core.readers import EveryPosition
 from kasmina_core.records import Record
+from kasmina_core.telemetry import Telemetry
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import Finding, GateResult
 
@@ -131,6 +133,23 @@ class SeedLog:
             self._reasons[seed_id] = verdict.reason
             if verdict.finding is not None and verdict.gate is not None:
                 self._findings[seed_id] = verdict.gate.name, verdict.finding
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered as plain data."""
+        return {
+            "lives": self._lives,
+            "reasons": self._reasons,
+            "evidence": {seed: evidence.to_dict() for seed, evidence in self.evidence.items()},
+            "findings": {seed: [gate, found.to_dict()] for seed, (gate, found) in self._findings.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._lives, self._reasons = dict(state["lives"]), dict(state["reasons"])
+        self.evidence = {seed: SeedEvidence.from_dict(found) for seed, found in state["evidence"].items()}
+        self._findings = {
+            seed: (gate, Finding.from_dict(found)) for seed, (gate, found) in state["findings"].items()
+        }
 
     def emit(self, event: TelemetryEvent) -> None:
         """Record an event."""
@@ -483,9 +502,24 @@ def start_arm(
 
 @final
 class GrowthRun:
-    """Trains both arms and fills the record. ``interrupt`` ends it after the current batch."""
+    """Trains both arms and fills the record. ``interrupt`` ends it after the current batch.
 
-    def __init__(self, settings: RunSettings, task: Task, plugins: PluginRegistry, display: Display) -> None:
+    Args:
+        settings: What decides the run.
+        task: What is learned.
+        plugins: Where hosts, blueprints and policies come from.
+        display: Shows how it goes on.
+        progress: Keeps what is needed to go on after each epoch; what it holds is gone on from.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        task: Task,
+        plugins: PluginRegistry,
+        display: Display,
+        progress: ProgressFolder | None = None,
+    ) -> None:
         self.settings = settings
         self.task = task
         self._display = display
@@ -502,7 +536,11 @@ class GrowthRun:
         )
         host_id, self.model = make_model(plugins, task, settings, config, self._log)
         self._policy = make_policy(plugins, self.model, settings)
-        self._host_alone = make_host(plugins, task, settings)[1]
+        self._grown = self._arm(self.model)
+        self._alone = self._arm(make_host(plugins, task, settings)[1])
+        self._progress = progress
+        self._telemetry: EventTarget | None = None
+        self._since: Progress | None = None
         self.record = RunRecord(
             task=task.name,
             metric_name=task.metric_name,
@@ -514,6 +552,21 @@ class GrowthRun:
     def interrupt(self) -> None:
         """Ask the run to end with what there is."""
         self._interrupted = True
+
+    def go_on(self) -> None:
+        """Make model, policy and record what they were after the last epoch that ``progress`` holds.
+
+        Raises:
+            CheckpointError: If what it holds is damaged or does not fit.
+            ResumeError: If the task gives other data than the run began with.
+        """
+        if self._progress is None or not self._progress.exists:
+            return
+        self._since = since = self._progress.load(self._grown, self._policy, self._alone)
+        found = RunRecord.from_dict(since.record)
+        for field_ in fields(RunRecord):
+            setattr(self.record, field_.name, getattr(found, field_.name))
+        self._log.load_state_dict(since.log)
 
     def run(
         self,
@@ -527,7 +580,7 @@ class GrowthRun:
             each_epoch: Called with the name of the arm and each epoch, when the record holds it.
         """
         self._log.onward = telemetry
-        self._each_epoch = each_epoch
+        self._telemetry, self._each_epoch = telemetry, each_epoch
         if telemetry is not None:
             telemetry.emit(RunStarted(settings=self.settings.to_dict() | {"host": self.record.host}))
         for arm in (self._grow, self._train_alone):
@@ -544,7 +597,9 @@ class GrowthRun:
         return self.record
 
     def _grow(self) -> None:
-        model, arm = self.model, self._arm(self.model)
+        model, arm = self.model, self._grown
+        if self.record.arm(GROWN) is not None:  # the run goes on where the host alone is trained
+            return
         self._display.phase(f"growing the host on {self.task.name}", self.settings.epochs)
         result = self._train(GROWN, arm, self.record.epochs, epochs=self.settings.epochs)
         for name, slot in model.slots.items():
@@ -573,9 +628,9 @@ class GrowthRun:
         if grown is None or self._interrupted:
             return
         self._display.phase("training the same host alone for the same training FLOPs", grown.flops)
-        result = self._train(
-            HOST_ALONE, self._arm(self._host_alone), self.record.baseline, budget=grown.flops
-        )
+        if self._alone.ledger.total:
+            self._display.advance(self._alone.ledger.total)
+        result = self._train(HOST_ALONE, self._alone, self.record.baseline, budget=grown.flops)
         if not self._interrupted:  # a host that was trained for less is no comparison
             self.record.arms.append(result)
 
@@ -595,6 +650,9 @@ class GrowthRun:
         """Train one arm for so many epochs or FLOPs, record its epochs, and return its final figures."""
         started, ledger = time.perf_counter(), arm.ledger
         last: deque[tuple[float, float]] = deque(maxlen=FINAL_EPOCHS)
+        if self._since is not None and self._since.arm == name:
+            started -= self._since.seconds
+            last.extend(self._since.last)
 
         def is_over() -> bool:
             return self._interrupted or ledger.total >= budget
@@ -619,6 +677,7 @@ class GrowthRun:
                 self._display.epoch(record)
             else:
                 self._display.advance(ledger.total - before)
+            self._keep(name, arm, list(last), time.perf_counter() - started)
         seconds = time.perf_counter() - started
         val_loss, _ = arm.evaluate("val")
         test_loss, test_metric = map(fmean, zip(*(last or [arm.evaluate("test")]), strict=True))
@@ -626,13 +685,28 @@ class GrowthRun:
             name, arm.parameters, float(ledger.total), len(records), val_loss, test_loss, test_metric, seconds
         )
 
+    def _keep(self, name: str, arm: Arm, last: list[tuple[float, float]], seconds: float) -> None:
+        """Write what the run needs to go on from here."""
+        if self._progress is None:
+            return
+        if isinstance(self._telemetry, Telemetry):
+            self._telemetry.flush()  # a run that is killed now has the events of the epochs that it has
+        progress = progress_of(name, arm, self.record, self._log.state_dict(), last, seconds)
+        try:
+            self._progress.save(arm, self._policy, progress)
+        except (OSError, CheckpointError) as error:  # a full disk ends no run
+            note = f"The run cannot be resumed from its last epochs: {error}"
+            self.record.notes += [note] if note not in self.record.notes else []
+
     def _step_epoch(self, arm: Arm, val_loss: float) -> str:
         """End an epoch of the grown model, follow its policy, and return what the gates said."""
         verdicts = arm.end_epoch(val_loss)
         for slot in self.model.slots.values():
             if slot.state is not None:
                 self._log.note(slot.state.seed_id, slot.last_evidence, verdicts.get(slot.name))
-        self.model.follow(self._policy)
+        device = torch.device(self.settings.device)
+        with private_rng(derived_seed(self.settings.seed, "policy", arm.epochs), device):
+            self.model.follow(self._policy)
         for outcome in self.model.outcomes:
             if not outcome.done and not isinstance(
                 outcome.command, Advance

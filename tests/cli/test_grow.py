@@ -422,8 +422,8 @@ def _full(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 @pytest.mark.parametrize(
     ("names", "there"),
     [
-        (["report.png", "model.pt"], ["config.json", "events.jsonl", "metrics.csv", "run.json"]),
-        (["run.json"], ["events.jsonl", "metrics.csv", "model.pt"]),
+        (["report.png", "model.pt"], ["metrics.csv", "run.json"]),
+        (["run.json"], ["metrics.csv", "model.pt"]),
     ],
 )
 @pytest.mark.parametrize("how", [(), ("--json",)])
@@ -432,6 +432,7 @@ def test_a_full_disk_takes_files_and_not_the_result(
 ) -> None:
     _full(monkeypatch, *names)
     folder = tmp_path / "run"
+    there = sorted([*there, "checkpoint", "config.json", "events.jsonl", "host-alone.pt"])
     result = _grow("--out", str(folder), "--epochs", "1", "--batch-size", "512", *how)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
@@ -443,6 +444,10 @@ def test_a_full_disk_takes_files_and_not_the_result(
     else:
         assert "host alone" in result.stdout
         assert "open report.html" not in result.stdout
+    monkeypatch.undo()  # there is room again: the run goes on and writes them
+    assert _grow("--resume", str(folder)).exit_code == 0
+    assert {"run.json", "model.pt", "report.html"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "checkpoint").exists()
 
 
 @pytest.mark.parametrize(

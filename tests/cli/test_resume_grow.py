@@ -1,0 +1,223 @@
+"""`kasmina grow --resume`: a run that was stopped or killed goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from kasmina_core.cli import main
+from kasmina_core.experiments.display import RunDisplay
+from kasmina_core.experiments.record import EpochRecord
+from kasmina_core.telemetry import JsonLinesSink
+
+LIVELY = (
+    *("--epochs", "14", "--batch-size", "128", "--blueprint", "conv_light"),
+    *(
+        "--policy-option",
+        "patience=1",
+        "--policy-option",
+        "min_delta=1e9",
+        "--policy-option",
+        "max_probation_epochs=2",
+    ),
+)
+
+
+def _grow(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["grow", *map(str, arguments)])
+
+
+class Killed(Exception):
+    """What ends the process in the middle of an epoch."""
+
+
+def _kill_at(monkeypatch: pytest.MonkeyPatch, what: str, call: int) -> None:
+    """Let a run end at a call of its display, when the epoch before is kept and its own is not."""
+    calls = 0
+    before = getattr(RunDisplay, what)
+
+    def dies(display: RunDisplay, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        before(display, *arguments)
+
+    monkeypatch.setattr(RunDisplay, what, dies)
+
+
+def _without_time(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"arms": [arm | {"seconds": 0} for arm in record["arms"]]}
+
+
+def _same_files(whole: Path, resumed: Path) -> None:
+    read = [json.loads((folder / "run.json").read_text()) for folder in (whole, resumed)]
+    assert read[0]["notes"] == read[1]["notes"]
+    assert _without_time(read[0]) == _without_time(read[1])
+    assert (whole / "metrics.csv").read_bytes() == (resumed / "metrics.csv").read_bytes()
+    assert (whole / "config.json").read_bytes() == (resumed / "config.json").read_bytes()
+    first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    events = [
+        [{k: v for k, v in e.items() if k != "time"} for e in JsonLinesSink.read(folder / "events.jsonl")]
+        for folder in (whole, resumed)
+    ]
+    assert events[0] == events[1]
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in resumed.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = _grow("--out", folder, *LIVELY, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert len(record["seeds"]) >= 2
+    assert {epoch["slots"][0]["stage"] for epoch in record["epochs"]} >= {"BLENDING", "PROBATIONARY"}
+    return folder
+
+
+@pytest.mark.parametrize(("what", "calls"), [("epoch", (1,)), ("epoch", (6, 3, 3)), ("advance", (4, 2))])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(
+    tmp_path: Path, whole: Path, what: str, calls: tuple[int, ...]
+) -> None:
+    folder = tmp_path / "run"
+    asked: tuple[str | Path, ...] = ("--out", folder, *LIVELY, "--json")
+    for call in calls:
+        with pytest.MonkeyPatch.context() as patch:
+            _kill_at(patch, what, call)
+            assert isinstance(_grow(*asked).exception, Killed)
+        assert not (folder / "run.json").exists()
+        asked = ("--resume", folder, "--json")
+    result = _grow(*asked)
+    assert result.exit_code == 0, result.output
+    assert _without_time(json.loads(result.stdout)) == _without_time(
+        json.loads((whole / "run.json").read_text())
+    )
+    _same_files(whole, folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_sigkill_takes_no_more_than_the_last_epoch(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "kasmina_core", "grow", "--out", str(folder), *LIVELY, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch  5/"):
+                break
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    with (folder / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) >= 5
+    result = _grow("--resume", folder, "--json")
+    assert result.exit_code == 0, result.output
+    assert "epoch  4/14" not in result.stderr
+    _same_files(whole, folder)
+
+
+def test_what_ctrl_c_ended_goes_on(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, epoch = tmp_path / "run", RunDisplay.epoch
+
+    def interrupts(display: RunDisplay, record: EpochRecord) -> None:
+        epoch(display, record)
+        if record.epoch == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDisplay, "epoch", interrupts)
+        stopped = _grow("--out", folder, *LIVELY)
+    assert stopped.exit_code == 130
+    assert f"kasmina grow --resume {folder}" in stopped.stderr
+    assert json.loads((folder / "run.json").read_text())["interrupted"]
+    assert _grow("--resume", folder, "--json").exit_code == 0
+    _same_files(whole, folder)
+    again = _grow("--resume", folder)
+    assert again.exit_code == 2
+    assert "this run is done" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--epochs", "20"), "leave out --epochs.\n  the run: 14\n  given:   20"),
+        (("--policy-option", "patience=2"), "leave out --policy-options"),
+        (("--out", "elsewhere"), "the run goes on in its own folder"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_at(patch, "epoch", 2)
+        _grow("--out", folder, *LIVELY)
+    result = _grow("--resume", folder, *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = _grow("--resume", tmp_path)
+    assert result.exit_code == 2
+    assert "no run can be read there" in result.stderr
+
+
+def test_a_folder_never_leads_to_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["new", "task", "own"]).exit_code == 0
+    with monkeypatch.context() as patch:
+        _kill_at(patch, "epoch", 2)
+        _grow("--task", "own.py:own", "--epochs", "3", "--out", "run")
+    refused = _grow("--resume", "run")
+    assert refused.exit_code == 2
+    assert "Name it again: kasmina grow --resume run --task own.py:own" in refused.stderr
+    source = Path("own.py").read_text()
+    Path("own.py").write_text(source.replace("0.3", "0.31"))
+    sys.modules.pop("_kasmina_file_own")
+    other = _grow("--resume", "run", "--task", "own.py:own")
+    assert other.exit_code == 2
+    assert "other data than when it began" in other.stderr
+    Path("own.py").write_text(source)
+    sys.modules.pop("_kasmina_file_own")
+    assert _grow("--resume", "run", "--task", "own.py:own").exit_code == 0
+
+
+def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ("--epochs", "2", "--batch-size", "256", "--repeat", "3", "--seed", "4")
+    folder = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        _kill_at(patch, "epoch", 4)
+        assert isinstance(_grow("--out", folder, *short).exception, Killed)
+    finished = (folder / "seed-4" / "run.json").read_bytes()
+    result = _grow("--resume", folder)
+    assert result.exit_code == 0, result.output
+    assert (folder / "seed-4" / "run.json").read_bytes() == finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.json", "repeats.json", "repeats.png", "seed-4", "seed-5", "seed-6")
+    ]
+    found = json.loads((folder / "repeats.json").read_text())
+    saved = []
+    for run in found["runs"]:
+        record = json.loads((folder / f"seed-{run['seed']}" / "run.json").read_text())
+        grown, alone = record["arms"]
+        assert (run["grown_loss"], run["alone_loss"]) == (grown["test_loss"], alone["test_loss"])
+        saved.append(alone["test_loss"] - grown["test_loss"])
+    assert found["saved"]["mean"] == pytest.approx(sum(saved) / 3)
+    assert (found["saved"]["least"], found["saved"]["most"]) == (min(saved), max(saved))
+    assert "Over 3 seeds, at equal training FLOPs" in " ".join(result.stdout.split())
+    assert " ".join(result.stdout.split()).count("mean") >= 2
+    single = _grow("--out", tmp_path / "one", *short[:4], "--seed", "5", "--json")
+    assert _without_time(json.loads(single.stdout)) == _without_time(
+        json.loads((folder / "seed-5" / "run.json").read_text())
+    )
