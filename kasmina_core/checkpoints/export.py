@@ -122,7 +122,7 @@ def export_model(model: MorphogeneticModel, example: object = None, *, unfinishe
 
 
 def _paths(fossils: list[SeedSlot]) -> str:
-    return ", ".join(f"'{slot.point.path}'" for slot in fossils) or "none was"
+    return ", ".join(dict.fromkeys(f"'{slot.point.path}'" for slot in fossils)) or "none was"
 
 
 def _watch(

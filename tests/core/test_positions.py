@@ -217,6 +217,20 @@ def test_a_seed_in_training_gets_the_gradient_of_the_real_positions_alone() -> N
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("blueprint", ["transformer:attention", "transformer:block"])
+def test_padding_changes_nothing_in_a_seed_behind_a_fossil(blueprint: str) -> None:
+    model = grown(encoder(), "layers.0", TorchTransformer())
+    bring_to(model, SeedStage.FOSSILIZED, model.open_slot("layers.0").name, blueprint)
+    scramble(model.slots["layers_0__2"].seed)
+    with torch.no_grad():
+        assert_padding_changes_nothing(model.eval())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = rows()
+    torch.testing.assert_close(
+        compiled(x, src_key_padding_mask=PADDED), model(x, src_key_padding_mask=PADDED)
+    )
+
+
 def test_positions_of_padding_keep_the_hosts_features() -> None:
     model = grown(Documents(), "first", own_reader)
     lengths, seen = torch.tensor([6, 2, 0]), []
@@ -649,6 +663,18 @@ def test_positions_behind_cached_ones_are_as_in_one_pass() -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), model(x))
     cache["length"] = 4  # cropped: the last two are taken back
     torch.testing.assert_close(model(x[:, 4:], cache), pieces[2])
+
+
+@pytest.mark.parametrize("blueprint", ["transformer:attention", "transformer:block"])
+def test_seeds_behind_a_fossil_keep_cached_positions_of_their_own(blueprint: str) -> None:
+    model = grown(Caching(causal=True), "first", cache_reader)
+    bring_to(model, SeedStage.FOSSILIZED, model.open_slot("first").name, blueprint)
+    scramble(model.slots["first__2"].seed)
+    x = rows(2)
+    for one in (model.eval(), export_model(model, rows(2))):
+        cache: dict[str, Any] = {}
+        pieces = [one(piece, cache) for piece in x.split([3, 1, 2], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), one(x))
 
 
 def test_a_cache_that_was_filled_without_the_seed_is_refused() -> None:

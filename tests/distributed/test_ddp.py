@@ -27,6 +27,7 @@ from numeric_helpers import (
     registry,
     same_tensors,
     snapshot,
+    walk_to,
 )
 from ranks import Outcomes, checks_in, everywhere, on_each_rank, run_checks
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from kasmina_core import (
     RampUnit,
     SeedEvidence,
     SeedStage,
+    TransitionError,
     clip_gradients,
     distribute,
     drop_nonfinite_seed_gradients,
@@ -119,6 +121,25 @@ def stages_weights_and_optimisers_are_the_same_after_every_event_of_a_life(rank:
         assert (
             len(set(map(str, everywhere(snapshot(model)["kasmina_slots.norm.seed.norm.running_mean"])))) == 1
         )
+
+
+@on_each_rank
+def growth_goes_on_behind_a_fossil_alike(rank: int) -> None:
+    model, optimizer, net = pair(nested_slots=1)
+    grow_to(model, "norm", SeedStage.FOSSILIZED)
+    assert [*model.slots] == ["norm", "norm__2", "norm2", "act2"]
+    train(net, optimizer, rank)
+    for stage in (SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.FOSSILIZED):
+        if model.slots["norm__2"].state is None:
+            grow_to(model, "norm__2", stage, "norm")
+        else:
+            walk_to(model, "norm__2", stage)
+        train(net, optimizer, rank, first=10 * stage)
+        assert_alike(model, optimizer)
+    with pytest.raises(TransitionError, match="behind 'norm2', which is DORMANT"):
+        model.open_slot("norm2")
+    assert model.open_slot("norm").name == "norm__3"
+    assert_alike(model, optimizer)
 
 
 @on_each_rank

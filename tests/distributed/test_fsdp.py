@@ -18,6 +18,7 @@ from numeric_helpers import (
     grow_to,
     same_tensors,
     tokens,
+    walk_to,
 )
 from ranks import Outcomes, checks_in, on_each_rank, run_checks, shard
 from torch import Tensor
@@ -66,6 +67,29 @@ def train(
 def whole(model: MorphogeneticModel) -> dict[str, Tensor]:
     named = model.named_parameters()
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in named}
+
+
+@on_each_rank
+def seed_behind_a_fossil_is_sharded_and_learns_as_under_ddp(rank: int) -> None:
+    runs = []
+    for sharded in (False, True):
+        if sharded:
+            model, net = sharded_model(nested_slots=1)
+        else:
+            model = causal_model(causal_host(), nested_slots=1)
+            net = distribute(model)
+        optimizer = tie_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        for slot in ("blocks.0", "blocks_0__2"):
+            grow_to(model, slot, SeedStage.TRAINING, "mlp")
+            train(net, optimizer, rank)
+            walk_to(model, slot, SeedStage.FOSSILIZED)
+            train(net, optimizer, rank, first=9)
+        if sharded:
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+        runs.append(whole(model))
+    assert runs[0].keys() == runs[1].keys()
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @on_each_rank
