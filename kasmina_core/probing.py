@@ -24,6 +24,7 @@ from kasmina_core.layouts import (
     cuts,
     demand_statement,
     main_input,
+    mapped,
     read,
     smaller,
     tensors_in,
@@ -35,11 +36,20 @@ from kasmina_core.outputs import (
     features_in,
     keys_in,
     name_for,
+    passed_through,
     passed_unchanged,
+    split_path,
     what_it_holds,
 )
 from kasmina_core.positions import ContextReader, HostCalls
-from kasmina_core.quiet import devices_of, kept_attributes, kept_buffers, private_rng, quiet_evaluation
+from kasmina_core.quiet import (
+    devices_of,
+    kept_attributes,
+    kept_buffers,
+    kept_modes,
+    private_rng,
+    quiet_evaluation,
+)
 from kasmina_core.topology import Topology
 
 
@@ -564,6 +574,77 @@ def unread(
             stack.enter_context(block)
         call_with(host, example)
     return faults
+
+
+def without_gradient(host: nn.Module, proved: Sequence[ProbedPoint], example: object) -> frozenset[str]:
+    """Return the names of points at which a seed would get no gradient from what the host returns.
+
+    The output does not depend on the features there, or they are computed where gradients are off, in evaluation and in
+    training mode. Nothing is said of a host whose output holds no floating-point tensors, or that computes by functions
+    with a backward of their own, such as reentrant checkpoints.
+
+    Args:
+        host: The module.
+        proved: Its points.
+        example: Inputs for one forward.
+    """
+    lost = frozenset(found.point.name for found in proved)
+    for training in (False, True):
+        if lost:
+            lost -= _with_gradient(host, [found.point for found in proved], example, training)
+    return lost
+
+
+def _with_gradient(
+    host: nn.Module, points: Sequence[InjectionPoint], example: object, training: bool
+) -> frozenset[str]:
+    """Return the names of points from which a gradient would go to a seed; all of them if nothing tells."""
+    everything = frozenset(point.name for point in points)
+    if torch.is_inference_mode_enabled():
+        return everything
+    leaves: dict[Tensor, str] = {}
+
+    def mark(point: InjectionPoint, output: Any) -> Any:
+        def marked(features: Tensor) -> Tensor:
+            leaf = torch.zeros((), dtype=features.dtype, device=features.device, requires_grad=True)
+            leaves[leaf] = point.name
+            return features + leaf
+
+        return passed_through(marked, output, split_path(point.path)[1])
+
+    try:
+        with ExitStack() as stack:
+            for point in points:
+                module = submodule(host, point.path)
+                hook = module.register_forward_hook(lambda _m, _a, out, point=point: mark(point, out))
+                stack.callback(hook.remove)
+            for block in (kept_attributes(host), kept_buffers(host), kept_modes(host), _uncompiled()):
+                stack.enter_context(block)
+            stack.enter_context(private_rng(None, *devices_of(host)))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            host.train(training)
+            # A reentrant checkpoint of inputs without a gradient would look like no_grad.
+            given = mapped(example, lambda t: t.detach().requires_grad_() + 0 if t.is_floating_point() else t)
+            outputs = [t for t in tensors_in(call_with(host, given)) if t.is_floating_point()]
+    except Exception:  # it does not run so, which says nothing
+        return everything
+    if not outputs:
+        return everything
+    reached: set[str] = set()
+    waiting, seen = [t.grad_fn for t in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return everything
+        leaf = getattr(node, "variable", None)
+        reached.update(name for own, name in leaves.items() if own is leaf)
+        waiting += [following for following, _ in node.next_functions]
+    return frozenset(reached)
 
 
 def parameter_dtype(host: nn.Module, path: str, otherwise: torch.dtype) -> torch.dtype:

@@ -32,6 +32,7 @@ from kasmina_core.probing import (
     probe,
     requested_points,
     unread,
+    without_gradient,
 )
 from kasmina_core.quiet import Turns, parameters_by_id, quiet_evaluation
 from kasmina_core.slots.forward import ForwardMode, Slot
@@ -138,6 +139,7 @@ class SlottedModel(nn.Module):
         wanted = requested_points(host, slots)
         by_path = [item for item in wanted if isinstance(item, str)]
         proved, doubts = with_causality(host, probe(host, wanted, example), by_path, example, causal)
+        lost = without_gradient(host, proved, example)
         silent = {} if context is None else unread(host, context, proved, example)
         self.host = host
         self._handles: dict[str, RemovableHandle] = {}
@@ -155,7 +157,7 @@ class SlottedModel(nn.Module):
                 doubts.get(slot.name, ""),
                 self._calls,
             )
-            slot.unread = silent.get(slot.name, "")
+            slot.unread, slot.has_gradient = silent.get(slot.name, ""), slot.name not in lost
         # Here, not at germination: torch.compile ignores a hook that is added after the first compiled call.
         attached: list[SeedSlot] = []
         try:

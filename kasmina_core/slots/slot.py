@@ -52,6 +52,7 @@ class SeedSlot(Slot):
         notes: What was measured and counted of the seed.
         doubt: Why no seed that depends on whether the host is causal can be here; set by the model, empty for none.
         unread: Why the model's reader cannot say what positions mean here; set by the model, empty if it can.
+        has_gradient: Whether the host's output gives a seed here a gradient, as far as the model knows.
         owned_by: A weak reference to the model around the slot, as the slot sees it; set by the model.
     """
 
@@ -72,6 +73,7 @@ class SeedSlot(Slot):
         self.judge = judge
         self.owned_by: weakref.ref[SlotOwner] | None = None
         self.doubt = self.unread = ""
+        self.has_gradient = True
         self.state: SeedState | None = None
         self.schedule: AlphaSchedule | None = None
         self.options: dict[str, Any] = {}
@@ -226,8 +228,16 @@ class SeedSlot(Slot):
         state.metrics.higher_is_better = self.config.higher_is_better
         first = SeedStage.BLENDING if straight else SeedStage.GERMINATED
         trial = self._make_seed(found, options, number, first)
-        if self.doubt and (trial.takes_causal or trial.mixes):
-            raise GerminationError(f"'{found}' cannot germinate in slot '{self.name}': {self.doubt}")
+        doubt = self.doubt if trial.takes_causal or trial.mixes else ""
+        if not self.has_gradient:
+            doubt = (
+                "no gradient would reach it\n"
+                f"    found:    on the example the host's output does not depend on the features at '{self.point.path}', or "
+                "they are computed under torch.no_grad()\n"
+                "    Name a module on the way to the output, or make the model with an example whose output depends on it"
+            )
+        if doubt:
+            raise GerminationError(f"'{found}' cannot germinate in slot '{self.name}': {doubt}")
         result = self.judge.judge_trial(state, trial)
         if not result.passed or trial.seed is None:
             raise GerminationError(

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kasmina_core import (
     BlueprintRegistry,
     BlueprintSpec,
+    GerminationError,
     HostError,
     MorphogeneticModel,
     SeedStage,
@@ -322,6 +323,49 @@ def test_an_encoder_that_nests_padded_input_is_refused_with_the_option_that_stop
     with pytest.raises(HostError, match="enable_nested_tensor=False"):
         attach(nn.TransformerEncoder(layer, 2), "layers.0", inputs)
     attach(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "layers.0", inputs)
+
+
+# -- where no gradient comes from the output ---------------------------------------------------------------------
+
+
+class Partial(nn.Module):
+    """Ignores what one part returns, computes another without gradients, and one so in evaluation alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ignored, self.fixed, self.late, self.last = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ignored(x)
+        with torch.no_grad():
+            y = self.fixed(x)
+        with torch.set_grad_enabled(self.training):
+            z = self.late(x)
+        return self.last(x + y + z)
+
+
+def test_a_place_from_which_the_output_gives_no_gradient_refuses_seeds_and_the_others_do_not() -> None:
+    registry = BlueprintRegistry()
+    registry.register(BlueprintSpec("scale", Topology.TRANSFORMER, PerToken, lambda dim: dim), pack="mine")
+    names = ["ignored", "fixed", "late", "last"]
+    model = MorphogeneticModel(Partial(), names, example=example(), registry=registry, config=open_config())
+    for name in ("ignored", "fixed"):
+        with pytest.raises(
+            GerminationError, match=rf"no gradient would reach it\n.*features at '{name}', or they"
+        ):
+            model.germinate(name, "scale")
+        assert model.slots[name].state is None
+    for name in ("late", "last"):
+        model.germinate(name, "scale")
+        model.step_epoch()
+    model(example()).sum().backward()
+    assert all(p.grad is not None for p in model.seed_parameters())
+
+
+# torch warns of reentrant checkpoints in evaluation.
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_where_a_backward_of_its_own_hides_the_way_nothing_is_said() -> None:
+    assert attach(Checkpointed(use_reentrant=True), "block.0").slots["block_0"].has_gradient
 
 
 # -- what changes after slots were attached ------------------------------------------------------------------------
