@@ -62,6 +62,20 @@ class SeedContext:
     past: int = 0
     store: MutableMapping[str, Any] | None = None
 
+    def of_samples(self, start: int, stop: int) -> SeedContext:
+        """Return the context of some samples of the batch.
+
+        Raises:
+            HostError: If there is a cache, which is of the whole batch.
+        """
+        if self.store is not None:
+            raise HostError("A cache is of the whole batch: a part of it cannot be taken.")
+        return dataclasses.replace(
+            self,
+            real=None if self.real is None else self.real[start:stop],
+            documents=None if self.documents is None else self.documents[start:stop],
+        )
+
     def visible(self, features: Tensor, *, causal: bool = False, dim: int = 1) -> Tensor | None:
         """Return which positions each position may look at, for ``scaled_dot_product_attention``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, final, get_type_hints
+from typing import Any, Final, Self, final, get_type_hints
 
 from kasmina_core.blending import AlphaSchedule
 from kasmina_core.errors import CheckpointError
@@ -13,6 +13,9 @@ from kasmina_core.gates.thresholds import GateProfile, GateThresholds, chosen
 from kasmina_core.records import demand_fields, read
 from kasmina_core.slots.settings import GradientPolicy, Incubation, RampUnit, StraightInsertion
 from kasmina_core.topology import Topology
+
+_ADDED: Final = {"straight", "joint_incubation"}
+"""Fields that earlier versions did not write."""
 
 
 @final
@@ -29,6 +32,8 @@ class GrowthConfig:
             before ``max_deviation`` bounds it. ``inf`` for no limit.
         incubate_every: Calls of `MorphogeneticModel.incubate` of which one runs the counterfactual pass; in between
             the seed does not learn.
+        joint_incubation: Whether seeds that learn in one call of `MorphogeneticModel.incubate` share a pass, each on a part
+            of the batch of its own. See there.
         keep_snapshot: Whether the host is copied in memory when a seed begins to blend in, so that
             `MorphogeneticModel.cull` can put it back. It costs the host's size and its optimiser's state once more. For
             a seed that is put in straight it is copied in any case.
@@ -57,6 +62,7 @@ class GrowthConfig:
     max_deviation: float = 0.1
     max_incubation_deviation: float = 10.0
     incubate_every: int = 1
+    joint_incubation: bool = False
     keep_snapshot: bool = False
     ramp_steps: int = 5
     ramp_unit: RampUnit = RampUnit.EPOCH
@@ -135,7 +141,7 @@ class GrowthConfig:
         what = f"The saved {cls.__name__}"
         hints = get_type_hints(cls) | {"gradient_policies": dict[str, bool], "gates": dict[str, Any]}
         data = read(dict[str, Any], data, what)
-        demand_fields(data, hints.keys() - {"straight"}, hints, what)  # earlier versions did not write it
+        demand_fields(data, hints.keys() - _ADDED, hints, what)
         values = {name: read(hint, data[name], what, name) for name, hint in hints.items() if name in data}
         profile = read(GateProfile, values["gates"].get("profile"), what, "gates.profile")
         thresholds = GateThresholds.from_dict(values["gates"].get("thresholds"), f"{what}, gates.thresholds,")

@@ -326,6 +326,14 @@ class MorphogeneticModel(SlottedModel):
         replaced by the seed's; the gradient of that loss goes to the seed's parameters and nowhere else. The host is
         in eval mode meanwhile, so that no statistics move, and random numbers are as before.
 
+        With ``GrowthConfig(joint_incubation=True)`` seeds that learn in the same call share one pass: the batch is split
+        in as many parts as there are seeds, and in each part another seed is in place. A seed's gradient is that of the
+        loss of its part, ``n / n_part`` times its share in the mean over the ``n`` samples. That takes a loss which is a
+        mean over samples, each by itself, and a host in which no sample depends on another in eval mode. The first
+        time that a seed learns it is tried: a second pass disturbs the other samples, and a `MisuseWarning` says if
+        that changes what the seed learns. Such a seed, one with fewer than two samples for each seed, and all seeds of
+        models with sharded parameters learn as without it.
+
         A call that raises did not happen: no gradient is left of it, and ``incubate_every`` does not count it.
 
         Call it before the optimiser step, with the same batch or a part of it. With
@@ -337,13 +345,13 @@ class MorphogeneticModel(SlottedModel):
             scaler: A ``torch.amp.GradScaler`` whose scale the gradients are to carry, if one is in use.
 
         Returns:
-            The loss with the seed, by slot; detached.
+            The loss with the seed, by slot; detached. Seeds that shared a pass have its loss, with all of them in place.
 
         Raises:
             HostError: If the host uses reentrant gradient checkpointing, which cannot give the gradient to chosen
                 parameters; use ``use_reentrant=False``.
         """
-        return incubation.incubate(self, self.growth_config.incubation, closure, scaler)
+        return incubation.incubate(self, self.growth_config, closure, scaler)
 
     def evaluate_with(
         self, evaluator: Evaluator | None, *, higher_is_better: bool = False, fixed_samples: bool = True

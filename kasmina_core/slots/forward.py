@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Self, cast, final
+from typing import Final, Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from kasmina_core.blending import blend_with_isolation, like_host, memory_format
 from kasmina_core.errors import HostError, SeedShapeError, TransitionError
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.isolation import isolated, note_largest, relative_deviation
-from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, HostCalls, without_padding
+from kasmina_core.positions import NESTED, WHOLE_SEQUENCES, HostCalls, SeedContext, without_padding
 from kasmina_core.quiet import kept_buffers, kept_modes
 
 
@@ -30,10 +31,44 @@ class ForwardMode(IntEnum):
     REPLACE = 5
     MEASURE = 6
     THROUGH = 7
+    PART = 8
 
 
 # Plain ints: a compiled graph guards on a constant, and an Enum member costs a lookup per call.
-_PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE, _THROUGH = map(int, ForwardMode)
+_PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE, _THROUGH, _PART = map(
+    int, ForwardMode
+)
+
+MIN_SAMPLES: Final = 2
+"""Samples that a part of a batch has at least: batch normalisation in a seed needs two."""
+
+
+class PartTooSmall(Exception):  # no error of the user's
+    """A batch is too small to be parted; ``samples`` is its size."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.samples = samples
+
+
+@final
+@dataclass(slots=True)
+class Part:
+    """The part of each batch on which a seed's output replaces the host's in the mode PART.
+
+    Attributes:
+        index: Which part.
+        count: Of how many, which are equal but for one sample.
+        disturbs: Whether the host's features of the other samples are disturbed, to see what depends on them.
+        mine: Samples of the part that went through.
+        samples: Samples that went through.
+    """
+
+    index: int
+    count: int
+    disturbs: bool = False
+    mine: int = 0
+    samples: int = 0
 
 
 class Slot(nn.Module):
@@ -58,6 +93,7 @@ class Slot(nn.Module):
         behind: The slot behind this one at the same point, or none: it is given what this one returns. Not a child of
             this one, but of the model.
         has_proved_layout: Whether the layout of the point was proved or stated.
+        part: The samples that are the seed's in the mode PART.
         turn: Orders for ``permute``, from the host's layout to the topology's and back; ``None`` if they are the same.
         deviation: Largest ``rms(seed - host) / rms(host)`` of the present measurement.
         ran_compiled: Whether a pass of the present measurement ran in a compiled graph.
@@ -92,6 +128,7 @@ class Slot(nn.Module):
         self.mode: int = _PASS
         self.behind: tuple[Slot, ...] = ()
         self._override: int | None = None
+        self.part = Part(0, 1)
         self.has_proved_layout = True
         self.turn: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         if point.axes != point.topology.layout:
@@ -193,6 +230,8 @@ class Slot(nn.Module):
             return blend_with_isolation(features, self._grow(features.detach()), self.alpha_buffer)
         if mode == _BLEND:
             return blend_with_isolation(features, self._grow(features), self.alpha_buffer)
+        if mode == _PART:
+            return self._replace_part(features)
         detached = features.detach()
         replaced = like_host(self._grow(detached), detached)
         found = relative_deviation(detached, replaced)
@@ -205,13 +244,31 @@ class Slot(nn.Module):
                 self.ran_compiled.fill_(True)
         return replaced
 
-    def _grow(self, features: Tensor) -> Tensor:
+    def _replace_part(self, features: Tensor) -> Tensor:
+        """Return the features with the seed's output in the place of the samples of its part."""
+        part, samples = self.part, features.shape[0]
+        if samples < MIN_SAMPLES * part.count:
+            raise PartTooSmall(samples)
+        start, stop = (samples * end // part.count for end in (part.index, part.index + 1))
+        mine = features[start:stop].detach()
+        context = None
+        if self.takes_context:
+            context = self.calls.context_at(self.point, features).of_samples(start, stop)
+        replaced = like_host(self._grow(mine, context), mine)
+        self._note_training(relative_deviation(mine, replaced))
+        part.mine, part.samples = part.mine + stop - start, part.samples + samples
+        if part.disturbs:
+            size = features.detach().square().mean().sqrt().clamp(min=1e-3)
+            features = features + size * torch.randn_like(features)
+        return torch.cat([features[:start], replaced, features[stop:]])
+
+    def _grow(self, features: Tensor, context: SeedContext | None = None) -> Tensor:
         if features.is_nested:
             raise HostError(NESTED.format(where=f"Slot '{self.name}'"))
         seed = cast("nn.Module", self.seed)
         grown: Tensor
         if self.takes_context:
-            context = self.calls.context_at(self.point, features)
+            context = context or self.calls.context_at(self.point, features)
             grown = seed(features, context)
             return without_padding(self.point, features, context, grown)
         grown = seed(features)

@@ -110,6 +110,7 @@ class SeedNotes:
         frozen_by_pause: Names of the seed's parameters that ``resume`` makes trainable again.
         error_share: Part of the gates' error rate that the seed may spend, in (0, 1].
         incubations: Calls of ``incubate`` since germination.
+        is_coupled: Whether samples were found to change what the seed learns from others; ``None`` if that was not tried.
         steps_since_isolation: Optimiser steps since isolation was measured.
         steps: Optimiser steps in which the seed was active.
         trend: Of a seed that was put in straight, epochs that the host had learned and the metric then, oldest first.
@@ -124,6 +125,7 @@ class SeedNotes:
     frozen_by_pause: list[str] = field(default_factory=list)
     error_share: float = 1.0
     incubations: int = 0
+    is_coupled: bool | None = None
     steps_since_isolation: int = 0
     steps: int = 0
     trend: tuple[tuple[int, float], ...] = ()
