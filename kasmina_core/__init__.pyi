@@ -177,6 +177,8 @@ from .training.averaging import GrowingAveragedModel as GrowingAveragedModel
 from .training.clipping import ClippedGradients as ClippedGradients
 from .training.clipping import clip_gradients as clip_gradients
 from .training.clipping import drop_nonfinite_seed_gradients as drop_nonfinite_seed_gradients
+from .training.decay import DecayBranch as DecayBranch
+from .training.decay import decay_branch as decay_branch
 from .training.optim import tie_optimizer as tie_optimizer
 from .training.optim import untie_optimizer as untie_optimizer
 from .training.seed_schedules import ConstantRate as ConstantRate

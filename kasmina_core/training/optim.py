@@ -42,6 +42,11 @@ class _TiedOptimizer:
         self._takes = takes
         self._schedulers = schedulers
 
+    def of_copies(self, model: MorphogeneticModel, optimizer: Optimizer) -> _TiedOptimizer:
+        """Return what ties a copy of the optimiser to a copy of the model."""
+        schedulers = FollowingSchedulers(None, optimizer)
+        return _TiedOptimizer(model, optimizer, self._lr_factor, self._weight_decay, self._takes, schedulers)
+
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         own = [p for p in self._without_host(parameters) if self._takes is None or self._takes(p)]
         if not own:
@@ -206,6 +211,19 @@ def untie_optimizer(model: MorphogeneticModel, optimizer: Optimizer) -> None:
     listeners, optimizer = model.growth.listeners, unwrapped(optimizer)
     tied = [one for one in listeners if isinstance(one, _TiedOptimizer) and one.optimizer is optimizer]
     listeners[:] = [one for one in listeners if one not in tied]
+
+
+def tie_copies(
+    model: MorphogeneticModel,
+    optimizers: Sequence[Optimizer],
+    copied: MorphogeneticModel,
+    copies: Sequence[Optimizer],
+) -> None:
+    """Let copies of a model's tied optimisers follow the seeds of a copy of the model in the same way."""
+    counterparts = {id(one): other for one, other in zip(optimizers, copies, strict=True)}
+    for tied in [one for one in model.growth.listeners if isinstance(one, _TiedOptimizer)]:
+        if (other := counterparts.get(id(tied.optimizer))) is not None:
+            copied.listen(tied.of_copies(copied, other))
 
 
 def _checked(name: str, value: Any) -> float:
