@@ -214,7 +214,9 @@ def train_epoch(
 
 
 def forward_kind(model: MorphogeneticModel) -> Hashable:
-    """Return what decides the cost of a forward: each slot's mode and blueprint, and what a replay spares."""
+    """Return what decides the cost of a forward: each slot's mode, blueprint and options, and what a replay spares."""
     slots = model.slots.values()
-    modes = tuple((s.mode, s.state.blueprint_id if s.state is not None else "") for s in slots)
+    modes = tuple(
+        (s.mode, s.state.blueprint_id if s.state is not None else "", str(s.options)) for s in slots
+    )
     return model.is_replaying, next((s.name for s in slots if s.is_forced), ""), modes

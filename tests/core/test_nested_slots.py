@@ -22,6 +22,7 @@ from state_helpers import (
     make_model,
     make_registry,
     open_config,
+    open_thresholds,
     picture,
     same_picture,
     train_once,
@@ -36,8 +37,11 @@ from kasmina_core import (
     HostError,
     InjectionPoint,
     MorphogeneticModel,
+    PlanPolicy,
     PlateauPolicy,
+    QualityGates,
     SeedStage,
+    StraightInsertion,
     Topology,
     TransitionError,
     export_model,
@@ -484,3 +488,33 @@ def test_recorded_events_name_the_new_slot() -> None:
     model.germinate(NESTED, "scale")
     assert {event.slot for event in recorder.events} == {NESTED}
     assert model.slots[NESTED].state.seed_id == f"{NESTED}-1"
+
+
+def test_a_plan_goes_from_one_layer_to_two_four_and_eight() -> None:
+    from kasmina_transformer import TransformerHost
+
+    model = MorphogeneticModel(
+        TransformerHost(vocab_size=8, dim=8, n_layers=1, n_heads=2),
+        config=open_config(
+            nested_slots=2,
+            straight=StraightInsertion(lag=1),
+            gates=QualityGates(thresholds=open_thresholds(against_start="not asked")),
+        ),
+    )
+    policy = PlanPolicy(
+        {Topology.TRANSFORMER: ["transformer:block"]},
+        at=[3, 6, 9],
+        options={"copies": 1},
+        doubles="copies",
+    )
+    tokens = torch.arange(12).view(2, 6) % 8
+    before = model(tokens)
+    for epoch in range(1, 15):
+        model.step_epoch(1.0 - 0.05 * epoch)
+        model.follow(policy)
+    held = {name: slot.options.get("copies") for name, slot in model.slots.items()}
+    assert held == {"layer1": 1, "layer1__2": 2, "layer1__3": 4}
+    assert all(slot.stage is SeedStage.FOSSILIZED for slot in model.slots.values())
+    assert torch.equal(model(tokens), before)  # whole layers that change nothing yet
+    scramble(model, "layer1__2")
+    assert not torch.equal(model(tokens), before)
