@@ -15,12 +15,19 @@ from kasmina_core import HostSpec, Topology, hookimpl
 if TYPE_CHECKING:
     from kasmina_timm.growing import GrowingModel as GrowingModel
     from kasmina_timm.growing import grow as grow
+    from kasmina_timm.positions import TimmCall as TimmCall
     from kasmina_timm.structure import example_inputs as example_inputs
     from kasmina_timm.structure import points as points
 
-_HOME = {"GrowingModel": "growing", "example_inputs": "structure", "grow": "growing", "points": "structure"}
+_HOME = {
+    "GrowingModel": "growing",
+    "TimmCall": "positions",
+    "example_inputs": "structure",
+    "grow": "growing",
+    "points": "structure",
+}
 
-__all__ = ["GrowingModel", "example_inputs", "grow", "kasmina_hosts", "points"]
+__all__ = ["GrowingModel", "TimmCall", "example_inputs", "grow", "kasmina_hosts", "points"]
 
 
 @hookimpl

@@ -8,7 +8,6 @@ from typing import Any, final
 from kasmina_core import (
     BlueprintRegistry,
     ContextReader,
-    EveryPosition,
     GrowthConfig,
     HostError,
     InjectionPoint,
@@ -18,6 +17,7 @@ from kasmina_core import (
 from torch import Tensor, nn
 
 from kasmina_timm.checkpointing import attach_guard
+from kasmina_timm.positions import TimmCall
 from kasmina_timm.structure import example_inputs, points
 
 
@@ -30,14 +30,14 @@ class GrowingModel(MorphogeneticModel):
 
     Args:
         host: The model.
-        context: As for `MorphogeneticModel`; ``None`` states that every position is real.
+        context: As for `MorphogeneticModel`; ``None`` for `TimmCall`.
         options: Its other options.
     """
 
     def __init__(
         self, host: nn.Module, *args: Any, context: ContextReader | None = None, **options: Any
     ) -> None:
-        super().__init__(host, *args, context=context or EveryPosition(), **options)
+        super().__init__(host, *args, context=context or TimmCall(), **options)
         self._guards = [attach_guard(host, slot.point.path) for slot in self.slots.values()]
 
     def detach_slots(self) -> nn.Module:
@@ -76,7 +76,7 @@ def grow(
         registry: Where blueprints come from; ``None`` for the installed packs.
         telemetry: Takes the events.
         evaluator: Returns the loss of every held-out sample, ``(n,)``, for the gates.
-        context: Reads what positions mean off each call, for seeds that mix them; ``None`` for ``EveryPosition()``.
+        context: Reads what positions mean off each call, for seeds that mix them; ``None`` for `TimmCall`.
 
     Raises:
         HostError: If points cannot be derived, or a place cannot hold a slot; the model is left as it was.
