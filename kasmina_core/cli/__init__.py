@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "grow": ("kasmina_core.cli.grow:grow", "Train a host and grow it with seeds."),
     "new": ("kasmina_core.cli.new:new", "Write what to start from: seeds, a host or a task."),
     "plugins": ("kasmina_core.cli.plugins:plugins", "Show the installed packs and what they offer."),
+    "watch": ("kasmina_core.cli.watch:watch", "Follow runs on a page, while they go on."),
 }
 
 INTERRUPTED: Final = 130

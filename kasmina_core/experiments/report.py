@@ -10,13 +10,20 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO, final
 
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import KasminaError
 from kasmina_core.experiments import wording
+from kasmina_core.experiments.page import (
+    as_text,
+    charts_of,
+    epoch_of_equal_flops,
+    html_table,
+    stage_spans,
+    whole_page,
+)
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
 from kasmina_core.experiments.wording import STAGES, TextTable, clean, short_blueprint
 from kasmina_core.telemetry.sinks import for_json
@@ -47,6 +54,10 @@ _WORDS: Final = (
     ("training FLOPs", "The arithmetic spent on training, trials of seeds included: the fair measure of equal effort."),
     ("host alone", "The same host trained without growth for the same training FLOPs."),
 )  # fmt: skip
+
+
+DOWNLOADS: Final = ("run.json", "config.json", "metrics.csv", "events.jsonl", "report.png")
+"""Files of a run's folder that its page offers."""
 
 
 class ReportError(KasminaError):
@@ -211,29 +222,13 @@ def _finite(values: Iterable[float]) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _epoch_of_equal_flops(record: RunRecord) -> list[float]:
-    """Return, for each epoch of the host alone, the epoch by which the grown run had spent the same FLOPs."""
-    spent = [0.0, *(epoch.flops for epoch in record.epochs)]
-    at = [0.0, *(float(epoch.epoch) for epoch in record.epochs)]
-    places = []
-    for epoch in record.baseline:
-        upper = next((i for i, flops in enumerate(spent) if i and flops >= epoch.flops), len(spent) - 1)
-        span = spent[upper] - spent[upper - 1]
-        if upper == 0 or not span > 0:
-            places.append(float(epoch.epoch))  # the grown run's FLOPs are unknown
-            continue
-        share = (epoch.flops - spent[upper - 1]) / span
-        places.append(at[upper - 1] + share * (at[upper] - at[upper - 1]))
-    return places
-
-
 def _draw_losses(axes: Axes, record: RunRecord) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     at = [epoch.epoch for epoch in record.epochs]
     arms: tuple[tuple[str, str, Sequence[float], Sequence[EpochRecord]], ...] = (
         (GROWN, _GROWN_COLOUR, at, record.epochs),
-        (HOST_ALONE, _ALONE_COLOUR, _epoch_of_equal_flops(record), record.baseline),
+        (HOST_ALONE, _ALONE_COLOUR, epoch_of_equal_flops(record), record.baseline),
     )
     values: list[float] = []
     for name, colour, places, epochs in arms:
@@ -293,7 +288,7 @@ def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
 
     seen: set[str] = set()
     for row, name in enumerate(slots):
-        for start, end, stage in _spans(record, name):
+        for start, end, stage in stage_spans(record, name):
             seen.add(stage)
             colour = STAGES[stage].colour if stage in STAGES else "#bbbbbb"
             axes.broken_barh([(start - 0.5, end - start + 1)], (row - 0.36, 0.72), facecolors=colour)
@@ -326,19 +321,6 @@ def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
         axes.figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
 
-def _spans(record: RunRecord, slot: str) -> list[tuple[int, int, str]]:
-    """Return ``(first epoch, last epoch, stage)`` of each stretch in which the slot stayed in one stage."""
-    spans: list[tuple[int, int, str]] = []
-    for epoch, stage in (
-        (e.epoch, held.stage) for e in record.epochs for held in e.slots if held.name == slot
-    ):
-        if spans and spans[-1][1:] == (epoch - 1, stage):
-            spans[-1] = (spans[-1][0], epoch, stage)
-        else:
-            spans.append((epoch, epoch, stage))
-    return spans
-
-
 def _add_flops_axis(axes: Axes, record: RunRecord) -> None:
     """Write the FLOPs spent by some epochs along the top."""
     if not record.epochs or not any(epoch.flops > 0 for epoch in record.epochs):
@@ -367,21 +349,38 @@ def _legend(axes: Axes) -> None:
 
 
 def render_html(record: RunRecord, picture: bytes) -> str:
-    """Return the report as one page that needs nothing else: no script, no network.
+    """Return the report as one page that needs nothing else: no network, and no script but ours.
 
     Args:
         record: The run; every text in it is escaped.
-        picture: The PNG of `render_png`.
+        picture: The PNG of `render_png`, for readers without scripts.
     """
     image = base64.b64encode(picture).decode("ascii")
-    title = f"{record.task}: the host {record.host}, grown and alone"
-    notes = "".join(f"<li>{_text(note)}</li>" for note in record.notes)
+    shown = f'<noscript><img alt="Losses, alphas and stages" src="data:image/png;base64,{image}"></noscript>'
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in DOWNLOADS)
+    files = f"<h2>Files</h2><p>Beside this page: {links}</p>"
+    return whole_page(title_of(record), f"{body_of(record, shown)}\n{files}", charts_of(record))
+
+
+def title_of(record: RunRecord) -> str:
+    """Return the title of a run's page."""
+    return f"{record.task}: the host {record.host}, grown and alone" if record.host else record.task
+
+
+def body_of(record: RunRecord, picture: str = "") -> str:
+    """Return the body of a run's page: what it showed, the charts, the tables, the words.
+
+    Args:
+        record: The run; every text in it is escaped.
+        picture: HTML that stands where the charts are drawn.
+    """
+    notes = "".join(f"<li>{as_text(note)}</li>" for note in record.notes)
     stages = "".join(
         f'<dt><span class="swatch" style="background:{look.colour}"></span>{stage.lower()}</dt>'
-        f"<dd>{_text(look.meaning)}</dd>"
+        f"<dd>{as_text(look.meaning)}</dd>"
         for stage, look in STAGES.items()
     )
-    words = "".join(f"<dt>{_text(word)}</dt><dd>{_text(meaning)}</dd>" for word, meaning in _WORDS)
+    words = "".join(f"<dt>{as_text(word)}</dt><dd>{as_text(meaning)}</dd>" for word, meaning in _WORDS)
     rows = tuple(
         (key, value if isinstance(value, str) else json.dumps(for_json(value)))
         for key, value in record.config.items()
@@ -389,40 +388,23 @@ def render_html(record: RunRecord, picture: bytes) -> str:
     config = TextTable("Settings", ("setting", "value"), rows, frozenset())
     seeds = "<h2>Seeds</h2><p>No seed germinated.</p>"
     if record.seeds:
-        seeds = f"{_html_table(wording.seeds_table(record))}<p>{_text(wording.CONTRIBUTION)}</p>"
+        seeds = f"{html_table(wording.seeds_table(record))}<p>{as_text(wording.CONTRIBUTION)}</p>"
     sections = [
-        f'<p class="summary{" harm" * wording.is_worse(record)}">{_text(wording.summary(record))}</p>',
-        f"<p><b>Growth.</b> {_text(record.verdict)}</p>" if record.verdict else "",
-        *(f'<p class="harm">{_text(sentence)}</p>' for sentence in wording.harms(record)),
+        f'<p class="summary{" harm" * wording.is_worse(record)}">{as_text(wording.summary(record))}</p>'
+        if record.arms or record.interrupted
+        else "",
+        f"<p><b>Growth.</b> {as_text(record.verdict)}</p>" if record.verdict else "",
+        *(f'<p class="harm">{as_text(sentence)}</p>' for sentence in wording.harms(record)),
         f"<ul>{notes}</ul>" if notes else "",
-        _html_table(wording.arms_table(record)) if record.arms else "",
+        html_table(wording.arms_table(record)) if record.arms else "",
         "<h2>The run</h2>",
-        f'<img alt="Losses, alphas and stages over the epochs" src="data:image/png;base64,{image}">',
+        f'<div id="charts">{picture}</div>',
         _PICTURE_WORDS,
         seeds,
         f"<h2>Words</h2><dl>{words}</dl><h2>Stages</h2><dl>{stages}</dl>",
-        _html_table(config) if record.config else "",
+        html_table(config) if record.config else "",
     ]
-    body = "\n".join(section for section in sections if section)
-    return _PAGE.format(title=_text(title), style=_STYLE, body=body)
-
-
-def _text(value: str) -> str:
-    return escape(clean(value), quote=True)
-
-
-def _html_table(table: TextTable) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if i in table.numeric else ''}>{_text(cell)}</{tag}>"
-            for i, cell in enumerate(row)
-        )
-
-    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    return (
-        f'<h2>{_text(table.title)}</h2><div class="wide"><table><thead><tr>{cells("th", table.header)}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    return "\n".join(section for section in sections if section)
 
 
 _PICTURE_WORDS: Final = """<p>The three parts share the epochs of the grown run.
@@ -431,39 +413,3 @@ which the grown run had spent as many training FLOPs, so what lies above one ano
 line marks a seed that was kept for good. <b>Alpha</b>: how much of the seed in each slot is mixed in.
 <b>Stages</b>: what each slot held, epoch by epoch, with the blueprint's name where a seed germinated; a star marks a
 seed kept for good, a cross one that was removed.</p>"""
-
-_STYLE: Final = """
-:root { color-scheme: light; }
-body { margin: 2.5rem auto; max-width: 64rem; padding: 0 1.25rem; color: #222; background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.summary { padding: .9rem 1.1rem; background: #f1f6f4; border-left: 4px solid #1b9e77; font-size: 1.05rem; }
-.harm { color: #8c1c2b; } .summary.harm { background: #fbefef; border-left-color: #d1495b; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; }
-th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-td:first-child { white-space: nowrap; } td:nth-child(8) { min-width: 14rem; }
-th { font-weight: 600; border-bottom: 2px solid #bbb; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-img { max-width: 100%; height: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.2rem; margin: 0; }
-dt { font-weight: 600; } dd { margin: 0; }
-.swatch { display: inline-block; width: .85em; height: .85em; margin-right: .5em; border: 1px solid #aaa; }
-"""
-
-_PAGE: Final = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""

@@ -173,11 +173,23 @@ class SeedLog:
             reverted = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
             life |= {"outcome": "culled", "ended_epoch": event.epoch, "reason": event.reason + reverted}
 
-    def records(self) -> list[SeedRecord]:
-        """Return the seeds in order of germination."""
+    def records(
+        self, reasons: Mapping[str, str] | None = None, gains: Mapping[str, float | None] | None = None
+    ) -> list[SeedRecord]:
+        """Return the seeds in order of germination.
+
+        Args:
+            reasons: What the last gate of each seed said, where nothing was noted.
+            gains: Last measured gain of each seed, where nothing was noted.
+        """
         records = []
         for seed_id, life in self._lives.items():
-            known: dict[str, Any] = {"reason": self._reasons.get(seed_id, "")} | life
+            if "slot" not in life:
+                continue  # of events that begin after its germination
+            known: dict[str, Any] = {
+                "reason": self._reasons.get(seed_id, (reasons or {}).get(seed_id, "")),
+                "gain": (gains or {}).get(seed_id),
+            } | life
             if seed_id in self._findings:
                 gate, finding = self._findings[seed_id]
                 known["finding"] = {"gate": gate} | finding.to_dict()
@@ -345,7 +357,10 @@ def candidates(
 
     def fitting(slot: SlotObservation) -> list[str]:
         offered = chosen or sorted(
-            registry.list_for_topology(slot.topology),
+            # A module that is there under two names is tried once.
+            {
+                f"{e.spec.factory} {e.spec.options}": e for e in registry.list_for_topology(slot.topology)
+            }.values(),
             key=lambda entry: (-(entry.spec.declared_params(slot.dim) or 0), entry.id),
         )
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from kasmina_core.errors import CheckpointError
 from kasmina_core.experiments import report
+from kasmina_core.experiments.page import charts_of, epoch_of_equal_flops
 from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
@@ -195,16 +197,40 @@ def test_metrics_have_a_row_an_epoch_of_each_arm():
     assert rows[40]["block1.stage"] == ""
 
 
-def test_the_page_needs_no_network_and_runs_nothing(picture):
-    page = Page(render_html(fake_run(), picture))
-    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    sources = [
-        value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")
-    ]
+def test_the_page_needs_no_network_and_runs_only_our_script(picture):
+    text = render_html(fake_run(), picture)
+    page = Page(text)
+    assert not {"link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'none'"
+        in text
+    )
+    sources = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "srcset")]
     assert len(sources) == 1
     assert sources[0].startswith("data:image/png;base64,")
-    assert not re.search(r"url\(|@import", report._STYLE)
-    assert "default-src 'none'" in str(page.tags)
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links == list(report.DOWNLOADS)
+    assert not re.search(r"url\(|@import", text[text.index("<style>") : text.index("</style>")])
+
+
+def test_the_charts_are_drawn_from_the_data_of_the_run():
+    run = fake_run()
+    charts = charts_of(run)
+    assert [line["name"] for line in charts["lines"]] == [
+        "grown, validation",
+        "grown, training",
+        "host alone, validation",
+        "host alone, training",
+    ]
+    assert charts["lines"][0]["y"] == [epoch.val_loss for epoch in run.epochs]
+    assert charts["lines"][2]["x"] == epoch_of_equal_flops(run)
+    (block2,) = [slot for slot in charts["slots"] if slot["name"] == "block2"]
+    assert [seed["blueprint"] for seed in block2["seeds"]] == ["norm", "attention"]
+    assert sum(last - first + 1 for first, last, _ in block2["spans"]) == len(run.epochs)
+    json.dumps(charts_of(hostile_run()), allow_nan=False)
 
 
 def test_the_page_holds_the_summary_the_tables_and_the_words(picture):
@@ -236,10 +262,24 @@ def test_hostile_names_are_text_in_the_page_and_in_the_picture():
     picture = render_png(run)
     assert picture.startswith(PNG)
     page = Page(render_html(run, picture))
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 2  # the data, and ours
     assert "</td><script" in page.text
     assert "\x1b" not in page.text
-    known = {"alt", "src", "class", "style", "charset", "content", "name", "lang", "http-equiv"}
+    known = {
+        "alt",
+        "src",
+        "class",
+        "id",
+        "type",
+        "href",
+        "data-head",
+        "style",
+        "charset",
+        "content",
+        "name",
+        "lang",
+        "http-equiv",
+    }
     assert {key for _, attrs in page.tags for key in attrs} <= known
 
 
@@ -262,7 +302,7 @@ def test_the_host_alone_is_drawn_where_the_grown_run_had_spent_the_same_flops():
     run = RunRecord("t", "accuracy", "h")
     run.epochs = [EpochRecord(i, 1.0, 1.0, 0.5, 1, flops) for i, flops in ((1, 10.0), (2, 30.0))]
     run.baseline = [EpochRecord(i, 1.0, 1.0, 0.5, 1, 5.0 * i) for i in range(1, 7)]
-    assert report._epoch_of_equal_flops(run) == pytest.approx([0.5, 1.0, 1.25, 1.5, 1.75, 2.0])
+    assert epoch_of_equal_flops(run) == pytest.approx([0.5, 1.0, 1.25, 1.5, 1.75, 2.0])
 
 
 def test_equal_runs_make_equal_pictures(picture):
