@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
+from kasmina_core.blueprints.declarations import BlueprintSpec
 from kasmina_core.blueprints.foreign import contained, shown
 from kasmina_core.errors import BlueprintError, KasminaError
 from kasmina_core.hosts import InjectionPoint
@@ -43,7 +45,8 @@ def try_seed(
     """
     trial = Trial()
     findings = trial.findings
-    spec = registry.get(blueprint_id).spec
+    entry = registry.get(blueprint_id)
+    spec = entry.spec
     trial.mixes = bool(spec.mixes)
     trial.takes_causal = spec.takes_causal
     findings["blueprint known"] = (True, "")
@@ -77,6 +80,9 @@ def try_seed(
         except Exception as error:
             findings["shape"] = (False, f"its forward raised {shown(error)}")
             return trial
+        fits = isinstance(output, Tensor) and output.shape == features.shape
+        mixed = _mixed(seed, features, spec) if fits and not entry.distribution else ""
+        findings["kept apart"] = (not mixed, mixed)
     if not isinstance(output, Tensor):
         findings["shape"] = (False, f"its forward returned {type(output).__name__}, not a tensor")
         return trial
@@ -96,6 +102,60 @@ def try_seed(
     )
     trial.seed = seed
     return trial
+
+
+def _mixed(seed: nn.Module, features: Tensor, spec: BlueprintSpec) -> str:
+    """Return which features a seed mixes that must be kept apart; nothing if none, or if its values do not tell.
+
+    The checks at registration ask the same, and more; this is for a blueprint that was registered by hand.
+
+    Args:
+        seed: A new seed; a copy with random weights runs, since a last layer of zeros would hide what is before it.
+        features: What it takes, two samples.
+        spec: Its blueprint.
+    """
+    if features.is_meta:
+        return ""
+    axis = None if spec.mixes else spec.topology.sequence_axis
+    try:
+        with contained(), torch.no_grad():
+            moved = copy.deepcopy(seed).eval()
+            for parameter in moved.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(0.3 * torch.randn(parameter.shape).to(parameter))
+            plain = moved(features.clone())
+            if not bool(plain.isfinite().all()) or not torch.equal(plain, moved(features.clone())):
+                return ""
+            most = max(1e-4, 8 * torch.finfo(plain.dtype).eps) * _rms(plain)
+            if _rms((moved(_changed(features, 0)) - plain)[:1]) > most:
+                return (
+                    "another sample changes a sample's features: compute nothing over the batch in eval mode"
+                )
+            last = features.shape[axis] - 1 if axis is not None else 0
+            if (
+                axis is not None
+                and last
+                and _rms((moved(_changed(features, axis)) - plain).narrow(axis, 0, last)) > most
+            ):
+                return (
+                    "another position changes a position's features, and its blueprint does not say so: "
+                    "BlueprintSpec(..., mixes='positions'), and a forward that takes a context (docs/positions.md)"
+                )
+    except Exception:  # it does not run on other values, which tells nothing
+        return ""
+    return ""
+
+
+def _changed(features: Tensor, axis: int) -> Tensor:
+    """Return the features with other values at the last entry of an axis."""
+    other = features.clone()
+    last = other.narrow(axis, features.shape[axis] - 1, 1)
+    last.copy_(1.0 - 3.0 * last)
+    return other
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.float().square().mean().sqrt())
 
 
 def _other_topology(registry: BlueprintRegistry, own: Topology, here: Topology) -> str:

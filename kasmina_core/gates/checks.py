@@ -173,6 +173,7 @@ _GERMINATION_CHECKS: Final = (
     "dtype",
     "finite output",
     "input unchanged",
+    "kept apart",
     "random numbers",
 )
 

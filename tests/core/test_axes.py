@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -632,3 +633,44 @@ def test_a_host_runs_a_handful_of_times() -> None:
     MorphogeneticModel(host, ["body"], example=normal(16, 3, 8, 8))
     assert len(calls) <= 6
     assert sum(shape[0] for shape in calls) <= 6 * 16
+
+
+class Mixing(nn.Module):
+    """``x + gain * mean(x)`` over one axis; the identity at birth."""
+
+    def __init__(self, dim: int, axis: int = 0) -> None:
+        super().__init__()
+        self.gain, self.axis = nn.Parameter(torch.zeros(dim)), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * x.mean(self.axis, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        (0, "kept apart failed: 0 .*another sample changes a sample's features"),
+        (
+            1,
+            "kept apart failed: 0 .*another position changes a position's features, and its blueprint does not say so",
+        ),
+    ],
+)
+def test_a_seed_that_was_registered_by_hand_and_mixes_what_it_must_not_is_refused(
+    axis: int, words: str
+) -> None:
+    registry = BlueprintRegistry()
+    registry.register(
+        BlueprintSpec("mean", Topology.TRANSFORMER, partial(Mixing, axis=axis), lambda dim: dim), pack="mine"
+    )
+    registry.register(
+        BlueprintSpec("own", Topology.TRANSFORMER, partial(Mixing, axis=2), lambda dim: dim), pack="mine"
+    )
+    host = Body(encoder(batch_first=True))
+    model = MorphogeneticModel(
+        host, ["body"], example=normal(*SHAPE_T), registry=registry, context=EveryPosition()
+    )
+    with pytest.raises(GerminationError, match=words):
+        model.germinate("body", "mean")
+    assert model.slots["body"].state is None
+    model.germinate("body", "own")

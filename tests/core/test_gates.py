@@ -45,6 +45,7 @@ GERMINATION = (
     "dtype",
     "finite output",
     "input unchanged",
+    "kept apart",
 )
 
 
