@@ -94,6 +94,18 @@ def test_seeds_that_treat_each_position_by_itself_keep_the_cache(
         assert torch.equal(result.sequences, greedy(model, ids))
 
 
+def test_blocks_behind_a_fossil_keep_cached_positions_of_their_own(speaker: Case) -> None:
+    model, ids = speaker.grown(SeedStage.FOSSILIZED, "transformer:block"), prompt(speaker)
+    nested = model.open_slot(speaker.slot).name
+    model.germinate(nested, "transformer:block", copies=2)
+    while model.slots[nested].stage is not SeedStage.FOSSILIZED:
+        model.step_epoch(1.0)
+        if model.slots[nested].stage is SeedStage.PROBATIONARY:
+            model.advance_stage(nested)
+    shake(model)
+    assert torch.equal(generated(model.eval(), ids, use_cache=True), greedy(model, ids))
+
+
 @pytest.mark.parametrize("stage", LOUD)
 def test_seeds_that_mix_positions_keep_their_part_of_the_cache(speaker: Case, stage: SeedStage) -> None:
     model, ids = speaker.grown(stage, ATTENTION), prompt(speaker)
