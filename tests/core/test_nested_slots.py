@@ -36,6 +36,7 @@ from kasmina_core import (
     GrowingAveragedModel,
     HostError,
     InjectionPoint,
+    MisuseWarning,
     MorphogeneticModel,
     PlanPolicy,
     PlateauPolicy,
@@ -518,3 +519,12 @@ def test_a_plan_goes_from_one_layer_to_two_four_and_eight() -> None:
     assert torch.equal(model(tokens), before)  # whole layers that change nothing yet
     scramble(model, "layer1__2")
     assert not torch.equal(model(tokens), before)
+
+
+def test_slots_behind_follow_a_module_that_was_replaced() -> None:
+    model = grown().eval()
+    expected = model(X)
+    model.host[int(FIRST)] = nn.ReLU()
+    with pytest.warns(MisuseWarning, match=f"slot '{FIRST}' was replaced"):
+        output = model(X)
+    assert torch.equal(output, expected)
