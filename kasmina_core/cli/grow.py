@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kasmina_core.telemetry import Sink
 
 CONFIG: Final = "config.json"
+NESTED_SLOTS: Final = {"plan": 3}
+"""By policy, how many slots open behind fossils where nobody says it: a plan has several waves."""
+
 REPEATS: Final = "repeats"
 """Key of config.json under which the folder of several runs holds their number."""
 
@@ -70,6 +73,12 @@ class _Request(NamedTuple):
     show_default=True,
     help="When a seed's gain must be proved: in probation, after joint training, or in training too, before it blends in.",
 )
+@click.option(
+    "--nested-slots",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="How many further slots open at each point, each behind a new fossil. Default: 3 with the policy plan, else 0.",
+)
 @options.many(
     "--sink",
     "sinks",
@@ -104,6 +113,7 @@ def grow(
     policy_options: tuple[str, ...],
     incubation: str,
     proof: str,
+    nested_slots: int | None,
     sinks: tuple[str, ...],
     epochs: int | None,
     batch_size: int | None,
@@ -161,6 +171,7 @@ def grow(
             policy=policy,
             incubation=incubation,
             proof=proof,
+            nested_slots=nested_slots if nested_slots is not None else NESTED_SLOTS.get(policy, 0),
             epochs=epochs or data.epochs,
             batch_size=batch_size or data.batch_size,
             lr=lr or data.lr,
@@ -375,21 +386,33 @@ def _growing_table(record: RunRecord, path: Path) -> Callable[[str, EpochRecord]
 
     text = io.StringIO()
     table = MetricsFile(record, text)
-    if record.epochs:
-        table.add_all()
-        write_atomically(path, text.getvalue())
+
+    def taken() -> str:
+        written = text.getvalue()
         text.seek(0)
         text.truncate()
+        return written
+
+    if record.epochs:
+        table.add_all()
+        write_atomically(path, taken())
     else:
         path.unlink(missing_ok=True)
 
     def add(arm: str, epoch: EpochRecord) -> None:
-        table.add(arm, epoch)
+        nonlocal table
         with suppress(OSError):  # a full disk ends no run
-            with path.open("a", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
-            text.seek(0)
-            text.truncate()
+            if table.has_columns_of(epoch):
+                table.add(arm, epoch)
+                with path.open("a", encoding="utf-8", newline="") as file:
+                    file.write(text.getvalue())
+                taken()
+            else:  # a slot has opened
+                taken()
+                wider = MetricsFile(record, text)
+                wider.add_all()
+                write_atomically(path, taken())
+                table = wider
 
     return add
 

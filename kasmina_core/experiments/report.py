@@ -123,7 +123,7 @@ class MetricsFile:
     """Writes the lines of `metrics_csv` one by one, while the run goes on.
 
     Args:
-        record: The run; when the first line is written it holds every slot.
+        record: The run; when the first line is written it holds every slot of the lines.
         out: Text file to write to.
     """
 
@@ -144,6 +144,10 @@ class MetricsFile:
             slot = held.get(name)
             row += [slot.stage, slot.blueprint, slot.alpha, slot.gain] if slot is not None else [""] * 4
         self._writer.writerow(row)
+
+    def has_columns_of(self, epoch: EpochRecord) -> bool:
+        """Say whether the table has the columns of an epoch's slots, or can still get them."""
+        return self._slots is None or {slot.name for slot in epoch.slots} <= set(self._slots)
 
     def add_all(self) -> None:
         """Write every epoch that the record holds."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import fmean
-from typing import Any, Final, Protocol, final
+from typing import Annotated, Any, Final, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ from kasmina_core.policies.protocol import (
 )
 from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_evaluation
 from kasmina_core.readers import EveryPosition
-from kasmina_core.records import Record
+from kasmina_core.records import Count, Mark, Record
 from kasmina_core.telemetry import Telemetry
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import Finding, GateResult
@@ -79,6 +79,7 @@ class RunSettings(Record):
         device: Torch device.
         proof: ``probation``: the gates are `GateThresholds.proof_in_probation`; ``training``: those of `GateThresholds`,
             which ask for proof before a seed blends in, too.
+        nested_slots: How many further slots open at each point, each behind a new fossil.
     """
 
     task: str
@@ -96,6 +97,7 @@ class RunSettings(Record):
     host_options: Mapping[str, Any]
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     proof: str = "probation"
+    nested_slots: Annotated[Count, Mark.LATER] = 0
 
 
 class Display(Protocol):
@@ -546,6 +548,7 @@ class GrowthRun:
             steps_per_epoch,
             ramp_epochs=settings.ramp_epochs,
             incubation=settings.incubation,
+            nested_slots=settings.nested_slots,
             seed=derived_seed(settings.seed, "seeds"),
             **({"gates": GateThresholds()} if settings.proof == "training" else {}),
         )

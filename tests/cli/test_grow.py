@@ -505,3 +505,31 @@ def test_the_documented_way_to_load_model_pt_gives_the_grown_model(
     stages = {slot["name"]: slot["stage"] for slot in run[1]["epochs"][-1]["slots"]}
     assert {name: slot.stage.name for name, slot in names["model"].slots.items()} == stages
     assert "FOSSILIZED" in stages.values()
+
+
+def test_a_plan_goes_on_behind_its_fossils_and_the_files_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tmp_path / "run", []
+
+    def look(display: object, record: EpochRecord) -> None:
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        shown = {name for name in rows[-1] if name.endswith(".stage") and rows[-1][name]}
+        seen.append(
+            (
+                len(rows),
+                record.epoch,
+                shown == {f"{slot.name}.stage" for slot in record.slots},
+                None in rows[-1],
+            )
+        )
+
+    monkeypatch.setattr("kasmina_core.experiments.display.RunDisplay.epoch", look)
+    options = ("--policy", "plan", "--blueprint", "block", "--policy-option", "at=[3,5]")
+    result = _grow("--out", str(folder), "--epochs", "8", "--batch-size", "256", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["config"]["nested_slots"] == 3
+    assert {"block2", "block2__2"} <= {seed["slot"] for seed in record["seeds"]}
+    assert seen == [(epoch, epoch, True, False) for epoch in range(1, 9)]
