@@ -13,15 +13,16 @@ from typing import final
 class TrendGap:
     """Gain of a model over what its host would have become without the seeds that were put in.
 
-    The host's metric is taken to move with the logarithm of its epochs. With ``x = log(epoch)``, a line through the
-    ``n`` metrics before the insertion, fitted by least squares with residual deviation ``s``, foretells the metric at
-    ``x``, with the standard error of one new observation::
+    The host's metric is taken to approach some value as one over the square root of its epochs. With
+    ``x = -1 / sqrt(epoch)``, a line through the ``n`` metrics before the insertion, fitted by least squares with residual
+    deviation ``s``, foretells the metric at ``x``, with the standard error of one new observation::
 
         s * sqrt(1 + 1 / n + (x - mean(x_i))² / sum((x_i - mean(x_i))²))
 
-    A host that flattens out does worse than its line, so the line asks more of the seeds. A host that was getting
-    worse is taken to have stayed at its mean. The figures are exact for independent normal residuals; those of a
-    smooth curve are neither, so no error rate is promised.
+    A host that was getting worse is taken to have stayed at its mean. The figures are exact for independent normal
+    residuals; those of a smooth curve are neither, so no error rate is promised. Of lines over the epochs, their
+    logarithm, ``-1 / sqrt(epoch)`` and ``-1 / epoch``, the first two asked too much of hosts left alone (language models
+    and convolutions at 4 to 16 epochs: up to 4.8 and 1.3 nats behind their line), and the last too little.
 
     Attributes:
         gain: Metric now minus the one foretold, or the reverse where lower is better; positive is good.
@@ -45,7 +46,7 @@ class TrendGap:
             metric: The metric now.
             higher_is_better: Whether the metric grows with quality.
 
-        >>> gap = TrendGap.of([(1, 3.0), (2, 2.5), (4, 2.0), (8, 1.5)], 16, 0.9, higher_is_better=False)
+        >>> gap = TrendGap.of([(1, 3.0), (4, 2.0), (16, 1.5)], 64, 1.15, higher_is_better=False)
         >>> round(gap.gain, 6)
         0.1
         """
@@ -53,8 +54,8 @@ class TrendGap:
         n, y = len(before), [sign * value for _, value in before]
         if n < 3 or not all(map(math.isfinite, [*y, metric])):
             return None
-        x = [math.log(max(1, each)) for each, _ in before]
-        x_mean, y_mean, at = math.fsum(x) / n, math.fsum(y) / n, math.log(max(1, epoch))
+        x, at = [_abscissa(each) for each, _ in before], _abscissa(epoch)
+        x_mean, y_mean = math.fsum(x) / n, math.fsum(y) / n
         spread = math.fsum((each - x_mean) ** 2 for each in x)
         if spread == 0.0:
             return None
@@ -70,3 +71,7 @@ class TrendGap:
         if self.standard_error == 0.0:
             return 0.0 if self.gain == 0.0 else math.copysign(math.inf, self.gain)
         return self.gain / self.standard_error
+
+
+def _abscissa(epoch: int) -> float:
+    return -1.0 / math.sqrt(max(1, epoch))

@@ -315,21 +315,21 @@ def test_settings_are_read_back_and_may_be_missing_in_older_files():
     assert GrowthConfig.from_dict(older).straight == StraightInsertion()
 
 
-def test_the_trend_is_a_line_over_the_logarithm_of_epochs():
-    line = [(e, 2.0 - 0.5 * torch.tensor(float(e)).log().item()) for e in (1, 2, 3, 5, 8)]
-    assert abs(TrendGap.of(line, 13, 2.0 - 0.5 * 2.5649493574615367, higher_is_better=False).gain) < 1e-6
+def test_the_trend_is_a_line_over_one_by_the_square_root_of_epochs():
+    line = [(e, 2.0 + 0.5 / e**0.5) for e in (1, 2, 3, 5, 8)]
+    assert abs(TrendGap.of(line, 16, 2.125, higher_is_better=False).gain) < 1e-6
     bent = [(e, y + (-1) ** i * 0.1) for i, (e, y) in enumerate(line)]
-    x = torch.tensor([float(e) for e, _ in bent], dtype=torch.float64).log()
+    x = -torch.tensor([float(e) for e, _ in bent], dtype=torch.float64).rsqrt()
     a = torch.stack([torch.ones_like(x), x], 1)
     y = torch.tensor([v for _, v in bent], dtype=torch.float64)
     fit = torch.linalg.lstsq(a, y).solution
-    at = torch.tensor([1.0, 2.5649493574615367], dtype=torch.float64)
+    at = torch.tensor([1.0, -0.25], dtype=torch.float64)
     s = ((y - a @ fit).square().sum() / 3).sqrt()
     error = s * (1 + at @ torch.linalg.inv(a.T @ a) @ at).sqrt()
-    gap = TrendGap.of(bent, 13, 0.5, higher_is_better=False)
+    gap = TrendGap.of(bent, 16, 0.5, higher_is_better=False)
     assert gap.gain == pytest.approx(float(at @ fit - 0.5))
     assert (gap.standard_error, gap.freedom) == (pytest.approx(float(error)), 3)
-    mirrored = TrendGap.of([(e, -v) for e, v in bent], 13, -0.5, higher_is_better=True)
+    mirrored = TrendGap.of([(e, -v) for e, v in bent], 16, -0.5, higher_is_better=True)
     assert mirrored.gain == pytest.approx(gap.gain)
 
 
