@@ -7,7 +7,7 @@ import sys
 
 NAMES = {
     "growth": ("benchmarks.growth.__main__", "what growth is worth, at equal training FLOPs"),
-    "slots": ("benchmarks.slots", "what a slot costs in a training step"),
+    "sizes": ("benchmarks.sizes.__main__", "one run that grows against every fixed size, at any budget"),
     "costs": (
         "benchmarks.costs",
         "steps and memory with slots and seeds, over the bare host and the same by hand",
@@ -19,9 +19,12 @@ NAMES = {
     "discovery": ("benchmarks.discovery", "what installed packs cost"),
 }
 
+DEFAULT = (("growth", ["--minutes", "3.8"]), ("sizes", ["--short", "--minutes", "1"]))
+"""What runs without a name, and how."""
+
 HELP = """usage: python -m benchmarks [NAME] [options]
 
-Without a name: the fast form of 'growth', under five minutes on two cores.
+Without a name: the fast form of 'growth' and the short one of 'sizes', under five minutes on two cores.
 
 names:
 {names}
@@ -39,6 +42,10 @@ def main() -> None:
         del sys.argv[1]
     elif name and not name.startswith("-"):
         sys.exit(f"There is no benchmark '{name}'. There are: {', '.join(NAMES)}.")
+    elif not name:
+        for each, given in DEFAULT:
+            importlib.import_module(NAMES[each][0]).main(given)
+        return
     else:
         name = "growth"
     sys.argv[0] = f"python -m benchmarks {name}"

@@ -1,0 +1,1 @@
+"""One run that grows against every fixed size, at budgets over a wide range."""
