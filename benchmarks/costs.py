@@ -39,6 +39,7 @@ GOAL_DORMANT: Final = {"eager": 1.01, "compiled": 1.00}
 GOAL_TRAINING: Final = 1.05
 GOAL_BY_HAND: Final = 1.02
 GOAL_STRAIGHT: Final = 1.10
+GOAL_JOINT: Final = {3: 1.5, 12: 1.4}
 STAGES: Final = (SeedStage.FOSSILIZED, SeedStage.BLENDING)
 MIB: Final = 2**20
 
@@ -140,6 +141,14 @@ class Costs:
 
                 case = f"{_many(count, 'seed')} in counterfactual TRAINING"
                 yield self._row(case, over, build, GOAL_TRAINING)
+            if count > 1:
+
+                def joint(count: int = count) -> tuple[Step, ...]:
+                    model = self.work.grown(count, SeedStage.TRAINING, Incubation.COUNTERFACTUAL, joint=True)
+                    return self._step(model), self._step(self.work.host()), self._alone(model)
+
+                case = f"{_many(count, 'seed')} in joint counterfactual TRAINING"
+                yield self._row(case, "host + seeds alone", joint, GOAL_JOINT.get(count))
 
     def isolation(self) -> Row | None:
         """Return the row of one measurement of isolation, of which there is one in a hundred steps."""

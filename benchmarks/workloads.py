@@ -189,10 +189,14 @@ class Workload:
         )
 
     def grown(
-        self, count: int, stage: SeedStage, incubation: Incubation = Incubation.STRAIGHT_THROUGH
+        self,
+        count: int,
+        stage: SeedStage,
+        incubation: Incubation = Incubation.STRAIGHT_THROUGH,
+        joint: bool = False,
     ) -> MorphogeneticModel:
         """Return the host with a seed in each of ``count`` slots, all in ``stage``."""
-        model = self.model(count, incubation=incubation)
+        model = self.model(count, incubation=incubation, joint_incubation=joint)
 
         def evaluate() -> Tensor:
             return self.losses(model(self.inputs))

@@ -16,7 +16,7 @@ from kasmina_core.errors import HostError, MisuseWarning
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.quiet import devices_of, kept_buffers, private_rng
 from kasmina_core.sharding import reshard, sharded_modules
-from kasmina_core.slots.forward import MIN_SAMPLES, ForwardMode, Part, PartTooSmall
+from kasmina_core.slots.forward import ForwardMode, Part, PartTooSmall
 from kasmina_core.slots.settings import Incubation
 from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.slotted import SlottedModel
@@ -161,15 +161,16 @@ class _Passes:
                             findings[slot] = self._dependence(slot, group, losses[slot.name])
             except PartTooSmall as small:
                 self._forget_gradients(slots)
-                size = min(size - 1, small.samples // MIN_SAMPLES)
+                size = min(size - 1, small.seeds)
             else:
                 return True
         return False
 
     def _learn_together(self, group: Sequence[SeedSlot], disturbed: SeedSlot | None = None) -> Tensor:
         first = group[0].notes.incubations // group[0].config.incubate_every
+        least = max(_samples_needed(slot) for slot in group)
         for number, slot in enumerate(group):  # in turn, so that no seed sees one kind of samples alone
-            slot.part = Part((number + first) % len(group), len(group), disturbs=slot is disturbed)
+            slot.part = Part((number + first) % len(group), len(group), least, slot is disturbed)
         loss = self.learn(group, ForwardMode.PART)
         for slot in group:
             for parameter in self._trainable(slot):
@@ -203,6 +204,12 @@ class _Passes:
         for slot in slots:
             for parameter in self._trainable(slot):
                 parameter.grad = None
+
+
+def _samples_needed(slot: SeedSlot) -> int:
+    """Return how many samples a seed learns from at least: batch normalisation needs two."""
+    layers = cast("nn.Module", slot.seed).modules()
+    return 1 + any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
 def _groups(slots: Sequence[SeedSlot], size: int) -> list[Sequence[SeedSlot]]:

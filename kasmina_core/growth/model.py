@@ -331,8 +331,9 @@ class MorphogeneticModel(SlottedModel):
         loss of its part, ``n / n_part`` times its share in the mean over the ``n`` samples. That takes a loss which is a
         mean over samples, each by itself, and a host in which no sample depends on another in eval mode. The first
         time that a seed learns it is tried: a second pass disturbs the other samples, and a `MisuseWarning` says if
-        that changes what the seed learns. Such a seed, one with fewer than two samples for each seed, and all seeds of
-        models with sharded parameters learn as without it.
+        that changes what the seed learns. Such a seed learns as without it, and so do
+        all seeds of models with sharded parameters. A batch with fewer samples than seeds, or than twice as many where
+        one has batch normalisation, takes more passes.
 
         A call that raises did not happen: no gradient is left of it, and ``incubate_every`` does not count it.
 

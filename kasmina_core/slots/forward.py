@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Self, cast, final
+from typing import Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,13 @@ _PASS, _STRAIGHT_THROUGH, _BLEND_DETACHED, _BLEND, _SEED, _REPLACE, _MEASURE, _T
     int, ForwardMode
 )
 
-MIN_SAMPLES: Final = 2
-"""Samples that a part of a batch has at least: batch normalisation in a seed needs two."""
 
+class PartTooSmall(Exception):
+    """A batch is too small to be parted; ``seeds`` is for how many it would do."""
 
-class PartTooSmall(Exception):  # no error of the user's
-    """A batch is too small to be parted; ``samples`` is its size."""
-
-    def __init__(self, samples: int) -> None:
-        super().__init__(samples)
-        self.samples = samples
+    def __init__(self, seeds: int) -> None:
+        super().__init__(seeds)
+        self.seeds = seeds
 
 
 @final
@@ -59,6 +56,7 @@ class Part:
     Attributes:
         index: Which part.
         count: Of how many, which are equal but for one sample.
+        least: Samples that a part must have.
         disturbs: Whether the host's features of the other samples are disturbed, to see what depends on them.
         mine: Samples of the part that went through.
         samples: Samples that went through.
@@ -66,6 +64,7 @@ class Part:
 
     index: int
     count: int
+    least: int = 1
     disturbs: bool = False
     mine: int = 0
     samples: int = 0
@@ -247,8 +246,8 @@ class Slot(nn.Module):
     def _replace_part(self, features: Tensor) -> Tensor:
         """Return the features with the seed's output in the place of the samples of its part."""
         part, samples = self.part, features.shape[0]
-        if samples < MIN_SAMPLES * part.count:
-            raise PartTooSmall(samples)
+        if samples < part.least * part.count:
+            raise PartTooSmall(samples // part.least)
         start, stop = (samples * end // part.count for end in (part.index, part.index + 1))
         mine = features[start:stop].detach()
         context = None

@@ -149,3 +149,11 @@ def test_tables_say_what_was_measured_and_whether_the_goal_is_met() -> None:
     assert "| 3 slots | bare | 1.004 (0.990 to 1.010) | 1.01 | yes | 9 ms |" in as_markdown(result)
     assert "3 slots / bare" in as_text(result)
     assert "| 12 slots | bare | - |" in as_markdown(result)
+
+
+def test_ways_to_share_a_counterfactual_pass_spend_equal_flops(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("benchmarks.joint").main(["--fast", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert list(rows)[:2] == ["a pass each", "one pass for all"]
+    assert all(0.97 < row["flops"] < 1.05 for row in rows.values())
+    assert rows["one pass for all"]["steps"] > rows["a pass each"]["steps"]

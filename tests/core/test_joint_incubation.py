@@ -36,10 +36,10 @@ from kasmina_core import (
 )
 
 
-def joint_model(*slots: str, **settings: object) -> MorphogeneticModel:
+def joint_model(*slots: str, blueprint: str = "conv", **settings: object) -> MorphogeneticModel:
     model = cnn_model(incubation=COUNTERFACTUAL, joint_incubation=True, **settings)
     for number, slot in enumerate(slots):
-        grow_to(model, slot, SeedStage.TRAINING, "conv")
+        grow_to(model, slot, SeedStage.TRAINING, blueprint)
         torch.manual_seed(number)
         scramble(model.slots[slot].seed)
     return model
@@ -141,9 +141,12 @@ def test_a_loss_that_couples_samples_is_found_and_its_seeds_learn_from_whole_bat
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("count", "passes"), [(6, 1), (5, 2), (4, 2), (3, 3), (1, 3)])
-def test_a_batch_with_too_few_samples_takes_more_passes(count: int, passes: int) -> None:
-    model = joint_model(*CNN_SLOTS[:3])
+@pytest.mark.parametrize(
+    ("blueprint", "count", "passes"),
+    [("conv", 3, 1), ("conv", 2, 2), ("conv", 1, 3), ("norm", 6, 1), ("norm", 5, 2), ("norm", 3, 3)],
+)
+def test_a_batch_with_too_few_samples_takes_more_passes(blueprint: str, count: int, passes: int) -> None:
+    model = joint_model(*CNN_SLOTS[:3], blueprint=blueprint)
     model.incubate(mean_loss(model, *batch(12)))
     model.zero_grad()
     forwards = []
