@@ -47,7 +47,7 @@ task: Final = click.option(
     "--task",
     default="digits",
     show_default=True,
-    help="digits, chars, code, mnist, cifar10, one of a pack, or your own: module:callable or file.py:callable.",
+    help="digits, mnist5k, chars, code, mnist, cifar10, one of a pack, or your own: module:callable or file.py:callable.",
 )
 
 

