@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from kasmina_core.errors import GerminationError
 from kasmina_core.evidence.measuring import Processes
+from kasmina_core.growth.watching.living import living
 from kasmina_core.isolation import IsolationReading
 
 if TYPE_CHECKING:
@@ -51,20 +53,36 @@ class Agreement(Processes):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        if (size := distributed.get_world_size()) > 1:
-            warnings.warn(
-                f"A seed germinates in one of {size} processes, and they do not decide together: "
-                "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
-                "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps "
-                "the model, distribute(model, wrap='outside'). See docs/distributed.md.",
-                stacklevel=2,
+        if (size := distributed.get_world_size()) < 2:
+            return
+        if _is_wrapped(slot):
+            raise GerminationError(
+                f"A seed cannot germinate in one of {size} processes whose model is in a DistributedDataParallel: their "
+                "seeds, gates and stages would differ, and the wrapper would not know the seed.\n"
+                "Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps the model, "
+                "distribute(model, wrap='outside') before that. See docs/distributed.md."
             )
+        warnings.warn(
+            f"A seed germinates in one of {size} processes, and they do not decide together: "
+            "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
+            "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps "
+            "the model, distribute(model, wrap='outside'). See docs/distributed.md.",
+            stacklevel=2,
+        )
 
     def seed_accepted(self, slot: SeedSlot) -> None:
         """Accept the new seed for this process; may raise to prevent it."""
 
     def gradients(self, *, is_step: bool) -> None:
         """Make the gradients of seeds the same everywhere: for an optimiser step, or before one looks at them."""
+
+
+def _is_wrapped(slot: SeedSlot) -> bool:
+    """Say whether a slot's model is in a ``DistributedDataParallel``."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = living(DistributedDataParallel)
+    return any(module is slot for wrapper in wrappers for module in wrapper.modules())
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

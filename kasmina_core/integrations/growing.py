@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from kasmina_core.checkpoints.growth_state import counters_of
 from kasmina_core.checkpoints.migrations import part, upgraded
@@ -19,6 +20,7 @@ from kasmina_core.errors import CheckpointError
 from kasmina_core.evidence.measuring import Evaluator
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, meaning, to_json
+from kasmina_core.parallel.distributed import DistributedGrowth, Wrap, distribute
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.quiet import kept_modes
 from kasmina_core.records import read
@@ -73,6 +75,33 @@ def check_held_out(held_out: object) -> None:
             "held_out shuffles. Seeds are judged by the same samples in the same order with and without them: "
             "give a DataLoader with shuffle=False."
         )
+
+
+def part_of_process(batches: Iterable[Any], rank: int, processes: int) -> Iterable[Any]:
+    """Return the held-out batches of one process of a job: every so-many-th, unless the sampler divides them already.
+
+    Raises:
+        ValueError: If there are fewer batches than processes.
+    """
+    if processes < 2 or isinstance(getattr(batches, "sampler", None), DistributedSampler):
+        return batches
+    if isinstance(batches, Sized) and len(batches) < processes:
+        raise ValueError(
+            f"held_out has {len(batches)} batches for {processes} processes: give at least one to each, with a smaller "
+            "batch size."
+        )
+    return _EverySoMany(batches, rank, processes)
+
+
+@final
+class _EverySoMany:
+    """Every so-many-th of some batches, each time it is gone through."""
+
+    def __init__(self, batches: Iterable[Any], start: int, step: int) -> None:
+        self._batches, self._start, self._step = batches, start, step
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._batches, self._start, None, self._step)
 
 
 def losses_of_samples(batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> Tensor:
@@ -168,9 +197,13 @@ class GrowthClock:
         self.policy = policy
         self.noted: float | None = None
 
-    def note(self, metric: float) -> None:
-        """Note that a validation ended with this metric."""
-        self.noted = metric
+    def note(self, model: MorphogeneticModel, metric: float) -> None:
+        """Note that a validation ended with this metric, of which every process of a job has its own, or the mean."""
+        # Agreed now: the one process that writes a checkpoint writes what all will step by.
+        self.noted = model.growth.agreement.metric(metric)
+        for slot in model.slots.values():
+            if slot.seed is not None:
+                slot.share_deviation()
 
     def tick(self, model: MorphogeneticModel) -> bool:
         """Step an epoch and follow the policy if a validation was noted since the last; return whether it was."""
@@ -237,6 +270,17 @@ class GrowthUnderTrainer:
         self._model: MorphogeneticModel | None = None
         self._optimizer: Optimizer | None = None
         self._evaluator_before: Evaluator | None = None
+        self._together: DistributedGrowth | None = None
+
+    def _grow_together(self, processes: int) -> None:
+        """Let the model of each process of a job decide with the others, if there are others."""
+        if processes > 1:
+            self._together = distribute(self._required_model(), wrap=Wrap.OUTSIDE)
+
+    def _grow_alone(self) -> None:
+        if self._together is not None:
+            self._together.leave()
+            self._together = None
 
     def _required_model(self) -> MorphogeneticModel:
         assert self._model is not None  # the start of the run comes first

@@ -10,8 +10,9 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from kasmina_core.checkpoints.files import new_id, read_tensors, with_shared, write_tensors
 from kasmina_core.checkpoints.run_state import several
@@ -24,10 +25,12 @@ from kasmina_core.integrations.growing import (
     find_model,
     losses_of_samples,
     metric_named,
+    part_of_process,
     readings,
     refuse_averages,
     surroundings_at_rest,
 )
+from kasmina_core.parallel.distributed import leave_out_seeds
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.training.optim import PerSeed
@@ -55,7 +58,8 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
     gates are asked and the policy is followed. An evaluation before which nothing was learned (``eval_on_start``) does
     not count. The optimiser and its scheduler follow the seeds; stages, alphas and gains go through ``trainer.log``;
     the trainer's checkpoints hold all that ``train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` need.
-    ``max_grad_norm`` clips each seed apart from the host.
+    ``max_grad_norm`` clips each seed apart from the host. Under ``torchrun`` all processes grow alike, and each judges
+    every so-many-th held-out sample.
 
     A callback alone gets neither the batch nor a call when the optimiser is made, so it has to be attached:
 
@@ -114,19 +118,24 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
 
         Raises:
             ValueError: If the trainer's model holds no `MorphogeneticModel` or several, the trainer does not evaluate,
-                trains in more than one process or on more than one device, makes models itself, smooths labels, or
-                grows already.
+                trains under DeepSpeed or FSDP or on several devices in one process, makes models itself, smooths labels,
+                or grows already.
         """
         if self._trainer is not None or any(
             isinstance(c, GrowthCallback) for c in trainer.callback_handler.callbacks
         ):
             raise ValueError("A GrowthCallback is attached once, and a trainer has one.")
         args = trainer.args
-        if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        for name, is_used in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+            if is_used:
+                raise ValueError(
+                    f"GrowthCallback does not grow under {name}: start the trainer with torchrun, without it.\n"
+                    "FSDP2 takes a loop of your own with distribute(model): docs/distributed.md."
+                )
+        if args.n_gpu > 1:
             raise ValueError(
-                "GrowthCallback grows in one process on one device, without DeepSpeed and FSDP.\n"
-                f"  processes: {args.world_size}\n  devices:   {args.n_gpu}\n"
-                "Grow under torch's own DistributedDataParallel, or let CUDA_VISIBLE_DEVICES name one device."
+                f"GrowthCallback grows on one device per process, and this trainer has {args.n_gpu} in one process.\n"
+                "Start it with torchrun, or let CUDA_VISIBLE_DEVICES name one device."
             )
         if args.eval_strategy == "no":
             raise ValueError(
@@ -142,6 +151,8 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
         if trainer.model is model:
             _show_host(trainer, model)
         self._trainer, self._model = trainer, model
+        if args.world_size > 1:
+            leave_out_seeds(model, trainer.model)
         self._wrap_methods(trainer, model)
         trainer.add_callback(self)
         return trainer
@@ -165,6 +176,7 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
             saved = self._with_tensors(saved)
         self._clock.check_memory()
         self._follow_with(model, kwargs["optimizer"], several(kwargs["lr_scheduler"]))
+        self._grow_together(args.world_size)
         if saved is not None:
             self._clock.load_state_dict(self._run(), saved)
         self._learned_until = state.global_step
@@ -195,12 +207,13 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
             self._without_metric = {**(self._without_metric or {}), **metrics}
             return
         self._without_metric, self._learned_until = None, state.global_step
-        self._clock.note(metric_named(metrics, self.monitor))
+        self._clock.note(self._required_model(), metric_named(metrics, self.monitor))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the model its own evaluator back; the optimiser goes on following."""
         self._required_model().evaluate_with(self._evaluator_before)
         self._evaluator_before = None
+        self._grow_alone()
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -250,12 +263,17 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
                 save_model(output_dir, _internal_call)
             finally:
                 handle.remove()
-            if _internal_call and output_dir is not None:  # a checkpoint, whose trainer_state.json comes next
+            if (
+                _internal_call and output_dir is not None and trainer.args.should_save
+            ):  # a checkpoint, whose trainer_state.json comes next
                 self._write(Path(output_dir))
 
         def load_and_note(folder: str, *args: Any, **kwargs: Any) -> Any:
             self._folder = Path(folder)
-            return load_model(folder, *args, **kwargs)
+            result = load_model(folder, *args, **kwargs)
+            if trainer.args.world_size > 1:  # it is not wrapped yet, and has the seeds of the checkpoint
+                leave_out_seeds(model, trainer.model)
+            return result
 
         def clip_both_sides(parameters: Iterable[nn.Parameter], *limits: Any, **named: Any) -> Any:
             accelerator.unscale_gradients()
@@ -272,11 +290,15 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
         accelerator.clip_grad_norm_ = clip_both_sides
 
     def _batches(self) -> Iterable[Any]:
-        if isinstance(self._held_out, DataLoader):
-            return self._held_out
         trainer = self._trainer
+        rank, processes = trainer.args.process_index, trainer.args.world_size
+        if isinstance(self._held_out, DataLoader):
+            return part_of_process(self._held_out, rank, processes)
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="held-out")
-        return DataLoader(self._held_out, batch_size=trainer.args.eval_batch_size, collate_fn=collate)
+        samples = self._held_out
+        if processes > 1:
+            samples = Subset(samples, range(rank, len(samples), processes))
+        return DataLoader(samples, batch_size=trainer.args.eval_batch_size, collate_fn=collate)
 
     def _loss(self, trained: nn.Module, inputs: Mapping[str, Any], items: Any = None) -> Tensor:
         trainer = self._trainer
@@ -288,7 +310,7 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
 
     def _evaluate(self, batches: Iterable[Any]) -> Tensor:
         trainer = self._trainer
-        trained = trainer.model_wrapped
+        trained = _inside_ddp(trainer.model_wrapped)
 
         def losses(batch: Any) -> Tensor:
             if self._losses is not None:
@@ -310,8 +332,14 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
         share *= 1 if scaled else trainer.current_gradient_accumulation_steps
         with surroundings_at_rest(trainer.model, self._required_model()):
             self._required_model().incubate(
-                lambda: self._loss(trained, inputs, items) / share, trainer.accelerator.scaler
+                lambda: self._loss(_inside_ddp(trained), inputs, items) / share,
+                trainer.accelerator.scaler,
             )
+
+
+def _inside_ddp(trained: nn.Module) -> nn.Module:
+    """Return what DDP wraps: passes of one process alone, and those for seeds, must not wait for the others."""
+    return trained.module if isinstance(trained, DistributedDataParallel) else trained
 
 
 def _show_host(trainer: Any, model: MorphogeneticModel) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, cast, final
 
+import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
@@ -19,10 +21,12 @@ from kasmina_core.integrations.growing import (
     find_model,
     losses_of_samples,
     metric_named,
+    part_of_process,
     readings,
     refuse_averages,
     surroundings_at_rest,
 )
+from kasmina_core.parallel.distributed import leave_out_seeds
 from kasmina_core.policies.protocol import Policy
 from kasmina_core.training.clipping import drop_nonfinite_seed_gradients
 from kasmina_core.training.optim import PerSeed
@@ -43,7 +47,8 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
     Each validation is an epoch of growth: its metric is noted, and before the next training batch the gates are asked
     and the policy is followed. Sanity checks do not count. The optimiser and its schedulers follow the seeds; stages,
     alphas and gains go to the trainer's loggers; ``ModelCheckpoint`` writes all that ``fit(ckpt_path=...)`` needs, with
-    ``weights_only=True`` too. ``gradient_clip_val`` clips each seed apart from the host.
+    ``weights_only=True`` too. ``gradient_clip_val`` clips each seed apart from the host. Under DDP all processes grow
+    alike: each judges every so-many-th held-out batch, and the metric is the mean, or what ``sync_dist=True`` reduced.
 
     ::
 
@@ -71,8 +76,8 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         TypeError: If ``policy`` is no policy, or ``held_out`` can be iterated only once. At the start of ``fit``: if
             what the policy remembers is no plain data.
         ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
-            optimiser is not clear, if there is more than one process, or if another callback averages weights. After
-            a validation: if it did not log ``monitor``.
+            optimiser is not clear, if the strategy is another than of one device or DDP, or if another callback averages
+            weights. After a validation: if it did not log ``monitor``.
     """
 
     def __init__(
@@ -96,16 +101,30 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         self._loaded: Mapping[str, Any] | None = None
         self._clips_apart = False
         self._batch: Any = None
+        self._leave_out_seeds: Callable[[], None] = _nothing
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which nothing can grow, and leave seeds to `step` before DDP wraps the module.
+
+        Raises:
+            ValueError: If the strategy is another than of one device or DDP.
+        """
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+            raise ValueError(
+                f"GrowthCallback grows on one device or under DDP, and this Trainer has {strategy}.\n"
+                "Use Trainer(strategy='ddp'); FSDP2 takes a loop of your own with distribute(model): docs/distributed.md."
+            )
+        if trainer.world_size > 1:
+            self._leave_out_seeds = partial(leave_out_seeds, self._find_model(pl_module), pl_module)
+            self._leave_out_seeds()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tie the optimisers, which are new, to the model, whose topology a checkpoint may have restored."""
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"GrowthCallback grows in one process; this Trainer has {trainer.world_size}. "
-                "Use Trainer(devices=1), or grow under torch's own DistributedDataParallel."
-            )
         if not trainer.enable_validation:
             raise self._no_validation()
         model = self._find_model(pl_module)
@@ -115,8 +134,9 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         own = [one for one in schedulers if getattr(one, "optimizer", None) is optimizer]
         self._follow_with(model, optimizer, own)
+        self._grow_together(trainer.world_size)
         if self._loaded is not None:
-            self._clock.load_state_dict(self._run(), self._loaded)
+            self._clock.load_state_dict(self._run(), _with_own_numbers(self._loaded, trainer))
             self._loaded = None
         self._evaluator_before = model.growth.evaluator
         model.evaluate_with(lambda: self._evaluate(trainer, pl_module))
@@ -138,7 +158,7 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         model = self._required_model()
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._clock.tick(model):
             values = readings(model)
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +186,8 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric, before checkpoints are written."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._clock.note(metric_named(trainer.callback_metrics, self.monitor))
+            metric = metric_named(trainer.callback_metrics, self.monitor)
+            self._clock.note(self._required_model(), metric)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was; the optimiser goes on following until the next fit."""
@@ -182,12 +203,21 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         """Return what a checkpoint must keep beside the weights and the topology, which are in the module's."""
         if self._loaded is not None:
             return dict(self._loaded)
-        # Lightning's own checkpoint has no random numbers.
-        return self._clock.state_dict(self._run(), rng=["torch"]) if self._model is not None else {}
+        if self._model is None:
+            return {}
+        # Lightning's own checkpoint has no random numbers, and one process writes it.
+        state = self._clock.state_dict(self._run(), rng=["torch"])
+        if self._together is not None:
+            everyones: list[Any] = [None] * self._together.size
+            numbers = {name: t for name, t in state["tensors"].items() if "['rng']" in name}
+            torch.distributed.all_gather_object(everyones, (state["rng"], numbers))
+            state["ranks"] = everyones
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` returned; it is used when ``fit`` starts."""
         self._loaded = state_dict or None
+        self._leave_out_seeds()  # the module has those of the checkpoint by now, and is not wrapped yet
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +274,8 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
             return self._sample_losses(trainer, pl_module, trainer.strategy.batch_to_device(batch))
 
         with surroundings_at_rest(pl_module, self._required_model()):
-            return losses_of_samples(islice(self._held_out, batches), losses)
+            own = part_of_process(self._held_out, trainer.global_rank, trainer.world_size)
+            return losses_of_samples(islice(own, batches), losses)
 
     def _incubate(self, trainer: Trainer, pl_module: LightningModule, share: int, scaler: Any) -> None:
         model, batch = self._required_model(), self._batch
@@ -281,3 +312,21 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
             self._clips_apart = False
             self._required_model().evaluate_with(self._evaluator_before)
             self._evaluator_before = self._batch = None
+        self._grow_alone()
+        self._leave_out_seeds = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def _with_own_numbers(state: Any, trainer: Trainer) -> Any:
+    """Return a record with the random numbers that this process had, if as many processes wrote it."""
+    if not isinstance(state, Mapping):
+        return state  # the clock says what is wrong with it
+    ranks = state.get("ranks")
+    rest = {key: value for key, value in state.items() if key != "ranks"}
+    if not isinstance(ranks, list) or len(ranks) != trainer.world_size:
+        return rest
+    rng, tensors = ranks[trainer.global_rank]
+    return rest | {"rng": rng, "tensors": {**state.get("tensors", {}), **tensors}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kasmina_core.errors import DistributedError, GerminationError
+from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
+from kasmina_core.growth.watching.living import living
 from kasmina_core.lifecycle import CONTRIBUTING
 from kasmina_core.outputs import split_path
 from kasmina_core.parallel.control import ControlGroup
@@ -124,7 +127,7 @@ class DistributedGrowth:
     def _new_wrapper(self) -> DistributedDataParallel:
         # This names a missing process within our time limit; the engine's own may be half an hour.
         self._control.exchange("a new DistributedDataParallel")
-        with self._ignoring(self.model, self._outside_names(self.model)):
+        with self._ignoring(self.model, _outside_names(self.model, self.model)):
             return DistributedDataParallel(self.model, process_group=self._group, **self._options)
 
     def _contributing(self) -> list[nn.Parameter]:
@@ -134,17 +137,6 @@ class DistributedGrowth:
         contributing = [name for name, slot in self.model.slots.items() if _contributes(slot)]
         seeds = [p for name in contributing for p in self.model.seed_parameters(name)]
         return [p for p in (*self._host, *seeds) if p.requires_grad]
-
-    def _outside_names(self, module: nn.Module, *, all_seeds: bool = False) -> list[str]:
-        """Return names in ``module`` of what its wrapper must not touch: slots, and seeds that do not contribute."""
-        outside: set[int] = set()
-        for slot in self.model.slots.values():
-            outside |= {id(tensor) for tensor in slot.buffers(recurse=False)}
-            if slot.seed is not None and (all_seeds or not _contributes(slot)):
-                outside |= {id(tensor) for tensor in _tensors(slot.seed)}
-        outside -= {id(tensor) for tensor in _tensors(self.model.host)}
-        named = [*module.named_parameters(), *module.named_buffers()]
-        return [name for name, tensor in named if id(tensor) in outside]
 
     @contextmanager
     def _ignoring(self, module: nn.Module, names: list[str]) -> Iterator[None]:
@@ -158,6 +150,12 @@ class DistributedGrowth:
             else:
                 delattr(module, _IGNORED)
 
+    def leave(self) -> None:
+        """Let the model decide by itself again; call it in every process, before the group is destroyed."""
+        if self in self.model.growth.listeners:
+            self.model.growth.listeners.remove(self)
+            self.model.growth.decide_with(Agreement())
+
     def leave_out_seeds(self, module: nn.Module) -> None:
         """Make a ``DistributedDataParallel(module)`` that is created after this ignore seeds.
 
@@ -168,7 +166,7 @@ class DistributedGrowth:
         Args:
             module: What will be wrapped: the model, or a module around it.
         """
-        setattr(module, _IGNORED, set(self._outside_names(module, all_seeds=True)))
+        leave_out_seeds(self.model, module)
 
     # -- gradients of seeds ----------------------------------------------------------------------------------------
 
@@ -228,8 +226,18 @@ class DistributedGrowth:
     # -- following the topology ------------------------------------------------------------------------------------
 
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Leave a new seed out of wrappers that others make."""
+        """Leave a new seed out of wrappers that others make.
+
+        Raises:
+            GerminationError: If others wrapped the model in something else than DDP.
+        """
         if self.wrap is Wrap.OUTSIDE:
+            if wrapper := _other_wrapper(self.model):
+                raise GerminationError(
+                    f"wrap='outside' is for a model in DistributedDataParallel, and this one is in {wrapper}.\n"
+                    "For FSDP2 shard the host with fully_shard and call distribute(model) without wrap=: "
+                    "docs/distributed.md."
+                )
             self.leave_out_seeds(self.model)
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
@@ -266,6 +274,38 @@ class DistributedGrowth:
         for module in sharded_modules(seed):
             # Who asks a seed for its parameters, such as an optimiser, gets the shards at any time.
             module.set_reshard_after_forward(True, recurse=False)
+
+
+def leave_out_seeds(model: MorphogeneticModel, module: nn.Module) -> None:
+    """Make a ``DistributedDataParallel(module)`` that is created after this ignore the seeds of a model in it."""
+    setattr(module, _IGNORED, set(_outside_names(model, module, all_seeds=True)))
+
+
+def _outside_names(model: MorphogeneticModel, module: nn.Module, *, all_seeds: bool = False) -> list[str]:
+    """Return names in ``module`` of what its wrapper must not touch: slots, and seeds that do not contribute."""
+    outside: set[int] = set()
+    for slot in model.slots.values():
+        outside |= {id(tensor) for tensor in slot.buffers(recurse=False)}
+        if slot.seed is not None and (all_seeds or not _contributes(slot)):
+            outside |= {id(tensor) for tensor in _tensors(slot.seed)}
+    outside -= {id(tensor) for tensor in _tensors(model.host)}
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return [name for name, tensor in named if id(tensor) in outside]
+
+
+def _other_wrapper(model: MorphogeneticModel) -> str:
+    """Return what else than DDP spreads a model over processes; empty if nothing does."""
+    if sharded_modules(model):
+        return "FSDP2"
+    known = {
+        "FSDP": ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+        "DeepSpeed": ("deepspeed", "DeepSpeedEngine"),
+    }
+    for name, (module, wrapper) in known.items():
+        kind = getattr(sys.modules.get(module), wrapper, None)
+        if kind is not None and any(part is model for one in living(kind) for part in one.modules()):
+            return name
+    return ""
 
 
 def _contributes(slot: SeedSlot) -> bool:

@@ -443,9 +443,8 @@ class SeedSlot(Slot):
         state = self.state
         if state is None or state.stage is not SeedStage.TRAINING or state.is_paused:
             return None
-        own = float(self.training_deviation) if self.has_training_deviation else -math.inf
-        deviation = self.owner.largest(self, "deviation", own)
-        if deviation == -math.inf:  # in no process
+        deviation = self.share_deviation()
+        if deviation is None:
             return None
         self.forget_training_deviation()
         state.metrics.deviation = deviation
@@ -455,6 +454,22 @@ class SeedSlot(Slot):
             state.is_stopped = True
             self._emit(IncubationStopped, deviation=deviation, limit=limit)
         return deviation
+
+    def share_deviation(self) -> float | None:
+        """Note the largest deviation that any process of a job measured since the last reading, and return it.
+
+        A checkpoint that one process writes then holds what all of them know.
+
+        Returns:
+            The deviation, or ``None`` if no process measured any.
+        """
+        own = float(self.training_deviation) if self.has_training_deviation else -math.inf
+        largest = self.owner.largest(self, "deviation", own)
+        if largest == -math.inf:
+            return None
+        self.training_deviation.fill_(largest)
+        self.has_training_deviation.fill_(True)
+        return largest
 
     @shared_command
     def cull(self, reason: str, *, lost_epochs: int | None = None) -> None:

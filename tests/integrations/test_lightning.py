@@ -501,12 +501,15 @@ def test_held_out_batches_that_change_are_refused() -> None:
     assert grower(held_out=DataLoader(data)).monitor == "val_loss"
 
 
-def test_more_than_one_process_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_other_strategies_than_ddp_are_refused_by_name(name: str) -> None:
     class Two:
         world_size = 2
+        strategy = type(name, (), {})()
 
-    with pytest.raises(ValueError, match="grows in one process; this Trainer has 2"):
-        grower().on_fit_start(Two(), Classifier())
+    with pytest.raises(ValueError, match=rf"this Trainer has {name}.\nUse Trainer\(strategy='ddp'\)"):
+        grower().setup(Two(), Classifier(), "fit")
+    grower().setup(Two(), Classifier(), "validate")
 
 
 @pytest.mark.parametrize(
