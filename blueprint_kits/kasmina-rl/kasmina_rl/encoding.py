@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final, final
+from typing import Any, Final, final
 
 import numpy as np
-from kasmina_core import Observation, SeedStage, SlotObservation, blueprint_costs, default_registry
+from kasmina_core import (
+    CheckpointError,
+    Observation,
+    SeedStage,
+    SlotObservation,
+    blueprint_costs,
+    default_registry,
+)
 from numpy.typing import NDArray
 
 VERSION: Final = 1
@@ -149,6 +156,29 @@ class Encoder:
             self._lost += 0.0 if seed in kept else cost
         for seed in alive:
             self._living.setdefault(seed, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers, as plain data."""
+        return {
+            "losses": list(self._losses),
+            "flops": list(self._flops),
+            "living": dict(self._living),
+            "lost": self._lost,
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointError: If it is damaged; nothing has changed then.
+        """
+        try:
+            losses, flops = map(float, state["losses"]), map(float, state["flops"])
+            living = {str(seed): float(cost) for seed, cost in state["living"].items()}
+            found = list(losses), list(flops), living, float(state["lost"])
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"The saved state of an encoder is damaged: {error!r:.200}") from error
+        self._losses, self._flops, self._living, self._lost = found
 
     def encode(self, seen: Observation) -> dict[str, Numbers]:
         """Return the numbers of an observation that was noted: ``run``, ``slots`` ``(s, n)`` and ``candidates`` ``(k, m)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +20,7 @@ from kasmina_core import (
     Continue,
     FlopLedger,
     KasminaError,
+    MisuseWarning,
     Observation,
     SeedStage,
     Task,
@@ -37,7 +39,7 @@ LAST: Final = 5
 """Epochs over which the last value is a mean: one epoch's is noisy, and could be chosen."""
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "toy": {"task": "toy", "blueprints": ("vector:mlp", "vector:bottleneck", "vector:norm"), "epochs": 60},
+    "toy": {"task": "toy", "blueprints": ("vector:norm", "vector:bottleneck", "vector:mlp"), "epochs": 80},
     "digits": {
         "task": "digits",
         "blueprints": ("cnn:conv_heavy", "cnn:conv_light", "cnn:norm"),
@@ -84,6 +86,15 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         batch_size: Samples per training batch; default the task's.
         lr: Learning rate of Adam; default the task's.
         preset: Defaults of a registered environment: ``toy``, ``digits`` or ``chars``.
+
+    Attributes:
+        seen: The last observation as policies of the library take it.
+        actions: What an action asks for.
+        arm: The model that grows and what it spent; ``None`` while nothing but waiting was asked for.
+        alone: The host alone on the same samples.
+        dealt: The samples of the episode.
+        gaps: After each epoch, the losses of the host alone less those of the model, ``(n,)``.
+        budget: FLOPs of the episode.
 
     Raises:
         KasminaError: If there is no such task, host, point or blueprint, or they do not fit each other.
@@ -162,22 +173,20 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         super().reset(seed=seed)
         drawn = int(self.np_random.integers(self.episodes or 2**31 - 1))
         self.episode = int((options or {}).get("episode", drawn))
-        self._dealt = deal(self.task, self.episode)
+        self.dealt = deal(self.task, self.episode)
         key = (self.task.name, id(self.task), repr(self._arguments), self.episode)
         if self.task.name in ("toy", "digits", "chars", "code"):
             key = (self.task.name, 0, repr(self._arguments), self.episode)
-        self._alone = host_alone(
-            key, partial(_new_alone, self._start, self._dealt, self.episode, self.epochs)
-        )
-        self._alone.demand(1)
-        self.budget = self.epochs * self._alone.flops[1]
-        self._arm: Arm | None = None
+        self.alone = host_alone(key, partial(_new_alone, self._start, self.dealt, self.episode, self.epochs))
+        self.alone.demand(1)
+        self.budget = self.epochs * self.alone.flops[1]
+        self.arm: Arm | None = None
         self._events.clear()
         self.encoder.reset()
         self.epoch, self.flops, self._done = 0, 0.0, False
-        self._gaps: list[Tensor] = []
+        self.gaps: list[Tensor] = []
         self._value = 0.0
-        self.seen = self._look(self._alone.val[0])
+        self.seen = self._look(self.alone.val[0])
         return self._encoded(), self._info()
 
     def step(self, action: Any) -> tuple[dict[str, Numbers], float, bool, bool, dict[str, Any]]:
@@ -187,20 +196,20 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         commands = [c for c in self.commands_of(action) if not isinstance(c, Continue)]
         self._events.clear()
         refusals: list[str] = []
-        if self._arm is None and commands:
-            self._materialise()
+        if self.arm is None and commands:
+            self.materialise()
         self.epoch += 1
-        if self._arm is None:
-            self._alone.demand(self.epoch)
-            self.flops, kept = self._alone.flops[self.epoch], self._alone.reward[self.epoch]
-            self.seen = self._look(self._alone.val[self.epoch])
+        if self.arm is None:
+            self.alone.demand(self.epoch)
+            self.flops, kept = self.alone.flops[self.epoch], self.alone.reward[self.epoch]
+            self.seen = self._look(self.alone.val[self.epoch])
         else:
-            refusals = self._train(self._arm, commands)
-            self.flops, kept = float(self._arm.ledger.total), self._losses_if_kept(self._arm)
-        self._gaps.append(self._alone.at(self.flops) - kept)
+            refusals = self._train(self.arm, commands)
+            self.flops, kept = float(self.arm.ledger.total), self.losses_if_kept()
+        self.gaps.append(self.alone.at(self.flops) - kept)
         self.encoder.note(self.seen)
         self._done = self.flops >= self.budget
-        gaps = self._gaps[-LAST:] if self._done else self._gaps[-1:]
+        gaps = self.gaps[-LAST:] if self._done else self.gaps[-1:]
         value = float(torch.stack(gaps).mean(0).mean())
         reward, self._value = value - self._value, value
         info = self._info() | {"refusals": refusals}
@@ -229,13 +238,13 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
 
     def report(self) -> dict[str, float]:
         """Return the losses on the samples of reports: of the model as it would be kept, and of the host alone."""
-        alone = self._alone.report_at(self.flops)
-        arm = self._arm
+        alone = self.alone.report_at(self.flops)
+        arm = self.arm
         if arm is None:
             return {"kept": alone, "alone": alone}
-        arm.task = self._dealt.report
-        kept = float(self._losses_if_kept(arm).mean())
-        arm.task = self._dealt.task
+        arm.task = self.dealt.report
+        kept = float(self.losses_if_kept().mean())
+        arm.task = self.dealt.task
         return {"kept": kept, "alone": alone}
 
     def _start(self, task: Task, episode: int, *, grows: bool) -> Arm:
@@ -248,29 +257,38 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
             **self._arguments,
         )
 
-    def _materialise(self) -> None:
+    def materialise(self) -> None:
         """Make the model, as it is after the epochs in which nothing was asked of it."""
         self._ledger.total = 0
-        arm = self._start(self._dealt.task, self.episode, grows=True)
-        self._alone.bring(arm, self.epoch)
+        arm = self._start(self.dealt.task, self.episode, grows=True)
+        self.alone.bring(arm, self.epoch)
         for epoch in range(1, self.epoch + 1):
-            flops = self._alone.flops[epoch]
-            arm.model.step_epoch(self._alone.val[epoch], flops=flops, budget=self.budget)
+            flops = self.alone.flops[epoch]
+            arm.model.step_epoch(self.alone.val[epoch], flops=flops, budget=self.budget)
         arm.budget = self.budget
         self._events.clear()
-        self._arm = arm
+        self.arm = arm
 
     def _train(self, arm: Arm, commands: Sequence[Command]) -> list[str]:
         refusals = []
         if commands:
-            arm.model.follow(_Script(commands))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MisuseWarning)  # info has the refusals
+                arm.model.follow(_Script(commands))
             refusals = [outcome.refusal for outcome in arm.model.outcomes if not outcome.done]
         arm.train_epoch()
         arm.end_epoch()
         self.seen = arm.model.observe()
         return refusals
 
-    def _losses_if_kept(self, arm: Arm) -> Tensor:
+    def losses_if_kept(self) -> Tensor:
+        """Return the reward's losses of the model with its fossils and without seeds on trial, ``(n,)``.
+
+        Raises:
+            TypeError: If nothing was asked of the model yet, so that it was not made.
+        """
+        if (arm := self.arm) is None:
+            raise TypeError("There is no model yet: nothing but waiting was asked for.")
         with ExitStack() as left_out:
             for name, slot in arm.model.slots.items():
                 if slot.is_active and slot.stage is not SeedStage.FOSSILIZED:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from kasmina_core import Arm, Task
-from torch import Tensor
+from torch import Tensor, nn
 
 CURVES: Final = 64
 """Hosts alone that a process remembers; the one that was not asked for longest is forgotten first."""
@@ -26,25 +26,46 @@ LEAST_GATE: Final = 120
 """Samples that the gates get at least: they ask for 100."""
 
 
+class ToyHost(nn.Module):
+    """Three linear maps and nothing between them: a host that cannot tell the classes of `toy_task` apart.
+
+    Args:
+        in_features: Values per sample.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, in_features: int = 64, num_classes: int = 2) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(in_features, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        out: Tensor = self.head(self.second(self.first(x)))
+        return out
+
+
 def toy_task(seed: int = 0) -> Task:
-    """Return points ``(n, 2)`` of two classes on a chequered board of 36 fields, and a perceptron too narrow for it."""
+    """Return points of a plane, turned into 64 dimensions; their class is the sign of the product of two coordinates."""
     generator = torch.Generator().manual_seed(seed)
+    turn = torch.randn(2, 64, generator=generator) / 2
     splits = {}
     for name, n in (("train", 512), ("gate", 256), ("val", 256), ("test", 512)):
-        x = 4.0 * torch.rand(n, 2, generator=generator) - 2.0
-        splits[name] = (x, ((1.5 * x).floor().sum(1) % 2).long())
+        x = torch.randn(n, 2, generator=generator)
+        noise = 0.1 * torch.randn(n, generator=generator)
+        splits[name] = (x @ turn, ((x.prod(1) + 0.2 * x.sum(1) + noise) > 0).long())
     return Task(
         "toy",
         "classification",
         splits,
         n_classes=2,
-        description="Points on a chequered board; the model names the colour of the field.",
-        host="vector:mlp",
-        host_options={"width": 6, "n_layers": 2},
-        epochs=60,
+        description="Points of a plane in two classes, which no line divides.",
+        host=ToyHost,
+        slots=("first", "second"),
+        epochs=80,
         batch_size=64,
         lr=1e-2,
-        ramp_epochs=2.0,
+        ramp_epochs=1.0,
     )
 
 

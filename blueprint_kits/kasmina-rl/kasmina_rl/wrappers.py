@@ -7,12 +7,13 @@ from typing import Any, final
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 from kasmina_rl.encoding import BOUND, Numbers, flatten
 
 
 @final
-class flat(gymnasium.ObservationWrapper[Numbers, Any, dict[str, Numbers]]):
+class flat(gymnasium.ObservationWrapper[Numbers, Any, dict[str, Numbers]], RecordConstructorArgs):
     """Observations as one float32 vector in [-5, 5], as controllers take them; `action_masks` is handed on.
 
     >>> import gymnasium, kasmina_rl
@@ -22,7 +23,8 @@ class flat(gymnasium.ObservationWrapper[Numbers, Any, dict[str, Numbers]]):
     """
 
     def __init__(self, env: gymnasium.Env[dict[str, Numbers], Any]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gymnasium.ObservationWrapper.__init__(self, env)
         size = sum(int(np.prod(box.shape)) for box in env.observation_space.values())  # type: ignore[attr-defined]
         self.observation_space = spaces.Box(-BOUND, BOUND, (size,), np.float32)
 
@@ -36,7 +38,7 @@ class flat(gymnasium.ObservationWrapper[Numbers, Any, dict[str, Numbers]]):
 
 
 @final
-class GateShaping(gymnasium.Wrapper[Any, Any, Any, Any]):
+class GateShaping(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Adds ``gamma * potential(after) - potential(before)`` to each reward: the report's rewards on the way.
 
     The potential is ``scale`` times the mean over slots of the stage that a seed has reached and the score of its next
@@ -50,7 +52,8 @@ class GateShaping(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], gamma: float = 1.0, scale: float = 0.05) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, gamma=gamma, scale=scale)
+        gymnasium.Wrapper.__init__(self, env)
         self.gamma, self.scale = gamma, scale
         self._before = 0.0
 

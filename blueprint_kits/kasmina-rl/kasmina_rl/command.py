@@ -1,0 +1,256 @@
+"""The command ``kasmina-rl``: train, evaluate and export controllers, and say whether there is anything to learn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from kasmina_core import KasminaError
+
+import kasmina_rl
+
+FIRST_UNSEEN = 1_000_000
+"""Number of the first episode of an evaluation; training draws from those below."""
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for text in texts:
+        name, is_given, value = text.partition("=")
+        if not is_given:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _id(name: str) -> str:
+    return name if ":" in name or "/" in name else f"Kasmina/{name.capitalize()}-v0"
+
+
+env_option = click.option(
+    "--env", "env_name", default="Toy", show_default=True, help="Toy, Digits, Chars, Grow, or an id."
+)
+option_option = click.option(
+    "--option", "texts", multiple=True, help="Keyword of the environment, NAME=VALUE in JSON."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kasmina-rl")
+def cli() -> None:
+    """Learn when to grow."""
+
+
+@cli.command()
+@env_option
+@option_option
+@click.option("--algo", type=click.Choice(["es", "maskable-ppo"]), default="es", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True, help="Steps in all.")
+@click.option(
+    "--episodes",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Different episodes to learn from.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the training."
+)
+@click.option("--resume", is_flag=True, help="Go on from what lies in the folder.")
+def train(
+    env_name: str,
+    texts: tuple[str, ...],
+    algo: str,
+    steps: int,
+    episodes: int,
+    seed: int,
+    out: Path,
+    resume: bool,
+) -> None:
+    """Train a controller."""
+    from kasmina_rl.training import Settings
+    from kasmina_rl.training import train as run
+
+    options = {"episodes": episodes} | _options(texts)
+    settings = Settings(_id(env_name), options, algo, steps, seed, out, resume)
+    run(settings, click.echo)
+    click.echo(f"{out / 'controller.safetensors'}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(model: Path, out: Path) -> None:
+    """Write the controller of MODEL, a zip file of stable-baselines3 in its training's folder, to OUT."""
+    from kasmina_rl.training import export_model
+
+    export_model(model).save(out)
+    click.echo(str(out))
+
+
+@cli.command()
+@env_option
+@option_option
+@click.option("--episodes", type=click.IntRange(2), default=12, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | None) -> None:
+    """Compare fixed policies with waiting: is there anything to learn?"""
+    from kasmina_rl import playing
+
+    env = _make(env_name, texts)
+    players = (
+        {"wait": playing.waiting()} | _fixed() | {"plateau": playing.plateau(), "bandit": playing.bandit()}
+    )
+    found = playing.play_all(env, players, _unseen(episodes), _progress, report=False)
+    rows = _table(found)
+    best, spreads = playing.headroom(found)
+    verdict = "enough to learn" if spreads >= 3 else "too little to learn from: below 3"
+    click.echo(f"best: {best}, {spreads:.1f} spreads above waiting; {verdict}")
+    _write(out, {"rows": rows, "best": best, "spreads": spreads})
+
+
+@cli.command()
+@env_option
+@option_option
+@click.option(
+    "--controller",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A trained controller; repeat it.",
+)
+@click.option("--episodes", type=click.IntRange(2), default=50, show_default=True, help="Unseen episodes.")
+@click.option(
+    "--tuning",
+    type=click.IntRange(1),
+    default=30,
+    show_default=True,
+    help="Episodes to tune the plateau policy on.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+def evaluate(
+    env_name: str,
+    texts: tuple[str, ...],
+    paths: tuple[Path, ...],
+    episodes: int,
+    tuning: int,
+    out: Path | None,
+) -> None:
+    """Compare controllers with all other ways to decide, on the same unseen episodes."""
+    from kasmina_rl import playing
+    from kasmina_rl.learned import Controller
+    from kasmina_rl.training import ControllerPlayer
+
+    controllers = {f"controller {path}": ControllerPlayer(Controller.load(path)) for path in paths}
+    env = _make(env_name, texts)
+    tuned = _best(env, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning)
+    fixed = _best(env, _fixed(), tuning)
+    click.echo(f"tuned on {tuning} episodes: plateau (patience, least improvement) {tuned[0]}; {fixed[0]}")
+    players = {
+        "random": playing.RandomPlayer(0),
+        "wait": playing.waiting(),
+        "best fixed time": fixed[1],
+        "plateau": playing.plateau(),
+        "plateau, tuned": tuned[1],
+        "bandit": playing.bandit(),
+        **controllers,
+    }
+    found = playing.play_all(env, players, _unseen(episodes), _progress, report=True)
+    rows = _table(found)
+    click.echo("\nless the tuned plateau policy, in pairs")
+    click.echo(playing.HEAD)
+    pairs = [
+        playing.paired(found[name], found["plateau, tuned"], name)
+        for name in players
+        if name != "plateau, tuned"
+    ]
+    for row in pairs:
+        click.echo(str(row))
+    for row in pairs:
+        if row.name in controllers:
+            better = row.mean - row.half_width > 0
+            click.echo(
+                f"{row.name}: {'better' if better else 'not shown to be better'} than the tuned plateau policy"
+            )
+    reports = {
+        name: playing.Row.of(name, [p.report for p in played if p.report is not None])
+        for name, played in found.items()
+    }
+    click.echo("\non the samples of reports, which no split of an episode holds")
+    click.echo(playing.HEAD)
+    for row in reports.values():
+        click.echo(str(row))
+    written = {
+        "rows": rows,
+        "pairs": [_plain(row) for row in pairs],
+        "reports": [_plain(r) for r in reports.values()],
+    }
+    _write(out, written | {"tuned": [tuned[0], fixed[0]]})
+
+
+def _make(env_name: str, texts: Sequence[str]) -> Any:
+    import gymnasium
+
+    return gymnasium.make(_id(env_name), disable_env_checker=True, **_options(texts)).unwrapped
+
+
+def _fixed() -> dict[str, Any]:
+    from kasmina_rl import playing
+
+    return {f"from {share:.0%} of the budget on": playing.fixed_times(share) for share in playing.SHARES}
+
+
+def _unseen(episodes: int) -> list[int]:
+    return list(range(FIRST_UNSEEN, FIRST_UNSEEN + episodes))
+
+
+def _best(env: Any, players: dict[str, Any], episodes: int) -> tuple[str, Any]:
+    """Return the best of several players on the first episodes of training, which share them."""
+    from kasmina_rl import playing
+
+    each = max(1, episodes // len(players))
+    found = playing.play_all(env, players, range(each), _progress)
+    best = max(found, key=lambda name: sum(played.value for played in found[name]))
+    return best, players[best]
+
+
+def _table(found: Any) -> list[dict[str, Any]]:
+    from kasmina_rl import playing
+
+    rows = [playing.Row.of(n, [p.value for p in ps], [p.seeds_kept for p in ps]) for n, ps in found.items()]
+    click.echo(playing.HEAD)
+    for row in rows:
+        click.echo(str(row))
+    return [_plain(row) for row in rows]
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in row.__slots__}
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r{text}   ", nl=False, err=True)
+
+
+def _write(out: Path | None, data: dict[str, Any]) -> None:
+    if out is not None:
+        out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command; a mistake is one line, and exit code 1."""
+    assert kasmina_rl.__name__  # it registers the environments
+    try:
+        cli()
+    except (KasminaError, ValueError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

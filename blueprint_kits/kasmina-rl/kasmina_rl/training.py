@@ -1,0 +1,265 @@
+"""Training of controllers: an evolution strategy on linear ones, MaskablePPO on networks."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, final
+
+import gymnasium
+import numpy as np
+
+from kasmina_rl.environment import GrowEnv
+from kasmina_rl.learned import SCORES, Controller, ControllerError
+from kasmina_rl.playing import play
+from kasmina_rl.wrappers import flat
+
+ABOUT: Final = "training.json"
+"""What a folder of a training says of it."""
+
+
+@final
+class ControllerPlayer:
+    """Plays a controller: the legal action of the highest score."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    def begin(self, env: GrowEnv) -> None:
+        """Do nothing."""
+
+    def act(self, env: GrowEnv, mask: Any) -> int:
+        """Return the action."""
+        scores = self.controller.scores(env.encoder.encode(env.seen))
+        return int(np.where(mask.astype(bool), scores, -np.inf).argmax())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is asked for.
+
+    Attributes:
+        env: Id of the environment.
+        options: Keywords of the environment.
+        algo: ``es`` or ``maskable-ppo``.
+        steps: Steps in the environment, all together.
+        seed: For episodes, and what the algorithm draws.
+        out: Folder for what comes of it.
+        resume: Whether to go on from what lies there.
+    """
+
+    env: str
+    options: Mapping[str, Any]
+    algo: str
+    steps: int
+    seed: int
+    out: Path
+    resume: bool = False
+
+    def about(self, env: GrowEnv) -> dict[str, Any]:
+        """Return what is written beside the controller."""
+        return {
+            "env": self.env,
+            "options": dict(self.options),
+            "algo": self.algo,
+            "seed": self.seed,
+            "slots": len(env.actions.slots),
+            "candidates": list(env.candidates),
+        }
+
+
+def make_env(settings: Settings) -> GrowEnv:
+    """Make the environment of a training."""
+    env: Any = gymnasium.make(settings.env, disable_env_checker=True, **settings.options).unwrapped
+    return env  # type: ignore[no-any-return]
+
+
+def train(settings: Settings, say: Callable[[str], object]) -> Controller:
+    """Train, and write model, controller and what was asked for into the folder.
+
+    Raises:
+        ControllerError: If there is no such algorithm, its packages are missing, or there is nothing to resume.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    algorithms = {"es": _evolve, "maskable-ppo": _maskable_ppo}
+    if settings.algo not in algorithms:
+        raise ControllerError(f"There is no algorithm '{settings.algo}'. Known: {', '.join(algorithms)}.")
+    env = make_env(settings)
+    about = settings.about(env)
+    (settings.out / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    began = time.perf_counter()
+    found = algorithms[settings.algo](settings, env, about, say)
+    record = {**about, **found.record, "seconds": round(time.perf_counter() - began, 1)}
+    controller = Controller(found.kind, found.weights, found.slots, found.candidates, record)
+    controller.save(settings.out / "controller.safetensors")
+    return controller
+
+
+class Scalars:
+    """Writes scalars for TensorBoard, where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def add(self, step: int, **values: float) -> None:
+        """Write values at a step."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"growth/{name}", value, step)
+            self._writer.flush()
+
+
+# -- evolution -----------------------------------------------------------------------------------------------------
+
+PAIRS: Final = 4
+"""Directions of a generation; each is tried forward and backward on the same episode."""
+
+SIGMA: Final = 0.3
+RATE: Final = 0.3
+
+
+def start_weights() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the weights that evolution starts from: advance where the gate allows, cull rarely, nothing else known."""
+    parts = {name: np.zeros(size, np.float32) for name, size in SCORES.items()}
+    parts["advance"][-1], parts["cull"][-1], parts["revert"][-1], parts["wait"][-1] = 2.0, -2.0, -2.0, 0.5
+    return np.concatenate(list(parts.values()))
+
+
+def _weights(vector: Any) -> dict[str, Any]:
+    ends = np.cumsum(list(SCORES.values()))[:-1]
+    return {name: part.astype(np.float32) for name, part in zip(SCORES, np.split(vector, ends), strict=True)}
+
+
+def _evolve(
+    settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
+) -> Controller:
+    """Evolve a linear controller (OpenAI's evolution strategy, https://arxiv.org/abs/1703.03864)."""
+    path = settings.out / "evolution.json"
+    vector, steps, episodes, generation = start_weights(), 0, 0, 0
+    if settings.resume:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            vector = np.array(saved["vector"], np.float32).reshape(vector.shape)
+            steps, episodes, generation = saved["steps"], saved["episodes"], saved["generation"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ControllerError(
+                f"There is no evolution to resume in {settings.out}: {error!r:.200}"
+            ) from error
+    scalars, n = Scalars(settings.out), env.episodes or 100_000
+    while steps < settings.steps:
+        dice = np.random.default_rng([settings.seed, generation])
+        noise = dice.standard_normal((PAIRS, len(vector))).astype(np.float32)
+        values = np.empty((PAIRS, 2))
+        for i in range(PAIRS):
+            episode = int(dice.integers(n))
+            for side, sign in enumerate((1.0, -1.0)):
+                weights = _weights(vector + sign * SIGMA * noise[i])
+                tried = Controller("linear", weights, len(env.actions.slots), env.candidates)
+                played = play(env, ControllerPlayer(tried), episode)
+                values[i, side], steps, episodes = played.value, steps + played.steps, episodes + 1
+        # Ranks, so that one lucky episode moves no more than another.
+        ranks = values.ravel().argsort().argsort().reshape(values.shape) / (values.size - 1) - 0.5
+        vector = vector + RATE * ((ranks[:, 0] - ranks[:, 1]) @ noise) / PAIRS
+        generation += 1
+        state = {"vector": vector.tolist(), "steps": steps, "episodes": episodes, "generation": generation}
+        path.write_text(json.dumps(state), encoding="utf-8")
+        scalars.add(steps, value=float(values.mean()), best=float(values.max()))
+        say(f"step {steps:,} of {settings.steps:,}: value {values.mean():+.4f}, best {values.max():+.4f}")
+    record = {"steps": steps, "episodes": episodes, "generations": generation}
+    return Controller("linear", _weights(vector), len(env.actions.slots), env.candidates, record)
+
+
+# -- MaskablePPO ---------------------------------------------------------------------------------------------------
+
+
+def _maskable_ppo(
+    settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
+) -> Controller:
+    """Train a network with sb3-contrib's MaskablePPO."""
+    try:
+        from sb3_contrib import MaskablePPO
+        from stable_baselines3.common.callbacks import BaseCallback
+        from stable_baselines3.common.monitor import Monitor
+    except ImportError as error:
+        raise ControllerError(
+            f"maskable-ppo needs stable-baselines3 and sb3-contrib: {error}\n"
+            "Install them with: pip install 'stable-baselines3>=2.7' 'sb3-contrib>=2.7'"
+        ) from error
+    zipped = settings.out / "model.zip"
+    monitored = Monitor(flat(env))
+    if settings.resume:
+        if not zipped.is_file():
+            raise ControllerError(f"There is no model to resume in {settings.out}: {zipped.name} is missing.")
+        model = MaskablePPO.load(zipped, env=monitored)  # pickled data of our own training
+    else:
+        model = MaskablePPO(
+            "MlpPolicy",
+            monitored,
+            n_steps=min(512, max(32, settings.steps // 4)),
+            batch_size=32,
+            gamma=1.0,
+            ent_coef=0.005,
+            seed=settings.seed,
+            device="cpu",
+            tensorboard_log=str(settings.out / "tensorboard") if find_spec("tensorboard") else None,
+        )
+
+    class Say(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            ended = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+            mean = f"{np.mean(ended):+.4f} over {len(ended)} episodes" if ended else "no episode has ended"
+            say(f"step {self.num_timesteps:,} of {settings.steps:,}: value {mean}")
+
+    left = settings.steps - model.num_timesteps if settings.resume else settings.steps
+    if left > 0:
+        model.learn(left, callback=Say(), reset_num_timesteps=not settings.resume)
+    model.save(zipped)
+    return export_model(zipped, {"steps": int(model.num_timesteps)})
+
+
+def export_model(path: Path, record: Mapping[str, Any] | None = None) -> Controller:
+    """Return the controller of a model that stable-baselines3 saved. Only its weights are read; nothing is unpickled.
+
+    Args:
+        path: The zip file, in the folder of its training.
+        record: More for the controller's record.
+
+    Raises:
+        ControllerError: If it is none, or its folder lacks `ABOUT`.
+    """
+    import io
+
+    import torch
+
+    try:
+        about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
+        slots, candidates = int(about["slots"]), tuple(map(str, about["candidates"]))
+        with zipfile.ZipFile(path) as archive:
+            policy = torch.load(io.BytesIO(archive.read("policy.pth")), "cpu", weights_only=True)
+        layers = sorted(
+            {int(key.split(".")[2]) for key in policy if key.startswith("mlp_extractor.policy_net.")}
+        )
+        names = [f"mlp_extractor.policy_net.{i}" for i in layers] + ["action_net"]
+        weights = {
+            f"{i}.{part}": policy[f"{name}.{part}"].numpy()
+            for i, name in enumerate(names)
+            for part in ("weight", "bias")
+        }
+    except Exception as error:
+        raise ControllerError(
+            f"{path} is no model of a training that can be exported: {type(error).__name__}: {error!s:.300}\n"
+            f"It needs the weights of an MlpPolicy (policy.pth), and {ABOUT} beside it."
+        ) from error
+    return Controller("mlp", weights, slots, candidates, {**about, **(record or {})})

@@ -1,0 +1,199 @@
+"""Controllers as files and as policies: weights and JSON, nothing that runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kasmina_core import CheckpointError, Topology, default_registry, start_arm
+from rl_cases import MLP, NORM, toy
+
+from kasmina_rl import ControllerError, Encoder, LearnedPolicy
+from kasmina_rl.episodes import toy_task
+from kasmina_rl.learned import SCORES, Controller, bundled
+from kasmina_rl.playing import play
+from kasmina_rl.training import ControllerPlayer
+
+CANDIDATES = {Topology.VECTOR: [NORM, MLP]}
+
+
+def linear(**biases: float) -> Controller:
+    weights = {name: np.zeros(size, np.float32) for name, size in SCORES.items()}
+    for name, bias in biases.items():
+        weights[name][-1] = bias
+    return Controller("linear", weights, 2, (NORM, MLP), {"why": "a test"})
+
+
+GREEDY = {"germinate": 1.0, "advance": 2.0, "cull": -1.0, "revert": -1.0}
+
+
+def test_a_controller_is_written_and_read_bit_for_bit(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    read = Controller.load(path)
+    assert (read.kind, read.slots, read.candidates, read.record) == (
+        "linear",
+        2,
+        (NORM, MLP),
+        {"why": "a test"},
+    )
+    assert all(np.array_equal(read.weights[name], linear(**GREEDY).weights[name]) for name in SCORES)
+
+
+def run(policy, epochs=12):
+    arm = start_arm(toy_task(), seed=0, budget=1e8)
+    for _ in range(epochs):
+        arm.train_epoch()
+        arm.end_epoch()
+        arm.model.follow(policy)
+        assert all(outcome.done for outcome in arm.model.outcomes), arm.model.outcomes
+    return arm
+
+
+def test_a_learned_policy_grows_and_never_asks_for_what_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    arm = run(LearnedPolicy(CANDIDATES, path))
+    assert [slot.blueprint for slot in arm.model.observe().slots] == [NORM, NORM]
+    only = run(LearnedPolicy({Topology.VECTOR: [MLP]}, path), 4)
+    assert [slot.blueprint for slot in only.model.observe().slots] == [MLP, MLP]
+
+
+def test_a_linear_controller_grows_blueprints_it_never_saw(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    arm = run(LearnedPolicy({Topology.VECTOR: ["vector:bottleneck"]}, path), 4)
+    assert {slot.blueprint for slot in arm.model.observe().slots} == {"vector:bottleneck"}
+
+
+def test_a_sampled_policy_resumes_as_it_would_have_gone_on(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear().save(path)
+    policy = LearnedPolicy(CANDIDATES, path, sample=True, seed=3)
+    seen = [start_arm(toy_task(), seed=0).model.observe()]
+    for _ in range(3):
+        policy.decide(seen[0])
+    state = json.loads(json.dumps(policy.state_dict()))
+    expected = [policy.decide(seen[0]) for _ in range(6)]
+    again = LearnedPolicy(CANDIDATES, path, sample=True)
+    again.load_state_dict(state)
+    assert [again.decide(seen[0]) for _ in range(6)] == expected
+    for damaged in ({}, {"encoder": 1, "dice": {}}, {"encoder": None, "dice": {"state": 1}}, None):
+        with pytest.raises(CheckpointError):
+            again.load_state_dict(damaged)
+
+
+def test_a_controller_decides_in_the_environment_as_the_policy_does(tmp_path):
+    """The same encoder serves both."""
+    env, path = toy(epochs=40), tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    env.reset(seed=0, options={"episode": 0})
+    policy, player = LearnedPolicy(CANDIDATES, path), ControllerPlayer(Controller.load(path))
+    mask = env.action_masks()
+    env.step(0)
+    for _ in range(6):
+        mask = env.action_masks()
+        number = player.act(env, mask)
+        decided = policy.decide(env.seen)
+        assert [env.actions.number(command) for command in decided] == ([number] if number else [])
+        if env.step(number)[2]:
+            break
+
+
+def test_a_network_for_other_slots_is_refused():
+    wrong = {"0.weight": np.zeros((9, 3), np.float32), "0.bias": np.zeros(9, np.float32)}
+    with pytest.raises(ControllerError, match="do not fit"):
+        Controller("mlp", wrong, 2, (NORM, MLP))
+
+
+class Boom:
+    def __reduce__(self):
+        return (Path("/tmp/kasmina-rl-was-hacked").touch, ())
+
+
+def hostile(path: Path) -> dict[str, bytes]:
+    linear(**GREEDY).save(path)
+    good = path.read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+
+    def with_about(**changes):
+        about = json.loads(header["__metadata__"]["controller"]) | changes
+        changed = json.dumps(header | {"__metadata__": {"controller": json.dumps(about)}}).encode()
+        return struct.pack("<Q", len(changed)) + changed + good[8 + length :]
+
+    nan = linear(**GREEDY)
+    nan.weights["wait"][0] = np.nan
+    nan_path = path.with_suffix(".nan")
+    nan.save(nan_path)
+    return {
+        "empty": b"",
+        "truncated": good[:-20],
+        "cut in the header": good[:40],
+        "a pickle": pickle.dumps(Boom()),
+        "a huge header": struct.pack("<Q", 1 << 60) + b"{}",
+        "another version": with_about(version=99),
+        "another format": with_about(format="x"),
+        "other fields": with_about(fields=["a"]),
+        "slots as text": with_about(slots="2"),
+        "many slots": with_about(kind="mlp", slots=10**9),
+        "nested": b"[" * 100_000,
+        "not finite": nan_path.read_bytes(),
+    }
+
+
+KINDS = (
+    "empty", "truncated", "cut in the header", "a pickle", "a huge header", "another version", "another format",
+    "other fields", "slots as text", "many slots", "nested", "not finite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_file_is_one_clear_error(kind, tmp_path):
+    files = hostile(tmp_path / "good")
+    assert set(files) == set(KINDS)
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(files[kind])
+    with pytest.raises(ControllerError):
+        LearnedPolicy(CANDIDATES, path)
+    assert not Path("/tmp/kasmina-rl-was-hacked").exists()
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ControllerError, match="no controller that can be read"):
+        LearnedPolicy(CANDIDATES, tmp_path / "nothing")
+
+
+def test_the_pack_offers_the_policy_and_its_controller_is_small_and_says_how_it_was_trained():
+    assert "rl:learned" in default_registry().policies()
+    controller = Controller.load(bundled())
+    assert bundled().stat().st_size < 100_000
+    assert {"env", "algo", "seed", "steps", "episodes"} <= set(controller.record)
+    assert play(toy(epochs=4), ControllerPlayer(controller), 0).steps >= 1
+
+
+def test_importing_the_pack_imports_no_torch():
+    code = "import sys, kasmina_rl; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_encoder_counts_what_culled_seeds_cost():
+    env = toy(epochs=40)
+    env.reset(seed=0)
+    encoder = Encoder(env.candidates)
+    for action in (0, 2, 0, 0):
+        env.step(action)
+    culls = [
+        n
+        for n, mask in enumerate(env.action_masks())
+        if mask and type(env.actions.commands[n]).__name__ == "Cull"
+    ]
+    seen, *_ = env.step(culls[0])
+    assert 0 < seen["run"][12] < 1
+    assert encoder.state_dict()["lost"] == 0.0

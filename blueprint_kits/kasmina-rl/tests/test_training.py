@@ -1,0 +1,102 @@
+"""Trainings of a few steps: they go on where they stopped, and their controllers play."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import kasmina_rl
+from kasmina_rl.command import cli, main
+from kasmina_rl.learned import Controller, ControllerError
+from kasmina_rl.training import Settings, export_model, train
+
+OPTIONS = {"episodes": 2, "epochs": 3, "blueprints": ["vector:norm"]}
+TEXTS = [f"--option={name}={json.dumps(value)}" for name, value in OPTIONS.items()]
+
+
+def settings(out, steps, **changes):
+    return Settings(
+        "Kasmina/Toy-v0", OPTIONS, **({"algo": "es", "steps": steps, "seed": 1, "out": out} | changes)
+    )
+
+
+def test_an_evolution_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+    assert kasmina_rl.__all__
+    said = []
+    whole = train(settings(tmp_path / "a", 40), said.append)
+    train(settings(tmp_path / "b", 20), said.append)
+    parts = train(settings(tmp_path / "b", 40, resume=True), said.append)
+    assert all(np.array_equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
+    assert whole.record["generations"] == parts.record["generations"] >= 2
+    assert said[0].startswith("step ")
+    assert Controller.load(tmp_path / "a" / "controller.safetensors").record["env"] == "Kasmina/Toy-v0"
+    with pytest.raises(ControllerError, match="no evolution to resume"):
+        train(settings(tmp_path / "c", 40, resume=True), said.append)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_is_trained_resumed_and_exported_without_unpickling(tmp_path):
+    pytest.importorskip("sb3_contrib")
+    out = tmp_path / "ppo"
+    controller = train(settings(out, 64, algo="maskable-ppo"), print)
+    assert controller.kind == "mlp"
+    again = train(settings(out, 96, algo="maskable-ppo", resume=True), print)
+    assert again.record["steps"] >= 96
+    exported = export_model(out / "model.zip")
+    assert all(np.array_equal(exported.weights[name], again.weights[name]) for name in again.weights)
+
+    from sb3_contrib import MaskablePPO
+
+    model = MaskablePPO.load(out / "model.zip", device="cpu")
+    env = kasmina_rl.flat(kasmina_rl.GrowEnv(preset="toy", **OPTIONS))
+    seen, info = env.reset(seed=0)
+    action, _ = model.predict(seen, action_masks=info["action_mask"].astype(bool), deterministic=True)
+    scores = again.scores(env.unwrapped.encoder.encode(env.unwrapped.seen))
+    assert int(action) == int(np.where(info["action_mask"], scores, -np.inf).argmax())
+    shutil.copy(out / "model.zip", tmp_path / "alone.zip")
+    with pytest.raises(ControllerError, match=r"training\.json beside it"):
+        export_model(tmp_path / "alone.zip")
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
+    out = tmp_path / "run"
+    said = invoke("train", "--env=Toy", *TEXTS, "--steps=20", f"--out={out}")
+    assert "controller.safetensors" in said
+    said = invoke("headroom", *TEXTS, "--episodes=2", f"--out={tmp_path / 'h.json'}")
+    assert "spreads above waiting" in said
+    assert "wait " in said
+    assert json.loads((tmp_path / "h.json").read_text())["rows"][0]["mean"] == 0.0
+    controller = f"--controller={out / 'controller.safetensors'}"
+    said = invoke(
+        "evaluate", *TEXTS, "--episodes=2", "--tuning=1", controller, f"--out={tmp_path / 'e.json'}"
+    )
+    for arm in (
+        "random",
+        "wait",
+        "best fixed time",
+        "plateau, tuned",
+        "bandit",
+        "than the tuned plateau policy",
+    ):
+        assert arm in said
+    assert {"rows", "pairs", "reports", "tuned"} == set(json.loads((tmp_path / "e.json").read_text()))
+
+
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "x.zip"
+    bad.write_bytes(b"nothing")
+    monkeypatch.setattr("sys.argv", ["kasmina-rl", "export", str(bad), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert capsys.readouterr().err.startswith(f"Error: {bad} is no model")
