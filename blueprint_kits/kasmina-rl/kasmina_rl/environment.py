@@ -320,7 +320,7 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         return {
             "action_mask": self._mask(),
             "events": tuple(self._events),
-            "episode": self.episode,
+            "episode_number": self.episode,  # "episode" belongs to recorders of statistics
             "epoch": self.epoch,
             "flops": self.flops,
             "value": self._value,

@@ -168,7 +168,7 @@ def _evolve(
                 values[i, side], steps, episodes = played.value, steps + played.steps, episodes + 1
         # Ranks, so that one lucky episode moves no more than another.
         ranks = values.ravel().argsort().argsort().reshape(values.shape) / (values.size - 1) - 0.5
-        vector = vector + RATE * ((ranks[:, 0] - ranks[:, 1]) @ noise) / PAIRS
+        vector = (vector + RATE * ((ranks[:, 0] - ranks[:, 1]) @ noise) / PAIRS).astype(np.float32)
         generation += 1
         state = {"vector": vector.tolist(), "steps": steps, "episodes": episodes, "generation": generation}
         path.write_text(json.dumps(state), encoding="utf-8")

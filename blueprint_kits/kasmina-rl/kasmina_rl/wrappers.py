@@ -18,8 +18,8 @@ class flat(gymnasium.ObservationWrapper[Numbers, Any, dict[str, Numbers]], Recor
 
     >>> import gymnasium, kasmina_rl
     >>> env = kasmina_rl.flat(gymnasium.make("Kasmina/Toy-v0"))
-    >>> env.observation_space.shape, env.action_space.n
-    ((101,), 13)
+    >>> env.observation_space.shape, int(env.action_space.n)
+    ((89,), 13)
     """
 
     def __init__(self, env: gymnasium.Env[dict[str, Numbers], Any]) -> None:
