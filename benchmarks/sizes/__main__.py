@@ -24,8 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     form = parser.add_mutually_exclusive_group()
     for name, what in (
-        ("short", "one setting, three arms, one seed: about a minute (default)"),
-        ("long", "everything; may go on in pieces with --out"),
+        ("short", "one setting, four arms, one seed: under a minute (default)"),
+        ("long", "everything: about 95 core-minutes; may go on in pieces with --out"),
         ("tiny", "seconds an arm; its figures mean nothing"),
     ):
         form.add_argument(f"--{name}", action="store_const", const=name, dest="form", help=what)

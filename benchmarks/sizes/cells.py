@@ -68,7 +68,12 @@ def chosen_rate(form: Form, setting: str, arm: str, done: Done) -> float | None:
 
 def plan(form: Form) -> list[Wanted]:
     """Return every cell of a form: rates first, then seed by seed all arms, so that pairs are whole early."""
-    places = [(setting, arm) for setting in form.settings for arm in form.arms]
+    places = [
+        (setting, arm)
+        for setting in form.settings
+        for arm in form.arms
+        if (only := SETTINGS[setting].arms) is None or arm in only
+    ]
     tuning = [Wanted(cell) for setting, arm in places for cell in tuning_cells(form, setting, arm)]
     runs = [
         Wanted(Cell(setting, arm, seed), is_tuned=True)

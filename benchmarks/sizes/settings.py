@@ -28,19 +28,29 @@ TUNING: Final = 1000
 @final
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One host at one width; ``batch`` counts sequences."""
+    """One host at one width.
+
+    Attributes:
+        batch: Sequences per batch.
+        arms: Arms that are run in it; ``None`` for all. Transformers of these widths need some 2e11 FLOPs before a second
+            block pays, so the wide one is dear, and the narrow one gets there at its last budget.
+    """
 
     name: str
     kind: str
     dim: int
     batch: int = 8
+    arms: tuple[str, ...] | None = None
 
+
+PLAN: Final = "plan 1-2-4"
+_FEW: Final = ("fixed 1", "fixed 2", "fixed 4", PLAN, "plan 1-2")
 
 SETTINGS: Final = {
     setting.name: setting
     for setting in (
-        Setting("transformer-12", "transformer", 12),
-        Setting("transformer-16", "transformer", 16),
+        Setting("transformer-16", "transformer", 16, arms=(*_FEW, "plan, no end", "safe 1-2-4")),
+        Setting("transformer-24", "transformer", 24, arms=_FEW),
         Setting("cnn-12", "cnn", 12),
         Setting("cnn-16", "cnn", 16),
     )
@@ -79,7 +89,6 @@ class Arm:
 
 
 FIXED: Final = (1, 2, 4, 8)
-PLAN: Final = "plan 1-2-4"
 
 ARMS: Final = {
     arm.name: arm
@@ -130,9 +139,8 @@ FORMS: Final = {
         replace(
             _EVERYTHING,
             name="short",
-            settings=("transformer-12",),
-            arms=("fixed 1", "fixed 4", PLAN),
-            budgets=(0.25, 0.5, 1.0),
+            settings=("cnn-16",),
+            arms=("fixed 1", "fixed 2", "fixed 4", PLAN),
             rates=(8e-3,),
             tuning=0,
             seeds=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -66,7 +67,7 @@ def test_the_long_form_tunes_every_arm_from_one_grid_on_other_seeds_and_pairs_th
     assert {c.lr for c in tuned} == set(LONG.rates)
     assert all(c.seed >= TUNING for c in tuned)
     assert not {c.seed for c in tuned} & {c.seed for c in runs}
-    assert len(runs) == len(SETTINGS) * len(ARMS) * LONG.seeds
+    assert len(runs) == LONG.seeds * sum(len(setting.arms or ARMS) for setting in SETTINGS.values())
     assert len({c.key for c in tuned}) == len(tuned)
 
 
@@ -106,6 +107,14 @@ def test_a_curve_is_read_in_the_logarithm_of_the_budget_and_not_beyond_its_ends(
     curve = [(1.0, 3.0), (4.0, 2.0)]
     assert budget_at(curve, 2.5) == pytest.approx(2.0)
     assert math.isnan(budget_at(curve, 1.9))
+
+
+def test_what_runs_without_a_name_is_a_benchmark_with_options_that_it_takes(capsys):
+    from benchmarks.__main__ import DEFAULT, NAMES
+
+    for name, given in DEFAULT:
+        importlib.import_module(NAMES[name][0]).main([*given, "--plan"])
+        assert "form: " in capsys.readouterr().out
 
 
 def test_a_tiny_run_of_every_kind_ends_at_its_budgets_and_is_the_same_again(tmp_path, capsys):
