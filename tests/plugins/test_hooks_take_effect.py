@@ -185,7 +185,7 @@ def test_a_sink_that_cannot_be_made_is_an_error_at_once(
     with pytest.raises(error, match=re.escape(says)):
         Telemetry([name], registry=pack)
     result = grow(tmp_path / "run", "--sink", name)
-    assert result.exit_code == 1
+    assert result.exit_code == (2 if error is UnknownNameError else 1)
     assert f"'{name}'" in result.stderr
     assert not (tmp_path / "run").exists()
 
