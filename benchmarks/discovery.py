@@ -103,6 +103,24 @@ def _step(name: str, folder: str) -> dict[str, Any]:
     return {"seconds": seconds, "packs": found, "torch": "torch" in sys.modules}
 
 
+def _germinate_first(folder: str) -> dict[str, float]:
+    """Return CPU seconds of importing torch, and of the first germination in a process with the packs of a folder."""
+    sys.path.insert(0, folder)
+    begun = time.process_time()
+    import torch
+
+    imported = time.process_time()
+    torch.set_num_threads(1)
+    from kasmina_cnn import CNNHost
+
+    from kasmina_core import MorphogeneticModel
+
+    model = MorphogeneticModel(CNNHost(base_channels=3, width_factor=1))
+    made = time.process_time()
+    model.germinate("block2", "conv_light")
+    return {"torch": imported - begun, "germination": time.process_time() - made}
+
+
 def _register(rounds: int, limit: int) -> dict[str, list[float]]:
     """Return, by kind of registration, CPU seconds of each blueprint and round."""
     import torch
@@ -168,6 +186,7 @@ def measure_discovery(count: int, rounds: int) -> dict[str, Any]:
                 assert not told["torch"], "finding and loading light packs imports no torch"
                 if number >= 0:
                     seconds[name].append(told["seconds"])
+        first = [_child("germinate", folder) for _ in range(rounds)]
     scan = seconds["scan"]
     return {
         "packs": count,
@@ -176,6 +195,10 @@ def measure_discovery(count: int, rounds: int) -> dict[str, Any]:
             name: _quartiles([a / b for a, b in zip(values, scan, strict=True)])
             for name, values in seconds.items()
         },
+        "first_germination": _quartiles([told["germination"] for told in first]),
+        "first_germination_over_importing_torch": _quartiles(
+            [told["germination"] / told["torch"] for told in first]
+        ),
         "loading_per_pack": _quartiles(
             [(a - b) / count for a, b in zip(seconds["load"], seconds["list"], strict=True)]
         ),
@@ -222,9 +245,14 @@ def _print(result: dict[str, Any]) -> None:
                 f"{_spread(size['ratio_to_scan'][name], 1, 2):>28}"
             )
         print(f"{size['packs']:>5}  {'load, a pack':<12}{_spread(size['loading_per_pack'], 1e3, 2):>28}")
+        print(
+            f"{size['packs']:>5}  {'germination':<12}{_spread(size['first_germination'], 1e3, 0):>28}  "
+            f"{_spread(size['first_germination_over_importing_torch'], 1, 3):>28} of importing torch"
+        )
     print(
         "\nscan: importlib_metadata.entry_points alone; list: list_packs; scan+import: the same and EntryPoint.load"
     )
+    print("germination: the first one in a process, of a bundled blueprint by its short name")
     print("load: PluginRegistry(checks=False).load_installed, listing included; a pack: load less list")
     print(f"\n{'registration, a blueprint':<36}{'ms':>28}")
     for kind, seconds in result["registration_per_blueprint"].items():
@@ -251,7 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.child:
         name, *rest = options.child
-        told = _register(*map(int, rest)) if name == "register" else _step(name, rest[0])
+        if name == "register":
+            told = _register(*map(int, rest))
+        else:
+            told = _germinate_first(rest[0]) if name == "germinate" else _step(name, rest[0])
         print(json.dumps(told))
         return
     if options.fast:

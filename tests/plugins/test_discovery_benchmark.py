@@ -24,5 +24,6 @@ def test_the_benchmark_runs_and_gives_every_figure() -> None:
     assert size["packs"] == 3
     assert set(size["seconds"]) == {"scan", "list", "scan+import", "load"}
     assert all(middle > 0 for middle, _, _ in size["ratio_to_scan"].values())
+    assert 0 < size["first_germination_over_importing_torch"][0] < 100
     assert {"no checks", "checks as packs load", "every check"} == set(result["registration_per_blueprint"])
     assert result["machine"]["cores"]
