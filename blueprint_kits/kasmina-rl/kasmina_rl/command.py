@@ -196,6 +196,36 @@ def evaluate(
     _write(out, written | {"tuned": [tuned[0], fixed[0]]})
 
 
+@cli.command()
+@env_option
+@option_option
+@click.option("--episodes", type=click.IntRange(1), default=4, show_default=True)
+def speed(env_name: str, texts: tuple[str, ...], episodes: int) -> None:
+    """Print steps per CPU second of random play, and what a step costs over a bare epoch of the host alone.
+
+    Half of the actions wait. Each episode is played twice; the second time the host alone is known.
+    """
+    import time
+
+    from kasmina_rl import playing
+
+    env = _make(env_name, texts)
+    for what in ("hosts alone trained with it", "hosts alone known"):
+        began, steps = time.process_time(), 0
+        for episode in _unseen(episodes):
+            steps += playing.play(env, playing.RandomPlayer(episode), episode).steps
+        each = (time.process_time() - began) / steps
+        bare = env.start(_unseen(1)[0])
+        bare.train_epoch()
+        began = time.process_time()
+        for _ in range(20):
+            bare.train_epoch()
+        epoch = (time.process_time() - began) / 20
+        click.echo(
+            f"{what}: {1 / each:.0f} steps per CPU second, {each / epoch:.2f} of a bare epoch ({steps} steps)"
+        )
+
+
 def _make(env_name: str, texts: Sequence[str]) -> Any:
     import gymnasium
 

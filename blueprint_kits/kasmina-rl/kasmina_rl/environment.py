@@ -247,6 +247,10 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         arm.task = self.dealt.task
         return {"kept": kept, "alone": alone}
 
+    def start(self, episode: int) -> Arm:
+        """Return a new arm with the host alone of an episode."""
+        return self._start(deal(self.task, episode).task, episode, grows=False)
+
     def _start(self, task: Task, episode: int, *, grows: bool) -> Arm:
         return start_arm(
             task,

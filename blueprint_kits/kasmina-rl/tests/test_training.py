@@ -76,6 +76,7 @@ def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
     assert "spreads above waiting" in said
     assert "wait " in said
     assert json.loads((tmp_path / "h.json").read_text())["rows"][0]["mean"] == 0.0
+    assert "of a bare epoch" in invoke("speed", *TEXTS, "--episodes=1")
     controller = f"--controller={out / 'controller.safetensors'}"
     said = invoke(
         "evaluate", *TEXTS, "--episodes=2", "--tuning=1", controller, f"--out={tmp_path / 'e.json'}"
