@@ -134,11 +134,11 @@ def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
 def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
     kept = [life for life in lives if life.stage is SeedStage.FOSSILIZED]
     added = sum(life.parameters for life in kept)
-    sentences = [f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; they add {added:,} parameters."]
+    sentences = [
+        f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {'it adds' if len(kept) == 1 else 'they add'} {added:,} parameters."
+    ]
     if measured := [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]:
-        sentences.append(
-            f"When they were last measured for a gate, they gained {', '.join(measured)} per sample."
-        )
+        sentences.append(f"Gain per sample when last measured for a gate: {', '.join(measured)}.")
     late = [life for life in kept if life.ended is not None and life.ended > epochs - UNPROVED_EPOCHS]
     if late:
         names = ", ".join(life.seed_id for life in late)

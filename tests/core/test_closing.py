@@ -186,7 +186,7 @@ def test_a_seed_that_was_kept_in_the_last_epochs_is_unproved_until_more_have_pas
     assert verdict.cause is GrowthCause.KEPT
     assert (verdict.kept, verdict.unproved) == ((seed,), (seed,))
     assert f"Unproved: {seed} " in sentences(verdict)[2]
-    assert sentences(verdict)[0] == "Of 1 seed 1 stayed; they add 8 parameters."
+    assert sentences(verdict)[0] == "Of 1 seed 1 stayed; it adds 8 parameters."
     for _ in range(5):
         model.step_epoch(1.0)
     assert model.verdict().unproved == ()
