@@ -21,7 +21,7 @@ def test_the_example_runs_and_tells_what_grew(example: CodeType, capsys: pytest.
     assert re.search(r"layer1 +DORMANT", printed)
 
 
-@pytest.mark.parametrize("module", ["structure", "growing"])
+@pytest.mark.parametrize("module", ["structure", "growing", "positions"])
 def test_examples_in_docstrings_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"kasmina_timm.{module}"))
     assert found.attempted > 0
