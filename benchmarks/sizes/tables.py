@@ -132,7 +132,7 @@ def goals_table(form: Form, done: Done) -> str:
         [
             "setting",
             "max regret, of the best single size",
-            "most wasted",
+            "FLOPs wasted",
             "ahead of every fixed size at",
             "safe",
         ]
