@@ -163,6 +163,23 @@ def gradients_of_host_and_seeds_are_the_mean_of_both_ranks(rank: int) -> None:
                 torch.testing.assert_close(found, (a + b) / 2, rtol=1e-6, atol=1e-9)
 
 
+@on_each_rank
+def seeds_share_a_pass_where_both_ranks_found_that_they_may(rank: int) -> None:
+    model, optimizer, net = pair(incubation=COUNTERFACTUAL, joint_incubation=True)
+    for slot in ("norm", "norm2"):
+        grow_to(model, slot, SeedStage.TRAINING)
+    x, y = batch(rank)
+    for count, answer in ((6 if rank else 1, None), (6, False)):  # one sample cannot be shared by two seeds
+        optimizer.zero_grad()
+        loss_of(net, rank).backward()
+        model.incubate(lambda count=count: F.cross_entropy(model(x[:count]), y[:count]))
+        model.step()
+        optimizer.step()
+        assert_alike(model, optimizer)
+        found = [model.slots[slot].notes.is_coupled for slot in ("norm", "norm2")]
+        assert everywhere(found) == [[answer] * 2] * 2
+
+
 def grow_without_warning(model: MorphogeneticModel, stage: SeedStage) -> None:
     with pytest.warns(UserWarning, match=r"one of 2 processes.*distribute\(model\)"):
         grow_to(model, "norm", stage)
