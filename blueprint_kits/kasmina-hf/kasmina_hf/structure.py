@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import torch
 from kasmina_core import HostError, InjectionPoint, Topology
@@ -36,6 +36,8 @@ class Tower:
         shapes: Shape of the features after each layer that runs, as the model holds them.
         layout: The order of their axes, such as ``"btd"``.
         causal: Whether a position may not see those after it.
+        part: Path of what returns the features in a layer; empty for the layer.
+        item: Where the features are if a list or a dictionary is returned, such as ``":0"``.
     """
 
     path: str
@@ -43,6 +45,8 @@ class Tower:
     shapes: dict[int, tuple[int, ...]]
     layout: str
     causal: bool
+    part: str = ""
+    item: str = ""
 
     def points(self, prefix: str, every: int) -> list[InjectionPoint]:
         """Return points after every so many members, with names that begin with ``prefix``."""
@@ -51,7 +55,7 @@ class Tower:
         return [
             InjectionPoint(
                 f"{prefix}{self.kind}{i + 1}",
-                f"{self.path}.{i}",
+                f"{self.path}.{i}{self.part and '.'}{self.part}{self.item}",
                 shape[width],
                 topology,
                 self.causal,
@@ -95,7 +99,8 @@ def _points_of(model: PreTrainedModel, found: list[Tower], every: int) -> list[I
     most = max(max(tower.shapes) + 1 for tower in found)
     if not 1 <= every <= most:
         raise ValueError(f"every must be from 1 to {most}, the number of {found[0].kind}s, not {every!r}.")
-    prefixes = _prefixes([path for path, _ in _layer_lists(model)])
+    paths = [path for path, _ in _layer_lists(model)]
+    prefixes = _prefixes(list(dict.fromkeys([*paths, *(tower.path for tower in found)])))
     return [point for tower in found for point in tower.points(prefixes[tower.path], every)]
 
 
@@ -106,38 +111,56 @@ def towers(model: PreTrainedModel, example: Any = None) -> list[Tower]:
         HostError: If there is none.
     """
     inputs = example_inputs(model) if example is None else example
-    lists = list(_layer_lists(model))
-    record = _Record(lists)
-    with quiet(model), record:
-        call(model, inputs)
-    found, reasons = [], []
-    for path, layers in lists:
-        try:
-            members = record.members(path)
-            layout = _layout(layers, members, inputs)
-            ends = layers[members[0][0]], layers[members[-1][0]]
-            if layout == "btd" and _repeats(model, inputs, ends, members[-1][2].shape):
-                raise _NotATowerError("its positions are those of the tokens several times over")
-        except _NotATowerError as reason:
-            reasons.append(f"  {path}.*  ({len(layers)}): {reason}")
-            continue
-        causal = "t" in layout and (
-            any(getattr(module, "is_causal", None) is True for module in layers.modules())
-            or not _looks_ahead(model, inputs, ends, layout.index("t"))
-        )
-        keeps = all(x.shape == y.shape for _, x, y in members) and len(layout) == 3
-        found.append(
-            Tower(
-                path,
-                "layer" if keeps else "stage",
-                {i: tuple(y.shape) for i, _, y in members},
-                layout,
-                causal,
-            )
-        )
+    lists = [_Members(path, "", _members(layers)) for path, layers in _layer_lists(model)]
+    found, reasons = _towers_of(model, inputs, lists)
+    if not found:
+        found, _ = _towers_of(model, inputs, [*_inner_lists(model), *_parts(lists)])
     if not found:
         raise _unsupported(model, reasons)
     return found
+
+
+def _towers_of(model: PreTrainedModel, inputs: Any, lists: list[_Members]) -> tuple[list[Tower], list[str]]:
+    """Return the towers among lists of modules, and why others are none; of the parts of layers the first that are."""
+    record = _Record(lists)
+    with quiet(model), record:
+        call(model, inputs)
+    found: list[Tower] = []
+    reasons = []
+    for own in lists:
+        if own.part and any(tower.path == own.path for tower in found):
+            continue
+        try:
+            members = record.members(own)
+            layout = _layout(own.modules, members, inputs)
+            ends = own.modules[members[0][0]], own.modules[members[-1][0]]
+            if layout == "btd" and _repeats(model, inputs, ends, members[-1][2].shape):
+                raise _NotATowerError("its positions are those of the tokens several times over")
+        except _NotATowerError as reason:
+            reasons.append(f"  {own.path}.*  ({len(own.modules)}): {reason}")
+            continue
+        causal = "t" in layout and (
+            any(
+                getattr(m, "is_causal", None) is True
+                for layer in own.modules.values()
+                for m in layer.modules()
+            )
+            or not _looks_ahead(model, inputs, ends, layout.index("t"))
+        )
+        keeps = all(x.shape == y.shape for _, x, y in members) and len(layout) == 3
+        shapes = {i: tuple(y.shape) for i, _, y in members}
+        found.append(
+            Tower(
+                own.path,
+                "layer" if keeps else "stage",
+                shapes,
+                layout,
+                causal,
+                own.part,
+                record.items.get(own, ""),
+            )
+        )
+    return found, reasons
 
 
 def places(
@@ -202,32 +225,48 @@ class _NotATowerError(Exception):
     """Says why a list of modules is no tower."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """Modules that may make up a tower: items of a list, or the same part of each.
+
+    Attributes:
+        path: Path of the list.
+        part: Path of the modules in the items; empty for the items.
+        modules: By number of the item.
+    """
+
+    path: str
+    part: str
+    modules: dict[int, nn.Module]
+
+
 class _Record:
     """Notes the features that come into and out of the members of lists of modules."""
 
-    def __init__(self, lists: list[tuple[str, _Layers]]) -> None:
-        self.runs: dict[str, list[tuple[int, Tensor | None, Tensor | None]]] = {path: [] for path, _ in lists}
-        self._lists = lists
+    def __init__(self, lists: list[_Members]) -> None:
+        self.runs: dict[_Members, list[tuple[int, Tensor | None, Tensor | None]]] = {own: [] for own in lists}
+        self.items: dict[_Members, str] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
-        for path, layers in self._lists:
-            for i, layer in enumerate(layers):
-                self._handles.append(layer.register_forward_hook(self._note(path, i), with_kwargs=True))
+        for own in self.runs:
+            for i, module in own.modules.items():
+                self._handles.append(module.register_forward_hook(self._note(own, i), with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, path: str, i: int) -> Callable[..., None]:
+    def _note(self, own: _Members, i: int) -> Callable[..., None]:
         def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.runs[path].append((i, _features([*args, *kwargs.values()]), _features([output])))
+            self.items[own] = _item(output)
+            self.runs[own].append((i, _features([*args, *kwargs.values()]), _features([output])))
 
         return note
 
-    def members(self, path: str) -> list[tuple[int, Tensor, Tensor]]:
+    def members(self, own: _Members) -> list[tuple[int, Tensor, Tensor]]:
         """Return number, features before and features after of each member that runs."""
-        run = self.runs[path]
+        run = self.runs[own]
         numbers = [i for i, *_ in run]
         if not run:
             raise _NotATowerError("does not run with these inputs")
@@ -237,6 +276,17 @@ class _Record:
         if len(members) < len(run) or len({y.dim() for _, _, y in members}) != 1:
             raise _NotATowerError("its members do not all return features of as many axes")
         return members
+
+
+def _item(output: Any) -> str:
+    """Return where `_features` are in an output, such as ``":0"``; empty where the core looks by itself."""
+    inner = output
+    keys = []
+    while isinstance(inner, (tuple, list, Mapping)) and inner:
+        keys.append(next(iter(inner)) if isinstance(inner, Mapping) else 0)
+        inner = inner[keys[-1]]
+    plain = len(keys) == 1 and type(output) not in (list, dict)
+    return "" if plain or not keys else "".join(f":{key}" for key in keys)
 
 
 def _features(values: list[Any]) -> Tensor | None:
@@ -252,7 +302,7 @@ def _features(values: list[Any]) -> Tensor | None:
     return None
 
 
-def _layout(layers: _Layers, members: list[tuple[int, Tensor, Tensor]], inputs: Any) -> str:
+def _layout(layers: dict[int, nn.Module], members: list[tuple[int, Tensor, Tensor]], inputs: Any) -> str:
     """Return the one layout that all members agree with."""
     tensors = _tensors_in(inputs)
     batch = tensors[0].shape[0]
@@ -400,6 +450,30 @@ def _layer_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _La
             yield path, child
         else:
             yield from _layer_lists(child, f"{path}.")
+
+
+def _members(layers: _Layers) -> dict[int, nn.Module]:
+    return {i: layer for i, layer in enumerate(layers) if layer is not None}
+
+
+def _inner_lists(model: nn.Module) -> Iterator[_Members]:
+    """Yield the lists in the members of the outermost lists, and lists of which some members are of torch, without these."""
+    outermost = [path for path, _ in _layer_lists(model)]
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or path in outermost:
+            continue
+        own = {i: m for i, m in _members(module).items() if not type(m).__module__.startswith("torch.")}
+        if len(own) > 1 and not any(isinstance(m, (nn.ModuleList, nn.Sequential)) for m in own.values()):
+            yield _Members(path, "", own)
+
+
+def _parts(lists: list[_Members]) -> Iterator[_Members]:
+    """Yield the parts that all members of a list have."""
+    for own in lists:
+        for name, _ in next(iter(own.modules.values())).named_children():
+            parts = {i: getattr(layer, name, None) for i, layer in own.modules.items()}
+            if all(isinstance(part, nn.Module) for part in parts.values()):
+                yield _Members(own.path, name, cast("dict[int, nn.Module]", parts))
 
 
 def _prefixes(paths: list[str]) -> dict[str, str]:
