@@ -57,7 +57,7 @@ class Row:
         inputs: The shapes of the example that ran.
         points: Number of points derived.
         towers: Where they are: path, number, layout and whether causal.
-        glob: A glob that holds slots.
+        glob: A glob that holds slots, or else a path.
         life: ``"whole"``, or where the life of a seed ended.
         blueprint: Of the seed.
         reason: Why something did not work.
@@ -114,6 +114,8 @@ def _build(row: Row) -> tuple[PreTrainedModel | None, dict[str, Tensor] | None]:
     for recipe in RECIPES:
         try:
             kind = getattr(transformers, row.model)
+            if not issubclass(config, own := kind.config_class):  # the model is that of a part
+                config = own
             small = shrunken(config, recipe)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in kind(copy.deepcopy(small)).parameters())
@@ -144,18 +146,21 @@ def _towers(found: list[Any]) -> list[str]:
     """Say where points are, one text a tower."""
     towers: dict[str, list[Any]] = {}
     for point in found:
-        towers.setdefault(point.path.rpartition(".")[0], []).append(point)
+        towers.setdefault(re.sub(r"\.\d+(?!.*\.\d)", ".*", point.path), []).append(point)
     return [
-        f"{path}.* {len(own)} {own[0].layout or own[0].topology.layout}{' causal' if own[0].causal else ''}"
+        f"{path} {len(own)} {own[0].layout or own[0].topology.layout}{' causal' if own[0].causal else ''}"
         for path, own in towers.items()
     ]
 
 
 def _glob(model: PreTrainedModel, example: dict[str, Tensor], known: list[str]) -> str:
-    """Return the first glob that holds slots: of a tower, of the members of a container, or of a part of each."""
+    """Return the first glob that holds slots: of a tower, of the members of a container, or of a part of each; else a path."""
     whole, inner = globs_of(model)
+    paths = [
+        path for path, module in model.named_modules() if path and next(module.parameters(), None) is not None
+    ]
     return first_that_attaches(
-        (*known[:1], *whole, *inner[:40]), lambda pattern: grow(model, pattern, example=example)
+        (*known[:1], *whole, *inner[:40], *paths[:40]), lambda pattern: grow(model, pattern, example=example)
     )
 
 
@@ -176,7 +181,10 @@ def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
 
 def _learns(bare: nn.Module, path: str) -> bool:
     """Return whether the loss depends on the module at a path."""
-    return any(p.grad is not None and bool(p.grad.any()) for p in bare.get_submodule(path).parameters())
+    return any(
+        p.grad is not None and bool(p.grad.any())
+        for p in bare.get_submodule(path.partition(":")[0]).parameters()
+    )
 
 
 def _work(channel: Connection) -> None:
@@ -262,7 +270,7 @@ def sweep(rows: list[Row], jobs: int = 1, seconds: float = SECONDS) -> Iterator[
 
 def table(rows: list[Row]) -> str:
     """Return Markdown: one line an architecture."""
-    lines = ["| architecture | points | where | by glob | a seed's life |", "|---|---|---|---|---|"]
+    lines = ["| architecture | points | where | by hand | a seed's life |", "|---|---|---|---|---|"]
     for row in rows:
         built = row.recipe and row.inputs
         where = "<br>".join(f"`{tower}`" for tower in row.towers)

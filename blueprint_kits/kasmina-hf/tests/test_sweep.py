@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CLIPConfig, MixtralConfig
+from transformers import (
+    CLIPConfig,
+    EsmConfig,
+    GPTNeoConfig,
+    Mamba2Config,
+    MixtralConfig,
+    RTDetrConfig,
+    Zamba2Config,
+)
 
 from kasmina_hf import sweep
 from kasmina_hf.shrinking import RECIPES, shrunken
@@ -20,8 +28,35 @@ def test_a_config_is_shrunken_with_its_parts() -> None:
     assert all(0 <= token < 64 for token in (small.text_config.eos_token_id, small.text_config.bos_token_id))
 
 
+def test_a_part_keeps_what_the_whole_says_of_it() -> None:
+    small = shrunken(RTDetrConfig)
+    assert small.backbone_config.out_features == RTDetrConfig().backbone_config.out_features
+    assert small.backbone_config.depths == (1, 1, 1, 1)
+
+
+def test_a_list_with_an_item_per_layer_is_as_long_as_there_are_layers() -> None:
+    filled = next(recipe for recipe in RECIPES if recipe.fill and recipe.width == 32)
+    small = shrunken(GPTNeoConfig, filled)
+    assert (small.num_layers, small.attention_layers) == (4, ["global", "local", "global", "local"])
+    few = shrunken(Zamba2Config, filled)
+    assert (few.num_hidden_layers, set(few.layers_block_type)) == (4, set(Zamba2Config().layers_block_type))
+
+
+def test_numbers_that_a_config_leaves_open_are_given_by_a_recipe_that_fills() -> None:
+    filled = next(recipe for recipe in RECIPES if recipe.fill and recipe.width == 32)
+    small = shrunken(EsmConfig, filled)
+    assert (small.vocab_size, small.pad_token_id, EsmConfig().vocab_size) == (64, 0, None)
+
+
+def test_a_divisor_keeps_the_ratios_of_widths() -> None:
+    eighth = next(recipe for recipe in RECIPES if recipe.divisor == 8)
+    whole, small = Mamba2Config(), shrunken(Mamba2Config, eighth)
+    assert small.hidden_size == whole.hidden_size // 8
+    assert small.hidden_size * small.expand == small.num_heads * small.head_dim
+
+
 def test_a_recipe_that_leaves_widths_shrinks_counts_alone() -> None:
-    (few,) = [recipe for recipe in RECIPES if recipe.counts and recipe.width is None]
+    few = next(recipe for recipe in RECIPES if recipe.name == "few layers")
     small = shrunken(MixtralConfig, few)
     assert (small.num_hidden_layers, small.num_local_experts) == (4, 4)
     assert small.hidden_size == MixtralConfig().hidden_size
@@ -34,6 +69,10 @@ def test_a_recipe_that_leaves_widths_shrinks_counts_alone() -> None:
         ("xlnet", ["layer.* 4 tbd"]),
         ("sam_vision_model", ["vision_encoder.layers.* 4 bhwc"]),
         ("segformer", ["stages.* 4 bchw"]),
+        ("openai-gpt", ["h.*:0 4 btd causal"]),  # layers return lists
+        ("deepseek_v4", ["layers.*.self_attn 4 btd causal"]),  # layers hand on several streams
+        ("decision_transformer", ["encoder.h.* 3 btd causal"]),  # takes states, actions, rewards
+        ("siglip2", ["text_model.encoder.layers.* 4 btd", "vision_model.encoder.layers.* 4 btd"]),
     ],
 )
 def test_an_architecture_offers_points_and_a_seed_lives_there(name: str, towers: list[str]) -> None:
@@ -57,7 +96,10 @@ def test_an_architecture_that_takes_too_long_is_given_up() -> None:
 @pytest.fixture(autouse=True)
 def few_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """All configs take long to import."""
-    few = ("albert", "clip", "clip_text_model", "llama", "marian", "sam_vision_model", "segformer", "xlnet")
+    few = (
+        "albert", "clip", "clip_text_model", "decision_transformer", "deepseek_v4", "llama", "marian", "openai-gpt",
+        "sam_vision_model", "segformer", "siglip2", "xlnet",
+    )  # fmt: skip
     monkeypatch.setattr(sweep, "MODEL_MAPPING_NAMES", {name: sweep.MODEL_MAPPING_NAMES[name] for name in few})
 
 
