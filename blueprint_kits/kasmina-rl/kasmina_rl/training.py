@@ -117,6 +117,11 @@ class Scalars:
                 self._writer.add_scalar(f"growth/{name}", value, step)
             self._writer.flush()
 
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            self._writer.close()
+
 
 # -- evolution -----------------------------------------------------------------------------------------------------
 
@@ -174,6 +179,7 @@ def _evolve(
         path.write_text(json.dumps(state), encoding="utf-8")
         scalars.add(steps, value=float(values.mean()), best=float(values.max()))
         say(f"step {steps:,} of {settings.steps:,}: value {values.mean():+.4f}, best {values.max():+.4f}")
+    scalars.close()
     record = {"steps": steps, "episodes": episodes, "generations": generation}
     return Controller("linear", _weights(vector), len(env.actions.slots), env.candidates, record)
 

@@ -24,6 +24,8 @@ def settings(out, steps, **changes):
     )
 
 
+# TensorBoard's own, where it is installed.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_evolution_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     assert kasmina_rl.__all__
     said = []
@@ -68,6 +70,7 @@ def invoke(*arguments):
     return result.output
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
     out = tmp_path / "run"
     said = invoke("train", "--env=Toy", *TEXTS, "--steps=20", f"--out={out}")
