@@ -169,11 +169,19 @@ def _why_none_stayed(
             None,
         )
     judged = [life for life in lives if life.verdict is not None]
-    if judged and all(life.verdict is CheckVerdict.NEVER_MEASURED for life in judged):
+    fit = _fit(held_out, training, higher_is_better)
+    had_samples = any(life.samples for life in lives)
+    if (
+        judged
+        and all(life.verdict is CheckVerdict.NEVER_MEASURED for life in judged)
+        and not (had_samples and fit)
+    ):
         return (
             GrowthCause.NEVER_MEASURED,
             f"The gates had nothing to decide on: {_one_line(judged[-1].reason)}.",
-            "Give the model held-out samples with model.evaluate_with.",
+            "Give them more held-out samples, or a loss that differs on most of them."
+            if had_samples
+            else "Give the model held-out samples with model.evaluate_with.",
             None,
         )
     if all(life.stage is not SeedStage.CULLED for life in lives):
@@ -187,7 +195,7 @@ def _why_none_stayed(
             "Train for more epochs, or let seeds germinate earlier.",
             None,
         )
-    if (fit := _fit(held_out, training, higher_is_better)) is not None:
+    if fit is not None:
         return (
             GrowthCause.FITS_TRAINING_DATA,
             f"The host fits its training data and has capacity to spare: {fit}.",

@@ -122,6 +122,19 @@ def test_a_model_without_held_out_samples_says_what_lacks():
     assert "model.evaluate_with" in str(verdict)
 
 
+def test_a_seed_that_changes_too_few_samples_is_told_apart_from_a_model_without_any():
+    thresholds = GateThresholds(min_training_epochs=1, smaller_alphas=())
+    model, _ = make_model(GrowthConfig(gates=thresholds))
+    changed = (torch.arange(200) < 6).float()
+    model.evaluate_with(lambda: 1.0 - changed * float(model.slots[FIRST].mode != ForwardMode.PASS))
+    grown_and_culled(model, tied(model))
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NEVER_MEASURED
+    assert "only 6 samples differ" in str(verdict)
+    assert sentences(verdict)[2] == "Give them more held-out samples, or a loss that differs on most of them."
+    assert model.verdict(training_metric=0.1).cause is GrowthCause.FITS_TRAINING_DATA
+
+
 def test_a_host_that_fits_its_training_data_has_capacity_to_spare():
     model, _ = make_model(GrowthConfig(gates=GateThresholds(min_samples=2, min_training_epochs=1)))
     optimizer = tied(model)
