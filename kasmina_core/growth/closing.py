@@ -134,8 +134,14 @@ def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
 def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
     kept = [life for life in lives if life.stage is SeedStage.FOSSILIZED]
     added = sum(life.parameters for life in kept)
+    named = f": {_by_birth(kept)}" if len(lives) > 1 else ""
+    gone = [life for life in lives if life.stage is SeedStage.CULLED]
+    taken = f"; taken back: {_by_birth(gone)}" if gone else ""
+    if gone and gone[-1].reason:
+        taken += f", the last one at {gone[-1].gate}, {_one_line(gone[-1].reason)}"
+    adds = "it adds" if len(kept) == 1 else "they add"
     sentences = [
-        f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {'it adds' if len(kept) == 1 else 'they add'} {added:,} parameters."
+        f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {adds} {added:,} parameters{named}{taken}."
     ]
     if measured := [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]:
         sentences.append(f"Gain per sample when last measured for a gate: {', '.join(measured)}.")
@@ -150,6 +156,14 @@ def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
     return GrowthVerdict(
         GrowthCause.KEPT, tuple(sentences), len(lives), ids, tuple(life.seed_id for life in late)
     )
+
+
+def _by_birth(lives: Sequence[SeedLife]) -> str:
+    """Return the slots of seeds by the epochs after which they came in, which tell the waves of a plan apart."""
+    slots: dict[int, list[str]] = {}
+    for life in lives:
+        slots.setdefault(life.born, []).append(life.slot)
+    return " and ".join(f"{', '.join(names)} (after epoch {born})" for born, names in slots.items())
 
 
 def _why_none_stayed(

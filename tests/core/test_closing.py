@@ -205,6 +205,17 @@ def test_a_seed_that_was_kept_in_the_last_epochs_is_unproved_until_more_have_pas
     assert model.verdict().unproved == ()
 
 
+def test_the_verdict_says_where_seeds_were_kept_and_where_they_were_taken_back():
+    model, _ = make_model(open_config(gates=open_thresholds()))
+    bring_to(model, S.FOSSILIZED, SECOND)
+    born = next(iter(model.growth.journal.seeds.values())).born
+    epoch = model.epoch
+    grown_and_culled(model)
+    first = sentences(model.verdict())[0]
+    assert first.startswith("Of 2 seeds 1 stayed; it adds 8 parameters: ")
+    assert f": {SECOND} (after epoch {born}); taken back: {FIRST} (after epoch {epoch})" in first
+
+
 def test_a_checkpoint_and_a_copy_remember_what_became_of_the_seeds(tmp_path):
     model, _ = make_model(open_config(gates=open_thresholds()))
     bring_to(model, S.FOSSILIZED, SECOND)
