@@ -49,9 +49,8 @@ class _Request(NamedTuple):
 @options.many("--blueprint", "blueprints", "ID", "Blueprint to grow from. Default: the policy's choice.")
 @click.option(
     "--policy",
-    default="plateau",
-    show_default=True,
-    help="plateau, fixed-times, plan, budget, bandit, tournament, none, or one from a pack.",
+    help="plateau, fixed-times, plan, budget, bandit, tournament, none, or one from a pack. Default: the task's, "
+    "which is plan for code and plateau for the others.",
 )
 @options.many(
     "--policy-option",
@@ -78,6 +77,12 @@ class _Request(NamedTuple):
     metavar="N",
     type=click.IntRange(min=0),
     help="How many further slots open at each point, each behind a new fossil. Default: 3 with the policy plan, else 0.",
+)
+@click.option(
+    "--sizes/--no-sizes",
+    default=None,
+    help="Also train fixed sizes for the same training FLOPs: the host with the kept seeds of the first wave, of the "
+    "first two, and so on, in it from the start. Default: with the policy plan.",
 )
 @options.many(
     "--sink",
@@ -109,11 +114,12 @@ def grow(
     host_options: tuple[str, ...],
     slots: tuple[str, ...],
     blueprints: tuple[str, ...],
-    policy: str,
+    policy: str | None,
     policy_options: tuple[str, ...],
     incubation: str,
     proof: str,
     nested_slots: int | None,
+    sizes: bool | None,
     sinks: tuple[str, ...],
     epochs: int | None,
     batch_size: int | None,
@@ -163,6 +169,7 @@ def grow(
         folder = resume
     else:
         data, place = options.prepare(task, seed, device, threads, data_dir)
+        policy = policy or data.policy
         settings = RunSettings(
             task=task,
             host=host,
@@ -172,6 +179,7 @@ def grow(
             incubation=incubation,
             proof=proof,
             nested_slots=nested_slots if nested_slots is not None else NESTED_SLOTS.get(policy, 0),
+            sizes=sizes if sizes is not None else policy == "plan",
             epochs=epochs or data.epochs,
             batch_size=batch_size or data.batch_size,
             lr=lr or data.lr,

@@ -258,7 +258,7 @@ def folded(parts: Sequence[str], width: int) -> str:
 
 
 def print_final(record: RunRecord, console: Console | None = None) -> None:
-    """Print the comparison, the seeds, the summary and the notes of a run.
+    """Print the comparison, the regrets, the seeds, the summary and the notes of a run.
 
     Args:
         record: The run.
@@ -268,6 +268,9 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
     parts: list[RenderableType] = []
     if record.arms:
         parts.append(_turned(wording.arms_table(record), console.width))
+    if record.regrets:
+        parts.append(_turned(wording.regret_table(record), console.width))
+        parts.append(Text(f"{wording.regret(record)}\n"))
     if record.seeds:
         parts += [*_seeds(record, console.width), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
     parts.append(Text(wording.summary(record), style=HARM if wording.is_worse(record) else ""))

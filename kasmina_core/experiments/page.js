@@ -175,6 +175,7 @@ function draw(data) {
   const charts = document.getElementById("charts");
   if (!charts || !data) return;
   charts.replaceChildren();
+  if (data.sizes) lineChart(panel(charts), data.sizes, data.sizes.lines, { title: data.sizes.title, height: 230, log: true, kept: data.sizes.kept, axis: data.sizes.axis });
   if (data.lines.length) lineChart(panel(charts), data, data.lines, { title: data.title, height: 230, log: true, kept: data.kept, axis: data.axis });
   const alphas = (data.slots || []).map((slot, i) => ({ name: slot.name, x: data.epochs, y: slot.alpha, colour: COLOURS[i % COLOURS.length] }));
   if (alphas.length) {

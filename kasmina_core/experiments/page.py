@@ -113,6 +113,38 @@ def charts_of(record: RunRecord) -> dict[str, Any]:
         ],
         "slots": [_slot(record, name) for name in wording.every_slot(record)],
         "stages": {stage: [look.colour, stage.lower()] for stage, look in STAGES.items()},
+        "sizes": sizes_chart(record),
+    }
+
+
+def sizes_chart(record: RunRecord) -> dict[str, Any] | None:
+    """Return what the grown run is compared with fixed sizes by; ``None`` without them.
+
+    Validation losses over the training FLOPs, and the FLOPs at which seeds came in.
+    """
+    if not record.sizes:
+        return None
+    flops = {epoch.epoch: epoch.flops for epoch in record.epochs}
+    arms = ((GROWN, record.epochs), (HOST_ALONE, record.baseline), *record.sizes.items())
+    lines = [
+        {
+            "name": name,
+            "x": [epoch.flops for epoch in epochs],
+            "y": _numbers(epoch.val_loss for epoch in epochs),
+            "colour": {GROWN: "--grown", HOST_ALONE: "--alone"}.get(name, f"--slot{i % 6}"),
+            "thin": name != GROWN,
+        }
+        for i, (name, epochs) in enumerate(arms)
+    ]
+    born = {seed.germinated_epoch for seed in record.seeds}
+    return {
+        "title": "Fixed sizes beside the grown run: validation loss; a line where seeds came in",
+        "axis": "training FLOPs",
+        "unit": "training FLOPs",
+        "whole": False,
+        "range": [0.0, max(flops.values(), default=1.0)],
+        "lines": lines,
+        "kept": sorted(flops[epoch] for epoch in born if epoch in flops),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, final
 
@@ -22,6 +23,9 @@ HOST_ALONE: Final = "host alone"
 
 RUN_FORMAT: Final = 1
 """Version of the written form."""
+
+BUDGETS: Final = (0.125, 0.25, 0.5, 1.0)
+"""Shares of the grown run's training FLOPs at which it is compared with fixed sizes."""
 
 
 class FilesError(KasminaError):
@@ -157,6 +161,36 @@ class ArmResult(Record):
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Regret(Record):
+    """How far one way of training is behind the best fixed size, which is another one at each budget.
+
+    Attributes:
+        name: Name of the arm.
+        behind: Validation loss less that of the best fixed size at each of `BUDGETS`, in nats, linear between epochs;
+            below 0 it is ahead. ``None`` before its first epoch ends.
+    """
+
+    name: str
+    behind: tuple[float | None, ...]
+
+    @property
+    def most(self) -> float | None:
+        """The largest, ``None`` if it is unknown at a budget."""
+        known = [value for value in self.behind if value is not None]
+        return max(known) if len(known) == len(self.behind) else None
+
+
+def loss_at(epochs: Sequence[EpochRecord], flops: float) -> float | None:
+    """Return the validation loss at so many training FLOPs, linear between epochs; ``None`` outside of them."""
+    for before, after in pairwise(epochs):
+        if before.flops <= flops <= after.flops and after.flops > before.flops:
+            share = (flops - before.flops) / (after.flops - before.flops)
+            return before.val_loss + share * (after.val_loss - before.val_loss)
+    return next((epoch.val_loss for epoch in epochs if epoch.flops == flops), None)
+
+
+@final
 @dataclass(slots=True)
 class RunRecord(Record):
     """Data of one run, filled while it runs; a report needs nothing else.
@@ -174,9 +208,10 @@ class RunRecord(Record):
         notes: Sentences for the reader, for instance what did not run.
         higher_is_better: Whether a larger metric is better; False for bits per character.
         verdict: Why growth ended as it did; see `GrowthVerdict`.
+        sizes: By name of the arm, the host with the kept seeds of the first waves from the start, epoch by epoch.
     """
 
-    derived: ClassVar = ("format",)
+    derived: ClassVar = ("format", "regrets")
 
     task: str
     metric_name: str
@@ -190,6 +225,23 @@ class RunRecord(Record):
     notes: list[str] = field(default_factory=list)
     higher_is_better: bool = True
     verdict: Annotated[str, Mark.LATER] = ""
+    sizes: Annotated[dict[str, list[EpochRecord]], Mark.LATER] = field(default_factory=dict)
+
+    @property
+    def regrets(self) -> list[Regret]:
+        """The grown run and every fixed size, the host alone among them, at `BUDGETS`; empty without `sizes`."""
+        grown = self.arm(GROWN)
+        if grown is None or not self.sizes:
+            return []
+        fixed = {HOST_ALONE: self.baseline, **self.sizes}
+        found: dict[str, list[float | None]] = {name: [] for name in (GROWN, *fixed)}
+        for share in BUDGETS:
+            at = share * grown.flops
+            best = min((loss for e in fixed.values() if (loss := loss_at(e, at)) is not None), default=None)
+            for name, epochs in ((GROWN, self.epochs), *fixed.items()):
+                loss = loss_at(epochs, at)
+                found[name].append(None if loss is None or best is None else loss - best)
+        return [Regret(name, tuple(behind)) for name, behind in found.items()]
 
     def arm(self, name: str) -> ArmResult | None:
         """Return the arm of that name, ``None`` if it did not run."""

@@ -21,6 +21,7 @@ from kasmina_core.experiments.page import (
     charts_of,
     epoch_of_equal_flops,
     html_table,
+    sizes_chart,
     stage_spans,
     whole_page,
 )
@@ -53,6 +54,7 @@ _WORDS: Final = (
     ("loss", "How wrong the model is (cross entropy, in nats); lower is better."),
     ("training FLOPs", "The arithmetic spent on training, trials of seeds included: the fair measure of equal effort."),
     ("host alone", "The same host trained without growth for the same training FLOPs."),
+    ("fixed size", "The host with the seeds that the run kept in it from the start, fresh, without further growth, for the same training FLOPs; the host alone is the smallest."),
 )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def write_run(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def metrics_csv(record: RunRecord) -> str:
-    """Return one line per epoch of both arms as CSV; each slot has four columns, empty for the host alone."""
+    """Return one line per epoch of each arm as CSV; each slot has four columns, empty for arms that do not grow."""
     out = io.StringIO()
     MetricsFile(record, out).add_all()
     return out.getvalue()
@@ -151,7 +153,8 @@ class MetricsFile:
 
     def add_all(self) -> None:
         """Write every epoch that the record holds."""
-        for arm, epochs in ((GROWN, self._record.epochs), (HOST_ALONE, self._record.baseline)):
+        arms = ((GROWN, self._record.epochs), (HOST_ALONE, self._record.baseline))
+        for arm, epochs in (*arms, *self._record.sizes.items()):
             for epoch in epochs:
                 self.add(arm, epoch)
 
@@ -169,15 +172,25 @@ def render_png(record: RunRecord) -> bytes:
     """Draw losses, alphas and stages over the epochs of the grown run.
 
     The host alone is drawn at the epoch by which the grown run had spent the same training FLOPs, so points at the same
-    place on the axis cost the same.
+    place on the axis cost the same. Fixed sizes, where they were trained, come first, over the FLOPs.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
     slots = wording.every_slot(record)
     stages_height = 0.42 * max(1, len(slots)) + 0.3
-    figure = blank_figure((11, 5.9 + stages_height))
-    losses, alphas, stages = figure.subplots(3, 1, sharex=True, height_ratios=[3.4, 1.5, stages_height])
+    chart = sizes_chart(record)
+    ratios = [3.4, 1.5, stages_height]
+    if chart is None:
+        figure = blank_figure((11, 5.9 + stages_height))
+        losses, alphas, stages = figure.subplots(3, 1, sharex=True, height_ratios=ratios)
+    else:
+        figure = blank_figure((11, 9.8 + stages_height))
+        sizes, losses, alphas, stages = figure.subplots(4, 1, height_ratios=[3.4, *ratios])
+        for axes in (losses, alphas):
+            axes.sharex(stages)
+            axes.tick_params(labelbottom=False)
+        _draw_sizes(sizes, chart)
     _draw_losses(losses, record)
     _draw_alphas(alphas, record, slots)
     _draw_stages(stages, record, slots)
@@ -258,6 +271,25 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
     _tidy(axes)
     if record.epochs or record.baseline:
         _legend(axes)
+
+
+def _draw_sizes(axes: Axes, chart: dict[str, Any]) -> None:
+    for i, line in enumerate(chart["lines"]):
+        colour = {"--grown": _GROWN_COLOUR, "--alone": _ALONE_COLOUR}.get(
+            line["colour"], _SLOT_COLOURS[i % 8]
+        )
+        width = 1.2 if line["thin"] else 2.6
+        axes.plot(line["x"], _finite(v if v is not None else math.nan for v in line["y"]), color=colour,
+                  linewidth=width, marker="o" if len(line["x"]) == 1 else None, label=line["name"])  # fmt: skip
+    for at in chart["kept"]:
+        axes.axvline(at, color=STAGES["FOSSILIZED"].colour, linewidth=1, alpha=0.4, zorder=0)
+    axes.set_xlim(*chart["range"])
+    axes.xaxis.set_major_formatter(lambda at, _: wording.flops(at))
+    axes.set_xlabel(chart["axis"])
+    axes.set_ylabel("loss (nats)")
+    axes.set_title(chart["title"], loc="left", fontsize=10)
+    _tidy(axes)
+    _legend(axes)
 
 
 def _draw_alphas(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
@@ -401,6 +433,8 @@ def body_of(record: RunRecord, picture: str = "") -> str:
         *(f'<p class="harm">{as_text(sentence)}</p>' for sentence in wording.harms(record)),
         f"<ul>{notes}</ul>" if notes else "",
         html_table(wording.arms_table(record)) if record.arms else "",
+        html_table(wording.regret_table(record)) if record.regrets else "",
+        f"<p>{as_text(wording.regret(record))}</p>" if record.regrets else "",
         "<h2>The run</h2>",
         f'<div id="charts">{picture}</div>',
         _PICTURE_WORDS,

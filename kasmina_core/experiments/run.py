@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Annotated, Any, Final, Protocol, final
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import import_factory
+from kasmina_core.checkpoints.growth_state import growth_of, rebuild_growth
 from kasmina_core.errors import BlueprintError, CheckpointError, UnknownNameError, did_you_mean
 from kasmina_core.events import (
     GatesNotAsked,
@@ -80,6 +82,8 @@ class RunSettings(Record):
         proof: ``probation``: the gates are `GateThresholds.proof_in_probation`; ``training``: those of `GateThresholds`,
             which ask for proof before a seed blends in, too.
         nested_slots: How many further slots open at each point, each behind a new fossil.
+        sizes: Whether the host is also trained with the kept seeds in it from the start, once for each size that the
+            run went through.
     """
 
     task: str
@@ -98,6 +102,7 @@ class RunSettings(Record):
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     proof: str = "probation"
     nested_slots: Annotated[Count, Mark.LATER] = 0
+    sizes: Annotated[bool, Mark.LATER] = False
 
 
 class Display(Protocol):
@@ -373,7 +378,7 @@ def candidates(
 
 
 def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: RunSettings) -> Policy:
-    """Build the policy of a run.
+    """Build the policy of a run. A plan takes whole blocks first where the user names no blueprint.
 
     A policy from a pack is called with ``blueprints=``, a function that lists candidates for a slot's observation, and
     with ``settings.policy_options``.
@@ -384,6 +389,12 @@ def make_policy(plugins: PluginRegistry, model: MorphogeneticModel, settings: Ru
         PolicyOptionError: If the policy does not take one of its options.
     """
     fitting = candidates(plugins, model, settings.blueprints)
+    if settings.policy == "plan" and not settings.blueprints:
+        everything = fitting
+
+        def fitting(slot: SlotObservation) -> Sequence[str]:
+            return sorted(everything(slot), key=lambda name: not name.endswith(":block"))
+
     offered = plugins.policies()
     if settings.policy in BUNDLED:
         factory = BUNDLED[settings.policy]
@@ -544,7 +555,8 @@ class GrowthRun:
         self._each_epoch: Callable[[str, EpochRecord], object] = lambda arm, epoch: None
         self._log = SeedLog()
         steps_per_epoch = math.ceil(len(task.train.inputs) / settings.batch_size)
-        config = GrowthConfig.recommended(
+        self._plugins = plugins
+        self._config = config = GrowthConfig.recommended(
             steps_per_epoch,
             ramp_epochs=settings.ramp_epochs,
             incubation=settings.incubation,
@@ -601,7 +613,7 @@ class GrowthRun:
         self._telemetry, self._each_epoch = telemetry, each_epoch
         if telemetry is not None:
             telemetry.emit(RunStarted(settings=self.settings.to_dict() | {"host": self.record.host}))
-        for arm in (self._grow, self._train_alone):
+        for arm in chain((self._grow, self._train_alone), self._sizes()):
             with private_rng(
                 derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)
             ):
@@ -650,6 +662,37 @@ class GrowthRun:
             self._display.advance(self._alone.ledger.total)
         result = self._train(HOST_ALONE, self._alone, self.record.baseline, budget=grown.flops)
         if not self._interrupted:  # a host that was trained for less is no comparison
+            self.record.arms.append(result)
+
+    def _sizes(self) -> Iterator[Callable[[], None]]:
+        """Yield the training of each fixed size; what was kept is known once the grown arm has ended."""
+        if not self.settings.sizes or self._interrupted:
+            return
+        kept = [seed for seed in self.record.seeds if seed.outcome == "fossilized"]
+        if not kept:
+            self.record.notes.append(
+                "No seed was kept, so the host alone is the only fixed size of this run."
+            )
+        for last in sorted({seed.germinated_epoch for seed in kept}):
+            yield partial(self._train_size, {seed.slot for seed in kept if seed.germinated_epoch <= last})
+
+    def _train_size(self, kept: set[str]) -> None:
+        """Train the host with the seeds of these slots from the start, as fossils with the weights of their birth."""
+        grown = self.record.arm(GROWN)
+        if grown is None or self._interrupted:
+            return
+        data = growth_of(self.model)
+        slots = {name: saved for name, saved in data["slots"].items() if name in kept}
+        _, model = make_model(self._plugins, self.task, self.settings, self._config)
+        rebuild_growth(model, data | {"slots": slots})
+        arm = self._arm(model)
+        name = f"{arm.parameters:,} parameters"
+        self._display.phase(f"training {name} from the start for the same training FLOPs", grown.flops)
+        epochs = self.record.sizes[name] = []
+        result = self._train(name, arm, epochs, budget=grown.flops)
+        if self._interrupted:
+            del self.record.sizes[name]
+        else:
             self.record.arms.append(result)
 
     def _arm(self, module: nn.Module) -> Arm:
@@ -707,8 +750,8 @@ class GrowthRun:
 
     def _keep(self, name: str, arm: Arm, last: list[tuple[float, float]], seconds: float) -> None:
         """Write what the run needs to go on from here."""
-        if self._progress is None:
-            return
+        if self._progress is None or name not in (GROWN, HOST_ALONE):
+            return  # a fixed size is trained anew
         if isinstance(self._telemetry, Telemetry):
             self._telemetry.flush()  # a run that is killed now has the events of the epochs that it has
         progress = progress_of(name, arm, self.record, self._log.state_dict(), last, seconds)

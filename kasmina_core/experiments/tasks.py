@@ -91,6 +91,7 @@ class Task:
         batch_size: Samples per training batch by default.
         lr: Learning rate of Adam by default, constant.
         ramp_epochs: Length of the alpha ramp; it moves with every optimiser step.
+        policy: Name of the policy by default.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Task:
     batch_size: int = 32
     lr: float = 3e-3
     ramp_epochs: float = 4.0
+    policy: str = "plateau"
 
     def __post_init__(self) -> None:
         if self.sample_metric is not None and (not self.metric_name or self.higher_is_better is None):
@@ -558,8 +560,9 @@ def _load_code(seed: int, data_dir: Path) -> dict[str, Any]:
             f"once. The model predicts the next byte. SHA-256 of the bytes begins with {digest}."
         ),
         "host_options": {"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1},
-        "epochs": 50,
+        "epochs": 16,
         "lr": 1e-2,
+        "policy": "plan",
     }
 
 

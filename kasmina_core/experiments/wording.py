@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple, final
 
-from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, RunRecord, SeedRecord
+from kasmina_core.experiments.record import (
+    BUDGETS,
+    GROWN,
+    HOST_ALONE,
+    ArmResult,
+    Regret,
+    RunRecord,
+    SeedRecord,
+)
 
 EQUAL_FLOPS: Final = 0.05
 """Largest relative difference at which two arms' training FLOPs count as equal."""
@@ -160,6 +168,40 @@ def seeds_table(record: RunRecord) -> TextTable:
         for seed in record.seeds
     )
     return TextTable("Seeds", header, rows, frozenset({4, 5}))
+
+
+def regret_table(record: RunRecord) -> TextTable:
+    """Return how far the grown run and each fixed size are behind the best fixed size at each budget."""
+    grown = record.arm(GROWN)
+    total = grown.flops if grown is not None else 0.0
+    header = ("", *(f"{flops(share * total)} FLOPs" for share in BUDGETS), "most")
+    rows = tuple((one.name, *map(_behind, (*one.behind, one.most))) for one in record.regrets)
+    title = "Validation loss less that of the best fixed size at each budget"
+    return TextTable(title, header, rows, frozenset(range(1, len(header))))
+
+
+def _behind(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}" if value else "best"  # noqa: RUF001  nothing was measured
+
+
+def regret(record: RunRecord) -> str:
+    """Return a sentence that compares the grown run with the size one would choose afterwards; empty without sizes."""
+    if not record.regrets:
+        return ""
+    grown, *fixed = record.regrets
+
+    def most(one: Regret) -> float:
+        return math.inf if one.most is None else one.most
+
+    best = min(fixed, key=most)
+    of_best = f"{best.most:.3f}" if best.most is not None else "unknown"
+    ahead = sum(value is not None and value < 0 for value in grown.behind)
+    of_grown = f"{grown.most:+.3f}" if grown.most is not None else "unknown"
+    return (
+        f"Without a size chosen beforehand, the grown run is at most {of_grown} behind the best fixed size, and ahead of "
+        f"every one at {ahead} of {len(BUDGETS)} budgets. The one fixed size that does best over all budgets, known only "
+        f"afterwards ({best.name}), is at most {of_best} behind. One run does not tell how much of this is chance."
+    )
 
 
 def summary(record: RunRecord) -> str:

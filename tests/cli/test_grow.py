@@ -533,3 +533,41 @@ def test_a_plan_goes_on_behind_its_fossils_and_the_files_show_it(
     assert record["config"]["nested_slots"] == 3
     assert {"block2", "block2__2"} <= {seed["slot"] for seed in record["seeds"]}
     assert seen == [(epoch, epoch, True, False) for epoch in range(1, 9)]
+
+
+def test_a_plan_is_compared_with_the_sizes_that_it_went_through(tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path / "run"), "--epochs", "9", "--batch-size", "256")
+    result = _grow(*out, "--policy", "plan", "--policy-option", "at=[2,6]", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    waves = [
+        sum(seed["parameters"] for seed in record["seeds"] if seed["germinated_epoch"] == born)
+        for born in (3, 7)
+    ]
+    kept = [seed for seed in record["seeds"] if seed["outcome"] == "fossilized"]
+    assert {seed["blueprint"] for seed in record["seeds"]} == {"cnn:block"}
+    assert {seed["germinated_epoch"] for seed in kept} == {3}  # the second wave is on trial at the end
+    grown, alone, size = record["arms"]
+    assert size["parameters"] == alone["parameters"] + waves[0]
+    assert grown["parameters"] == size["parameters"] + waves[1]
+    assert size["flops"] == pytest.approx(grown["flops"], rel=0.1)
+    epochs = record["sizes"][size["name"]]
+    assert epochs[-1]["flops"] == size["flops"]
+    assert {epoch["parameters"] for epoch in epochs} == {size["parameters"]}
+    assert [one["name"] for one in record["regrets"]] == ["grown", "host alone", size["name"]]
+    for behind in zip(*(one["behind"] for one in record["regrets"][1:]), strict=True):
+        assert min(value for value in behind if value is not None) == 0.0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Fixed sizes beside the grown run" in page
+    assert "known only afterwards" in page
+
+
+def test_fixed_sizes_are_the_users_choice(tmp_path: Path) -> None:
+    short = ("--epochs", "4", "--batch-size", "512", "--policy", "plan", "--policy-option", "at=[9]")
+    for name, flags, asked in (("without", ("--no-sizes",), False), ("with", (), True)):
+        result = _grow("--out", str(tmp_path / name), *short, *flags, "--json")
+        assert result.exit_code == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert record["config"]["sizes"] is asked
+        assert any("only fixed size" in note for note in record["notes"]) is asked
+        assert not record["regrets"]

@@ -34,6 +34,12 @@ LIVELY = (
 )
 
 
+PLANNED = (
+    *("--epochs", "7", "--batch-size", "256", "--policy", "plan"),
+    *("--policy-option", "at=[2]", "--policy-option", "max_waves=1"),
+)
+
+
 def _grow(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["grow", *map(str, arguments)])
 
@@ -221,3 +227,18 @@ def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: 
     assert _without_time(json.loads(single.stdout)) == _without_time(
         json.loads((folder / "seed-5" / "run.json").read_text())
     )
+
+
+def test_a_run_that_is_killed_while_a_fixed_size_is_trained_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert _grow("--out", whole, *PLANNED).exit_code == 0
+    record = json.loads((whole / "run.json").read_text())
+    (size,) = record["sizes"]
+    assert len(record["sizes"][size]) >= 3
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_at(patch, "advance", len(record["baseline"]) + 2)
+        assert isinstance(_grow("--out", folder, *PLANNED).exception, Killed)
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows].count(size) == 2
+    assert _grow("--resume", folder).exit_code == 0
+    _same_files(whole, folder)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasmina_core.errors import CheckpointError
-from kasmina_core.experiments import report
+from kasmina_core.experiments import report, wording
 from kasmina_core.experiments.page import charts_of, epoch_of_equal_flops
 from kasmina_core.experiments.record import (
     GROWN,
@@ -303,6 +303,26 @@ def test_the_host_alone_is_drawn_where_the_grown_run_had_spent_the_same_flops():
     run.epochs = [EpochRecord(i, 1.0, 1.0, 0.5, 1, flops) for i, flops in ((1, 10.0), (2, 30.0))]
     run.baseline = [EpochRecord(i, 1.0, 1.0, 0.5, 1, 5.0 * i) for i in range(1, 7)]
     assert epoch_of_equal_flops(run) == pytest.approx([0.5, 1.0, 1.25, 1.5, 1.75, 2.0])
+
+
+def test_the_regret_is_what_the_grown_run_is_behind_the_best_fixed_size_at_each_budget():
+    def epochs(*points):
+        return [EpochRecord(i, 0.0, loss, 0.0, 1, flops) for i, (flops, loss) in enumerate(points, 1)]
+
+    record = RunRecord("digits", "accuracy", "host", epochs=epochs((10, 3.0), (80, 1.0)))
+    assert record.regrets == []
+    record.baseline = epochs((5, 2.0), (80, 2.0))
+    record.sizes = {"9 parameters": epochs((20, 3.0), (40, 2.0), (80, 0.5))}
+    record.arms = [ArmResult(name, 1, 80.0, 2, 0.0, 0.0, 0.0, 0.0) for name in (GROWN, HOST_ALONE)]
+    grown, alone, large = record.regrets
+    # At 10, 20, 40 and 80 FLOPs the best fixed size has 2, 2, 2 and .5.
+    assert grown.behind == pytest.approx((1.0, 3 - 10 / 35 - 2, 3 - 30 / 35 - 2, 0.5))
+    assert (alone.behind, large.behind) == ((0.0, 0.0, 0.0, 1.5), (None, 1.0, 0.0, 0.0))
+    assert (grown.most, alone.most, large.most) == (1.0, 1.5, None)
+    assert RunRecord.from_dict(json.loads(record.to_json())) == record
+    assert "(host alone), is at most 1.500 behind" in wording.regret(record)
+    assert wording.regret_table(record).rows[2] == ("9 parameters", "–", "+1.000", "best", "best", "–")  # noqa: RUF001
+    assert render_png(record)[:4] == b"\x89PNG"
 
 
 def test_equal_runs_make_equal_pictures(picture):
