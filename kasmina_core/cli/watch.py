@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import webbrowser
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import click
 
 from kasmina_core.cli.options import WrongRequestError
+from kasmina_core.errors import KasminaError
 
 if TYPE_CHECKING:
     from kasmina_core.experiments.following import FollowedRun
@@ -96,7 +98,8 @@ class Board:
         """Look again and again."""
         while True:
             time.sleep(_PAUSE)
-            self.look()
+            with suppress(KasminaError):  # a run that begins with lines of others
+                self.look()
 
     def wait(self, version: int) -> int:
         """Return the number once it is another than ``version``, or after a while all the same."""
@@ -150,7 +153,7 @@ class Board:
             )
             for name, record, ended in zip(names, records, done, strict=True)
         )
-        head = ("run", "state", "epochs", "validation loss", "parameters", "seeds kept")
+        head = ("run", "state", "epochs", "last loss or metric", "parameters", "seeds kept")
         table = html_table(TextTable("Runs", head, rows, frozenset(range(2, 6))))
         links = "".join(f'<li><a href="/?run={i}">{as_text(name)}</a></li>' for i, name in enumerate(names))
         return {

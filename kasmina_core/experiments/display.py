@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from itertools import zip_longest
@@ -239,7 +240,7 @@ def epoch_parts(
 
 
 def folded(parts: Sequence[str], width: int) -> str:
-    """Join parts to lines of at most ``width`` cells; what follows the first is indented. A longer part is cut.
+    """Join parts to lines of at most ``width`` cells; what follows the first is indented.
 
     >>> print(folded(["epoch 1", "loss 0.5", "gate G2 waiting"], 20))
     epoch 1 | loss 0.5
@@ -251,7 +252,8 @@ def folded(parts: Sequence[str], width: int) -> str:
         if cell_len(lines[-1]) + 3 + cell_len(part) <= width:
             lines[-1] += f" | {part}"
         else:
-            lines.append(f"{indent}{part}")
+            lines += textwrap.wrap(part, width, initial_indent=indent, subsequent_indent=2 * indent)
+    # A wide character takes two cells.
     return "\n".join(
         line if cell_len(line) <= width else f"{set_cell_size(line, width - 1)}…" for line in lines
     )

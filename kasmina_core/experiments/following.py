@@ -98,6 +98,7 @@ class FollowedRun:
             raise FollowError(f"{self.path}: there is no such folder or file.")
         self._lines = _Lines(self._events)
         self._rows = _Lines(self.path / "metrics.csv") if self.path.is_dir() else None
+        self._known = False
         self._done: RunRecord | None = None
         self._done_at: tuple[int, int] = (0, 0)
         self._begin()
@@ -127,13 +128,15 @@ class FollowedRun:
             Whether anything was.
 
         Raises:
-            FollowError: If the file holds no events.
+            FollowError: If no line of the file is an event.
         """
         anew, lines = self._lines.new()
         if anew:
             self._begin()
         for line in lines:
             self._take(line)
+        if lines and not self._known:
+            raise FollowError(f"{self._events}: none of its {len(lines):,} lines is an event of kasmina.")
         changed = bool(lines)
         if self._rows is not None:
             anew, rows = self._rows.new()
@@ -184,6 +187,7 @@ class FollowedRun:
         elif isinstance(event, SeedFossilized | SeedCulled):
             self._gains[event.seed_id] = event.gain
         self._log.emit(event)
+        self._known = True
 
     def _take_epoch(self, event: EpochEnded) -> None:
         slots = [

@@ -134,7 +134,7 @@ function reader(box, f, data, rows) {
 // The stages: a bar per slot, the blueprint's name above it, where its seed germinated.
 function stageChart(box, data) {
   const lane = 42, bar = 16;
-  const f = frame(box, data, { title: "Stages: the life of the seed in each slot", height: lane * data.slots.length, axis: "epoch of the grown run" });
+  const f = frame(box, data, { title: "Stages: the life of the seed in each slot", height: lane * data.slots.length, axis: "epoch" });
   const half = 0.5, seen = new Set();
   data.slots.forEach((slot, row) => {
     const y = f.top + row * lane + 22;
@@ -179,7 +179,7 @@ function draw(data) {
   if (data.lines.length) lineChart(panel(charts), data, data.lines, { title: data.title, height: 230, log: true, kept: data.kept, axis: data.axis });
   const alphas = (data.slots || []).map((slot, i) => ({ name: slot.name, x: data.epochs, y: slot.alpha, colour: COLOURS[i % COLOURS.length] }));
   if (alphas.length) {
-    lineChart(panel(charts), data, alphas, { title: "Alpha: how much of each slot's seed is mixed in", height: 80, low: -0.04, high: 1.04 });
+    lineChart(panel(charts), data, alphas, { title: "Alpha: the share of each slot's seed", height: 80, low: -0.04, high: 1.04 });
     stageChart(panel(charts), data);
   }
 }

@@ -92,17 +92,14 @@ def charts_of(record: RunRecord) -> dict[str, Any]:
         (GROWN, "--grown", at, record.epochs),
         (HOST_ALONE, "--alone", epoch_of_equal_flops(record), record.baseline),
     ):
-        for name, thin in (("validation", False), ("training", True)):
+        for what, thin in (("validation", False), ("training", True)):
             values = _numbers(e.train_loss if thin else e.val_loss for e in epochs)
+            name = f"{arm}, {what}" if record.host else "metric"
             if any(value is not None for value in values):
-                lines.append(
-                    {"name": f"{arm}, {name}", "x": places, "y": values, "colour": colour, "thin": thin}
-                )
+                lines.append({"name": name, "x": places, "y": values, "colour": colour, "thin": thin})
     return {
-        "title": "Loss: lower is better"
-        if record.baseline or record.arms
-        else "Loss, or the metric of step_epoch",
-        "axis": "" if wording.every_slot(record) else "epoch of the grown run",
+        "title": "Loss: lower is better" if record.host else "The metric that step_epoch was given",
+        "axis": "" if wording.every_slot(record) else "epoch",
         "unit": "epoch",
         "whole": True,
         "range": [1, max(at, default=1) if max(at, default=1) > 1 else 2],

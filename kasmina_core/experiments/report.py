@@ -48,7 +48,7 @@ _WORDS: Final = (
     ("seed", "A small module added at a slot while the training goes on."),
     ("blueprint", "The plan a seed is made from: which layers, how wide."),
     ("stage", "Where a seed is in its life; the stages are explained below."),
-    ("gate", "A check between two stages. A seed goes on only if measurements support it; if not, it waits or is removed."),
+    ("gate", "A check between two stages. A seed goes on only if measurements support it; if not, it waits or is removed. A seed that is put in straight is not asked on its way; it is judged afterwards, by what the host alone would have become."),
     ("alpha", "How much of the seed is mixed in: 0 is the host alone, 1 is the seed's output in its place."),
     ("gain, contribution", "The loss without the seed minus the loss with it, on samples the model did not learn from. Above zero the seed helps. The interval holds the true value in about 95 of 100 cases."),
     ("loss", "How wrong the model is (cross entropy, in nats); lower is better."),
@@ -437,7 +437,7 @@ def body_of(record: RunRecord, picture: str = "") -> str:
         f"<p>{as_text(wording.regret(record))}</p>" if record.regrets else "",
         "<h2>The run</h2>",
         f'<div id="charts">{picture}</div>',
-        _PICTURE_WORDS,
+        f"<p>{_LOSS_WORDS if record.host else _METRIC_WORDS}{_PICTURE_WORDS}</p>",
         seeds,
         f"<h2>Words</h2><dl>{words}</dl><h2>Stages</h2><dl>{stages}</dl>",
         html_table(config) if record.config else "",
@@ -445,9 +445,14 @@ def body_of(record: RunRecord, picture: str = "") -> str:
     return "\n".join(section for section in sections if section)
 
 
-_PICTURE_WORDS: Final = """<p>The three parts share the epochs of the grown run.
+_LOSS_WORDS: Final = """The parts share the epochs of the grown run.
 <b>Loss</b>: the model that grew, and the same host trained alone. Each point of the host alone stands at the epoch by
 which the grown run had spent as many training FLOPs, so what lies above one another cost the same effort; a thin green
-line marks a seed that was kept for good. <b>Alpha</b>: how much of the seed in each slot is mixed in.
+line marks a seed that was kept for good."""
+
+_METRIC_WORDS: Final = """<b>Metric</b>: what <code>step_epoch</code> was given; a thin green line marks a seed that was kept
+for good."""
+
+_PICTURE_WORDS: Final = """ <b>Alpha</b>: how much of the seed in each slot is mixed in.
 <b>Stages</b>: what each slot held, epoch by epoch, with the blueprint's name where a seed germinated; a star marks a
-seed kept for good, a cross one that was removed.</p>"""
+seed kept for good, a cross one that was removed."""

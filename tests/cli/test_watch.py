@@ -157,11 +157,18 @@ def test_a_file_that_begins_anew_is_read_anew(tmp_path):
         assert len(followed.record().epochs) == epochs
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("there", ["nothing", "folder", "file"])
 def test_what_is_no_run_is_refused(tmp_path, there):
     path = tmp_path / "nothing"
-    if there:
+    if there == "folder":
         path.mkdir()
+    elif there == "file":
+        path.write_text("import torch\n")
     result = CliRunner().invoke(main, ["watch", str(path)])
     assert result.exit_code == 2
-    assert "no such folder or file" in result.output or "no folder of a run" in result.output
+    said = {
+        "nothing": "no such folder or file",
+        "folder": "no folder of a run",
+        "file": "none of its 1 lines",
+    }
+    assert said[there] in result.output
