@@ -113,11 +113,14 @@ def save_checkpoint(
     metadata = {"checkpoint": identity}
     target = Path(folder)
     with NewFolder(target, keep_previous) as path:
-        shared = {WEIGHTS: write_tensors(path / WEIGHTS, weights, metadata, named=target / WEIGHTS)}
-        if kept:
-            shared[TRAINING] = write_tensors(path / TRAINING, kept, metadata, named=target / TRAINING)
+        shared: dict[str, dict[str, str]] = {}
+        sums: dict[str, int] = {}
+        for name, tensors in ((WEIGHTS, weights), (TRAINING, kept)):
+            if tensors or name == WEIGHTS:
+                shared[name], sums[name] = write_tensors(path / name, tensors, metadata, named=target / name)
         parts["shared"] = to_json(shared, "shared")
-        write_manifest(path, "{" + ", ".join(f'"{key}": {text}' for key, text in parts.items()) + "}")
+        manifest = "{" + ", ".join(f'"{key}": {text}' for key, text in parts.items()) + "}"
+        write_manifest(path, manifest, sums)
     return target
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import threading
 import time
 import uuid
@@ -62,7 +63,7 @@ _SWAP: Final = threading.RLock()
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, named: Path | None = None
-) -> dict[str, str]:
+) -> tuple[dict[str, str], int]:
     """Write tensors in the safetensors format, each storage once.
 
     Args:
@@ -72,14 +73,13 @@ def write_tensors(
         named: What an error calls the file; default its own name.
 
     Returns:
-        The names that were left out because their tensor is another's, with the other's name.
+        The names that were left out because their tensor is another's, with the other's name; and the CRC-32 of what
+        was written.
 
     Raises:
-        CheckpointError: If a tensor has no values of its own here, as on the meta device or spread over processes.
+        CheckpointError: If a tensor has no values of its own here, as on the meta device or spread over processes, or
+            is of a dtype that the format has no name for.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     written: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     places: dict[tuple[Any, ...], str] = {}
@@ -101,14 +101,88 @@ def write_tensors(
         # Views that overlap are written apart: the format has no place for what is shared.
         written[name] = tensor.clone() if storage in storages and tensor.numel() else tensor.contiguous()
         storages.add(storage)
-    file.touch()  # where a file cannot be at all, the system says why more clearly than safetensors
-    mode = file.stat().st_mode
+    beside = file.with_name(f".{file.name}.writing")  # who reads the file that is there goes on reading it
     try:
-        save_file(written, file, dict(metadata))
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        sum_ = _write_safetensors(beside, written, metadata)
+        os.replace(beside, file)
+    except (ValueError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
         raise CheckpointError(f"The tensors cannot be written to {named or file.name}: {error}") from error
-    file.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
-    return same
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return same, sum_
+
+
+_DTYPES: Final = {
+    getattr(torch, name): text
+    for name, text in {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float8_e4m3fn": "F8_E4M3",
+        "float8_e4m3fnuz": "F8_E4M3FNUZ",
+        "float8_e5m2": "F8_E5M2",
+        "float8_e5m2fnuz": "F8_E5M2FNUZ",
+        "float8_e8m0fnu": "F8_E8M0",
+        "complex64": "C64",
+        "int64": "I64",
+        "int32": "I32",
+        "int16": "I16",
+        "int8": "I8",
+        "uint64": "U64",
+        "uint32": "U32",
+        "uint16": "U16",
+        "uint8": "U8",
+        "bool": "BOOL",
+    }.items()
+    if hasattr(torch, name)
+}
+_LARGEST_HEAD: Final = 100_000_000
+"""Bytes of a head that safetensors reads at most."""
+
+
+def _write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Write contiguous tensors in the safetensors format, and return the CRC-32 of the file.
+
+    A sum that is taken while each tensor is at hand spares reading the file again.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # The widest come first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if name in head:
+            raise ValueError(f"{name!r} is no name for a tensor")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"'{name}' is of {tensor.dtype}, which the format has no name for")
+        begin, end = end, end + tensor.nbytes
+        head[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _LARGEST_HEAD:
+        raise ValueError(f"its head of {len(text):,} bytes is longer than {_LARGEST_HEAD:,}")
+    begun = len(text).to_bytes(8, "little") + text
+    sum_ = zlib.crc32(begun)
+    with file.open("wb") as opened:
+        opened.write(begun)
+        for name in order:
+            values = tensors[name].cpu().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
+            if sys.byteorder == "big":
+                # A complex number is two, each with its own order of bytes.
+                size = tensors[name].element_size() // (1 + tensors[name].is_complex())
+                values = values.view(f"u{size}").byteswap().view("u1")
+            sum_ = zlib.crc32(values.data, sum_)
+            opened.write(values.data)
+    return sum_
 
 
 def read_tensors(file: Path, metadata: Mapping[str, str], *, apart: bool = False) -> dict[str, Tensor]:
@@ -406,20 +480,20 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def write_manifest(folder: Path, text: str, kind: str = FORMAT) -> None:
-    """Write the manifest, with the sizes of the files that are there, which are flushed meanwhile, and checksums.
+def write_manifest(folder: Path, text: str, sums: Mapping[str, int] | None = None) -> None:
+    """Write the manifest, with the sizes of the files that are there.
 
-    Those of a distributed checkpoint, which one process would have to read, have none.
+    Args:
+        folder: Where to.
+        text: What else it says: a JSON object.
+        sums: The CRC-32 of each file by its name; ``None`` for a distributed checkpoint, whose files one process would
+            have to read again.
     """
-    written = sorted(folder.iterdir())
-    with ThreadPoolExecutor(1) as beside:  # neither the disk nor the sum waits for the other
-        sums = {one.name: beside.submit(checksum, one.open("rb")) for one in written if kind == FORMAT}
-        for file in written:
-            flush(file)
+    kind = DISTRIBUTED if sums is None else FORMAT
     head: dict[str, Any] = {"format": kind, "version": FORMAT_VERSION}
-    head["files"] = {file.name: file.stat().st_size for file in written}
-    if sums:
-        head["crc32"] = {name: found.result() for name, found in sums.items()}
+    head["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    if sums is not None:
+        head["crc32"] = dict(sums)
     (folder / MANIFEST).write_bytes(sealed(f"{json.dumps(head)[:-1]}, {text[1:]}"))
 
 

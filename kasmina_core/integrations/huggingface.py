@@ -221,7 +221,7 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
         """Write the tensors into a checkpoint's folder, and the record to where the trainer writes it down next."""
         state = self._clock.state_dict(self._run())
         state["id"], tensors = new_id(), state.pop("tensors")
-        state["same"] = write_tensors(folder / TENSORS, tensors, {"record": state["id"]})
+        state["same"], _ = write_tensors(folder / TENSORS, tensors, {"record": state["id"]})
         self._trainer.state.stateful_callbacks[STATE_KEY] = state
 
     def _with_tensors(self, state: Any) -> Any:

@@ -118,7 +118,7 @@ def save_distributed(
                     no_dist=team is None,
                 )
             if rank == 0:
-                write_manifest(cast("Path", path), text, DISTRIBUTED)
+                write_manifest(cast("Path", path), text)
         if team is not None:
             team.first("the end of save_distributed()")
     return Path(folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from state_helpers import (
     EVERY_STAGE,
@@ -51,6 +52,7 @@ from kasmina_core import (
     save_checkpoint,
     tie_optimizer,
 )
+from kasmina_core.checkpoints import files as checkpoint_files
 
 
 def parts(turned=False, registry=None):
@@ -551,6 +553,60 @@ def test_what_the_disk_refuses_is_a_checkpoint_error_that_names_the_folder(name,
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_safetensors_reads_what_is_written_of_any_dtype_and_the_sum_is_the_files(tmp_path):
+    values = torch.arange(24).reshape(2, 3, 4)
+    real = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8, torch.bool)
+    tensors = {str(dtype): values.to(dtype) for dtype in (*real, *whole, torch.complex64)}
+    tensors |= {"number": torch.tensor(1.5), "empty": torch.zeros(0, 3), 'ünï"\n😀': torch.ones(1)}
+    same, crc32 = checkpoint_files.write_tensors(tmp_path / "own", tensors, {"checkpoint": "é"})
+    read_back = load_file(tmp_path / "own")
+    assert read_back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        found = read_back[name]
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert found.flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8)), name
+    with safe_open(tmp_path / "own", framework="pt") as opened:
+        assert opened.metadata() == {"checkpoint": "é"}
+    save_file(tensors, tmp_path / "theirs", {"checkpoint": "é"})
+    assert (tmp_path / "own").stat().st_size == (tmp_path / "theirs").stat().st_size
+    assert (same, crc32) == ({}, zlib.crc32((tmp_path / "own").read_bytes()))
+    assert sorted(os.listdir(tmp_path)) == ["own", "theirs"]
+
+
+def test_a_tensor_is_written_with_the_values_that_a_lazy_view_of_it_shows(tmp_path):
+    values = torch.view_as_complex(torch.randn(3, 2))
+    tensors = {"turned": torch.randn(3, 4).t(), "conj": values.conj(), "negated": values.conj().imag}
+    checkpoint_files.write_tensors(tmp_path / "own", tensors, {})
+    for name, read_back in load_file(tmp_path / "own").items():
+        assert torch.equal(read_back, tensors[name].resolve_neg()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("wide", torch.zeros(2, dtype=torch.complex128), "'wide' is of torch.complex128"),
+        ("__metadata__", torch.zeros(2), "'__metadata__' is no name for a tensor"),
+        ("\ud800", torch.zeros(2), "surrogates not allowed"),
+    ],
+)
+def test_a_tensor_that_the_format_cannot_hold_is_refused_and_leaves_the_file_that_was_there(
+    name, value, message, tmp_path
+):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(CheckpointError, match=f"cannot be written to file: .*{message}"):
+        checkpoint_files.write_tensors(tmp_path / "file", {name: value}, {})
+    assert (tmp_path / "file").read_text() == "before"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_save_within_a_save_as_by_a_signals_handler_harms_neither(tmp_path, monkeypatch):
     from kasmina_core.checkpoints import checkpoint
 
@@ -594,7 +650,6 @@ class Stop(BaseException):
 def interrupt_at(number, monkeypatch):
     """Let the save end before its number-th call that touches the disk; returns how many there were."""
     from kasmina_core.checkpoints import checkpoint
-    from kasmina_core.checkpoints import files as checkpoint_files
 
     counted = [0]
 
