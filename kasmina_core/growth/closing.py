@@ -33,6 +33,7 @@ class GrowthCause(Enum):
     NO_GRADIENT = "the seeds had no gradient"
     NEVER_MEASURED = "the seeds were never measured"
     UNFINISHED = "the run ended first"
+    NOT_REFUSED = "seeds were culled that no gate had refused"
     FITS_TRAINING_DATA = "the host fits its training data and has capacity to spare"
     TOO_FEW_SAMPLES = "too few held-out samples"
     REFUSED_BY_CHECK = "gates refused the seeds"
@@ -139,9 +140,11 @@ def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
     taken = f"; taken back: {_by_birth(gone)}" if gone else ""
     if gone and gone[-1].reason:
         taken += f", the last one at {gone[-1].gate}, {_one_line(gone[-1].reason)}"
+    rest = [life for life in lives if life not in kept and life not in gone]
+    still = f"; not finished: {_where(rest)}" if rest else ""
     adds = "it adds" if len(kept) == 1 else "they add"
     sentences = [
-        f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {adds} {added:,} parameters{named}{taken}."
+        f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {adds} {added:,} parameters{named}{taken}{still}."
     ]
     if measured := [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]:
         sentences.append(f"Gain per sample when last measured for a gate: {', '.join(measured)}.")
@@ -166,6 +169,14 @@ def _by_birth(lives: Sequence[SeedLife]) -> str:
     return " and ".join(f"{', '.join(names)} (after epoch {born})" for born, names in slots.items())
 
 
+def _where(lives: Sequence[SeedLife]) -> str:
+    return ", ".join(f"{life.seed_id} in {life.stage.name}{_reason(life)}" for life in lives)
+
+
+def _reason(life: SeedLife) -> str:
+    return f" ({_one_line(life.reason)})" if life.reason else ""
+
+
 def _why_none_stayed(
     lives: Sequence[SeedLife], held_out: float | None, training: float | None, higher_is_better: bool
 ) -> tuple[GrowthCause, str, str, int | None]:
@@ -182,7 +193,7 @@ def _why_none_stayed(
             else "The loss does not depend on the slots, or the blueprint is dead: kasmina plugins check tests it.",
             None,
         )
-    judged = [life for life in lives if life.verdict is not None]
+    judged = [life for life in lives if life.verdict not in (None, CheckVerdict.WAITING)]
     fit = _fit(held_out, training, higher_is_better)
     had_samples = any(life.samples for life in lives)
     if (
@@ -199,14 +210,20 @@ def _why_none_stayed(
             None,
         )
     if all(life.stage is not SeedStage.CULLED for life in lives):
-        waiting = ", ".join(
-            f"{life.seed_id} in {life.stage.name}{f' ({_one_line(life.reason)})' if life.reason else ''}"
-            for life in lives
-        )
         return (
             GrowthCause.UNFINISHED,
-            f"The run ended before they were judged: {waiting}.",
+            f"The run ended before they were judged: {_where(lives)}.",
             "Train for more epochs, or let seeds germinate earlier.",
+            None,
+        )
+    if not judged:
+        culled = [life for life in lives if life.stage is SeedStage.CULLED]
+        names = ", ".join(life.seed_id + _reason(life) for life in culled)
+        it, they = ("it", "it was") if len(culled) == 1 else ("any of them", "they were")
+        return (
+            GrowthCause.NOT_REFUSED,
+            f"No gate had refused {it} when {they} culled, by hand or by the policy: {names}.",
+            "Cull seeds once a gate has refused them: until then nothing tells against them.",
             None,
         )
     if fit is not None:

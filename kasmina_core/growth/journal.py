@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, final
 
-from kasmina_core.events import CommandRefused, SeedCulled, SeedFossilized, SeedGerminated, TelemetryEvent
+from kasmina_core.events import (
+    CommandRefused,
+    SeedCulled,
+    SeedFossilized,
+    SeedGerminated,
+    StageChanged,
+    TelemetryEvent,
+)
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.policies.triggers import FixedTimes, Plateau
@@ -29,7 +36,7 @@ class SeedLife(Record):
         born: Epochs the model had stepped when it germinated.
         ended: Epochs it had stepped when the seed was kept or culled; ``None`` while it lives.
         stage: Its last stage: FOSSILIZED, CULLED, or where it is.
-        gate: Name of the last gate that it did not pass.
+        gate: Name of the gate that did not let it pass when one was last asked; empty if it did, or none was.
         check: The check that decided so.
         verdict: Verdict of that check.
         reason: The check in one line.
@@ -64,7 +71,9 @@ class SeedLife(Record):
         if result.finding is not None:
             self.level = result.finding.level
         decisive = result.decisive
-        if result.gate is not None and decisive is not None:
+        if result.passed:
+            self.gate, self.check, self.verdict, self.reason = "", "", None, ""
+        elif result.gate is not None and decisive is not None:
             self.gate, self.check, self.verdict = result.gate.name, decisive.name, decisive.verdict
             self.reason = str(decisive)
 
@@ -93,12 +102,14 @@ class Journal(Record):
     first_time: Count | None = None
 
     def note(self, event: TelemetryEvent) -> None:
-        """Record the beginning and the end of seeds, and refused germinations."""
+        """Record the beginning, the stages and the end of seeds, and refused germinations."""
         match event:
             case SeedGerminated():
                 self.seeds[event.seed_id] = SeedLife(
                     event.seed_id, event.slot, event.blueprint_id, event.parameters, event.epoch
                 )
+            case StageChanged() if event.seed_id in self.seeds and self.seeds[event.seed_id].ended is None:
+                self.seeds[event.seed_id].stage = SeedStage[event.after]
             case SeedFossilized() | SeedCulled() if event.seed_id in self.seeds:
                 life = self.seeds[event.seed_id]
                 life.ended = event.epoch
@@ -114,7 +125,8 @@ class Journal(Record):
             if life is None or slot.state is None or life.ended is not None:
                 continue
             metrics, evidence = slot.state.metrics, slot.last_evidence
-            life.learned_epochs += life.stage is not SeedStage.GERMINATED
+            begins = slot.stage is SeedStage.TRAINING and metrics.epochs_in_current_stage == 0
+            life.learned_epochs += slot.stage is not SeedStage.GERMINATED and not begins
             life.stage = slot.stage
             if metrics.gradient_norm is not None:
                 life.gradient = max(metrics.gradient_norm, life.gradient or 0.0)

@@ -22,6 +22,7 @@ from kasmina_core import (
     NoGrowthPolicy,
     PlateauPolicy,
     SeedStage,
+    StraightInsertion,
     Topology,
     load_checkpoint,
     save_checkpoint,
@@ -189,6 +190,78 @@ def test_a_run_that_ended_first_says_where_its_seeds_were():
     verdict = model.verdict()
     assert verdict.cause is GrowthCause.UNFINISHED
     assert "in TRAINING (epochs in training: 1 so far (needs >= 2))" in str(verdict)
+
+
+def test_seeds_that_are_culled_before_a_gate_judged_them_are_not_called_refused():
+    model, _ = make_model()
+    for slot in (FIRST, SECOND):
+        model.germinate(slot, "scale")
+    model.step_epoch(1.0)
+    model.cull(FIRST)
+    verdict = model.verdict(training_metric=0.1)
+    assert verdict.cause is GrowthCause.NOT_REFUSED
+    assert sentences(verdict)[1].startswith(
+        "No gate had refused it when it was culled, by hand or by the policy"
+    )
+    assert sentences(verdict)[0].endswith("1 was culled, and 1 not finished.")
+    model.cull(SECOND)
+    assert (
+        f"No gate had refused any of them when they were culled, by hand or by the policy: {FIRST}-1, "
+        in str(model.verdict())
+    )
+
+
+def straight_model() -> MorphogeneticModel:
+    thresholds = open_thresholds(against_start="not asked")
+    return make_model(open_config(gates=thresholds, straight=StraightInsertion(lag=3)))[0]
+
+
+def test_a_seed_that_was_put_in_straight_is_where_it_is():
+    model = straight_model()
+    model.germinate(FIRST, "scale", straight=True)
+    assert "judged: 2-1 in PROBATIONARY." in str(model.verdict())
+
+
+def test_a_straight_seed_that_is_culled_before_its_lag_was_not_judged():
+    model = straight_model()
+    optimizer = tied(model)
+    model.germinate(FIRST, "scale", straight=True)
+    train_once(model, optimizer)
+    model.step_epoch(1.0)
+    model.cull(FIRST)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NOT_REFUSED
+    assert "2-1 (lag since insertion: 1 so far (needs >= 3))." in str(verdict)
+    assert "gain nothing" not in str(verdict)
+
+
+def test_a_straight_seed_learns_from_its_first_epoch_on():
+    model = straight_model()
+    model.germinate(FIRST, "scale", straight=True)
+    model.step_epoch(1.0)
+    (life,) = model.growth.journal.seeds.values()
+    assert life.learned_epochs == 1
+    assert model.verdict().cause is GrowthCause.NO_GRADIENT  # nothing called model.step()
+
+
+def test_unfinished_seeds_are_named_beside_those_that_stayed():
+    model, _ = make_model(open_config(gates=open_thresholds()))
+    bring_to(model, S.FOSSILIZED, SECOND)
+    bring_to(model, S.TRAINING)
+    model.step_epoch(1.0)
+    assert "; not finished: 2-1 in TRAINING (epochs in training: 1 so far (needs >= 2))." in str(
+        model.verdict()
+    )
+
+
+def test_what_a_gate_waited_for_is_forgotten_once_it_lets_the_seed_pass():
+    model, _ = make_model(open_config(gates=open_thresholds()))
+    optimizer = tied(model)
+    model.germinate(FIRST, "scale")
+    while model.slots[FIRST].stage is not S.BLENDING:
+        train_once(model, optimizer)
+        model.step_epoch(1.0)
+    assert "judged: 2-1 in BLENDING." in str(model.verdict())
 
 
 def test_a_seed_that_was_kept_in_the_last_epochs_is_unproved_until_more_have_passed():
