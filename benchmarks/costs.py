@@ -4,7 +4,8 @@ Two hosts of twelve blocks, a residual CNN and the bundled Transformer, with 1, 
 
 - dormant slots, over the bare host; 0 slots is a second bare host, so its ratio is the noise;
 - seeds in TRAINING, over the host's step and the seeds' alone, each timed apart;
-- seeds in BLENDING and FOSSILIZED, over the same seeds written into the host by hand.
+- seeds in BLENDING and FOSSILIZED, over the same seeds written into the host by hand;
+- one seed among empty slots, over the same model with its slot alone.
 
 A step is forward, backward and AdamW; in a grown model ``incubate`` and ``step`` too. Each ratio is of neighbours in one
 round, the fastest of three turns each.
@@ -38,6 +39,7 @@ from kasmina_core import GradientIsolationMonitor, Incubation, MorphogeneticMode
 GOAL_DORMANT: Final = {"eager": 1.01, "compiled": 1.00}
 GOAL_TRAINING: Final = 1.05
 GOAL_BY_HAND: Final = 1.02
+GOAL_ONE_ACTIVE: Final = 1.02
 GOAL_STRAIGHT: Final = 1.10
 GOAL_JOINT: Final = {3: 1.5, 12: 1.4}
 STAGES: Final = (SeedStage.FOSSILIZED, SeedStage.BLENDING)
@@ -76,6 +78,7 @@ class Costs:
         yield from self.dormant()
         for stage in STAGES:
             yield from self.by_hand(stage)
+        yield from self.one_active()
         yield from self.straight_through()
         if self.mode == "eager":
             yield from self.counterfactual()
@@ -107,6 +110,23 @@ class Costs:
             yield self._row(
                 f"{_many(count, 'seed')} in {stage.name}", "the same by hand", build, GOAL_BY_HAND
             )
+
+    def one_active(self) -> Iterator[Row | None]:
+        """Yield the rows of one seed where all other slots are empty, over the same model with its slot alone."""
+        most = max(self.counts)
+        if most == 1:
+            return
+        for stage in (*STAGES, SeedStage.TRAINING):
+
+            def build(stage: SeedStage = stage) -> tuple[Step, ...]:
+                models = self.work.model(most), self.work.model(1)
+                for model in models:
+                    model.evaluate_with(lambda model=model: self.work.losses(model(self.work.inputs)))
+                    self.work.walk(model, list(model.slots)[-1], stage)
+                return tuple(self._step(model) for model in models)
+
+            case = f"{_many(most, 'slot')}, one in {stage.name}"
+            yield self._row(case, "1 slot", build, GOAL_ONE_ACTIVE)
 
     def straight_through(self) -> Iterator[Row | None]:
         """Yield the rows of seeds that learn in the host's own pass."""
