@@ -23,6 +23,7 @@ from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.growth.context import EventTarget, Growth, SeedParameterListener
 from kasmina_core.growth.plain_data import from_bytes
 from kasmina_core.growth.slot import SeedSlot, SeedTelemetry
+from kasmina_core.growth.watching.living import one_look
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
@@ -526,7 +527,8 @@ class MorphogeneticModel(SlottedModel):
                 result = super().load_state_dict(state_dict, strict, assign)
             finally:
                 growth.listeners = listeners
-            before.call(listeners, self.slots.values())
+            with one_look():  # many seeds change at once, and each look is a walk over the heap
+                before.call(listeners, self.slots.values())
         growth.misuse.awaits_memory = any(slot.seed is not None for slot in self.slots.values())
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import math
 
@@ -451,6 +452,24 @@ def test_a_scheduler_that_nobody_named_follows_as_if_it_had_been(kind, when):
     step(scheduler)
     step(expected)
     assert settings(optimizer) == settings(reference)[:1]
+
+
+def test_a_load_of_many_seeds_looks_for_schedulers_once_and_all_seeds_follow_the_one_found(monkeypatch):
+    model, _ = make_model()
+    saved = make_model()[0]
+    for slot in (FIRST, SECOND):
+        bring_to(saved, SeedStage.FOSSILIZED, slot)
+    optimizer = tie_optimizer(model, SGD(model.host_parameters(), RATE), lr_factor=FACTOR)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    looks, look = [], gc.get_referrers
+    monkeypatch.setattr(gc, "get_referrers", lambda *kinds: looks.append(kinds[0]) or look(*kinds))
+    model.load_state_dict(saved.state_dict())
+    assert looks
+    assert len(looks) == 2  # averages and schedulers, for two seeds
+    assert scheduler.base_lrs == [RATE, RATE * FACTOR, RATE * FACTOR]
+    later = lr_scheduler.StepLR(optimizer, 1)
+    model.load_state_dict(make_model()[0].state_dict())
+    assert later.base_lrs == scheduler.base_lrs == [RATE]
 
 
 def test_a_scheduler_made_between_two_seeds_follows_the_second():
