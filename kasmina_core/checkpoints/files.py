@@ -505,6 +505,42 @@ def sealed(text: str) -> bytes:
 
 _SEAL: Final = re.compile(rb', "crc32_of_the_above": (\d+)\}\n\Z')
 
+UNSEALED: Final = {"crc32_of_the_rest": "0" * 10}
+"""What the head of a safetensors file says before `seal_tensors`."""
+
+_SEAL_IN_HEAD: Final = re.compile(rb'(?<="crc32_of_the_rest":")\d{10}(?=")')
+
+
+def seal_tensors(file: Path) -> None:
+    """Put the checksum of all other bytes of a safetensors file into its head, in place of what `UNSEALED` has there.
+
+    Raises:
+        CheckpointError: If there is no such place.
+    """
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as content:
+        place, found = _sum_of_the_rest(file, content)
+        content[place] = b"%010d" % found
+
+
+def demand_seal(file: Path) -> None:
+    """Check that no byte of a file that `seal_tensors` sealed has changed.
+
+    Raises:
+        CheckpointError: If one has, or the checksum is missing.
+    """
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place, found = _sum_of_the_rest(file, content)
+        _same_sum(file, int(content[place]), found)
+
+
+def _sum_of_the_rest(file: Path, content: mmap.mmap) -> tuple[slice, int]:
+    """Return where the checksum stands in a safetensors file, and what it has to be."""
+    head = content[: min(len(content), 8 + int.from_bytes(content[:8], "little"))]
+    if (seal := _SEAL_IN_HEAD.search(head)) is None:
+        raise CheckpointError(f"{file} is damaged: its checksum is missing.")
+    with memoryview(content) as whole, whole[: seal.start()] as before, whole[seal.end() :] as after:
+        return slice(*seal.span()), zlib.crc32(after, zlib.crc32(before))
+
 
 def checksum(opened: BinaryIO) -> int:
     """Return the CRC-32 of a file, which a bit that turned on the disk or on the way changes; closes it."""

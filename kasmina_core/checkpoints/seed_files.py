@@ -11,7 +11,15 @@ from typing import Any, Final
 from torch import Tensor
 
 from kasmina_core.checkpoints.atomic import replacing
-from kasmina_core.checkpoints.files import as_checkpoint_error, open_tensors, plain_refusals, write_tensors
+from kasmina_core.checkpoints.files import (
+    UNSEALED,
+    as_checkpoint_error,
+    demand_seal,
+    open_tensors,
+    plain_refusals,
+    seal_tensors,
+    write_tensors,
+)
 from kasmina_core.checkpoints.growth_state import (
     OtherBlueprintVersion,
     compare_seed,
@@ -37,7 +45,7 @@ _KEY: Final = "kasmina_seeds"
 def save_seeds(
     file: str | os.PathLike[str], model: MorphogeneticModel, slots: Iterable[str] | None = None
 ) -> Path:
-    """Write seeds, in any stage, without their host: one safetensors file, put in place at once.
+    """Write seeds, in any stage, without their host: one safetensors file with a CRC-32 of itself, put in place at once.
 
     Args:
         file: Where to; a file that is there is replaced.
@@ -65,7 +73,8 @@ def save_seeds(
     text = to_json({"version": FORMAT_VERSION, "slots": {s.name: slot_data(s) for s, _ in full}}, "seeds")
     target = Path(file)
     with as_checkpoint_error(f"The file of seeds {target}"), replacing(target) as beside:
-        write_tensors(beside, tensors, {_KEY: text}, named=target)
+        write_tensors(beside, tensors, {_KEY: text, **UNSEALED}, named=target)
+        seal_tensors(beside)
     return target
 
 
@@ -94,6 +103,7 @@ def graft_seeds(
 
     Warns:
         OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
+        UserWarning: If the file is of an older version, which wrote no checksum: a bit that turned is not noticed.
     """
     saved, tensors = _read(Path(file))
     pairs = onto if onto is not None else {name: name for name in saved}
@@ -146,6 +156,15 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     metadata, tensors = open_tensors(file)
     if (text := metadata.get(_KEY)) is None:
         raise CheckpointError(f"{file} holds no seeds: save_seeds did not write it.")
+    if metadata.keys() == {_KEY}:
+        warnings.warn(
+            f"{file} was written before files of seeds had a checksum: a bit that turned in it is not noticed. "
+            "save_seeds writes one.",
+            stacklevel=5,
+        )
+    else:
+        with as_checkpoint_error(f"The file of seeds {file}", "read"):
+            demand_seal(file)
     what = f"What {file} says of its seeds"
     data = upgraded("seeds", from_json(text, what), f"The file of seeds {file}")
     return dict(saved_slots(data, what)), {name: t.clone() for name, t in tensors.items()}

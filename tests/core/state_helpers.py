@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kasmina_core import (
@@ -22,7 +23,7 @@ from kasmina_core import (
     TelemetryEvent,
     Topology,
 )
-from kasmina_core.checkpoints.files import sealed
+from kasmina_core.checkpoints.files import UNSEALED, seal_tensors, sealed
 
 WIDTH = 4
 FIRST, SECOND = "2", "4"
@@ -276,3 +277,9 @@ def rewrite(file, manifest):
     """Write a manifest that was changed, with its checksum, as somebody with bad intentions would."""
     manifest = {key: value for key, value in manifest.items() if key != "crc32_of_the_above"}
     file.write_bytes(sealed(json.dumps(manifest)))
+
+
+def rewrite_seeds(file, tensors, data):
+    """Write a file of seeds that was changed, with its checksum, likewise."""
+    save_file(tensors, file, {"kasmina_seeds": json.dumps(data), **UNSEALED})
+    seal_tensors(file)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from state_helpers import rewrite
+from state_helpers import rewrite, rewrite_seeds
 from torch import nn
 
 from kasmina_core import (
@@ -79,13 +79,13 @@ def by_distributed(path: Any) -> None:
 
 def by_seeds(path: Any) -> None:
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     save_seeds(path, make(True))
     with safe_open(path, "pt") as opened:
         data = json.loads(opened.metadata()["kasmina_seeds"])
     data["slots"]["1"]["record"] = inflate(data["slots"]["1"]["record"])
-    save_file(load_file(path), path, {"kasmina_seeds": json.dumps(data)})
+    rewrite_seeds(path, load_file(path), data)
     graft_seeds(path, make())
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from state_helpers import (
     COOLDOWN,
     FIRST,
@@ -21,6 +21,7 @@ from state_helpers import (
     make_registry,
     open_config,
     picture,
+    rewrite_seeds,
     same_picture,
     train_once,
 )
@@ -161,7 +162,7 @@ def changed(file, change):
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         data = json.loads(opened.metadata()["kasmina_seeds"])
     change(tensors, data)
-    save_file(tensors, file, {"kasmina_seeds": json.dumps(data)})
+    rewrite_seeds(file, tensors, data)
     return file
 
 
@@ -200,6 +201,44 @@ def test_a_foreign_or_truncated_file_is_refused(tmp_path):
     for length in range(0, len(whole), 301):
         file.write_bytes(whole[:length])
         refused(file, make_model()[0], "damaged or no safetensors file")
+
+
+def test_a_bit_that_turned_anywhere_in_a_file_is_noticed_before_anything_is_built(tmp_path):
+    file = save_seeds(tmp_path / "seeds.safetensors", grown(SeedStage.PROBATIONARY)[0])
+    whole = file.read_bytes()
+    model, _ = make_model()
+    before = picture(model)
+    seal = whole.index(b'"crc32')
+    for place in {*range(0, len(whole), 29), *range(12), *range(seal, seal + 36)}:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged|not as it was written|holds no seeds"):
+            graft_seeds(file, model)
+    assert same_picture(picture(model), before)
+    file.write_bytes(whole)
+    assert graft_seeds(file, model) == [FIRST]
+
+
+def test_a_stage_that_is_another_by_one_bit_is_refused_with_both_checksums(tmp_path):
+    file = save_seeds(tmp_path / "seeds.safetensors", grown(SeedStage.PROBATIONARY)[0])
+    whole = file.read_bytes()
+    assert whole.count(rb"\"stage\":6") == 1
+    file.write_bytes(whole.replace(rb"\"stage\":6", rb"\"stage\":7"))
+    refused(file, make_model()[0], r"crc32 written: \d+\n +crc32 found: +\d+")
+
+
+def test_a_file_from_before_there_was_a_checksum_is_grafted_with_a_warning(tmp_path):
+    model, _ = grown()
+    file = save_seeds(tmp_path / "seeds.safetensors", model)
+    with safe_open(file, "pt") as opened:
+        text = opened.metadata()["kasmina_seeds"]
+    save_file(load_file(file), file, {"kasmina_seeds": text})
+    other, _ = make_model()
+    with pytest.warns(UserWarning, match="a bit that turned in it is not noticed") as told:
+        assert graft_seeds(file, other) == [FIRST]
+    assert told[0].filename == __file__
+    assert all(map(torch.equal, model.seed_parameters(FIRST), other.seed_parameters(FIRST)))
 
 
 @pytest.mark.parametrize("place", ["file/seeds.safetensors", "nowhere/seeds.safetensors"])
