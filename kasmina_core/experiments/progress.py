@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,9 @@ class ProgressFolder:
         if not self._alone.exists():
             return progress
         try:
+            with zipfile.ZipFile(self._alone) as archive:
+                if archive.testzip() is not None:  # torch.load compares no checksums
+                    raise ValueError("its bytes have changed since it was written")
             saved = torch.load(self._alone, weights_only=True, map_location="cpu")
             alone.module.load_state_dict(saved["host"])
             alone.optimizer.load_state_dict(saved["optimizer"])

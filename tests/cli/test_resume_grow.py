@@ -173,6 +173,21 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path: Path, arguments: tuple[st
     assert said in result.stderr
 
 
+def test_a_bit_that_turned_in_the_host_that_trains_alone_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_at(patch, "advance", 2)
+        _grow("--out", folder, "--epochs", "2", "--batch-size", "512", "--policy", "none")
+    file = folder / "host-alone.pt"
+    content = bytearray(file.read_bytes())
+    weight = next(iter(torch.load(file, weights_only=True)["host"].values()))
+    content[content.index(weight.numpy().tobytes())] ^= 64
+    file.write_bytes(content)
+    result = _grow("--resume", folder)
+    assert result.exit_code != 0
+    assert "its bytes have changed since it was written" in result.output + str(result.exception)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     result = _grow("--resume", tmp_path)
     assert result.exit_code == 2
@@ -203,7 +218,7 @@ def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: 
     short = ("--epochs", "2", "--batch-size", "256", "--repeat", "3", "--seed", "4")
     folder = tmp_path / "runs"
     with monkeypatch.context() as patch:
-        _kill_at(patch, "epoch", 4)
+        _kill_at(patch, "advance", 2)
         assert isinstance(_grow("--out", folder, *short).exception, Killed)
     finished = (folder / "seed-4" / "run.json").read_bytes()
     result = _grow("--resume", folder)
