@@ -20,6 +20,7 @@ from click.core import ParameterSource
 from kasmina_core.cli import INTERRUPTED, options
 
 if TYPE_CHECKING:
+    from kasmina_core.experiments.progress import Beginning
     from kasmina_core.experiments.record import EpochRecord, RunRecord
     from kasmina_core.experiments.run import RunSettings
     from kasmina_core.experiments.tasks import Task
@@ -31,6 +32,9 @@ NESTED_SLOTS: Final = {"plan": 3}
 
 REPEATS: Final = "repeats"
 """Key of config.json under which the folder of several runs holds their number."""
+
+BEGAN: Final = "began"
+"""Key under which it holds checksums of the task and the host of the first run."""
 
 
 class _Request(NamedTuple):
@@ -148,7 +152,8 @@ def grow(
       2    refused as it was typed; nothing was run
       130  Ctrl-C
     """
-    from kasmina_core.experiments.run import RunSettings
+    from kasmina_core.experiments.run import RunSettings, beginning_of
+    from kasmina_core.packs.discovery import default_registry
 
     if lr is not None and not math.isfinite(lr):
         raise click.UsageError(f"--lr {lr}: give a finite number above 0.")
@@ -158,7 +163,7 @@ def grow(
     }
     request = _Request(data_dir, sinks, as_json)
     if resume is not None:
-        settings, repeats = _saved_settings(resume)
+        settings, repeats, began = _saved_settings(resume)
         typed = {
             name: given.get(name, value)
             for name, value in context.params.items()
@@ -166,6 +171,9 @@ def grow(
         }
         _demand_same(resume, typed, settings, repeats)
         data, _ = options.prepare(settings.task, settings.seed, settings.device, threads, data_dir)
+        if began is not None:
+            with options.reading_request():
+                began.demand(beginning_of(default_registry(), data, settings), data.name, resume)
         folder = resume
     else:
         data, place = options.prepare(task, seed, device, threads, data_dir)
@@ -276,13 +284,15 @@ def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, 
     from kasmina_core.checkpoints.atomic import write_atomically
     from kasmina_core.experiments.record import RunRecord, write_all
     from kasmina_core.experiments.repeats import Repeats, print_repeats, repeats_png
+    from kasmina_core.experiments.run import beginning_of
     from kasmina_core.experiments.tasks import load_task
     from kasmina_core.packs.discovery import default_registry
 
     def begin() -> None:
         if not (folder / CONFIG).exists():
             options.make_folder(folder, settings.task)
-            _write_config(folder, settings.to_dict() | {REPEATS: repeats})
+            began = beginning_of(default_registry(), data, settings)  # the first run makes the folder
+            _write_config(folder, settings.to_dict() | {REPEATS: repeats, BEGAN: began.to_dict()})
 
     records: list[RunRecord] = []
     for seed in range(settings.seed, settings.seed + repeats):
@@ -319,9 +329,10 @@ def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, 
         click.echo(f"\nFiles: {folder} (repeats.png, and a folder per seed)")
 
 
-def _saved_settings(folder: Path) -> tuple[RunSettings, int | None]:
-    """Return the settings with which a run began, and how many runs its folder holds, if it is one of several."""
+def _saved_settings(folder: Path) -> tuple[RunSettings, int | None, Beginning | None]:
+    """Return the settings with which a run began; of several runs, their number and what the first began with, too."""
     from kasmina_core.errors import CheckpointError
+    from kasmina_core.experiments.progress import Beginning
     from kasmina_core.experiments.run import RunSettings
 
     path = folder / CONFIG
@@ -329,6 +340,11 @@ def _saved_settings(folder: Path) -> tuple[RunSettings, int | None]:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             repeats = saved.pop(REPEATS, None) if isinstance(saved, dict) else None
+            began = (
+                Beginning.from_dict(saved.pop(BEGAN, None), f"{path}, {BEGAN}")
+                if repeats is not None
+                else None
+            )
             settings = RunSettings.from_dict(saved, f"{path}")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--resume {folder}: no run can be read there: {error}") from error
@@ -336,7 +352,7 @@ def _saved_settings(folder: Path) -> tuple[RunSettings, int | None]:
         raise click.UsageError(f"{path}: {REPEATS} cannot be {repeats!r:.80}.")
     if repeats is None and _is_done(folder):
         raise click.UsageError(f"--resume {folder}: this run is done.")
-    return settings, repeats
+    return settings, repeats, began
 
 
 def _is_done(folder: Path) -> bool:

@@ -8,20 +8,22 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from torch import Tensor, nn
 
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from kasmina_core.errors import CheckpointError, KasminaError
 from kasmina_core.events import BlueprintRegistered, RunStarted, TelemetryEvent
-from kasmina_core.experiments.arm import Arm
+from kasmina_core.experiments.arm import Arm, logits_of
 from kasmina_core.experiments.record import GROWN, RunRecord
 from kasmina_core.experiments.tasks import SPLITS, Task
+from kasmina_core.quiet import derived_seed, private_rng
 from kasmina_core.records import Record
 from kasmina_core.telemetry import Sink
 
@@ -30,6 +32,9 @@ GROWN_FOLDER: Final = "checkpoint"
 
 ALONE_FILE: Final = "host-alone.pt"
 """File of the arm that trains alone."""
+
+SAMPLES: Final = 8
+"""Training samples that tell whether host and loss are the same."""
 
 EVENTS_FILE: Final = "events.jsonl"
 
@@ -66,6 +71,97 @@ class ResumeError(KasminaError):
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Beginning(Record):
+    """Checksums of what a run begins with: its task and its host, which follow from the settings and the user's code.
+
+    Attributes:
+        data: All samples and targets.
+        weights: Names, values and ``requires_grad`` of the host's parameters, and its buffers, as made.
+        outputs: What the host makes of the first `SAMPLES` training samples in evaluation.
+        training: What it makes of them in training, with random numbers of its own.
+        losses: The task's loss of each of them.
+        metrics: The task's metric of each of them.
+        shifts: Whether the task shifts its images in training.
+    """
+
+    data: int
+    weights: int
+    outputs: int
+    training: int
+    losses: int
+    metrics: int
+    shifts: bool
+
+    @classmethod
+    def of(cls, host: nn.Module, task: Task) -> Beginning:
+        """Take the checksums, on one thread, so that the number of threads does not matter.
+
+        Args:
+            host: Newly made, on the task's device. It is used up: its buffers change.
+            task: What it learns.
+        """
+        inputs, targets = (part[:SAMPLES] for part in task.train)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            weights = 0
+            for name, tensor in (*host.named_parameters(), *host.named_buffers()):
+                weights = zlib.crc32(f"{name} {tensor.requires_grad}".encode(), weights)
+                weights = _checksum([tensor], weights)
+            with private_rng(derived_seed(0, "beginning"), inputs.device), torch.no_grad():
+                host.eval()
+                outputs = logits_of(host(inputs))
+                losses, metrics = task.loss(outputs, targets), task.metric(outputs, targets)
+                host.train()
+                training = logits_of(host(inputs))
+        finally:
+            torch.set_num_threads(threads)
+        return cls(
+            data=_checksum(tensor for split in SPLITS for tensor in task.splits[split]),
+            weights=weights,
+            outputs=_checksum([outputs]),
+            training=_checksum([training]),
+            losses=_checksum([losses]),
+            metrics=_checksum([metrics]),
+            shifts=task.is_moved,
+        )
+
+    def demand(self, now: Beginning, task: str, folder: Path) -> None:
+        """Refuse to go on with another task or host.
+
+        Args:
+            now: What the task and the host are.
+            task: Name of the task.
+            folder: The run's.
+
+        Raises:
+            ResumeError: If anything differs; the message has both checksums and what to do.
+        """
+        for name, what in _BEGINNINGS.items():
+            then, found = getattr(self, name), getattr(now, name)
+            if then != found:
+                raise ResumeError(
+                    f"The run in {folder} cannot go on: {what.format(task=task)} than when it began.\n"
+                    f"  then: {_shown(then)}\n  now:  {_shown(found)}\n"
+                    "Undo what was changed in the task or the host, or begin a new run. Another machine, torch or pack "
+                    "can be the reason too."
+                )
+
+
+_BEGINNINGS: Final = {
+    "data": "the task '{task}' gives other data",
+    "weights": "the host begins with other weights",
+    "outputs": "the host computes something else from the same weights",
+    "training": "the host computes something else in training from the same weights",
+    "losses": "the task '{task}' has another loss of the same outputs",
+    "metrics": "the task '{task}' has another metric of the same outputs",
+    "shifts": "the task '{task}' shifts its images otherwise",
+}
+"""What another checksum means, in the order in which one explains the next."""
+
+
+@final
 @dataclass(slots=True)
 class Progress(Record):
     """How far a run is, besides what its arms are.
@@ -79,7 +175,7 @@ class Progress(Record):
         flops: What it has spent.
         counted: What its ledger has counted.
         epochs: Epochs it has trained.
-        data: Checksum of the task's data.
+        began: Checksums of what the run began with.
         trusted: Slots that are measured without the part of the host before them.
         faults: Slots that are not, with the reason.
     """
@@ -92,7 +188,7 @@ class Progress(Record):
     flops: int
     counted: dict[str, int]
     epochs: int
-    data: int
+    began: Beginning
     trusted: list[str] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)
 
@@ -138,12 +234,18 @@ class ProgressFolder:
         torch.save({**state, "order": arm.order.get_state(), "progress": text}, whole)
         write_atomically(self._alone, whole.getvalue())
 
-    def load(self, grown: Arm, policy: object, alone: Arm) -> Progress:
+    def load(self, grown: Arm, policy: object, alone: Arm, began: Beginning) -> Progress:
         """Make both arms and the policy what they were.
+
+        Args:
+            grown: The arm that grows.
+            policy: Its policy.
+            alone: The arm that trains alone.
+            began: What the run begins with now; it must be what it began with.
 
         Raises:
             CheckpointError: If a file is damaged or does not fit.
-            ResumeError: If the task has other data than the run.
+            ResumeError: If the task or the host is not that of the run.
         """
         found = load_checkpoint(
             self._grown,
@@ -153,7 +255,8 @@ class ProgressFolder:
             generators={"order": grown.order},
             rng=False,  # each epoch begins with numbers of its own
         )
-        progress = _progress(found.extra, grown.task, self.folder)
+        progress = _progress(found.extra, self.folder)
+        progress.began.demand(began, grown.task.name, self.folder)
         _resume(grown, progress)
         measurer = grown.model.growth.examiner.measurer
         measurer.trusted, measurer.faults = set(progress.trusted), dict(progress.faults)
@@ -169,7 +272,7 @@ class ProgressFolder:
             alone.order.set_state(saved["order"])
         except Exception as error:
             raise CheckpointError(f"{self._alone} cannot be read: {error}") from error
-        progress = _progress(saved["progress"], alone.task, self.folder)
+        progress = _progress(saved["progress"], self.folder)
         _resume(alone, progress)
         return progress
 
@@ -187,6 +290,7 @@ def progress_of(
     log: dict[str, Any],
     last: list[tuple[float, float]],
     seconds: float,
+    began: Beginning,
 ) -> Progress:
     """Return how far a run is."""
     progress = Progress(
@@ -198,7 +302,7 @@ def progress_of(
         flops=arm.ledger.total,
         counted=arm.ledger.known,
         epochs=arm.epochs,
-        data=data_checksum(arm.task),
+        began=began,
     )
     if name == GROWN:
         measurer = arm.model.growth.examiner.measurer
@@ -206,17 +310,11 @@ def progress_of(
     return progress
 
 
-def _progress(text: object, task: Task, folder: Path) -> Progress:
+def _progress(text: object, folder: Path) -> Progress:
     try:
-        progress = Progress.from_dict(json.loads(str(text)), f"The progress in {folder}")
+        return Progress.from_dict(json.loads(str(text)), f"The progress in {folder}")
     except ValueError as error:
         raise CheckpointError(f"The progress in {folder} cannot be read: {error}") from error
-    if progress.data != data_checksum(task):
-        raise ResumeError(
-            f"The run in {folder} cannot go on: the task '{task.name}' gives other data than when it began.\n"
-            f"  then: checksum {progress.data:08x}\n  now:  checksum {data_checksum(task):08x}"
-        )
-    return progress
 
 
 def _resume(arm: Arm, progress: Progress) -> None:
@@ -224,14 +322,15 @@ def _resume(arm: Arm, progress: Progress) -> None:
     arm.ledger.total, arm.ledger.known = progress.flops, dict(progress.counted)
 
 
-def data_checksum(task: Task) -> int:
-    """Return a checksum of all samples and targets."""
-    checksum = 0
-    for split in SPLITS:
-        for tensor in task.splits[split]:
-            whole = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            checksum = zlib.crc32(whole.numpy().data, checksum)
+def _checksum(tensors: Iterable[Tensor], checksum: int = 0) -> int:
+    for tensor in tensors:
+        whole = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(whole.numpy().data, checksum)
     return checksum
+
+
+def _shown(value: int) -> str:
+    return str(value) if isinstance(value, bool) else f"checksum {value:08x}"
 
 
 def cut_events(path: Path, sequence: int) -> None:

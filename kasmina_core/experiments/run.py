@@ -30,7 +30,7 @@ from kasmina_core.events import (
 from kasmina_core.experiments.arm import Arm, logits_of
 from kasmina_core.experiments.flops import FlopLedger
 from kasmina_core.experiments.named import accepted_keywords, called, is_reference, named_object
-from kasmina_core.experiments.progress import Progress, ProgressFolder, progress_of
+from kasmina_core.experiments.progress import Beginning, Progress, ProgressFolder, progress_of
 from kasmina_core.experiments.record import (
     GROWN,
     HOST_ALONE,
@@ -289,6 +289,15 @@ def make_host(plugins: PluginRegistry, task: Task, settings: RunSettings) -> tup
     host = host.to(settings.device)
     _try_host(host_id, host, task)
     return host_id, host
+
+
+def beginning_of(plugins: PluginRegistry, task: Task, settings: RunSettings) -> Beginning:
+    """Return the checksums of what a run of these settings begins with.
+
+    Raises:
+        KasminaError: If there is no such host, or it cannot learn the task.
+    """
+    return Beginning.of(make_host(plugins, task, settings)[1], task)
 
 
 def _try_host(host_id: str, host: nn.Module, task: Task) -> None:
@@ -569,6 +578,7 @@ class GrowthRun:
         self._grown = self._arm(self.model)
         self._alone = self._arm(make_host(plugins, task, settings)[1])
         self._progress = progress
+        self._began = beginning_of(plugins, task, settings) if progress is not None else None
         self._telemetry: EventTarget | None = None
         self._since: Progress | None = None
         self.record = RunRecord(
@@ -588,11 +598,11 @@ class GrowthRun:
 
         Raises:
             CheckpointError: If what it holds is damaged or does not fit.
-            ResumeError: If the task gives other data than the run began with.
+            ResumeError: If the task or the host is not what the run began with.
         """
-        if self._progress is None or not self._progress.exists:
+        if self._progress is None or self._began is None or not self._progress.exists:
             return
-        self._since = since = self._progress.load(self._grown, self._policy, self._alone)
+        self._since = since = self._progress.load(self._grown, self._policy, self._alone, self._began)
         found = RunRecord.from_dict(since.record)
         for field_ in fields(RunRecord):
             setattr(self.record, field_.name, getattr(found, field_.name))
@@ -750,11 +760,11 @@ class GrowthRun:
 
     def _keep(self, name: str, arm: Arm, last: list[tuple[float, float]], seconds: float) -> None:
         """Write what the run needs to go on from here."""
-        if self._progress is None or name not in (GROWN, HOST_ALONE):
+        if self._progress is None or self._began is None or name not in (GROWN, HOST_ALONE):
             return  # a fixed size is trained anew
         if isinstance(self._telemetry, Telemetry):
             self._telemetry.flush()  # a run that is killed now has the events of the epochs that it has
-        progress = progress_of(name, arm, self.record, self._log.state_dict(), last, seconds)
+        progress = progress_of(name, arm, self.record, self._log.state_dict(), last, seconds, self._began)
         try:
             self._progress.save(arm, self._policy, progress)
         except (OSError, CheckpointError) as error:  # a full disk ends no run

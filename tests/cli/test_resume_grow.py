@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,6 +213,91 @@ def test_a_folder_never_leads_to_code(tmp_path: Path, monkeypatch: pytest.Monkey
     Path("own.py").write_text(source)
     sys.modules.pop("_kasmina_file_own")
     assert _grow("--resume", "run", "--task", "own.py:own").exit_code == 0
+
+
+EDITS = {
+    "nn.Tanh()": ("nn.ReLU()", "the host computes something else from the same weights"),
+    "nn.Linear(4, 2))": ("nn.Linear(4, 2), nn.Dropout(0.5))", "the host computes something else in training"),
+    "    return nn.Seq": ("    torch.rand(1)\n    return nn.Seq", "the host begins with other weights"),
+    "sample_loss=scaled": ("sample_loss=unscaled", "has another loss of the same outputs"),
+    "sample_metric=right": ("sample_metric=wrong", "has another metric of the same outputs"),
+}
+FIGURES = """
+def unscaled(logits, targets):
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def scaled(logits, targets):
+    return 2 * unscaled(logits, targets)
+
+
+def right(logits, targets):
+    return (logits.argmax(1) == targets).float()
+
+
+def wrong(logits, targets):
+    return 1 - right(logits, targets)
+"""
+
+
+def _own_task() -> str:
+    """Write own.py with a task that says its loss and metric, and return its source."""
+    CliRunner().invoke(main, ["new", "task", "own"])
+    source = (
+        Path("own.py")
+        .read_text()
+        .replace(
+            "host=net,",
+            "host=net, sample_loss=scaled, sample_metric=right, metric_name='accuracy', higher_is_better=True,",
+        )
+    )
+    Path("own.py").write_text(source + FIGURES)
+    return source + FIGURES
+
+
+def _edit(source: str) -> None:
+    Path("own.py").write_text(source)
+    sys.modules.pop("_kasmina_file_own", None)
+
+
+def test_a_host_or_loss_that_was_edited_in_between_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("_kasmina_file_own", None)
+    source, own = _own_task(), ("--task", "own.py:own")
+    with monkeypatch.context() as patch:
+        _kill_at(patch, "epoch", 2)
+        assert isinstance(_grow(*own, "--epochs", "2", "--out", "run").exception, Killed)
+    for old, (new, said) in EDITS.items():
+        assert source.count(old) == 1
+        _edit(source.replace(old, new))
+        refused = _grow("--resume", "run", *own)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+        then, now = re.findall(r"(?:then|now): +checksum ([0-9a-f]{8})", refused.stderr)
+        assert then != now
+        assert "Undo what was changed in the task or the host, or begin a new run" in refused.stderr
+    _edit(source)
+    assert _grow("--resume", "run", *own, "--threads", "2").exit_code == 0
+
+
+def test_several_seeds_go_on_with_the_host_of_those_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("_kasmina_file_own", None)
+    source, own = _own_task(), ("--task", "own.py:own")
+    with monkeypatch.context() as patch:
+        _kill_at(patch, "epoch", 2)  # the second seed has kept nothing
+        assert isinstance(_grow(*own, "--epochs", "1", "--repeat", "2", "--out", "runs").exception, Killed)
+    assert Path("runs/seed-0/run.json").exists()
+    _edit(source.replace("nn.Tanh()", "nn.ReLU()"))
+    refused = _grow("--resume", "runs", *own)
+    assert refused.exit_code == 2
+    assert "the host computes something else from the same weights" in refused.stderr
+    _edit(source)
+    assert _grow("--resume", "runs", *own).exit_code == 0
 
 
 def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
