@@ -230,11 +230,26 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def commands_of(self, action: Any) -> list[Command]:
-        """Return what an action asks for."""
+        """Return what an action asks for.
+
+        Raises:
+            gymnasium.error.InvalidAction: If it does not lie in the action space.
+        """
+        if not self.action_space.contains(action):
+            raise gymnasium.error.InvalidAction(
+                f"{action!r:.200} is no action of {self.action_space}: {self._valid_actions()}."
+            )
         if not self.per_slot:
             return [self.actions.commands[int(action)]]
         tables = zip(np.asarray(action).tolist(), self.actions.of_slot, strict=True)
         return [table[number - 1] for number, table in tables if number]
+
+    def _valid_actions(self) -> str:
+        if not self.per_slot:
+            return f"a whole number from 0 to {len(self.actions.commands) - 1}"
+        return (
+            f"{len(self.actions.slots)} whole numbers from 0 to {len(self.actions.of_slot[0])}, one per slot"
+        )
 
     def report(self) -> dict[str, float]:
         """Return the losses on the samples of reports: of the model as it would be kept, and of the host alone."""

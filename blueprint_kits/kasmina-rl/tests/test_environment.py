@@ -53,6 +53,19 @@ def test_vector_environments_play_what_one_plays(mode):
         envs.close()
 
 
+@pytest.mark.parametrize("action", [10**6, -1, 1.5, "wait"])
+def test_what_is_no_action_is_refused_with_those_that_are(action):
+    env = toy()
+    env.reset(seed=0)
+    with pytest.raises(gymnasium.error.InvalidAction, match=r"no action of Discrete\(11\): .* from 0 to 10"):
+        env.step(action)
+    assert env.epoch == 0
+    several = toy(per_slot=True)
+    several.reset(seed=0)
+    with pytest.raises(gymnasium.error.InvalidAction, match=r"2 whole numbers from 0 to 5, one per slot"):
+        several.step([0, 6])
+
+
 def test_equal_seeds_and_actions_agree_in_every_bit():
     def run(env):
         found = [env.reset(seed=7)]
