@@ -52,7 +52,14 @@ def cli() -> None:
 @env_option
 @option_option
 @click.option("--algo", type=click.Choice(["es", "maskable-ppo"]), default="es", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True, help="Steps in all.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Steps in all, at most. es trains whole generations of 8 episodes, each of up to as many steps as the budget has "
+    "epochs: 640 on Toy, and less is refused. maskable-ppo trains whole rollouts, of 32 steps at least.",
+)
 @click.option(
     "--episodes",
     type=click.IntRange(1),
@@ -62,9 +69,12 @@ def cli() -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the training."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the training, new or empty.",
 )
-@click.option("--resume", is_flag=True, help="Go on from what lies in the folder.")
+@click.option("--resume", is_flag=True, help="Go on from the training in the folder, up to --steps in all.")
 def train(
     env_name: str,
     texts: tuple[str, ...],
@@ -277,10 +287,12 @@ def _write(out: Path | None, data: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the command; a mistake is one line, and exit code 1."""
+    """Run the command; a mistake is one line, and exit code 1, or 2 where the request is at fault."""
     assert kasmina_rl.__name__  # it registers the environments
     try:
         cli()
     except (KasminaError, ValueError) as error:
+        from kasmina_rl.training import RequestError
+
         click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, RequestError) else 1)

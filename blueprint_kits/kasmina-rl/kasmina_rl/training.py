@@ -23,6 +23,10 @@ ABOUT: Final = "training.json"
 """What a folder of a training says of it."""
 
 
+class RequestError(ControllerError):
+    """A training that was not begun, as what it is asked for cannot be kept; its folder is as it was."""
+
+
 @final
 class ControllerPlayer:
     """Plays a controller: the legal action of the highest score."""
@@ -47,10 +51,11 @@ class Settings:
         env: Id of the environment.
         options: Keywords of the environment.
         algo: ``es`` or ``maskable-ppo``.
-        steps: Steps in the environment, all together.
+        steps: Steps in the environment, all together: at most so many. Evolution ends with its last generation that is
+            sure to fit, MaskablePPO with its last rollout.
         seed: For episodes, and what the algorithm draws.
-        out: Folder for what comes of it.
-        resume: Whether to go on from what lies there.
+        out: Folder for what comes of it, new or empty.
+        resume: Whether to go on from what lies there, of a training that was asked for the same.
     """
 
     env: str
@@ -84,13 +89,21 @@ def train(settings: Settings, say: Callable[[str], object]) -> Controller:
 
     Raises:
         ControllerError: If there is no such algorithm, its packages are missing, or there is nothing to resume.
+        RequestError: If the folder holds something, or a training that was asked for something else; or the steps are too
+            few.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
     algorithms = {"es": _evolve, "maskable-ppo": _maskable_ppo}
     if settings.algo not in algorithms:
         raise ControllerError(f"There is no algorithm '{settings.algo}'. Known: {', '.join(algorithms)}.")
+    if settings.algo == "maskable-ppo":
+        _demand_packages()
     env = make_env(settings)
     about = settings.about(env)
+    _check_folder(settings, about)
+    least, why = _least_steps(settings, env)
+    if settings.steps < least:
+        raise RequestError(f"{settings.steps:,} steps are too few: {why}. Ask for {least:,} at least.")
+    settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     began = time.perf_counter()
     found = algorithms[settings.algo](settings, env, about, say)
@@ -98,6 +111,33 @@ def train(settings: Settings, say: Callable[[str], object]) -> Controller:
     controller = Controller(found.kind, found.weights, found.slots, found.candidates, record)
     controller.save(settings.out / "controller.safetensors")
     return controller
+
+
+def _check_folder(settings: Settings, about: Mapping[str, Any]) -> None:
+    out = settings.out
+    if not settings.resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RequestError(
+                f"{out}: it holds something already. Name a folder that is new or empty; --resume goes on from a training."
+            )
+        return
+    try:
+        before = dict(json.loads((out / ABOUT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ControllerError(f"There is no training to resume in {out}: {error!r:.200}") from error
+    now = json.loads(json.dumps(about))
+    if other := [name for name in now if before.get(name) != now[name]]:
+        lines = "".join(f"\n  {name}: {before.get(name)!r} there, {now[name]!r} asked for" for name in other)
+        raise RequestError(
+            f"The training in {out} cannot be resumed, it was asked for something else:{lines}"
+        )
+
+
+def _least_steps(settings: Settings, env: GrowEnv) -> tuple[int, str]:
+    if settings.algo == "es":
+        most = _most_steps(env)
+        return most, f"a generation is {2 * PAIRS} episodes of up to {env.epochs} steps"
+    return ROLLOUT, "the shortest rollout is longer"
 
 
 class Scalars:
@@ -128,6 +168,9 @@ class Scalars:
 PAIRS: Final = 4
 """Directions of a generation; each is tried forward and backward on the same episode."""
 
+ROLLOUT: Final = 32
+"""Steps between two updates of a network, at least."""
+
 SIGMA: Final = 0.3
 RATE: Final = 0.3
 
@@ -137,6 +180,11 @@ def start_weights() -> np.ndarray[Any, np.dtype[np.float32]]:
     parts = {name: np.zeros(size, np.float32) for name, size in SCORES.items()}
     parts["advance"][-1], parts["cull"][-1], parts["revert"][-1], parts["wait"][-1] = 2.0, -2.0, -2.0, 0.5
     return np.concatenate(list(parts.values()))
+
+
+def _most_steps(env: GrowEnv) -> int:
+    """Return how many steps a generation may take: no epoch costs less than one of the host alone."""
+    return 2 * PAIRS * env.epochs
 
 
 def _weights(vector: Any) -> dict[str, Any]:
@@ -160,7 +208,7 @@ def _evolve(
                 f"There is no evolution to resume in {settings.out}: {error!r:.200}"
             ) from error
     scalars, n = Scalars(settings.out), env.episodes or 100_000
-    while steps < settings.steps:
+    while steps + _most_steps(env) <= settings.steps:
         dice = np.random.default_rng([settings.seed, generation])
         noise = dice.standard_normal((PAIRS, len(vector))).astype(np.float32)
         values = np.empty((PAIRS, 2))
@@ -171,6 +219,11 @@ def _evolve(
                 tried = Controller("linear", weights, len(env.actions.slots), env.candidates)
                 played = play(env, ControllerPlayer(tried), episode)
                 values[i, side], steps, episodes = played.value, steps + played.steps, episodes + 1
+            tried_so_far = values[: i + 1]
+            say(
+                f"step {steps:,} of {settings.steps:,}: generation {generation + 1}, {2 * i + 2} of {2 * PAIRS} episodes, "
+                f"value {tried_so_far.mean():+.4f}, best {tried_so_far.max():+.4f}"
+            )
         # Ranks, so that one lucky episode moves no more than another.
         ranks = values.ravel().argsort().argsort().reshape(values.shape) / (values.size - 1) - 0.5
         vector = (vector + RATE * ((ranks[:, 0] - ranks[:, 1]) @ noise) / PAIRS).astype(np.float32)
@@ -178,7 +231,7 @@ def _evolve(
         state = {"vector": vector.tolist(), "steps": steps, "episodes": episodes, "generation": generation}
         path.write_text(json.dumps(state), encoding="utf-8")
         scalars.add(steps, value=float(values.mean()), best=float(values.max()))
-        say(f"step {steps:,} of {settings.steps:,}: value {values.mean():+.4f}, best {values.max():+.4f}")
+    say(f"ended after {steps:,} steps: another generation could take {_most_steps(env):,}")
     scalars.close()
     record = {"steps": steps, "episodes": episodes, "generations": generation}
     return Controller("linear", _weights(vector), len(env.actions.slots), env.candidates, record)
@@ -187,30 +240,38 @@ def _evolve(
 # -- MaskablePPO ---------------------------------------------------------------------------------------------------
 
 
-def _maskable_ppo(
-    settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
-) -> Controller:
-    """Train a network with sb3-contrib's MaskablePPO."""
+def _demand_packages() -> None:
     try:
-        from sb3_contrib import MaskablePPO
-        from stable_baselines3.common.callbacks import BaseCallback
-        from stable_baselines3.common.monitor import Monitor
+        import sb3_contrib  # noqa: F401
+        import stable_baselines3  # noqa: F401
     except ImportError as error:
         raise ControllerError(
             f"maskable-ppo needs stable-baselines3 and sb3-contrib: {error}\n"
             "Install them with: pip install 'stable-baselines3>=2.7' 'sb3-contrib>=2.7'"
         ) from error
+
+
+def _maskable_ppo(
+    settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
+) -> Controller:
+    """Train a network with sb3-contrib's MaskablePPO."""
+    from sb3_contrib import MaskablePPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.monitor import Monitor
+
     zipped = settings.out / "model.zip"
-    monitored = Monitor(flat(env))
+    monitored, episodes = Monitor(flat(env)), 0
     if settings.resume:
         if not zipped.is_file():
             raise ControllerError(f"There is no model to resume in {settings.out}: {zipped.name} is missing.")
         model = MaskablePPO.load(zipped, env=monitored)  # pickled data of our own training
+        record = Controller.load(settings.out / "controller.safetensors").record
+        episodes = int(record.get("episodes", model.num_timesteps))  # no episode is shorter than a step
     else:
         model = MaskablePPO(
             "MlpPolicy",
             monitored,
-            n_steps=min(512, max(32, settings.steps // 4)),
+            n_steps=min(512, max(ROLLOUT, settings.steps // 4)),
             batch_size=32,
             gamma=1.0,
             ent_coef=0.005,
@@ -229,10 +290,12 @@ def _maskable_ppo(
             say(f"step {self.num_timesteps:,} of {settings.steps:,}: value {mean}")
 
     left = settings.steps - model.num_timesteps if settings.resume else settings.steps
-    if left > 0:
-        model.learn(left, callback=Say(), reset_num_timesteps=not settings.resume)
+    if rollouts := max(left, 0) // model.n_steps:
+        model.learn(rollouts * model.n_steps, callback=Say(), reset_num_timesteps=not settings.resume)
+        episodes += len(monitored.get_episode_rewards()) + 1  # the last one was not played to its end
+    say(f"ended after {model.num_timesteps:,} steps: another rollout takes {model.n_steps:,}")
     model.save(zipped)
-    return export_model(zipped, {"steps": int(model.num_timesteps)})
+    return export_model(zipped, {"steps": int(model.num_timesteps), "episodes": episodes})
 
 
 def export_model(path: Path, record: Mapping[str, Any] | None = None) -> Controller:

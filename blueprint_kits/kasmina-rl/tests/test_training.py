@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import kasmina_rl
 from kasmina_rl.command import cli, main
 from kasmina_rl.learned import Controller, ControllerError
-from kasmina_rl.training import Settings, export_model, train
+from kasmina_rl.training import RequestError, Settings, export_model, train
 
 OPTIONS = {"episodes": 2, "epochs": 3, "blueprints": ["vector:norm"]}
 TEXTS = [f"--option={name}={json.dumps(value)}" for name, value in OPTIONS.items()]
@@ -29,15 +29,23 @@ def settings(out, steps, **changes):
 def test_an_evolution_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     assert kasmina_rl.__all__
     said = []
-    whole = train(settings(tmp_path / "a", 40), said.append)
-    train(settings(tmp_path / "b", 20), said.append)
-    parts = train(settings(tmp_path / "b", 40, resume=True), said.append)
+    whole = train(settings(tmp_path / "a", 48), said.append)
+    train(settings(tmp_path / "b", 24), said.append)
+    parts = train(settings(tmp_path / "b", 48, resume=True), said.append)
     assert all(np.array_equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
     assert whole.record["generations"] == parts.record["generations"] >= 2
-    assert said[0].startswith("step ")
+    assert whole.record["steps"] <= 48
+    assert [line.split(",")[1] for line in said[:4]] == [f" {n} of 8 episodes" for n in (2, 4, 6, 8)]
+    assert said[-1] == f"ended after {parts.record['steps']} steps: another generation could take 24"
     assert Controller.load(tmp_path / "a" / "controller.safetensors").record["env"] == "Kasmina/Toy-v0"
+    with pytest.raises(ControllerError, match="no training to resume"):
+        train(settings(tmp_path / "c", 48, resume=True), said.append)
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "a" / "evolution.json").write_text("{}")
     with pytest.raises(ControllerError, match="no evolution to resume"):
-        train(settings(tmp_path / "c", 40, resume=True), said.append)
+        train(settings(tmp_path / "a", 96, resume=True), said.append)
+    with pytest.raises(RequestError, match=r"something else:\n  seed: 1 there, 2 asked for"):
+        train(settings(tmp_path / "b", 96, resume=True, seed=2), said.append)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -46,8 +54,9 @@ def test_a_network_is_trained_resumed_and_exported_without_unpickling(tmp_path):
     out = tmp_path / "ppo"
     controller = train(settings(out, 64, algo="maskable-ppo"), print)
     assert controller.kind == "mlp"
-    again = train(settings(out, 96, algo="maskable-ppo", resume=True), print)
-    assert again.record["steps"] >= 96
+    again = train(settings(out, 100, algo="maskable-ppo", resume=True), print)
+    assert again.record["steps"] == 96
+    assert again.record["episodes"] > controller.record["episodes"] >= 64 // 3
     exported = export_model(out / "model.zip")
     assert all(np.array_equal(exported.weights[name], again.weights[name]) for name in again.weights)
 
@@ -64,6 +73,23 @@ def test_a_network_is_trained_resumed_and_exported_without_unpickling(tmp_path):
         export_model(tmp_path / "alone.zip")
 
 
+def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path):
+    kept = tmp_path / "controller.safetensors"
+    kept.write_bytes(b"trained before")
+    with pytest.raises(RequestError, match=r"holds something already\..* --resume"):
+        train(settings(tmp_path, 24), print)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"trained before"]
+
+
+@pytest.mark.parametrize(("algo", "least"), [("es", 24), ("maskable-ppo", 32)])
+def test_fewer_steps_than_a_training_must_take_are_refused(tmp_path, algo, least):
+    if algo != "es":
+        pytest.importorskip("sb3_contrib")
+    with pytest.raises(RequestError, match=f"{least - 1} steps are too few: .* Ask for {least} at least"):
+        train(settings(tmp_path / "out", least - 1, algo=algo), print)
+    assert not (tmp_path / "out").exists()
+
+
 def invoke(*arguments):
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -73,7 +99,7 @@ def invoke(*arguments):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
     out = tmp_path / "run"
-    said = invoke("train", "--env=Toy", *TEXTS, "--steps=20", f"--out={out}")
+    said = invoke("train", "--env=Toy", *TEXTS, "--steps=24", f"--out={out}")
     assert "controller.safetensors" in said
     said = invoke("headroom", *TEXTS, "--episodes=2", f"--out={tmp_path / 'h.json'}")
     assert "spreads above waiting" in said
@@ -94,6 +120,15 @@ def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
     ):
         assert arm in said
     assert {"rows", "pairs", "reports", "tuned"} == set(json.loads((tmp_path / "e.json").read_text()))
+
+
+def test_a_request_at_fault_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr("sys.argv", ["kasmina-rl", "train", *TEXTS, "--steps=24", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path}: it holds something already.")
 
 
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
