@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -181,8 +182,8 @@ def probe(
         causal: Whether points given as paths belong to a causal host.
 
     Raises:
-        HostError: If a point does not fire, fires more than once, is not as declared, or its layout is not proved;
-            every fault is listed.
+        HostError: If a point does not fire, fires more than once, is not as declared, or its layout is not proved, as
+            by an example without samples or with NaN; every fault is listed.
     """
     paths = [item.path if isinstance(item, InjectionPoint) else item for item in wanted]
     for path in paths:
@@ -206,7 +207,9 @@ def probe(
     finally:
         for handle in handles:
             handle.remove()
-    known = _Runs(host, example, {path: record for path, record in seen.items() if len(record) == 1}, output)
+    once = {path: record for path, record in seen.items() if len(record) == 1}
+    no_proof = {path: why for path, (one,) in once.items() if (why := _why_no_proof(one.values, example))}
+    known = _Runs(host, example, {path: once[path] for path in once if path not in no_proof}, output)
     faults: list[str] = []
     proved: list[ProbedPoint] = []
     taken: dict[tuple[nn.Module, tuple[str, ...]], str] = {}
@@ -215,6 +218,8 @@ def probe(
             for one in seen[path][:1]:
                 one.demand()
             features = _the_features(path, [one.output for one in seen[path]])
+            if path in no_proof:
+                raise HostError(f"nothing can be proved by this example: {no_proof[path]}")
             found = _prove(item, path, features, causal, known)
             other = taken.setdefault((submodule(host, path), keys_in(seen[path][0].output, path)), path)
             if other != path:
@@ -463,6 +468,28 @@ def _uncompiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _why_no_proof(features: Tensor | None, example: object) -> str:
+    """Return why features show nothing of their axes: they are empty, or not finite as the example; else nothing."""
+    if features is None:
+        return ""
+    if not features.numel():
+        return f"the features are empty, {tuple(features.shape)}. Give one with samples, two at least"
+    if features.is_meta or _all_finite(features):
+        return ""
+    main = main_input(example)
+    for tensor in tensors_in(example):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            # A mask holds minus infinity.
+            read = tensor if tensor is main else tensor.masked_fill(tensor == -math.inf, 0.0)
+            if not _all_finite(read):
+                return "it holds NaN or infinity, and so do the features. Give finite inputs, such as a batch of the data"
+    return ""
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool((tensor.float() if tensor.element_size() < 4 else tensor).isfinite().all())
 
 
 def _the_features(path: str, outputs: list[Any]) -> Tensor:

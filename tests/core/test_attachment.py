@@ -215,6 +215,43 @@ def test_an_example_that_the_host_cannot_take_is_named_with_the_cause() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_example_that_is_not_finite_proves_nothing(value: float) -> None:
+    example = images(2)
+    example[0, 0, 0, 0] = value
+    with pytest.raises(
+        HostError, match=r"'norm': nothing can be proved by this example: it holds NaN or inf"
+    ):
+        attach(cnn_host(), ["norm"], example)
+
+
+def test_an_example_without_samples_proves_nothing() -> None:
+    with pytest.raises(
+        HostError, match=r"nothing can be proved by this example: the features are empty, \(0, 4"
+    ):
+        attach(cnn_host(), [InjectionPoint("x", "norm", 4, Topology.CNN)], images(2)[:0])
+
+
+class Imputing(nn.Module):
+    """Puts 0 in place of values that lack; of a sample that is masked everywhere it makes NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.inside(x.nan_to_num(0.0) + mask.softmax(-1).sum(-1, keepdim=True)))
+
+
+def test_values_that_the_host_itself_fills_in_and_masks_may_lack() -> None:
+    x, mask = torch.randn(4, 6), torch.zeros(4, 2)
+    x[1, 2] = float("nan")
+    assert attach(Imputing(), ["inside"], (x, mask)).slots["inside"].point.topology is Topology.VECTOR
+    x[1, 2], mask[3] = 0.0, -float("inf")
+    assert attach(Imputing(), ["inside"], (x, mask)).slots["inside"].point.topology is Topology.VECTOR
+
+
 def hooks_of(host: nn.Module) -> list[list[Any]]:
     return [
         [
