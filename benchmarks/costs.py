@@ -29,6 +29,7 @@ from benchmarks.timing import (
     arguments_of,
     command_line,
     device_of,
+    peak_allocated,
     peak_bytes,
     progress,
     report,
@@ -44,6 +45,8 @@ GOAL_STRAIGHT: Final = 1.10
 GOAL_JOINT: Final = {3: 1.5, 12: 1.4}
 STAGES: Final = (SeedStage.FOSSILIZED, SeedStage.BLENDING)
 MIB: Final = 2**20
+MILLIONS: Final = Size(width=16, image=8, images=2, dim=832, length=32, sequences=2)
+"""A Transformer of 100 million parameters."""
 
 
 def _many(count: int, what: str) -> str:
@@ -240,6 +243,28 @@ def memory(work: Workload, clock: Clock, counts: Sequence[int]) -> Iterator[Row]
             yield row(f"{_many(count, 'seed')} in {stage.name}", over, goal, grown, twin)
 
 
+def memory_of_growing(work: Workload, clock: Clock) -> Iterator[Row]:
+    """Yield the rows of what a germination and a gate hold beside the host, over the bytes of its parameters."""
+    part = f"{work.kind}, memory of growing"
+    if clock.is_over:
+        yield Row(part, "germination", "the host's parameters", None)
+        return
+    model = work.model(1)
+    model.evaluate_with(lambda: work.losses(model(work.inputs)))
+    name = next(iter(model.slots))
+    size = sum(p.nbytes for p in model.host.parameters())
+    moves: dict[str, Step] = {
+        "germination": lambda: model.germinate(name, work.blueprint),
+        "gate into TRAINING": lambda: work.walk(model, name, SeedStage.TRAINING),
+        "gate into BLENDING": lambda: work.walk(model, name, SeedStage.BLENDING),
+        "gate into SHADOWING": lambda: work.walk(model, name, SeedStage.SHADOWING),
+    }
+    for case, move in moves.items():
+        progress(f"{part}: {case}")
+        ratio = peak_allocated(move) / size
+        yield Row(part, case, "the host's parameters", (ratio, ratio, ratio), unit=f"{size / MIB:.3g} MiB")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = arguments_of(__doc__, rounds=15)
@@ -275,6 +300,9 @@ def measure(options: argparse.Namespace, clock: Clock, size: Size) -> Iterator[R
             work = Workload(kind, size, clock.device)
             if mode == "memory":
                 yield from memory(work, clock, counts)
+                if kind == "transformer" and clock.device.type == "cpu":
+                    large = size if options.fast else MILLIONS
+                    yield from memory_of_growing(Workload(kind, large, clock.device), clock)
             else:
                 yield from Costs(work, clock, mode == "compiled", counts, options.only).rows()
 

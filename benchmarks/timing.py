@@ -151,8 +151,6 @@ def peak_bytes(device: torch.device, build: Callable[[], Step]) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
     made: list[Step] = []
 
     def all_of_it() -> None:
@@ -160,8 +158,15 @@ def peak_bytes(device: torch.device, build: Callable[[], Step]) -> int:
         for _ in range(3):
             made[0]()
 
+    return peak_allocated(all_of_it)
+
+
+def peak_allocated(run: Step) -> int:
+    """Return the most bytes on the CPU that a call holds beside what was there before."""
+    from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        all_of_it()
+        run()
     live = peak = 0
     # The profiler notes each allocation of torch's CPU allocator, inside of operators too, as an event of its own.
     for event in watched.profiler.kineto_results.events():
