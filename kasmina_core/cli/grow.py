@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -202,7 +203,7 @@ def grow(
         return
     record = _run_one(settings, data, folder, request)
     if record.interrupted:
-        click.echo(f"To go on: kasmina grow --resume {folder}", err=True)
+        click.echo(f"To go on: {_resuming(folder, settings, data_dir)}", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -306,7 +307,7 @@ def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, 
         click.echo(f"seed {seed}: run {seed - settings.seed + 1} of {repeats}", err=True)
         record = _run_one(one, data, place, request, begin)
         if record.interrupted:
-            click.echo(f"To go on: kasmina grow --resume {folder}", err=True)
+            click.echo(f"To go on: {_resuming(folder, settings, request.data_dir)}", err=True)
             sys.exit(INTERRUPTED)
         records.append(record)
     found = Repeats.of(records)
@@ -358,8 +359,11 @@ def _saved_settings(folder: Path) -> tuple[RunSettings, int | None, Beginning | 
 def _is_done(folder: Path) -> bool:
     """Say whether a run ended and wrote all its files."""
     from kasmina_core.experiments.progress import ProgressFolder
+    from kasmina_core.experiments.record import RunRecord
 
-    return (folder / "run.json").exists() and not ProgressFolder(folder).exists
+    path = folder / "run.json"
+    # A run that was stopped in its first epoch has a record, and nothing to go on from.
+    return path.exists() and not ProgressFolder(folder).exists and not RunRecord.read(path).interrupted
 
 
 def _demand_same(folder: Path, typed: Mapping[str, Any], settings: RunSettings, repeats: int | None) -> None:
@@ -368,8 +372,6 @@ def _demand_same(folder: Path, typed: Mapping[str, Any], settings: RunSettings, 
     Raises:
         click.UsageError: If so.
     """
-    from kasmina_core.packs.discovery import default_registry
-
     if "out" in typed:
         raise click.UsageError("--resume and --out: the run goes on in its own folder.")
     begun = {field.name: getattr(settings, field.name) for field in fields(settings)} | {"repeat": repeats}
@@ -379,15 +381,30 @@ def _demand_same(folder: Path, typed: Mapping[str, Any], settings: RunSettings, 
                 f"--resume goes on with the settings of the run; leave out --{name.replace('_', '-')}.\n"
                 f"  the run: {begun[name]!r}\n  given:   {value!r}"
             )
-    plugins = default_registry()
-    for name, offered in (("task", plugins.tasks()), ("host", plugins.hosts)):
-        value = begun[name]
-        # A file never names code to load: who resumes the run does.
-        if value is not None and ":" in value and value not in offered and name not in typed:
+    # A file never names code to load: who resumes the run does.
+    for name in _own_code(settings):
+        if name not in typed:
             raise click.UsageError(
                 f"The {name} of the run is code that no pack offers, and a folder must not lead to code.\n"
-                f"Name it again: kasmina grow --resume {folder} --{name} {value}"
+                f"Name it again: {_resuming(folder, settings, typed.get('data_dir'))}"
             )
+
+
+def _own_code(settings: RunSettings) -> dict[str, str]:
+    """Return the task and the host of a run, by the name of their option, where they are code that no pack offers."""
+    from kasmina_core.packs.discovery import default_registry
+
+    plugins = default_registry()
+    named = (("task", settings.task, plugins.tasks()), ("host", settings.host, plugins.hosts))
+    return {option: name for option, name, offered in named if name and ":" in name and name not in offered}
+
+
+def _resuming(folder: Path, settings: RunSettings, data_dir: Path | None) -> str:
+    """Return the command that goes on with a run, with all that it does not take from the folder."""
+    named: dict[str, object] = {"resume": folder, **_own_code(settings)}
+    if data_dir is not None:
+        named["data"] = data_dir
+    return shlex.join(["kasmina", "grow", *(word for k, v in named.items() for word in (f"--{k}", str(v)))])
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

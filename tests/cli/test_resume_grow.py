@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -298,6 +299,59 @@ def test_several_seeds_go_on_with_the_host_of_those_that_are_done(
     assert "the host computes something else from the same weights" in refused.stderr
     _edit(source)
     assert _grow("--resume", "runs", *own).exit_code == 0
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Press Ctrl-C when a run shows its epoch of that number, counted over all runs."""
+    calls, epoch = 0, RunDisplay.epoch
+
+    def interrupts(display: RunDisplay, record: EpochRecord) -> None:
+        nonlocal calls
+        calls += 1
+        epoch(display, record)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RunDisplay, "epoch", interrupts)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize("several", [(), ("--repeat", "2")])
+def test_the_command_that_is_shown_after_ctrl_c_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("_kasmina_file_own", None)
+    _own_task()
+    asked = ("--task", "own.py:own", "--host", "own.py:net", "--slots", "1", "--data", "a folder")
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 1)
+        stopped = _grow(*asked, "--epochs", "2", "--out", "the run", *several)
+    assert stopped.exit_code == 130
+    (shown,) = [line for line in stopped.stderr.splitlines() if line.startswith("To go on: kasmina grow ")]
+    words = shlex.split(shown)[5:]
+    assert words == [*("--resume", "the run", *asked[:4]), "--data", "a folder"]
+    result = _grow(*words)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_a_run_that_was_stopped_in_its_first_epoch_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = RunDisplay.phase
+
+    def interrupts(display: RunDisplay, *arguments: Any) -> None:
+        phase(display, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asked = ("--epochs", "1", "--batch-size", "512")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDisplay, "phase", interrupts)
+        assert _grow(*asked, "--out", tmp_path / "run").exit_code == 130
+    assert _grow("--resume", tmp_path / "run").exit_code == 0
+    assert _grow(*asked, "--out", tmp_path / "whole").exit_code == 0
+    _same_files(tmp_path / "whole", tmp_path / "run")
 
 
 def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
