@@ -68,16 +68,16 @@ class Host(nn.Module):
 
 
 class Mix(nn.Module):
-    """``x + w x + v mean(x)``: mixes all values of a feature within a sample, and no samples."""
+    """``x + w x + v mean(x)``: mixes all values within a sample, or within a position of a sequence, and no samples."""
 
     def __init__(self, dim: int, topology: Topology) -> None:
         super().__init__()
+        self.within = (-1,) if topology.sequence_axis else tuple(range(1, topology.ndim))
         self.own = nn.Parameter(torch.full(topology.shape(dim)[1:], 0.1))
         self.mean = nn.Parameter(torch.full(topology.shape(dim)[1:], 0.2))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, *_ = x.shape
-        y = x + self.own * x + self.mean * x.reshape(b, -1).mean(1).view(b, *[1] * (x.dim() - 1))
+        y = x + self.own * x + self.mean * x.mean(self.within, keepdim=True)
         return y.contiguous()  # in the topology's order, as a convolution or a linear layer returns it
 
 
