@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,7 +144,8 @@ def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | N
     type=click.IntRange(1),
     default=30,
     show_default=True,
-    help="Episodes to tune the plateau policy on.",
+    help="Episodes to play, at least, to tune the plateau policy. A controller is called better only if these are as many "
+    "as it learned from.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
 def evaluate(
@@ -163,7 +165,8 @@ def evaluate(
     env = _make(env_name, texts)
     tuned = _best(env, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning)
     fixed = _best(env, _fixed(), tuning)
-    click.echo(f"tuned on {tuning} episodes: plateau (patience, least improvement) {tuned[0]}; {fixed[0]}")
+    click.echo(f"tuned on {tuned[2]} episodes: plateau (patience, least improvement) {tuned[0]}")
+    click.echo(f"chosen on {fixed[2]} episodes: {fixed[0]}")
     players = {
         "random": playing.RandomPlayer(0),
         "wait": playing.waiting(),
@@ -184,12 +187,13 @@ def evaluate(
     ]
     for row in pairs:
         click.echo(str(row))
-    for row in pairs:
-        if row.name in controllers:
-            better = row.mean - row.half_width > 0
-            click.echo(
-                f"{row.name}: {'better' if better else 'not shown to be better'} than the tuned plateau policy"
-            )
+    claims = {
+        row.name: _claim(row, controllers[row.name].controller.record.get("episodes"), tuned[2])
+        for row in pairs
+        if row.name in controllers
+    }
+    for name, claim in claims.items():
+        click.echo(f"{name}: {claim}")
     reports = {
         name: playing.Row.of(name, [p.report for p in played if p.report is not None])
         for name, played in found.items()
@@ -203,7 +207,7 @@ def evaluate(
         "pairs": [_plain(row) for row in pairs],
         "reports": [_plain(r) for r in reports.values()],
     }
-    _write(out, written | {"tuned": [tuned[0], fixed[0]]})
+    _write(out, written | {"tuned": [tuned[0], fixed[0]], "claims": claims})
 
 
 @cli.command()
@@ -252,14 +256,30 @@ def _unseen(episodes: int) -> list[int]:
     return list(range(FIRST_UNSEEN, FIRST_UNSEEN + episodes))
 
 
-def _best(env: Any, players: dict[str, Any], episodes: int) -> tuple[str, Any]:
-    """Return the best of several players on the first episodes of training, which share them."""
+def _claim(pair: Any, learned_from: object, tuned_on: int) -> str:
+    """Return what may be said of a controller, by its differences to a policy that was tuned on so many episodes."""
+    if not isinstance(learned_from, int):
+        return "no claim can be made: its record does not say how many episodes it learned from"
+    if tuned_on < learned_from:
+        return (
+            f"no claim can be made: it learned from {learned_from} episodes, and the plateau policy was tuned on {tuned_on}; "
+            f"give --tuning {learned_from}"
+        )
+    better = pair.mean - pair.half_width > 0
+    return f"{'better' if better else 'not shown to be better'} than the tuned plateau policy"
+
+
+def _best(env: Any, players: dict[str, Any], episodes: int) -> tuple[str, Any, int]:
+    """Return the best of several players, and how many episodes they played in all: at least so many.
+
+    All play the same ones, the first of training.
+    """
     from kasmina_rl import playing
 
-    each = max(1, episodes // len(players))
+    each = math.ceil(episodes / len(players))
     found = playing.play_all(env, players, range(each), _progress)
     best = max(found, key=lambda name: sum(played.value for played in found[name]))
-    return best, players[best]
+    return best, players[best], each * len(players)
 
 
 def _table(found: Any) -> list[dict[str, Any]]:

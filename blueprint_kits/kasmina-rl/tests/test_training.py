@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 import kasmina_rl
-from kasmina_rl.command import cli, main
+from kasmina_rl.command import _claim, cli, main
 from kasmina_rl.learned import Controller, ControllerError
+from kasmina_rl.playing import Row
 from kasmina_rl.training import RequestError, Settings, export_model, train
 
 OPTIONS = {"episodes": 2, "epochs": 3, "blueprints": ["vector:norm"]}
@@ -73,6 +75,26 @@ def test_a_network_is_trained_resumed_and_exported_without_unpickling(tmp_path):
         export_model(tmp_path / "alone.zip")
 
 
+@pytest.mark.parametrize(
+    ("learned_from", "tuned_on", "mean", "claim"),
+    [
+        (72, 75, 0.3, "better than the tuned plateau policy"),
+        (72, 72, 0.1, "not shown to be better than the tuned plateau policy"),
+        (
+            72,
+            60,
+            0.3,
+            "no claim can be made: it learned from 72 episodes, and .* tuned on 60; give --tuning 72",
+        ),
+        (None, 900, 0.3, "no claim can be made: its record does not say"),
+    ],
+)
+def test_a_controller_is_called_better_only_than_a_policy_tuned_on_as_many_episodes(
+    learned_from, tuned_on, mean, claim
+):
+    assert re.match(claim, _claim(Row("controller", mean, 0.2, 0.1, 0.0, 50), learned_from, tuned_on))
+
+
 def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path):
     kept = tmp_path / "controller.safetensors"
     kept.write_bytes(b"trained before")
@@ -108,7 +130,7 @@ def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
     assert "of a bare epoch" in invoke("speed", *TEXTS, "--episodes=1")
     controller = f"--controller={out / 'controller.safetensors'}"
     said = invoke(
-        "evaluate", *TEXTS, "--episodes=2", "--tuning=1", controller, f"--out={tmp_path / 'e.json'}"
+        "evaluate", *TEXTS, "--episodes=2", "--tuning=17", controller, f"--out={tmp_path / 'e.json'}"
     )
     for arm in (
         "random",
@@ -119,7 +141,10 @@ def test_the_commands_train_compare_and_say_what_there_is_to_learn(tmp_path):
         "than the tuned plateau policy",
     ):
         assert arm in said
-    assert {"rows", "pairs", "reports", "tuned"} == set(json.loads((tmp_path / "e.json").read_text()))
+    assert "tuned on 30 episodes: plateau" in said
+    assert {"rows", "pairs", "reports", "tuned", "claims"} == set(
+        json.loads((tmp_path / "e.json").read_text())
+    )
 
 
 def test_a_request_at_fault_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
