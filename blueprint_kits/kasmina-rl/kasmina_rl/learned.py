@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +118,7 @@ class Controller:
         return x
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; its metadata hold the rest as JSON."""
+        """Write a safetensors file; its metadata hold the rest as JSON, and a CRC-32 of all."""
         from safetensors.numpy import save_file
 
         about = {
@@ -129,14 +131,18 @@ class Controller:
             "record": dict(self.record),
         }
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in self.weights.items()}
-        save_file(arrays, os.fspath(path), {"controller": json.dumps(about)})
+        text = json.dumps(about)
+        save_file(arrays, os.fspath(path), {"controller": text, "crc32": checksum(text, arrays)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Controller:
         """Read what `save` wrote. Nothing in the file is run.
 
         Raises:
-            ControllerError: If there is no such file, or it is foreign, truncated, of another version or too large.
+            ControllerError: If there is no such file, or it is foreign, damaged, of another version or too large.
+
+        Warns:
+            UserWarning: If it was written without a checksum, so that a bit that turned is not noticed.
         """
         try:
             return cls._load(Path(path))
@@ -158,7 +164,12 @@ class Controller:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length]) if length <= size else {}
-        about = json.loads(header["__metadata__"]["controller"])
+        metadata, arrays = header["__metadata__"], load(data)
+        about = json.loads(metadata["controller"])
+        if metadata.keys() == {"controller"}:
+            warnings.warn(f"{path} has no checksum: a bit that turned in it is not noticed.", stacklevel=3)
+        elif metadata["crc32"] != checksum(metadata["controller"], arrays):
+            raise ControllerError(f"{path} is not as it was written: its bytes have changed since.")
         if about["format"] != FORMAT or about["version"] != VERSION:
             raise ControllerError(
                 f"{path} holds another format.\n  expected: {FORMAT}, version {VERSION}\n"
@@ -172,8 +183,16 @@ class Controller:
             isinstance(slots, int) and 0 < slots < 10_000 and all(isinstance(c, str) for c in candidates)
         ):
             raise ControllerError(f"{path} does not say for which slots and candidates it was made.")
-        weights = {name: np.asarray(array, np.float32) for name, array in load(data).items()}
+        weights = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
         return cls(about["kind"], weights, slots, tuple(candidates), dict(about["record"]))
+
+
+def checksum(text: str, arrays: Mapping[str, Numbers]) -> str:
+    """Return the CRC-32, in hexadecimal, of a controller's text and its weights with their names and shapes."""
+    found = zlib.crc32(text.encode())
+    for name, array in sorted(arrays.items()):
+        found = zlib.crc32(array.tobytes(), zlib.crc32(f"{name}{array.dtype}{array.shape}".encode(), found))
+    return f"{found:08x}"
 
 
 def linear_scores(weights: Mapping[str, Numbers], encoded: Mapping[str, Numbers]) -> Numbers:

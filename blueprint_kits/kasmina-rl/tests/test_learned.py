@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from kasmina_core import CheckpointError, Topology, default_registry, start_arm
 from rl_cases import MLP, NORM, toy
+from safetensors.numpy import load
 
 from kasmina_rl import ControllerError, Encoder, LearnedPolicy
 from kasmina_rl.episodes import toy_task
-from kasmina_rl.learned import SCORES, Controller, bundled
+from kasmina_rl.learned import SCORES, Controller, bundled, checksum
 from kasmina_rl.playing import play
 from kasmina_rl.training import ControllerPlayer
 
@@ -125,7 +126,9 @@ def hostile(path: Path) -> dict[str, bytes]:
 
     def with_about(**changes):
         about = json.loads(header["__metadata__"]["controller"]) | changes
-        changed = json.dumps(header | {"__metadata__": {"controller": json.dumps(about)}}).encode()
+        text = json.dumps(about)
+        metadata = {"controller": text, "crc32": checksum(text, load(good))}
+        changed = json.dumps(header | {"__metadata__": metadata}).encode()
         return struct.pack("<Q", len(changed)) + changed + good[8 + length :]
 
     nan = linear(**GREEDY)
@@ -163,6 +166,32 @@ def test_a_bad_file_is_one_clear_error(kind, tmp_path):
     with pytest.raises(ControllerError):
         LearnedPolicy(CANDIDATES, path)
     assert not Path("/tmp/kasmina-rl-was-hacked").exists()
+
+
+def test_a_bit_that_turned_makes_no_other_controller(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    good = path.read_bytes()
+    length = 8 + int.from_bytes(good[:8], "little")
+    for place in [*range(0, length, 23), *range(length, len(good), 5)]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ControllerError):
+            Controller.load(path)
+
+
+def test_a_controller_without_a_checksum_is_read_with_a_warning(tmp_path):
+    path = tmp_path / "c.safetensors"
+    linear(**GREEDY).save(path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]["crc32"]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.warns(UserWarning, match="has no checksum"):
+        assert Controller.load(path).record == {"why": "a test"}
 
 
 def test_a_missing_file_is_an_error(tmp_path):
