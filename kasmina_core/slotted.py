@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,9 @@ from kasmina_core.slots.slot import SeedSlot
 from kasmina_core.state_keys import WRAPPER, NamesOf, without_wrapper
 
 SLOTS_KEY: Final = "kasmina_slots"
+
+HAS_SLOTS: Final = "has_slots"
+"""In the metadata of a ``state_dict`` of a model, whose keys are those of its bare host while its slots are empty."""
 
 BEHIND: Final = "__"
 """Between the name of a point and the number of a slot at it, from 2 on: ``block2``, ``block2__2``, ``block2__3``."""
@@ -179,6 +183,7 @@ class SlottedModel(nn.Module):
         self._hang_together()
         self.register_state_dict_post_hook(_strip_host_prefix)  # type: ignore[no-untyped-call]  # torch
         self.register_load_state_dict_pre_hook(_add_host_prefix)  # type: ignore[no-untyped-call]  # torch
+        self.register_load_state_dict_post_hook(_name_as_the_file)  # type: ignore[no-untyped-call]  # torch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the host, its features passing through the slots.
@@ -484,6 +489,8 @@ class SlottedModel(nn.Module):
     ) -> Any:
         """Load weights and topology: seeds are rebuilt, or removed, as the saved model had them.
 
+        A seed that differs in values alone stays, and they are copied into its parameters.
+
         Raises:
             KasminaError: If a saved seed cannot be rebuilt.
             RuntimeError: If keys or shapes differ, as in torch.
@@ -620,6 +627,7 @@ def _strip_host_prefix(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     own = prefix + "host."
+    local_metadata[HAS_SLOTS] = True
     for key in [key for key in state_dict if key.startswith(prefix)]:
         value = state_dict.pop(key)
         state_dict[prefix + key.removeprefix(own) if key.startswith(own) else key] = value
@@ -649,3 +657,13 @@ def _add_host_prefix(
             name = f"host.{own_name(name)}"
         # If two keys map to one name, the second stays as it is, so torch reports it as unexpected.
         state_dict[prefix + name if prefix + name not in state_dict else key] = value
+    model = cast("SlottedModel", module)
+    model.__dict__["_loading"] = prefix, error_msgs
+
+
+def _name_as_the_file(module: nn.Module, keys: Any) -> None:
+    """Take the prefix that no file has off what is missing, unexpected or does not fit."""
+    prefix, messages = module.__dict__.pop("_loading")
+    inside = re.compile(rf"(?<![\w.]){re.escape(prefix)}host\.")
+    for texts in (keys.missing_keys, keys.unexpected_keys, messages):
+        texts[:] = [inside.sub(lambda _: prefix, text, count=1) for text in texts]

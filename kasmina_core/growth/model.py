@@ -29,7 +29,7 @@ from kasmina_core.lifecycle import SeedStage, SeedState
 from kasmina_core.policies.protocol import Command, CommandOutcome, Observation, Policy
 from kasmina_core.positions import ContextReader
 from kasmina_core.probing import ProbedPoint
-from kasmina_core.slotted import SLOTS_KEY, SlotMap, SlottedModel
+from kasmina_core.slotted import HAS_SLOTS, SLOTS_KEY, SlotMap, SlottedModel
 from kasmina_core.verdicts import GateResult
 
 if TYPE_CHECKING:
@@ -514,9 +514,15 @@ class MorphogeneticModel(SlottedModel):
     ) -> Any:
         """Load weights and topology: seeds are rebuilt, or removed, as the saved model had them.
 
+        A seed that differs in values alone stays, and they are copied into its parameters.
+
         Raises:
             KasminaError: If a saved seed cannot be rebuilt.
-            RuntimeError: If keys or shapes differ, as in torch. In both cases the model is as before.
+            RuntimeError: If keys or shapes differ, as in torch, or ``strict=False`` leaves out a tensor of a seed that must
+                be built. In both cases the model is as before.
+
+        Warns:
+            MisuseWarning: If fossils go because the state is that of a bare host.
         """
         growth = self.growth
         growth.misuse.restart()
@@ -543,8 +549,19 @@ class MorphogeneticModel(SlottedModel):
         self._grow_with(growth)
 
 
-def _nest_as_saved(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_others: object) -> None:
+def _nest_as_saved(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    *_others: object,
+) -> None:
     """Open and close slots behind fossils, as the records say; a damaged one is reported by its slot."""
+    grown = cast("MorphogeneticModel", model)
+    has_slots = HAS_SLOTS in local_metadata or any(
+        key.startswith(f"{prefix}{SLOTS_KEY}.") for key in state_dict
+    )
+    grown.growth.misuse.note_load(() if has_slots else grown.slots.values())
 
     def has_behind(name: str) -> bool:
         record = state_dict.get(f"{prefix}{SLOTS_KEY}.{name}._extra_state")
@@ -555,8 +572,10 @@ def _nest_as_saved(model: nn.Module, state_dict: Mapping[str, Any], prefix: str,
                 return False
         return isinstance(record, Mapping) and record.get("slot_behind") is True
 
-    cast("MorphogeneticModel", model).nest(has_behind)
+    grown.nest(has_behind)
 
 
 def _offer_slots(model: nn.Module, _keys: object) -> None:
-    cast("MorphogeneticModel", model).growth.offer_slots()
+    growth = cast("MorphogeneticModel", model).growth
+    growth.offer_slots()
+    growth.misuse.loaded()

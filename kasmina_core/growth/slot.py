@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kasmina_core.blueprints.catalogue import BlueprintRegistry
 from kasmina_core.blueprints.germination import size_unbuilt, try_seed
@@ -199,10 +199,25 @@ class SeedTelemetry(Record):
     is_exploding: bool
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _WithWeights:
+    """A slot's record in a state dict that holds the seed's weights too."""
+
+    record: Mapping[str, Any] | Tensor
+
+
+def _shapes(seed: nn.Module) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in [*seed.named_parameters(), *seed.named_buffers()]}
+
+
 class SeedSlot(core.SeedSlot):
     """Holds at most one seed at an injection point and moves it through its life.
 
     Its commands and stages are those of `kasmina_core.slots.slot.SeedSlot`.
+
+    Attributes:
+        built_anew: While a load goes on that built the seed anew: prefix of its keys, and the load's errors.
 
     Args:
         point: Where the slot is.
@@ -230,6 +245,8 @@ class SeedSlot(core.SeedSlot):
         super().__init__(
             point, shape, config, seeds, ConfiguredGates(config, seeds), dtype=dtype, device=device
         )
+        self.built_anew: tuple[str, list[str]] | None = None
+        self.register_load_state_dict_post_hook(_demand_whole_seed)  # type: ignore[no-untyped-call]  # torch
 
     def another(self, point: InjectionPoint) -> SeedSlot:
         """Return an empty slot like this one, at a point with the same features."""
@@ -288,6 +305,8 @@ class SeedSlot(core.SeedSlot):
     def set_extra_state(self, state: Mapping[str, Any] | Tensor) -> None:
         """Rebuild the seed and its place in life from `get_extra_state`; its weights are loaded after that.
 
+        In a ``load_state_dict`` that holds weights, a seed of the same blueprint, options and shapes stays.
+
         Args:
             state: What `get_extra_state` returned, or the tensor that the ``state_dict`` holds of it.
 
@@ -295,7 +314,8 @@ class SeedSlot(core.SeedSlot):
             CheckpointError: If the data is of another version, damaged, or does not fit this slot; nothing is changed.
             UnknownNameError: If nobody offers the blueprint.
         """
-        record = self._record(state)
+        in_place = isinstance(state, _WithWeights)
+        record = self._record(state.record if isinstance(state, _WithWeights) else state)
         saved, seed, takes_context = record.state, None, False
         if saved is not None and not is_failure_stage(saved.stage):
             trial = self._make_seed(saved.blueprint_id, record.options, record.germinations, saved.stage)
@@ -310,8 +330,16 @@ class SeedSlot(core.SeedSlot):
                     f"The saved seed '{saved.seed_id}' was paused with parameters it does not have: "
                     f"{', '.join(unknown)}."
                 )
-            self._announce(saved, seed)
-        self.clear()
+            if in_place and self._holds_like(saved, record.options, seed):
+                seed = self.seed
+            else:
+                self._announce(saved, seed)
+        if seed is not None and seed is self.seed:
+            if self.state is not None and self.state.is_paused:
+                self._thaw()
+            self._begin_notes()
+        else:
+            self.clear()
         self.germinations = record.germinations
         if saved is None:
             return
@@ -325,6 +353,15 @@ class SeedSlot(core.SeedSlot):
         if seed is not None and saved.is_paused:
             self._freeze(record.frozen_by_pause)
         self.refresh_mode()
+
+    def _holds_like(self, saved: SeedState, options: Mapping[str, Any], seed: nn.Module) -> bool:
+        """Whether the slot's seed differs from one that was built from a record in values alone."""
+        return (
+            self.seed is not None
+            and self.state is not None
+            and (self.state.blueprint_id, self.options) == (saved.blueprint_id, options)
+            and _shapes(self.seed) == _shapes(seed)
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -374,7 +411,7 @@ class SeedSlot(core.SeedSlot):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "_extra_state"
+        key, with_weights = prefix + "_extra_state", False
         if key not in state_dict:
             empty = {"state": None, "germinations": local_metadata.get("germinations", self.germinations)}
             state_dict = {**state_dict, key: self.get_extra_state() | empty}
@@ -387,6 +424,26 @@ class SeedSlot(core.SeedSlot):
             ]
             if saved or strict or isinstance(record, Tensor):  # else weights are loaded later, from elsewhere
                 self.demand_room(record, sum(saved))
+            with_weights = bool(saved) or isinstance(record, Tensor)
+            # With assign=True parameters are other objects, which optimisers must be told of.
+            if with_weights and not local_metadata.get("assign_to_params_buffers", False):
+                state_dict = {**state_dict, key: _WithWeights(record)}
+        before = self.seed
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.built_anew = (f"{prefix}seed.", error_msgs) if with_weights and self.seed is not before else None
+
+
+def _demand_whole_seed(slot: nn.Module, keys: Any) -> None:
+    """Let a load fail, strict or not, that built a seed anew without all of its weights."""
+    slot = cast("SeedSlot", slot)
+    built, slot.built_anew = slot.built_anew, None
+    if built is None:
+        return
+    start, messages = built
+    if lacking := [key for key in keys.missing_keys if key.startswith(start)]:
+        messages.append(
+            f"The saved seed of slot '{slot.name}' lacks {', '.join(lacking)}. It differs from what the slot held, so it "
+            "was built anew, and there are no former values to keep."
         )

@@ -25,21 +25,19 @@ class ModelBefore:
 
     Args:
         host: The host; its tensors are copied.
-        slots: The slots; a load gives them other seeds, so theirs are only noted.
+        slots: The slots; tensors of their seeds are copied too, since a load may write into them.
     """
 
     def __init__(self, host: nn.Module, slots: Iterable[SeedSlot]) -> None:
-        self._slots = [
-            (
-                slot,
-                dict(slot.__dict__),
-                dict(slot._modules),
-                [(b, b.clone()) for b in slot.buffers(recurse=False)],
-            )
-            for slot in slots
+        self._slots = [(slot, dict(slot.__dict__), dict(slot._modules)) for slot in slots]
+        whole = [host, *(slot for slot, *_ in self._slots)]
+        self._tensors = [
+            (t, t.detach().clone()) for one in whole for t in [*one.parameters(), *one.buffers()]
         ]
-        self._tensors = [(t, t.detach().clone()) for t in [*host.parameters(), *host.buffers()]]
-        parts = [*host.modules(), *(slot for slot, *_ in self._slots)]
+        self._seeds = [
+            (p, p.requires_grad, p.grad) for slot, *_ in self._slots for p in slot.seed_parameters()
+        ]
+        parts = [part for one in whole for part in one.modules()]
         self._places = [(part, dict(part._parameters), dict(part._buffers)) for part in parts]
         self._called: list[Callable[[], None]] = []
 
@@ -50,7 +48,7 @@ class ModelBefore:
             listeners: Whom to call.
             slots: The slots that there are.
         """
-        seeds = {slot: modules.get("seed") for slot, _, modules, *_ in self._slots}
+        seeds = {slot: modules.get("seed") for slot, _, modules in self._slots}
         for slot in dict.fromkeys((*seeds, *slots)):
             before = seeds.get(slot)
             if slot.seed is before:
@@ -73,11 +71,12 @@ class ModelBefore:
         for module, parameters, buffers in self._places:  # assign=True puts other tensors in their places
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for slot, attributes, modules, own in self._slots:
+        for slot, attributes, modules in self._slots:
             slot.__dict__.update(attributes)
             slot.__dict__["_modules"] = modules
-            for buffer, value in own:
-                buffer.copy_(value)
+        for parameter, learns, gradient in self._seeds:
+            parameter.requires_grad_(learns)
+            parameter.grad = gradient
         while self._called:
             with suppress(Exception):  # the caller must see what made the load fail
                 self._called.pop()()

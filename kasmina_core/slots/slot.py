@@ -556,11 +556,7 @@ class SeedSlot(Slot):
         state = self._require_seed("resume")
         if not state.is_paused:
             raise TransitionError(f"Seed '{state.seed_id}' in slot '{self.name}' is not paused.")
-        if self.seed is not None:
-            named = dict(self.seed.named_parameters())
-            for name in self.notes.frozen_by_pause:
-                named[name].requires_grad_(True)
-        self.notes.frozen_by_pause = []
+        self._thaw()
         state.is_paused = state.is_stopped = False
         self.notes.answers = {}
         self.refresh_mode()
@@ -717,6 +713,13 @@ class SeedSlot(Slot):
             named[name].requires_grad_(False)
             named[name].grad = None  # an optimiser steps a frozen parameter that still has a gradient
         self.notes.frozen_by_pause = names
+
+    def _thaw(self) -> None:
+        if self.seed is not None:
+            named = dict(self.seed.named_parameters())
+            for name in self.notes.frozen_by_pause:
+                named[name].requires_grad_(True)
+        self.notes.frozen_by_pause = []
 
     def _emit(self, kind: Callable[..., TelemetryEvent], **details: Any) -> None:
         if self.state is not None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kasmina_core.errors import DistributedError, MisuseWarning
 from kasmina_core.gates.thresholds import GateProfile
-from kasmina_core.lifecycle import LIVING
+from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.sharding import local_part
 from kasmina_core.slots.settings import Incubation
 from kasmina_core.slots.slot import SeedSlot
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LEVEL_OF_CALLER: Final = 5
 """Of `Misuse._warn`, from where a warning is raised: the caller of the model's method."""
+
+_LEVEL_OF_LOAD: Final = 9
+"""The same from where a hook of ``load_state_dict`` warns."""
 
 
 @final
@@ -50,10 +53,32 @@ class Misuse:
         self._pending: dict[str, str] = {}
         self._trained = False
         self._fault = ""
+        self._fossils: list[str] = []
 
     def restart(self) -> None:
         """Say nothing of this epoch: parameters change for another reason than an optimiser's step."""
         self._living, self._versions = {}, []
+
+    def note_load(self, losing: Iterable[SeedSlot]) -> None:
+        """Take the slots that a ``state_dict`` empties that says nothing of any slot, before it does."""
+        self._fossils = [
+            f"'{slot.name}' ({slot.state.blueprint_id}, '{slot.state.seed_id}')"
+            for slot in losing
+            if slot.state is not None and slot.stage is SeedStage.FOSSILIZED
+        ]
+
+    def loaded(self) -> None:
+        """Warn of the fossils that went with a load."""
+        fossils, self._fossils = ", ".join(self._fossils), []
+        if fossils:
+            self._warn(
+                f"bare host {fossils}",
+                "A state_dict without any seed, such as that of a bare host, was loaded into a model with fossils: they "
+                f"are gone.\n  slots: {fossils}\n"
+                "To load the host alone and keep them: model.host.load_state_dict(...). To go on with a grown model, "
+                "load what model.state_dict() returned.",
+                _LEVEL_OF_LOAD,
+            )
 
     def note_step(self, model: MorphogeneticModel) -> None:
         """Take the first step of an epoch."""
