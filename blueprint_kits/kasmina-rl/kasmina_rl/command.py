@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,8 @@ def train(
 
     options = {"episodes": episodes} | _options(texts)
     settings = Settings(_id(env_name), options, algo, steps, seed, out, resume)
-    run(settings, click.echo)
+    with _small_heap():
+        run(settings, click.echo)
     click.echo(f"{out / 'controller.safetensors'}")
 
 
@@ -120,7 +123,8 @@ def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | N
     players = (
         {"wait": playing.waiting()} | _fixed() | {"plateau": playing.plateau(), "bandit": playing.bandit()}
     )
-    found = playing.play_all(env, players, _unseen(episodes), _progress, report=False)
+    with _small_heap():
+        found = playing.play_all(env, players, _unseen(episodes), _progress, report=False)
     rows = _table(found)
     best, spreads = playing.headroom(found)
     verdict = "enough to learn" if spreads >= 3 else "too little to learn from: below 3"
@@ -163,8 +167,9 @@ def evaluate(
 
     controllers = {f"controller {path}": ControllerPlayer(Controller.load(path)) for path in paths}
     env = _make(env_name, texts)
-    tuned = _best(env, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning)
-    fixed = _best(env, _fixed(), tuning)
+    with _small_heap():
+        tuned = _best(env, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning)
+        fixed = _best(env, _fixed(), tuning)
     click.echo(f"tuned on {tuned[2]} episodes: plateau (patience, least improvement) {tuned[0]}")
     click.echo(f"chosen on {fixed[2]} episodes: {fixed[0]}")
     players = {
@@ -176,7 +181,8 @@ def evaluate(
         "bandit": playing.bandit(),
         **controllers,
     }
-    found = playing.play_all(env, players, _unseen(episodes), _progress, report=True)
+    with _small_heap():
+        found = playing.play_all(env, players, _unseen(episodes), _progress, report=True)
     rows = _table(found)
     click.echo("\nless the tuned plateau policy, in pairs")
     click.echo(playing.HEAD)
@@ -226,8 +232,9 @@ def speed(env_name: str, texts: tuple[str, ...], episodes: int) -> None:
     env = _make(env_name, texts)
     for what in ("hosts alone trained with it", "hosts alone known"):
         began, steps = time.process_time(), 0
-        for episode in _unseen(episodes):
-            steps += playing.play(env, playing.RandomPlayer(episode), episode).steps
+        with _small_heap():
+            for episode in _unseen(episodes):
+                steps += playing.play(env, playing.RandomPlayer(episode), episode).steps
         each = (time.process_time() - began) / steps
         bare = env.start(_unseen(1)[0])
         bare.train_epoch()
@@ -238,6 +245,20 @@ def speed(env_name: str, texts: tuple[str, ...], episodes: int) -> None:
         click.echo(
             f"{what}: {1 / each:.0f} steps per CPU second, {each / epoch:.2f} of a bare epoch ({steps} steps)"
         )
+
+
+@contextmanager
+def _small_heap() -> Iterator[None]:
+    """Leave out what is alive now when schedulers and averages of an episode's model are looked for.
+
+    The search, at each germination and cull, is half of what a step costs. Nothing that is older than an episode belongs
+    to its model; only the command may say so, as a program around the environment may hold other models.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _make(env_name: str, texts: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import kasmina_rl
-from kasmina_rl.command import _claim, cli, main
+from kasmina_rl.command import _claim, _small_heap, cli, main
 from kasmina_rl.learned import Controller, ControllerError
 from kasmina_rl.playing import Row
 from kasmina_rl.training import RequestError, Settings, export_model, train
@@ -93,6 +94,20 @@ def test_a_controller_is_called_better_only_than_a_policy_tuned_on_as_many_episo
     learned_from, tuned_on, mean, claim
 ):
     assert re.match(claim, _claim(Row("controller", mean, 0.2, 0.1, 0.0, 50), learned_from, tuned_on))
+
+
+def test_what_is_older_than_an_episode_is_not_searched_and_what_is_made_in_it_is():
+    class Scheduler:
+        pass
+
+    def found():
+        return [one for one in gc.get_referrers(Scheduler) if type(one) is Scheduler]
+
+    old = Scheduler()
+    with _small_heap():
+        new = Scheduler()
+        assert found() == [new]
+    assert set(found()) == {old, new}
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path):
