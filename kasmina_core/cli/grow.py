@@ -306,10 +306,13 @@ def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, 
             data = load_task(one.task, seed, one.device, data_dir=request.data_dir, offered=offered)
         click.echo(f"seed {seed}: run {seed - settings.seed + 1} of {repeats}", err=True)
         record = _run_one(one, data, place, request, begin)
+        records.append(record)
         if record.interrupted:
+            if request.as_json:
+                ended = {"interrupted": True, "records": [record.to_dict() for record in records]}
+                click.echo(json.dumps(ended, allow_nan=False))
             click.echo(f"To go on: {_resuming(folder, settings, request.data_dir)}", err=True)
             sys.exit(INTERRUPTED)
-        records.append(record)
     found = Repeats.of(records)
     text = json.dumps(found.to_dict(), allow_nan=False)
     try:

@@ -336,6 +336,24 @@ def test_the_command_that_is_shown_after_ctrl_c_goes_on(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_several_seeds_as_json_give_the_records_that_there_are_after_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ("--epochs", "1", "--batch-size", "512", "--repeat", "3", "--json")
+    folder = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 2)
+        stopped = _grow(*short, "--out", folder)
+    assert stopped.exit_code == 130
+    found = json.loads(stopped.stdout)
+    assert found["interrupted"] is True
+    assert [record["interrupted"] for record in found["records"]] == [False, True]
+    assert found["records"] == [
+        json.loads((folder / f"seed-{seed}" / "run.json").read_text()) for seed in (0, 1)
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_a_run_that_was_stopped_in_its_first_epoch_begins_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
