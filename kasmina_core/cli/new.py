@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import symtable
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -89,13 +90,16 @@ def host_command(name: str, out: Path) -> None:
 def task_command(name: str, out: Path) -> None:
     """Write a task: data, a loss and a host of your own, in one file of twenty lines.
 
-    NAME becomes the file and the function: `kasmina new task mine` writes mine.py with mine().
+    NAME becomes the file and the function: `kasmina new task mine` writes mine.py with mine(). The name
+    of a module, or one that the file itself uses, is refused.
     """
     module = module_name(name)
     if not NAME_PATTERN.fullmatch(name) or keyword.iskeyword(module):
         raise click.BadParameter(f"'{name}' is no name of a function.", param_hint="'NAME'")
     path = out / f"{module}.py"
     source = (Path(__file__).parents[1] / "experiments" / "example_task.py").read_text(encoding="utf-8")
+    if not path.exists():
+        _demand_free_task(module, source)
     text = source.replace("def rings", f"def {module}").replace('"rings"', f'"{name}"')
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -244,6 +248,32 @@ def _demand_free_name(name: str) -> None:
                 taken = f"'{record.origin}' has a pack of that name"
     if taken:
         raise click.BadParameter(f"'{name}' cannot be used: {taken}. Choose another.", param_hint="'NAME'")
+
+
+def _demand_free_task(module: str, source: str) -> None:
+    """Refuse the name of a task that would hide what its file needs.
+
+    Args:
+        module: Name of the file and the function.
+        source: Of the template.
+
+    Raises:
+        click.BadParameter: If so.
+    """
+    table = symtable.symtable(source, "template", "exec")
+    used = {
+        symbol.get_name()
+        for scope in (table, *table.get_children())
+        for symbol in scope.get_symbols()
+        if scope is table or symbol.is_global()
+    }
+    taken = ""
+    if origin := _origin_of(module):
+        taken = f"'{module}.py' would hide a module that Python imports by this name ({origin})"
+    elif module in used - {"rings"}:
+        taken = f"the file uses '{module}' itself, and a function of that name would hide it"
+    if taken:
+        raise click.BadParameter(f"'{module}' cannot be used: {taken}. Choose another.", param_hint="'NAME'")
 
 
 def _origin_of(module: str) -> str:

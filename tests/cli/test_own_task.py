@@ -141,6 +141,32 @@ def test_the_file_that_the_command_writes_grows(folder: Path) -> None:
     assert "is there already" in again.output
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("torch", "would hide a module"),
+        ("random", "would hide a module"),
+        ("sys", "would hide a module"),
+        ("nn", "the file uses 'nn' itself"),
+        ("net", "the file uses 'net' itself"),
+        ("zip", "the file uses 'zip' itself"),
+    ],
+)
+def test_a_task_whose_name_would_hide_what_it_needs_is_not_written(
+    folder: Path, name: str, said: str
+) -> None:
+    refused = CliRunner().invoke(main, ["new", "task", name])
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert not (folder / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", ["rings", "x", "seed"])
+def test_a_task_may_have_a_name_that_hides_nothing(folder: Path, name: str) -> None:
+    assert CliRunner().invoke(main, ["new", "task", name]).exit_code == 0
+    load_task(f"{name}.py:{name}").check()
+
+
 def test_a_pack_offers_tasks_that_are_called_with_the_seed() -> None:
     class Pack:
         @hookimpl
