@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kasmina_core.experiments.record import EpochRecord, RunRecord
     from kasmina_core.experiments.run import RunSettings
     from kasmina_core.experiments.tasks import Task
+    from kasmina_core.packs.discovery import PluginRegistry
     from kasmina_core.telemetry import Sink
 
 CONFIG: Final = "config.json"
@@ -245,7 +246,7 @@ def _run_one(
         with options.reading_request():
             run = GrowthRun(settings, data, plugins, display, progress)
             known = {"task": data.name, "seed": settings.seed, "folder": str(folder)}
-            named = [plugins.create_sink(name, known) for name in request.sinks]
+            named = [_sink(plugins, name, known) for name in request.sinks]
             run.go_on()
         begins = not (folder / CONFIG).exists()
         if begins:  # after everything that may refuse the arguments
@@ -278,6 +279,24 @@ def _run_one(
     if begin_several is None and not request.as_json:
         click.echo(f"\nFiles: {folder} (open report.html)")
     return record
+
+
+def _sink(plugins: PluginRegistry, name: str, known: Mapping[str, Any]) -> Sink:
+    """Make a sink.
+
+    Raises:
+        WrongRequestError: If it is a bundled one whose package is not installed.
+        KasminaError: If nobody offers it, or its pack fails.
+    """
+    from kasmina_core.errors import PluginError
+    from kasmina_core.telemetry.bundled import BUNDLED_SINKS
+
+    try:
+        return plugins.create_sink(name, known)
+    except PluginError as error:
+        if name in BUNDLED_SINKS and isinstance(error.__cause__, ImportError):
+            raise options.WrongRequestError(f"--sink {name}: {error.__cause__}") from error
+        raise
 
 
 def _run_several(settings: RunSettings, data: Task, folder: Path, repeats: int, request: _Request) -> None:

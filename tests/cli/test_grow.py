@@ -202,6 +202,26 @@ def test_the_command_writes_to_tensorboard_in_the_folder_of_the_run(tmp_path: Pa
     assert [value for _, value in written] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("tensorboard", "torch.utils.tensorboard"),
+        ("wandb", "wandb"),
+        ("mlflow", "mlflow"),
+        ("trackio", "trackio"),
+    ],
+)
+def test_a_sink_whose_package_is_missing_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    result = _grow("--out", str(tmp_path / "run"), *SHORT, "--sink", name)
+    assert result.exit_code == 2, result.output
+    assert f"--sink {name}: " in result.stderr
+    assert f"pip install {name}" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_seed_is_told_with_its_end_and_its_reason(run: tuple[Path, dict[str, Any]]) -> None:
     folder, record = run
     events = list(JsonLinesSink.read(folder / "events.jsonl"))
