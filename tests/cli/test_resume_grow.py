@@ -42,6 +42,12 @@ PLANNED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the folders of own.py, which join ``sys.path``, after each test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def _grow(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["grow", *map(str, arguments)])
 
@@ -243,7 +249,7 @@ def wrong(logits, targets):
 
 def _own_task() -> str:
     """Write own.py with a task that says its loss and metric, and return its source."""
-    CliRunner().invoke(main, ["new", "task", "own"])
+    assert CliRunner().invoke(main, ["new", "task", "own"]).exit_code == 0
     source = (
         Path("own.py")
         .read_text()
