@@ -382,7 +382,7 @@ def test_several_seeds_show_their_spread_and_go_on(tmp_path: Path, monkeypatch: 
     short = ("--epochs", "2", "--batch-size", "256", "--repeat", "3", "--seed", "4")
     folder = tmp_path / "runs"
     with monkeypatch.context() as patch:
-        _kill_at(patch, "advance", 2)
+        _kill_at(patch, "epoch", 4)
         assert isinstance(_grow("--out", folder, *short).exception, Killed)
     finished = (folder / "seed-4" / "run.json").read_bytes()
     result = _grow("--resume", folder)
