@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from kasmina_core.growth.journal import Journal
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION
 from kasmina_core.growth.record import SlotRecord
-from kasmina_core.growth.slot import SeedSlot
+from kasmina_core.growth.slot import SeedSlot, WeighedRecord
 from kasmina_core.hosts import InjectionPoint
 from kasmina_core.lifecycle import is_failure_stage
 from kasmina_core.records import Count, read
@@ -158,7 +159,7 @@ def rebuild_growth(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
     Warns:
         OtherBlueprintVersion: If a seed fits but comes from another version of its pack.
     """
-    with model.growth.undone_on_error(), rebuilding(model, data) as records:
+    with model.growth.undone_on_error(), rebuilding(model, data, lambda _: sys.maxsize) as records:
         model.load_state_dict(records, strict=False)
 
 
@@ -188,9 +189,11 @@ def rebuilding(
     records: OrderedDict[str, Any] = OrderedDict()
     for name, saved in slots.items():
         if name in model.slots:
+            record = saved["record"]
             if room is not None:
-                model.slots[name].demand_room(saved["record"], room(name))
-            records[f"{SLOTS_KEY}.{name}._extra_state"] = saved["record"]
+                model.slots[name].demand_room(record, room(name))
+                record = WeighedRecord(record)
+            records[f"{SLOTS_KEY}.{name}._extra_state"] = record
     others: list[str] = []
 
     def fits(loaded: nn.Module, _keys: Any) -> None:

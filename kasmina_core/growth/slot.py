@@ -200,6 +200,11 @@ class SeedTelemetry(Record):
 
 
 @final
+class WeighedRecord(dict[str, Any]):
+    """A slot's record whose seed has its weights elsewhere than in the state dict, and room for them was demanded."""
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class _WithWeights:
     """A slot's record in a state dict that holds the seed's weights too."""
@@ -422,7 +427,7 @@ class SeedSlot(core.SeedSlot):
                 for name, t in state_dict.items()
                 if name.startswith(start) and isinstance(t, Tensor)
             ]
-            if saved or strict or isinstance(record, Tensor):  # else weights are loaded later, from elsewhere
+            if not isinstance(record, WeighedRecord):
                 self.demand_room(record, sum(saved))
             with_weights = bool(saved) or isinstance(record, Tensor)
             # With assign=True parameters are other objects, which optimisers must be told of.

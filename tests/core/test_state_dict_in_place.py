@@ -24,6 +24,7 @@ from torch.optim import AdamW
 from kasmina_core import (
     GrowingAveragedModel,
     MisuseWarning,
+    MorphogeneticModel,
     SeedStage,
     growth_of,
     load_checkpoint,
@@ -157,6 +158,17 @@ def test_growth_that_is_rebuilt_without_weights_has_those_of_its_birth():
     birth = copy.deepcopy(fresh.state_dict())
     rebuild_growth(model, growth_of(model))
     assert all(torch.equal(v, birth[k]) for k, v in model.state_dict().items() if k.startswith(SEED))
+
+
+def test_growth_with_a_seed_of_millions_of_values_is_rebuilt():
+    def wide():
+        host = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 3))
+        return MorphogeneticModel(host, ["1"], example=torch.zeros(2, 600))
+
+    model, fresh = wide(), wide()
+    model.germinate("1", "mlp")
+    rebuild_growth(fresh, growth_of(model))
+    assert sum(p.numel() for p in fresh.seed_parameters()) > 2_000_000
 
 
 def test_a_checkpoint_goes_back_into_the_run_that_saved_it(tmp_path):
