@@ -233,7 +233,7 @@ def admit(topology: Topology, holder: object) -> None:
     if known is not None and known is not topology and (known in _BUNDLED or holders):
         raise NameConflictError(
             f"2 topologies are named '{topology.value}':\n"
-            f"  {known}, {', '.join(sorted(map(str, holders))) or 'bundled with kasmina'}\n"
+            f"  {known}, {'bundled with kasmina' if known in _BUNDLED else ', '.join(sorted(map(str, holders)))}\n"
             f"  {topology}, {holder}\nRename one, or let one pack import that of the other."
         )
     if known is not topology:

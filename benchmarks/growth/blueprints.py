@@ -130,7 +130,7 @@ class Memory(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim, WAVES))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.detach().square().mean().sqrt() + 1e-6
+        scale = x.detach().square().mean(1 if x.dim() == 4 else -1, keepdim=True).sqrt() + 1e-6
         waves = (_mixed(x / scale, self.frequencies) + _wide(self.phases, x)).cos()
         return x + _mixed(waves, self.weight) / WAVES**0.5
 

@@ -88,6 +88,13 @@ def _same_files(whole: Path, resumed: Path) -> None:
         [{k: v for k, v in e.items() if k != "time"} for e in JsonLinesSink.read(folder / "events.jsonl")]
         for folder in (whole, resumed)
     ]
+    for (
+        side
+    ) in events:  # packs are checked when they are first needed, in this process by another test perhaps
+        side.sort(key=lambda event: event["blueprint_id"] if event["type"] == "blueprint_registered" else "~")
+        for event in side:
+            if event["type"] == "blueprint_registered":
+                event["sequence"] = -1
     assert events[0] == events[1]
     assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in resumed.iterdir())
 

@@ -99,7 +99,11 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
         "where transformer (b, t, d), width 5, is declared",
     ),
     "refuses slots": (tiny.RefusesSlots, ["attaches"], "no slots today"),
-    "owns its slots": (tiny.OwnsSlots, ["keys_unchanged", "slots_take_features"], "also slot_early"),
+    "owns its slots": (
+        tiny.OwnsSlots,
+        ["keys_unchanged", "hooks_restored", "slots_take_features"],
+        "also slot_early",
+    ),
     "keeps hooks": (tiny.KeepsHooks, ["hooks_restored"], "norm: forward_hooks"),
     "goes to eval mode": (tiny.GoesToEvalMode, ["modes_unchanged"], "'norm' is in eval"),
     "writes to a buffer": (
