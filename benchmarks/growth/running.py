@@ -41,15 +41,20 @@ def read(path: Path | None, form: Form) -> Records:
 
 
 def work(cell: Cell, form: Form) -> dict[str, Any]:
-    """Run one cell on one thread; an error is a result too."""
+    """Run one cell of this benchmark; see `record_of`."""
+    return record_of(cell, form, run_cell)
+
+
+def record_of(cell: Any, form: Any, run_cell: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any]:
+    """Run a cell of any benchmark on one thread by ``run_cell``; an error is a result too."""
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     record: dict[str, Any] = {"key": cell.key, "form": form.name}
-    record |= {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
+    record |= {name: getattr(cell, name) for name in type(cell).__dataclass_fields__}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,7 +64,7 @@ def work(cell: Cell, form: Form) -> dict[str, Any]:
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"
         record["traceback"] = traceback.format_exc(limit=-4)
-    record["wall"] = time.perf_counter() - started
+    record["wall"], record["cpu"] = time.perf_counter() - started, time.process_time() - cpu
     record["torch"] = torch.__version__
     return record
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, final
 
+from benchmarks.growth.running import record_of
 from benchmarks.sizes.settings import ARMS, SETTINGS, TUNING, Form
 from benchmarks.sizes.training import run_arm
 
@@ -91,24 +92,5 @@ def run_cell(cell: Cell, form: Form) -> dict[str, Any]:
 
 
 def work(cell: Cell, form: Form) -> dict[str, Any]:
-    """Run a cell on one thread; an error is a result too."""
-    import time
-    import traceback
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    started, cpu = time.perf_counter(), time.process_time()
-    record: dict[str, Any] = {"key": cell.key, "form": form.name}
-    record |= {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            record["result"] = run_cell(cell, form)
-    except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}"
-        record["traceback"] = traceback.format_exc(limit=-4)
-    record["wall"], record["cpu"] = time.perf_counter() - started, time.process_time() - cpu
-    record["torch"] = torch.__version__
-    return record
+    """Run one cell of this benchmark; see `record_of`."""
+    return record_of(cell, form, run_cell)

@@ -125,15 +125,16 @@ class Board:
         from kasmina_core.experiments.report import DOWNLOADS, body_of, title_of
         from kasmina_core.experiments.wording import TextTable, count, loss
 
+        shown = self.runs if number is None else [self.runs[number]]
         with self._lock:
-            records = [run.record() for run in self.runs]
-            done = [run.is_done for run in self.runs]
+            records = [run.record() for run in shown]
+            done = [run.is_done for run in shown]
         if number is not None:
-            run, record = self.runs[number], records[number]
+            run, record = shown[0], records[0]
             there = [name for name in DOWNLOADS if run.path.is_dir() and (run.path / name).exists()]
             links = " · ".join(f'<a href="/file?run={number}&amp;name={name}">{name}</a>' for name in there)
             last = record.epochs[-1].epoch if record.epochs else 0
-            state = "The run has ended." if done[number] else f"After epoch {last}; the page follows."
+            state = "The run has ended." if done[0] else f"After epoch {last}; the page follows."
             files = f"<h2>Files</h2><p>{links}</p>" if links else ""
             return {
                 "title": title_of(record),

@@ -70,16 +70,17 @@ def as_text(value: str) -> str:
 def html_table(table: TextTable) -> str:
     """Return a table under its title; on a narrow screen each cell has the name of its column beside it."""
 
-    def cells(tag: str, row: Sequence[str]) -> str:
-        heads = [f' data-head="{as_text(head)}"' if tag == "td" else "" for head in table.header]
+    heads = [f' data-head="{as_text(head)}"' for head in table.header]
+
+    def cells(tag: str, row: Sequence[str], beside: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if i in table.numeric else ''}{heads[i]}>{as_text(cell)}</{tag}>"
-            for i, cell in enumerate(row)
+            f"<{tag}{' class=number' if i in table.numeric else ''}{extra}>{as_text(cell)}</{tag}>"
+            for i, (cell, extra) in enumerate(zip(row, beside, strict=True))
         )
 
-    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+    rows = "\n".join(f"<tr>{cells('td', row, heads)}</tr>" for row in table.rows)
     return (
-        f'<h2>{as_text(table.title)}</h2><div class="wide"><table><thead><tr>{cells("th", table.header)}</tr></thead>'
+        f'<h2>{as_text(table.title)}</h2><div class="wide"><table><thead><tr>{cells("th", table.header, [""] * len(heads))}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -87,6 +88,7 @@ def html_table(table: TextTable) -> str:
 def charts_of(record: RunRecord) -> dict[str, Any]:
     """Return what the charts of a run are drawn from, as plain data for strict JSON."""
     at = [epoch.epoch for epoch in record.epochs]
+    slots = wording.every_slot(record)
     lines: list[dict[str, Any]] = []
     for arm, colour, places, epochs in (
         (GROWN, "--grown", at, record.epochs),
@@ -99,7 +101,7 @@ def charts_of(record: RunRecord) -> dict[str, Any]:
                 lines.append({"name": name, "x": places, "y": values, "colour": colour, "thin": thin})
     return {
         "title": "Loss: lower is better" if record.host else "The metric that step_epoch was given",
-        "axis": "" if wording.every_slot(record) else "epoch",
+        "axis": "" if slots else "epoch",
         "unit": "epoch",
         "whole": True,
         "range": [1, max(at, default=1) if max(at, default=1) > 1 else 2],
@@ -108,7 +110,7 @@ def charts_of(record: RunRecord) -> dict[str, Any]:
         "kept": [
             s.ended_epoch for s in record.seeds if s.outcome == "fossilized" and s.ended_epoch is not None
         ],
-        "slots": [_slot(record, name) for name in wording.every_slot(record)],
+        "slots": [_slot(record, name) for name in slots],
         "stages": {stage: [look.colour, stage.lower()] for stage, look in STAGES.items()},
         "sizes": sizes_chart(record),
     }
