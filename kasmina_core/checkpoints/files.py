@@ -595,7 +595,8 @@ def read_one_version(folder: Path, read: Callable[[Path], _Read]) -> _Read:
         place = present(folder)
         before = identity(place)
         try:
-            found = read(place)
+            with as_checkpoint_error(f"The checkpoint {place}", "read"):
+                found = read(place)
         except CheckpointError:
             if place == present(folder) and before == identity(place):
                 raise
@@ -683,7 +684,8 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
 
 
 def _size_of(file: Path) -> int:
-    found = os.lstat(file)
+    with as_checkpoint_error(str(file), "read"):
+        found = os.lstat(file)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(
             f"{file} is no regular file; files are read from a checkpoint's own folder alone."

@@ -491,6 +491,22 @@ def test_loads_beside_savers_read_one_consistent_version_always(savers, tmp_path
     load_checkpoint(folder, model)
 
 
+def test_a_file_that_goes_while_the_checkpoint_is_replaced_is_read_from_the_new_one(tmp_path, monkeypatch):
+    save(tmp_path / "point", grown(), data_position=1)
+    size_of, replaced = checkpoint_files._size_of, []
+
+    def replaced_meanwhile(file):
+        if file.name != checkpoint_files.MANIFEST and not replaced:
+            replaced.append(file)
+            save(tmp_path / "point", grown(), data_position=2)
+            raise FileNotFoundError(2, "No such file or directory", str(file))
+        return size_of(file)
+
+    monkeypatch.setattr(checkpoint_files, "_size_of", replaced_meanwhile)
+    assert load(tmp_path / "point", parts()).data_position == 2
+    assert replaced
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "point").symlink_to(tmp_path / "disk")
