@@ -106,7 +106,9 @@ def flops(value: float) -> str:
 
 def loss(value: float) -> str:
     """Return a loss in nats."""
-    return f"{value:.4f}" if math.isfinite(value) else "not a number" if math.isnan(value) else "infinite"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 def metric(value: float, name: str) -> str:

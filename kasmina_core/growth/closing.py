@@ -17,6 +17,9 @@ from kasmina_core.verdicts import CheckVerdict
 UNPROVED_EPOCHS: Final = 5
 """A seed that was kept in so many last epochs is said to be unproved: nobody saw what became of it."""
 
+WORSE: Final = 0.1
+"""A metric that never was better than at first, and ends worse by such a share, is said to have got worse."""
+
 FITS: Final = 0.5
 """A host fits its training data if its error there is at most this share of that on held-out data."""
 
@@ -28,9 +31,15 @@ class GrowthCause(Enum):
     KEPT = "a seed stayed"
     NO_POLICY = "nothing asked for a seed"
     NOT_ASKED_FOR = "the policy asked for no seed"
+    NOT_STEPPED = "no epoch was stepped"
+    METRIC_NOT_FINITE = "the metric is not a number, or infinite"
+    NO_METRIC = "no metric was given"
+    METRIC_GOT_WORSE = "the metric only got worse"
+    METRIC_STOOD_STILL = "the metric was the same in every epoch"
     NO_PLATEAU = "the metric never was on a plateau"
     NOT_GERMINATED = "every germination was refused"
     NO_GRADIENT = "the seeds had no gradient"
+    NO_OPTIMIZER = "no optimiser held the seeds"
     NEVER_MEASURED = "the seeds were never measured"
     UNFINISHED = "the run ended first"
     NOT_REFUSED = "seeds were culled that no gate had refused"
@@ -79,23 +88,29 @@ def closing_verdict(
     """
     lives = list(journal.seeds.values())
     if not lives:
-        return _none_germinated(journal, epochs)
+        return _none_germinated(journal, epochs, held_out, higher_is_better)
     if any(life.stage is SeedStage.FOSSILIZED for life in lives):
-        return _some_kept(lives, epochs)
+        return _some_kept(journal, epochs, held_out, higher_is_better)
     culled = sum(life.stage is SeedStage.CULLED for life in lives)
     still = f", and {len(lives) - culled} not finished" if culled < len(lives) else ""
     first = (
         f"Of {_counted(len(lives), 'seed')} none stayed: within {_counted(epochs, 'epoch')} "
         f"{culled} {'was' if culled == 1 else 'were'} culled{still}."
     )
-    cause, why, todo, needed = _why_none_stayed(lives, held_out, training, higher_is_better)
+    cause, why, todo, needed = _why_none_stayed(journal, epochs, held_out, training, higher_is_better)
     return GrowthVerdict(cause, (first, why, todo), len(lives), samples_needed=needed)
 
 
-def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
+def _none_germinated(
+    journal: Journal, epochs: int, held_out: float | None, higher_is_better: bool
+) -> GrowthVerdict:
     def verdict(cause: GrowthCause, why: str, todo: str) -> GrowthVerdict:
         return GrowthVerdict(cause, (f"No seed germinated in {_counted(epochs, 'epoch')}.", why, todo), 0)
 
+    if epochs == 0:
+        return verdict(*_NOT_STEPPED)
+    if (not_finite := _not_finite(journal, epochs, held_out)) is not None:
+        return verdict(*not_finite)
     if journal.refused:
         reason, _ = max(journal.refused.items(), key=lambda item: item[1])
         times = _counted(sum(journal.refused.values()), "germination")
@@ -110,6 +125,14 @@ def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
             "Nothing asked for one: neither model.follow nor model.germinate was called.",
             "Call model.follow(policy) after model.step_epoch.",
         )
+    if journal.patience and not journal.metrics:
+        return verdict(
+            GrowthCause.NO_METRIC,
+            f"step_epoch was given no metric, and {journal.policy} waits for a plateau of it.",
+            "Call model.step_epoch(metric) with a figure of the whole model on held-out data.",
+        )
+    if (worse := _got_worse(journal, held_out, higher_is_better)) is not None:
+        return verdict(*worse)
     if journal.patience and journal.longest_wait < journal.patience:
         return verdict(
             GrowthCause.NO_PLATEAU,
@@ -132,7 +155,10 @@ def _none_germinated(journal: Journal, epochs: int) -> GrowthVerdict:
     )
 
 
-def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
+def _some_kept(
+    journal: Journal, epochs: int, held_out: float | None, higher_is_better: bool
+) -> GrowthVerdict:
+    lives = list(journal.seeds.values())
     kept = [life for life in lives if life.stage is SeedStage.FOSSILIZED]
     added = sum(life.parameters for life in kept)
     named = f": {_by_birth(kept)}" if len(lives) > 1 else ""
@@ -146,7 +172,12 @@ def _some_kept(lives: Sequence[SeedLife], epochs: int) -> GrowthVerdict:
     sentences = [
         f"Of {_counted(len(lives), 'seed')} {len(kept)} stayed; {adds} {added:,} parameters{named}{taken}{still}."
     ]
-    if measured := [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]:
+    fault = _not_finite(journal, epochs, held_out) or _got_worse(journal, held_out, higher_is_better)
+    measured = [f"{life.gain:+.3g} ({life.seed_id})" for life in kept if life.gain is not None]
+    if fault is not None:
+        _, why, todo = fault
+        sentences.append(f"{why} {todo}")
+    elif measured:
         sentences.append(f"Gain per sample when last measured for a gate: {', '.join(measured)}.")
     late = [life for life in kept if life.ended is not None and life.ended > epochs - UNPROVED_EPOCHS]
     if late:
@@ -178,10 +209,15 @@ def _reason(life: SeedLife) -> str:
 
 
 def _why_none_stayed(
-    lives: Sequence[SeedLife], held_out: float | None, training: float | None, higher_is_better: bool
+    journal: Journal, epochs: int, held_out: float | None, training: float | None, higher_is_better: bool
 ) -> tuple[GrowthCause, str, str, int | None]:
     """Return the cause, why, what to do, and the samples that would be needed."""
+    lives = list(journal.seeds.values())
     n = len(lives)
+    if epochs == 0:
+        return *_NOT_STEPPED, None
+    if (not_finite := _not_finite(journal, epochs, held_out)) is not None:
+        return *not_finite, None
     learned = [life for life in lives if life.learned_epochs]
     if learned and not any(life.gradient for life in learned):
         unknown = all(life.gradient is None for life in learned)
@@ -191,6 +227,14 @@ def _why_none_stayed(
             "Call model.step() between backward and the optimiser's step, and model.incubate(closure) before it."
             if unknown
             else "The loss does not depend on the slots, or the blueprint is dead: kasmina plugins check tests it.",
+            None,
+        )
+    if learned and all(life.untrained_epochs == life.learned_epochs for life in learned):
+        names = ", ".join(life.seed_id for life in learned)
+        return (
+            GrowthCause.NO_OPTIMIZER,
+            f"No optimiser held all parameters of {names} in any epoch, so they did not learn.",
+            "Call tie_optimizer(model, optimizer) once, before the first epoch.",
             None,
         )
     judged = [life for life in lives if life.verdict not in (None, CheckVerdict.WAITING)]
@@ -209,6 +253,8 @@ def _why_none_stayed(
             else "Give the model held-out samples with model.evaluate_with.",
             None,
         )
+    if fit is None and (worse := _got_worse(journal, held_out, higher_is_better)) is not None:
+        return *worse, None
     if all(life.stage is not SeedStage.CULLED for life in lives):
         return (
             GrowthCause.UNFINISHED,
@@ -231,6 +277,13 @@ def _why_none_stayed(
             GrowthCause.FITS_TRAINING_DATA,
             f"The host fits its training data and has capacity to spare: {fit}.",
             "More capacity is no help there: use more data, regularisation, or a smaller host.",
+            None,
+        )
+    if journal.metrics >= 3 and journal.best_metric == journal.worst_metric:
+        return (
+            GrowthCause.METRIC_STOOD_STILL,
+            f"The metric of step_epoch was {journal.best_metric:.4g} in all {journal.metrics} epochs: the host did not learn.",
+            "See that optimizer.step() is called with the host's parameters, and that the metric is measured anew.",
             None,
         )
     best = max((life for life in lives if life.gain is not None), key=_gain_or_nothing, default=None)
@@ -257,6 +310,52 @@ def _why_none_stayed(
         else "The table of thresholds says when to change that check.",
         None,
     )
+
+
+_NOT_STEPPED: Final = (
+    GrowthCause.NOT_STEPPED,
+    "Nobody called model.step_epoch, so gates and policies saw no epoch.",
+    "Call model.step_epoch(metric) after each epoch, then model.follow(policy).",
+)
+
+
+def _not_finite(journal: Journal, epochs: int, held_out: float | None) -> tuple[GrowthCause, str, str] | None:
+    """Return cause, why and what to do if the last metrics were NaN or infinite."""
+    if journal.not_finite_since is None:
+        return None
+    kind = "infinite" if held_out is not None and math.isinf(held_out) else "no number (NaN)"
+    before = f"it was {journal.best_metric:.4g} at best before" if journal.metrics else "it never was finite"
+    why = (
+        f"The metric of step_epoch, in kasmina grow the validation loss, has been {kind} since epoch "
+        f"{journal.not_finite_since} of {epochs}; {before}."
+    )
+    todo = (
+        "Training has diverged, or a sample is not finite: lower the learning rate, clip gradients, and look for NaN in the "
+        "data."
+    )
+    return GrowthCause.METRIC_NOT_FINITE, why, todo
+
+
+def _got_worse(
+    journal: Journal, held_out: float | None, higher_is_better: bool
+) -> tuple[GrowthCause, str, str] | None:
+    """Return cause, why and what to do if the metric never was better than at first, and ended clearly worse."""
+    first, best = journal.first_metric, journal.best_metric
+    if first is None or best is None or held_out is None or journal.metrics < 3:
+        return None
+    sign = 1.0 if higher_is_better else -1.0
+    if best != first or not sign * (first - held_out) > WORSE * abs(first):
+        return None
+    counts, other = ("higher", "False") if higher_is_better else ("lower", "True")
+    why = (
+        f"The metric of step_epoch never was better than in its first epoch: from {first:.4g} it went to {held_out:.4g}, and "
+        f"{counts} counts as better."
+    )
+    todo = (
+        f"If it is of the other kind, use GrowthConfig(higher_is_better={other}); else the host unlearns: lower the learning "
+        "rate, or stop earlier."
+    )
+    return GrowthCause.METRIC_GOT_WORSE, why, todo
 
 
 def _fit(held_out: float | None, training: float | None, higher_is_better: bool) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, final
 
@@ -41,6 +42,7 @@ class SeedLife(Record):
         verdict: Verdict of that check.
         reason: The check in one line.
         learned_epochs: Epochs in which it could learn.
+        untrained_epochs: Those of them in which no optimiser held its parameters.
         gradient: Largest L2 norm of its gradient, mean over an epoch; ``None`` if never measured.
         gain: Gain per sample at alpha 1, as last measured; ``None`` if never.
         spread: Standard deviation of the paired differences that ``gain`` is the mean of.
@@ -65,6 +67,7 @@ class SeedLife(Record):
     spread: float = 0.0
     samples: Count = 0
     level: float | None = None
+    untrained_epochs: Annotated[Count, Mark.LATER] = 0
 
     def note_gate(self, result: GateResult) -> None:
         """Record what a gate said."""
@@ -91,6 +94,11 @@ class Journal(Record):
         min_delta: Share by which the metric must improve.
         longest_wait: Most epochs in a row without such an improvement.
         first_time: First epoch at which a policy with fixed times germinates.
+        metrics: Epochs with a finite metric.
+        not_finite_since: First of the last epochs in a row whose metric was NaN or infinite; ``None`` if the last was not.
+        first_metric: First finite metric.
+        best_metric: Best finite metric.
+        worst_metric: Worst finite metric.
     """
 
     seeds: dict[str, SeedLife] = field(default_factory=dict)
@@ -100,6 +108,11 @@ class Journal(Record):
     min_delta: float = 0.0
     longest_wait: Count = 0
     first_time: Count | None = None
+    metrics: Annotated[Count, Mark.LATER] = 0
+    not_finite_since: Annotated[Count | None, Mark.LATER] = None
+    first_metric: Annotated[float | None, Mark.LATER] = None
+    best_metric: Annotated[float | None, Mark.LATER] = None
+    worst_metric: Annotated[float | None, Mark.LATER] = None
 
     def note(self, event: TelemetryEvent) -> None:
         """Record the beginning, the stages and the end of seeds, and refused germinations."""
@@ -118,15 +131,39 @@ class Journal(Record):
             case CommandRefused() if event.command in _GERMINATING:
                 self.refused[event.reason] = self.refused.get(event.reason, 0) + 1
 
-    def note_epoch(self, slots: Iterable[SeedSlot], results: Mapping[str, GateResult]) -> None:
-        """Record how each seed is at the end of an epoch."""
+    def note_metric(self, metric: float | None, epoch: int, higher_is_better: bool) -> None:
+        """Record the metric of an epoch, counted from 1."""
+        if metric is None:
+            return
+        if not math.isfinite(metric):
+            self.not_finite_since = epoch if self.not_finite_since is None else self.not_finite_since
+            return
+        better, worse = (max, min) if higher_is_better else (min, max)
+        self.metrics += 1
+        self.not_finite_since = None
+        self.first_metric = metric if self.first_metric is None else self.first_metric
+        self.best_metric = metric if self.best_metric is None else better(self.best_metric, metric)
+        self.worst_metric = metric if self.worst_metric is None else worse(self.worst_metric, metric)
+
+    def note_epoch(
+        self, slots: Iterable[SeedSlot], results: Mapping[str, GateResult], untrained: Container[str]
+    ) -> None:
+        """Record how each seed is at the end of an epoch.
+
+        Args:
+            slots: The model's slots.
+            results: By slot, what the gate of this epoch said.
+            untrained: Names of slots whose seeds no optimiser holds.
+        """
         for slot in slots:
             life = self.seeds.get(slot.state.seed_id) if slot.state is not None else None
             if life is None or slot.state is None or life.ended is not None:
                 continue
             metrics, evidence = slot.state.metrics, slot.last_evidence
             begins = slot.stage is SeedStage.TRAINING and metrics.epochs_in_current_stage == 0
-            life.learned_epochs += slot.stage is not SeedStage.GERMINATED and not begins
+            learns = slot.stage is not SeedStage.GERMINATED and not begins
+            life.learned_epochs += learns
+            life.untrained_epochs += learns and slot.name in untrained
             life.stage = slot.stage
             if metrics.gradient_norm is not None:
                 life.gradient = max(metrics.gradient_norm, life.gradient or 0.0)

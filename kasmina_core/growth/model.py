@@ -277,7 +277,8 @@ class MorphogeneticModel(SlottedModel):
                 if slot.state is not None and (result := slot.step_epoch(value)) is not None:
                     results[name] = result
             growth.emit(observing.epoch_ended(self, growth))
-        growth.journal.note_epoch(self.slots.values(), results)
+        growth.journal.note_metric(value, growth.epoch, self.growth_config.higher_is_better)
+        growth.journal.note_epoch(self.slots.values(), results, growth.untracked.forgotten)
         growth.misuse.epoch_ended(self, results, growth.tied_optimizers)
         return results
 
@@ -489,9 +490,11 @@ class MorphogeneticModel(SlottedModel):
     def verdict(self, training_metric: float | None = None) -> GrowthVerdict:
         """Say why growth ended as it did, in at most three sentences with figures.
 
-        Of a run without a kept seed: whether the host fits its training data and has capacity to spare, there were too few
-        held-out samples (and how many would be needed), the metric never was on a plateau, one check refused the seeds, or
-        they had no gradient. Of others: what stayed, and which of it is unproved, because it was kept in the last 5 epochs.
+        Of a run without a kept seed: whether something is set up wrongly (no epoch was stepped, the metric is NaN, missing,
+        always the same or of the other direction, seeds have no gradient or are in no optimiser, gates have no samples), the
+        host fits its training data and has capacity to spare, there were too few held-out samples (and how many would be
+        needed), the metric never was on a plateau, or one check refused the seeds. Of others: what stayed, and which of it
+        is unproved, because it was kept in the last 5 epochs. See `GrowthCause`.
 
         Args:
             training_metric: The metric of the last epoch, as given to `step_epoch`, but on training data. Without it nothing

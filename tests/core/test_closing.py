@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
@@ -24,6 +25,7 @@ from kasmina_core import (
     SeedStage,
     StraightInsertion,
     Topology,
+    UntrackedSeedWarning,
     load_checkpoint,
     save_checkpoint,
     tie_optimizer,
@@ -47,12 +49,14 @@ def plateau(**options) -> PlateauPolicy:
     return PlateauPolicy({Topology.CNN: ["scale"]}, patience=3, **options)
 
 
-def grown_and_culled(model: MorphogeneticModel, optimizer=None, epochs: int = 3) -> None:
+def grown_and_culled(model: MorphogeneticModel, optimizer=None, epochs: int = 3, fall: float = 1.0) -> None:
+    metric = 1.0
     model.germinate(FIRST, "scale")
     for _ in range(epochs):
         if optimizer is not None:
             train_once(model, optimizer)
-        model.step_epoch(1.0)
+        model.step_epoch(metric)
+        metric *= fall
     model.cull(FIRST, "took too long")
 
 
@@ -65,6 +69,108 @@ def test_a_model_that_nobody_asks_for_seeds_says_so():
     model.follow(NoGrowthPolicy())
     assert model.verdict().cause is GrowthCause.NOT_ASKED_FOR
     assert "NoGrowthPolicy, grows nothing" in str(model.verdict())
+
+
+def followed(metrics, policy=None, **config) -> GrowthVerdict:
+    model, _ = make_model(GrowthConfig(**config))
+    policy = policy or plateau()
+    for metric in metrics:
+        model.step_epoch(metric)
+        model.follow(policy)
+    return model.verdict()
+
+
+def test_a_model_whose_epochs_were_not_stepped_says_so():
+    model, _ = make_model()
+    model.follow(plateau())
+    assert model.verdict().cause is GrowthCause.NOT_STEPPED
+    model.germinate(FIRST, "scale")
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NOT_STEPPED
+    assert "Nobody called model.step_epoch" in sentences(verdict)[1]
+
+
+@pytest.mark.filterwarnings("ignore:PlateauPolicy has seen a metric:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        ((math.nan,) * 5, "no number (NaN) since epoch 1 of 5; it never was finite."),
+        ((2.0, 1.5, math.inf, math.nan), "no number (NaN) since epoch 3 of 4; it was 1.5 at best before."),
+        ((2.0, math.nan, 1.0, math.inf), "infinite since epoch 4 of 4; it was 1 at best before."),
+    ],
+)
+def test_a_metric_that_is_not_finite_is_told_with_its_epoch(metrics, told):
+    verdict = followed(metrics)
+    assert verdict.cause is GrowthCause.METRIC_NOT_FINITE
+    assert told in sentences(verdict)[1]
+    assert "lower the learning rate" in sentences(verdict)[2]
+    assert "plateau" not in str(verdict)
+
+
+def test_seeds_of_a_run_that_diverged_are_not_said_to_gain_nothing():
+    model, _ = make_model()
+    grown_and_culled(model, tied(model))
+    model.step_epoch(math.nan)
+    assert model.verdict().cause is GrowthCause.METRIC_NOT_FINITE
+    model, _ = make_model()
+    bring_to(model, S.FOSSILIZED)
+    model.step_epoch(math.nan)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.KEPT
+    assert "no number (NaN) since epoch" in sentences(verdict)[1]
+
+
+@pytest.mark.filterwarnings("ignore:PlateauPolicy has seen no metric:RuntimeWarning")
+def test_a_policy_that_waits_for_a_metric_that_nobody_gives_says_so():
+    verdict = followed((None,) * 4)
+    assert verdict.cause is GrowthCause.NO_METRIC
+    assert "step_epoch was given no metric, and PlateauPolicy waits" in str(verdict)
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_metric_of_the_wrong_direction_is_told_with_both_figures(higher_is_better):
+    rising = (0.3, 0.5, 0.7, 0.8)
+    metrics = rising[::-1] if higher_is_better else rising
+    verdict = followed(metrics, plateau(min_delta=0.0), higher_is_better=higher_is_better)
+    assert verdict.cause is GrowthCause.METRIC_GOT_WORSE
+    assert f"from {metrics[0]} it went to {metrics[-1]}" in str(verdict)
+    assert f"higher_is_better={not higher_is_better}" in sentences(verdict)[2]
+    right = followed(metrics, plateau(), higher_is_better=not higher_is_better)
+    assert right.cause is GrowthCause.NO_PLATEAU
+
+
+def test_a_host_that_does_not_learn_is_told_apart_from_one_that_gains_nothing_by_seeds():
+    thresholds = GateThresholds(min_training_epochs=1, smaller_alphas=(), max_harm_t=1e9)
+    model, _ = make_model(GrowthConfig(gates=thresholds))
+    model.evaluate_with(noisy(model, -0.05))
+    grown_and_culled(model, tied(model))
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.METRIC_STOOD_STILL
+    assert "was 1 in all 3 epochs" in str(verdict)
+
+
+def test_seeds_that_no_optimiser_held_are_told_apart_from_seeds_that_gain_nothing():
+    model, _ = make_model()
+    optimizer = torch.optim.SGD(model.host_parameters(), 0.1)
+    with pytest.warns(UntrackedSeedWarning):
+        grown_and_culled(model, optimizer)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.NO_OPTIMIZER
+    assert f"No optimiser held all parameters of {FIRST}-1 in any epoch" in str(verdict)
+    assert "tie_optimizer" in sentences(verdict)[2]
+    tied_later, _ = make_model()
+    optimizer = torch.optim.SGD(tied_later.host_parameters(), 0.1)
+    tied_later.germinate(FIRST, "scale")
+    train_once(tied_later, optimizer)
+    with pytest.warns(UntrackedSeedWarning):
+        tied_later.step_epoch(1.0)
+    train_once(tied_later, optimizer)
+    tied_later.step_epoch(1.0)
+    tie_optimizer(tied_later, optimizer)
+    train_once(tied_later, optimizer)
+    tied_later.step_epoch(1.0)
+    tied_later.cull(FIRST)
+    assert tied_later.verdict().cause is not GrowthCause.NO_OPTIMIZER
 
 
 def test_a_metric_without_a_plateau_is_told_with_its_longest_wait():
@@ -166,8 +272,7 @@ def test_a_gain_that_needs_more_samples_says_how_many(gain, cause):
     thresholds = GateThresholds(min_training_epochs=1, smaller_alphas=(), max_harm_t=1e9)
     model, _ = make_model(GrowthConfig(gates=thresholds))
     model.evaluate_with(noisy(model, gain))
-    optimizer = tied(model)
-    grown_and_culled(model, optimizer)
+    grown_and_culled(model, tied(model), fall=0.9)
     verdict = model.verdict()
     assert verdict.cause is cause
     if gain > 0:
@@ -219,7 +324,9 @@ def straight_model() -> MorphogeneticModel:
 def test_a_seed_that_was_put_in_straight_is_where_it_is():
     model = straight_model()
     model.germinate(FIRST, "scale", straight=True)
-    assert "judged: 2-1 in PROBATIONARY." in str(model.verdict())
+    train_once(model, tied(model))
+    model.step_epoch(1.0)
+    assert "judged: 2-1 in PROBATIONARY (lag since insertion: 1 so far" in str(model.verdict())
 
 
 def test_a_straight_seed_that_is_culled_before_its_lag_was_not_judged():

@@ -31,9 +31,13 @@ class UntrackedSeeds:
 
     Args:
         slots: Names of slots whose seeds are new.
+
+    Attributes:
+        forgotten: Slots whose seeds had parameters that no optimiser held when it was last looked.
     """
 
     def __init__(self, slots: Iterable[str] = ()) -> None:
+        self.forgotten: set[str] = set()
         self._new = set(slots)
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._unhook: weakref.finalize[..., UntrackedSeeds] | None = None
@@ -41,10 +45,12 @@ class UntrackedSeeds:
     def seed_added(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
         """Watch a slot's new seed; only optimisers that step from now on count."""
         self._new.add(slot)
+        self.forgotten.discard(slot)
         self._stepped.clear()
 
     def seed_removed(self, slot: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Nothing: whether a slot's seed is still there is looked up when it matters."""
+        """Forget a slot; whether a new seed is still there is looked up when it matters."""
+        self.forgotten.discard(slot)
 
     def look(self, model: SlottedModel, tied: Collection[Optimizer]) -> None:
         """Settle what can be known of new seeds by now; warn of those that nothing holds.
@@ -53,12 +59,17 @@ class UntrackedSeeds:
             model: The model.
             tied: Optimisers that are known to hold seeds.
         """
+        if self.forgotten:
+            optimizers = [*tied, *living(Optimizer)]
+            self.forgotten = {
+                slot for slot in self.forgotten if _missing(_trainable(model, slot), optimizers)
+            }
         if not self._new:
             return
         trained = any(_trains(optimizer, model) for optimizer in self._stepped)
         forgotten: dict[str, tuple[int, int]] = {}
         for slot in sorted(self._new):
-            trainable = [p for p in model.seed_parameters(slot) if p.requires_grad]
+            trainable = _trainable(model, slot)
             missing = _missing(trainable, [*tied, *self._stepped])
             if missing and trained:
                 # One that has not stepped yet may hold it; to look at every object is slow, but done once a seed.
@@ -68,6 +79,7 @@ class UntrackedSeeds:
             if trained or not missing:
                 self._new.discard(slot)
         self._watch(bool(self._new))
+        self.forgotten |= set(forgotten)
         if forgotten:
             lines = "".join(
                 f"  slot '{slot}': {n} of {all_} parameters\n" for slot, (n, all_) in forgotten.items()
@@ -103,6 +115,10 @@ def _trains(optimizer: Optimizer, model: SlottedModel) -> bool:
     if any(p.requires_grad for p in host):
         return any(id(p) in held for p in host)
     return not held or any(id(p) in held for p in [*host, *model.seed_parameters()])
+
+
+def _trainable(model: SlottedModel, slot: str) -> list[nn.Parameter]:
+    return [p for p in model.seed_parameters(slot) if p.requires_grad]
 
 
 def _missing(parameters: Sequence[nn.Parameter], optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
