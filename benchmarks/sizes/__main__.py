@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.growth.running import run
 from benchmarks.sizes.cells import plan, work
-from benchmarks.sizes.settings import ARMS, FORMS, SETTINGS
+from benchmarks.sizes.settings import ARMS, FORMS, REMEDIES, SETTINGS
 from benchmarks.sizes.tables import plans, report
 
 
@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="stop starting runs in time")
     parser.add_argument("--setting", action="append", choices=tuple(SETTINGS), help="one; may be given again")
     parser.add_argument("--arm", action="append", choices=tuple(ARMS), help="one; may be given again")
+    parser.add_argument(
+        "--remedies", action="store_true", help="the plan changed in one thing each, beside what they need"
+    )
     parser.add_argument("--seeds", type=int, help="paired runs of each arm")
     parser.add_argument("--picture", type=Path, help="also write a picture of the ends and their envelope")
     parser.add_argument("--tables", action="store_true", help="run nothing; print the tables of --out")
@@ -53,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     form = FORMS[options.form]
     if options.setting:
         form = replace(form, settings=tuple(options.setting))
+    if options.remedies:
+        form = replace(form, arms=tuple(dict.fromkeys((*form.arms, *REMEDIES))))
     if options.arm:
         form = replace(form, arms=tuple(options.arm))
     if options.seeds is not None:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, final
 
 from benchmarks.growth.running import record_of
-from benchmarks.sizes.settings import ARMS, SETTINGS, TUNING, Form
+from benchmarks.sizes.settings import ARMS, SETTINGS, TUNING, Form, is_run
 from benchmarks.sizes.training import run_arm
 
 Done = Mapping[str, Mapping[str, Any]]
@@ -49,9 +49,10 @@ class Wanted:
 
 
 def tuning_cells(form: Form, setting: str, arm: str) -> list[Cell]:
-    """Return the cells that choose an arm's learning rate."""
+    """Return the cells that choose an arm's learning rate; another arm's where it takes that one's."""
     if len(form.rates) == 1:
         return []
+    arm = ARMS[arm].rate_of or arm
     return [Cell(setting, arm, TUNING + seed, lr) for seed in range(form.tuning) for lr in form.rates]
 
 
@@ -73,9 +74,9 @@ def plan(form: Form) -> list[Wanted]:
         (setting, arm)
         for setting in form.settings
         for arm in form.arms
-        if (only := SETTINGS[setting].arms) is None or arm in only
+        if is_run(SETTINGS[setting], ARMS[arm])
     ]
-    tuning = [Wanted(cell) for setting, arm in places for cell in tuning_cells(form, setting, arm)]
+    tuning = [Wanted(cell) for cell in dict.fromkeys(c for p in places for c in tuning_cells(form, *p))]
     runs = [
         Wanted(Cell(setting, arm, seed), is_tuned=True)
         for seed in range(form.seeds)

@@ -78,21 +78,24 @@ class ConvSeed(nn.Module):
 
 
 class ConvHost(HookedHost, nn.Module):
-    """Bytes to logits by causal residual convolutions; a slot after the last block."""
+    """Bytes to logits by causal residual convolutions; slots before the first block and after the last."""
 
     def __init__(self, dim: int, n_layers: int) -> None:
         super().__init__()
         self.dim = dim
         self.embedding = nn.Embedding(VOCABULARY, dim)
+        self.entry = nn.Identity()
         self.layers = nn.ModuleList(ConvBlock(dim) for _ in range(n_layers))
         self.norm = PositionNorm(dim)
         self.head = nn.Conv1d(dim, VOCABULARY, 1)
         nn.init.normal_(self.embedding.weight, std=0.1)
 
     def injection_points(self) -> Sequence[InjectionPoint]:
-        """Return the point behind the last block."""
-        last = len(self.layers) - 1
-        return [InjectionPoint("last", f"layers.{last}", self.dim, Topology.SIGNAL, causal=True)]
+        """Return the points before the first block and behind the last."""
+        paths = {"first": "entry", "last": f"layers.{len(self.layers) - 1}"}
+        return [
+            InjectionPoint(name, path, self.dim, Topology.SIGNAL, causal=True) for name, path in paths.items()
+        ]
 
     def example_inputs(self) -> tuple[Tensor]:
         """Return two sequences."""
@@ -104,7 +107,7 @@ class ConvHost(HookedHost, nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the next byte at each position, ``(b, t, VOCABULARY)``."""
-        x = self.embedding(tokens).mT  # (b, d, t)
+        x = self.entry(self.embedding(tokens).mT)  # (b, d, t)
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x)).mT
@@ -117,8 +120,10 @@ def make_host(kind: str, dim: int, n_layers: int) -> nn.Module:
     return TransformerHost(VOCABULARY, dim, n_layers=n_layers, n_heads=HEADS, max_len=LENGTH)
 
 
-def slot_of(kind: str, n_layers: int) -> str:
-    """Return the name of the slot behind the last block."""
+def slot_of(kind: str, n_layers: int, is_first: bool = False) -> str:
+    """Return the name of the slot behind the last block, or of the convolutions' before the first."""
+    if is_first:
+        return "first"
     return "last" if kind == "cnn" else f"layer{n_layers}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Any, Final, final
 
 TOKENS_PER_PARAMETER: Final = 18
 """Bytes per parameter of the four-block model that make the budget 1."""
@@ -71,6 +71,14 @@ class Arm:
         copies: Blocks of the first wave.
         is_straight: Whether seeds are put in straight.
         plateau: Whether the plateau policy decides when.
+        rate_of: Arm whose rate is taken; ``None`` tunes one.
+        remedy: Whether it is one of the remedies, which the long form leaves out.
+        fresh_moments: Whether the optimiser forgets its moments at each wave.
+        seed_rate: Rate of seeds over that of the host.
+        warm_again: Whether all rates rise once more after each wave.
+        ramp_steps: Steps of the alpha ramp.
+        rate_kept: Share of all rates that is kept at each wave.
+        is_first: Whether new blocks come before those that are there; convolutions only.
     """
 
     name: str
@@ -81,6 +89,14 @@ class Arm:
     copies: int = 1
     is_straight: bool = True
     plateau: bool = False
+    rate_of: str | None = None
+    remedy: bool = False
+    fresh_moments: bool = False
+    seed_rate: float = 1.0
+    warm_again: bool = False
+    ramp_steps: int = 1
+    rate_kept: float = 1.0
+    is_first: bool = False
 
     @property
     def grows(self) -> bool:
@@ -89,6 +105,16 @@ class Arm:
 
 
 FIXED: Final = (1, 2, 4, 8)
+
+
+def _remedy(name: str, what: str, **changed: Any) -> Arm:
+    """Return the plan with something changed; its rate is the plan's."""
+    given: dict[str, Any] = {"at": (0.1, 0.4), "rate_of": PLAN} | changed
+    return Arm(name, what, remedy=True, **given)
+
+
+_RAMP: Final = 100
+"""Steps of a ramp of alpha."""
 
 ARMS: Final = {
     arm.name: arm
@@ -100,8 +126,30 @@ ARMS: Final = {
         Arm("at once 1-4", "straight: three blocks more at .2", at=(0.2,), copies=3),
         Arm("safe 1-2-4", "the plan's times, the whole lifecycle", at=(0.1, 0.4), is_straight=False),
         Arm("plateau", "the whole lifecycle on plateaus", is_straight=False, plateau=True),
+        # Up to the last budget that rates are tuned on, these two are the host alone.
+        _remedy("later 1-2-4", "the plan, four times later: .4 and 1.6", at=(0.4, 1.6), rate_of="fixed 1"),
+        _remedy("later 1-2", "one block more at .4", at=(0.4,), rate_of="fixed 1"),
+        _remedy("fresh moments", "the plan; Adam forgets its moments at each wave", fresh_moments=True),
+        _remedy("twice the rate", "the plan; seeds learn at twice the host's rate", seed_rate=2.0),
+        _remedy("half the rate", "the plan; seeds learn at half the host's rate", seed_rate=0.5),
+        _remedy("warm again", "the plan; all rates rise again after each wave", warm_again=True),
+        _remedy("ramp", f"the plan; alpha rises over {_RAMP} steps", ramp_steps=_RAMP),
+        _remedy("rates fall", "the plan; all rates fall to .6 at each wave", rate_kept=0.6),
+        _remedy("last size's rate", "the plan at the rate of four blocks", rate_of="fixed 4"),
+        _remedy("in front", "the plan; new blocks come before the others", is_first=True),
     )
 }
+
+REMEDIES: Final = tuple(arm.name for arm in ARMS.values() if arm.remedy)
+SAFE: Final = tuple(arm.name for arm in ARMS.values() if arm.grows and not arm.is_straight)
+_COMPARED: Final = tuple(arm.name for arm in ARMS.values() if not arm.remedy)
+
+
+def is_run(setting: Setting, arm: Arm) -> bool:
+    """Return whether a setting takes an arm."""
+    if arm.remedy:
+        return not arm.is_first or setting.kind == "cnn"
+    return setting.arms is None or arm.name in setting.arms
 
 
 @final
@@ -129,7 +177,7 @@ class Form:
 
 
 _EVERYTHING: Final = Form(
-    "long", tuple(SETTINGS), tuple(ARMS), (0.25, 0.5, 1.0, 2.0, 4.0), (4e-3, 8e-3, 1.6e-2), 2, 8, tuned_to=0.5
+    "long", tuple(SETTINGS), _COMPARED, (0.25, 0.5, 1.0, 2.0, 4.0), (4e-3, 8e-3, 1.6e-2), 2, 8, tuned_to=0.5
 )
 
 FORMS: Final = {

@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from benchmarks.growth.statistics import Interval, bootstrap, paired
 from benchmarks.sizes.cells import Done, chosen_rate
 from benchmarks.sizes.data import load
-from benchmarks.sizes.settings import ARMS, DECAY_SHARE, FIXED, PLAN, SETTINGS, TUNING, Form
+from benchmarks.sizes.settings import ARMS, DECAY_SHARE, FIXED, PLAN, REMEDIES, SAFE, SETTINGS, TUNING, Form
 from benchmarks.sizes.training import unit
+
+MOST_WASTED: Final = 0.05
+"""Goal: share of the FLOPs that a plan wastes on average."""
+
+SHARE_RESAMPLES: Final = 400
+"""Bootstrap samples of a share of FLOPs."""
+
+_FIXED_ARMS: Final = frozenset(f"fixed {n}" for n in FIXED)
 
 Losses = dict[str, dict[float, dict[int, float]]]
 """Test losses by arm, budget and seed."""
@@ -66,48 +76,138 @@ def regrets(losses: Losses) -> dict[str, dict[float, Interval]]:
     }
 
 
+def with_fixed(losses: Losses, arm: str) -> Losses:
+    """Return an arm and the fixed sizes, each with the seeds that all of them have."""
+    names = [*(name for name in losses if name in _FIXED_ARMS), arm]
+    seeds = set.intersection(*(set(by_seed) for name in names for by_seed in losses[name].values()))
+    return {
+        name: {
+            budget: {seed: by_seed[seed] for seed in sorted(seeds)}
+            for budget, by_seed in losses[name].items()
+            if seeds
+        }
+        for name in names
+    }
+
+
 def wasted(losses: Losses, arm: str, budget: float) -> tuple[float, bool]:
     """Return the share of the FLOPs that the best fixed size would not have needed for an arm's mean loss.
 
-    The second is true where even the smallest budget does better: it is more than that share, then.
+    The second is true where even the smallest budget does better: it is more than that share, then. An arm that is ahead
+    wastes nothing.
     """
-    mean, best = fmean(losses[arm][budget].values()), envelope(losses)
-    if mean <= dict(best).get(budget, -math.inf):
+    losses = with_fixed(losses, arm)
+    best = envelope(losses)
+    if budget not in dict(best) or budget not in losses[arm]:
+        return math.nan, False
+    mean = fmean(losses[arm][budget].values())
+    if mean <= dict(best)[budget]:
         return 0.0, False
     reached = budget_at(best, mean)
     return (1.0 - best[0][0] / budget, True) if math.isnan(reached) else (1.0 - reached / budget, False)
 
 
+def mean_regret(losses: Losses, arm: str) -> Interval:
+    """Return the regret over all budgets, with an interval over seeds."""
+    losses = with_fixed(losses, arm)
+    by_seed = [
+        paired(losses[arm][budget], losses[best][budget])
+        for budget, best in best_fixed(losses).items()
+        if budget in losses[arm]
+    ]
+    return bootstrap([fmean(seed) for seed in zip(*by_seed, strict=True)])
+
+
 def regret_table(form: Form, losses: Losses) -> str:
     """Return the regret table of a setting."""
     budgets, found = form.budgets, regrets(losses)
-    rows = [["arm", *(f"x{b:g}" for b in budgets), "mean", "max", "most wasted"]]
+    rows = [
+        ["arm", "runs", *(f"x{b:g}" for b in budgets), "mean", "max", "FLOPs wasted: mean", "most"],
+    ]
     for arm, by_budget in found.items():
         middles = [by_budget[b].middle for b in budgets if b in by_budget]
-        most, is_more = max(
-            (wasted(losses, arm, b) for b in budgets if b in by_budget), default=(math.nan, False)
-        )
+        if not middles:
+            continue
+        shares = [wasted(losses, arm, b) for b in budgets if b in by_budget]
+        most, is_more = max(shares)
+        more = "> " if any(flag for _, flag in shares) else ""
         rows.append(
             [
                 arm,
+                str(max(by_budget[b].n for b in by_budget)),
                 *(str(by_budget[b]) if b in by_budget else "-" for b in budgets),
-                f"{fmean(middles):+.3f}" if middles else "-",
-                f"{max(middles):+.3f}" if middles else "-",
+                str(mean_regret(losses, arm)),
+                f"{max(middles):+.3f}",
+                f"{more}{fmean(share for share, _ in shares):.0%}",
                 f"{'> ' if is_more else ''}{most:.0%}",
             ]
         )
     return _aligned(rows)
 
 
+def shares_to_best(losses: Losses, arm: str) -> dict[float, Interval]:
+    """Return by budget the share of it with which an arm reaches the mean loss of the best fixed size there.
+
+    Curves of means are resampled seed by seed, the fixed sizes' with the arm's; resamples in which the loss is not reached
+    count as infinitely dear. NaN where the arm's curve of all seeds does not reach it.
+    """
+    losses = with_fixed(losses, arm)
+    best = best_fixed(losses)
+    seeds = sorted(next(iter(losses[arm].values()), ()))
+    if not best or not seeds:
+        return {}
+    budgets = sorted(losses[arm])
+    own = np.array([[losses[arm][b][seed] for b in budgets] for seed in seeds])
+    goal = np.array([[losses[name][b][seed] for b, name in best.items()] for seed in seeds])
+    drawn = np.random.default_rng(0).integers(0, len(seeds), (SHARE_RESAMPLES, len(seeds)))
+    found: dict[float, Interval] = {}
+    for place, budget in enumerate(best):
+
+        def share(picked: Any, place: int = place, budget: float = budget) -> float:
+            curve = list(zip(budgets, own[picked].mean(0).tolist(), strict=True))
+            return budget_at(curve, float(goal[picked, place].mean())) / budget
+
+        again = np.nan_to_num([share(picked) for picked in drawn], nan=math.inf)
+        low, high = np.quantile(again, [0.025, 0.975], method="nearest")
+        found[budget] = Interval(share(slice(None)), float(low), float(high), len(seeds))
+    return found
+
+
 def flops_table(form: Form, losses: Losses) -> str:
     """Return, for each budget, the share of it with which an arm reaches the loss of the best fixed size there."""
     rows = [["arm", *(f"to the best at x{b:g}" for b in form.budgets)]]
-    goals = dict(envelope(losses))
-    for arm, found in losses.items():
-        curve = [(b, fmean(found[b].values())) for b in sorted(found)]
-        shares = [budget_at(curve, goals[b]) / b if b in goals else math.nan for b in form.budgets]
-        rows.append([arm, *("-" if math.isnan(s) else f"{s:.2f}" for s in shares)])
+    for arm in losses:
+        found = shares_to_best(losses, arm)
+        rows.append([arm, *(_share(found.get(b)) for b in form.budgets)])
     return _aligned(rows)
+
+
+def _share(found: Interval | None) -> str:
+    if found is None or math.isnan(found.middle):
+        return "-"
+    if found.n < 2 or found.low == found.high:
+        return f"{found.middle:.2f}"
+    high = f"{found.high:.2f}" if math.isfinite(found.high) else "never"
+    return f"{found.middle:.2f} [{found.low:.2f}, {high}]"
+
+
+def against_plan(form: Form, done: Done, arms: Sequence[str]) -> str:
+    """Return, by setting and budget, an arm's loss less the plan's, paired by seed."""
+    rows = [["setting", "arm", "runs", *(f"x{b:g}" for b in form.budgets)]]
+    for setting in form.settings:
+        losses = losses_of(form, setting, done)
+        for arm in arms:
+            if arm in losses and PLAN in losses:
+                found = {
+                    b: bootstrap(paired(losses[arm][b], losses[PLAN][b]))
+                    for b in losses[arm]
+                    if b in losses[PLAN]
+                }
+                runs = str(max((interval.n for interval in found.values()), default=0))
+                rows.append(
+                    [setting, arm, runs, *(str(found[b]) if b in found else "-" for b in form.budgets)]
+                )
+    return _aligned(rows) if len(rows) > 1 else ""
 
 
 def seeds_table(form: Form, setting: str, done: Done) -> str:
@@ -127,49 +227,55 @@ def seeds_table(form: Form, setting: str, done: Done) -> str:
 
 
 def goals_table(form: Form, done: Done) -> str:
-    """Return the goals of one plan, `PLAN`, by setting."""
+    """Return the goals of each plan that was set beforehand, by setting."""
     rows = [
         [
             "setting",
-            "max regret, of the best single size",
+            "plan",
+            "max regret",
+            "best single size",
+            "a third at most",
             "FLOPs wasted",
+            "5 % at most",
             "ahead of every fixed size at",
-            "safe",
         ]
     ]
     for setting in form.settings:
         losses = losses_of(form, setting, done)
         found = regrets(losses)
-        fixed = [arm for arm in found if arm.startswith("fixed")]
-        if PLAN not in found or not fixed:
-            continue
-        largest = {arm: max(i.middle for i in found[arm].values()) for arm in (PLAN, *fixed)}
-        single = min(fixed, key=largest.__getitem__)
-        ahead = [
-            f"x{b:g}"
-            for b in found[PLAN]
-            if all(
-                b in losses[arm] and bootstrap(paired(losses[PLAN][b], losses[arm][b])).high < 0
-                for arm in fixed
+        fixed = [arm for arm in found if arm in _FIXED_ARMS]
+        for plan in (arm for arm in found if ARMS[arm].grows and not ARMS[arm].remedy):
+            if not fixed or not found[plan]:
+                continue
+            largest = {arm: max(i.middle for i in found[arm].values()) for arm in (plan, *fixed)}
+            single = min(fixed, key=largest.__getitem__)
+            share = fmean(wasted(losses, plan, b)[0] for b in found[plan])
+            rows.append(
+                [
+                    setting,
+                    plan,
+                    f"{largest[plan]:+.3f}",
+                    f"{largest[single]:+.3f} ({single})",
+                    "met" if largest[plan] <= largest[single] / 3 else "missed",
+                    f"{share:.0%}",
+                    "met" if share <= MOST_WASTED else "missed",
+                    ", ".join(f"x{b:g}" for b in ahead_of_all(losses, plan)) or "none",
+                ]
             )
-        ]
-        shares = [wasted(losses, PLAN, b)[0] for b in found[PLAN]]
-        price = "-"
-        if "safe 1-2-4" in losses:
-            common = [b for b in losses[PLAN] if b in losses["safe 1-2-4"]]
-            price = ", ".join(
-                f"x{b:g} {bootstrap(paired(losses['safe 1-2-4'][b], losses[PLAN][b]))}" for b in common
-            )
-        rows.append(
-            [
-                setting,
-                f"{largest[PLAN]:+.3f} of {largest[single]:+.3f} ({single})",
-                f"{fmean(shares):.0%} on average",
-                ", ".join(ahead) or "none",
-                price,
-            ]
-        )
     return _aligned(rows) if len(rows) > 1 else ""
+
+
+def ahead_of_all(losses: Losses, plan: str) -> list[float]:
+    """Return the budgets at which a plan is ahead of every fixed size, with intervals that exclude 0."""
+    return [
+        b
+        for b in losses[plan]
+        if all(
+            b in losses[arm] and bootstrap(paired(losses[plan][b], losses[arm][b])).high < 0
+            for arm in losses
+            if arm in _FIXED_ARMS
+        )
+    ]
 
 
 def plans(form: Form) -> str:
@@ -204,13 +310,17 @@ def report(form: Form, done: Done) -> str:
             f"best fixed size in hindsight: {best or '-'}",
             f"rates: {', '.join(f'{arm} {rate:g}' for arm, rate in rates.items() if rate is not None)}",
             "loss less that of the best fixed size, nats a byte:\n" + regret_table(form, losses),
-            "share of a budget that reaches the loss of the best fixed size there:\n"
+            "share of a budget that reaches the loss of the best fixed size there (never: not in 2.5 % of resamples):\n"
             + flops_table(form, losses),
             seeds_table(form, setting, done),
         ]
     errors = [f"{r['key']}: {r['error']}" for r in done.values() if "error" in r]
-    goals = goals_table(form, done)
-    parts += [f"goals of '{PLAN}'\n{goals}"] if goals else []
+    for title, table in (
+        (f"price of safety: loss less that of '{PLAN}'", against_plan(form, done, SAFE)),
+        (f"remedies: loss less that of '{PLAN}'", against_plan(form, done, REMEDIES)),
+        ("goals of the plans that were set beforehand", goals_table(form, done)),
+    ):
+        parts += [f"{title}\n{'-' * len(title)}", table] if table else []
     parts += [f"{len(errors)} cells failed:\n" + "\n".join(errors[:5])] if errors else []
     return "\n\n".join(part for part in parts if part)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR
 
 from benchmarks.sizes.data import LENGTH, Stream, load
 from benchmarks.sizes.hosts import make_host, options_of, registry_of, slot_of
@@ -121,6 +123,19 @@ def make_policy(arm: Arm, setting: Setting, tokens: float) -> Policy:
     return NoGrowthPolicy()
 
 
+def _after_wave(arm: Arm, optimizer: Optimizer, warmup: LinearLR) -> LinearLR:
+    """Do what a remedy does at a wave, and return the warm-up that goes on."""
+    if arm.fresh_moments:
+        optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] *= arm.rate_kept
+    return _warmup(optimizer) if arm.warm_again else warmup
+
+
+def _warmup(optimizer: Optimizer) -> LinearLR:
+    return LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
+
+
 def run_arm(
     setting: Setting,
     arm: Arm,
@@ -153,12 +168,12 @@ def run_arm(
         host = make_host(setting.kind, setting.dim, arm.layers)
         model = MorphogeneticModel(
             host,
-            [slot_of(setting.kind, arm.layers)],
+            [slot_of(setting.kind, arm.layers, arm.is_first)],
             config=GrowthConfig.recommended(
                 seed=seed,
                 nested_slots=3,
                 ramp_epochs=2,
-                straight=StraightInsertion(lag=LAG, trend_epochs=TREND),
+                straight=StraightInsertion(ramp_steps=arm.ramp_steps, lag=LAG, trend_epochs=TREND),
             ),
             registry=registry_of(setting.kind),
             telemetry=births,
@@ -171,8 +186,8 @@ def run_arm(
                 return ledger.charge(kind, partial(losses_of, model, gate))
 
             model.evaluate_with(judge)
-        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), rate))
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
+        optimizer = tie_optimizer(model, torch.optim.Adam(model.parameters(), rate), lr_factor=arm.seed_rate)
+        warmup = _warmup(optimizer)
         policy, stream = make_policy(arm, setting, tokens), Stream(seed, setting.batch)
         ends: list[dict[str, float]] = []
         curve: list[tuple[float, float]] = []
@@ -210,7 +225,10 @@ def run_arm(
                 curve.append((ledger.total / one, metric))
                 recent.clear()
                 model.step_epoch(metric, flops=float(ledger.total), budget=last * one)
+                born = len(births.found)
                 model.follow(policy)
+                if len(births.found) > born:
+                    warmup = _after_wave(arm, optimizer, warmup)
                 refused += [o.refusal for o in model.outcomes if not o.done]
             while left and ledger.total >= (1 - DECAY_SHARE) * left[0] * one:
                 budget = left.pop(0)

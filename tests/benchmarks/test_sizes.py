@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,21 @@ from benchmarks.sizes import __main__ as command
 from benchmarks.sizes.cells import Cell, plan, work
 from benchmarks.sizes.data import LENGTH, Stream, load
 from benchmarks.sizes.hosts import ConvHost, ConvSeed
-from benchmarks.sizes.settings import ARMS, FORMS, PLAN, SETTINGS, TUNING
-from benchmarks.sizes.tables import best_fixed, budget_at, envelope, losses_of, regrets, report, wasted
+from benchmarks.sizes.settings import ARMS, FORMS, PLAN, REMEDIES, SETTINGS, TUNING
+from benchmarks.sizes.tables import (
+    against_plan,
+    ahead_of_all,
+    best_fixed,
+    budget_at,
+    envelope,
+    losses_of,
+    mean_regret,
+    regrets,
+    report,
+    shares_to_best,
+    wasted,
+    with_fixed,
+)
 
 TINY = replace(FORMS["tiny"], settings=("cnn-12",), arms=("fixed 1", "fixed 2", PLAN))
 LONG = FORMS["long"]
@@ -67,7 +81,7 @@ def test_the_long_form_tunes_every_arm_from_one_grid_on_other_seeds_and_pairs_th
     assert {c.lr for c in tuned} == set(LONG.rates)
     assert all(c.seed >= TUNING for c in tuned)
     assert not {c.seed for c in tuned} & {c.seed for c in runs}
-    assert len(runs) == LONG.seeds * sum(len(setting.arms or ARMS) for setting in SETTINGS.values())
+    assert len(runs) == LONG.seeds * sum(len(setting.arms or LONG.arms) for setting in SETTINGS.values())
     assert len({c.key for c in tuned}) == len(tuned)
 
 
@@ -98,9 +112,63 @@ def test_regret_is_taken_against_the_best_fixed_size_at_each_budget():
     assert budget_at(envelope(losses), sum(losses[PLAN][1.0].values()) / 8) == pytest.approx(1.0 - share)
     assert (0.0 < share < 0.1, is_more) == (True, False)
     assert wasted(losses, "fixed 4", 0.25) == (0.0, True)
+    assert mean_regret(losses, PLAN).middle == pytest.approx(0.01)
     text = report(form, done)
     assert "best fixed size in hindsight: x0.25 fixed 1" in text
-    assert "+0.010 of" in text
+    assert re.search(
+        r"cnn-12 +plan 1-2-4 +\+0\.010 +\+0\.525 \(fixed 1\) +met +2% +met +none$", text, re.MULTILINE
+    )
+
+
+def test_an_arm_with_fewer_runs_is_compared_on_the_runs_that_all_have():
+    losses = {
+        "fixed 1": {1.0: {0: 2.0, 1: 9.0}, 2.0: {0: 1.5, 1: 8.0}},
+        "fixed 2": {1.0: {0: 2.4, 1: 9.9}, 2.0: {0: 1.0, 1: 7.0}},
+        PLAN: {1.0: {0: 2.0}, 2.0: {0: 1.25}},
+    }
+    assert with_fixed(losses, PLAN)["fixed 1"] == {1.0: {0: 2.0}, 2.0: {0: 1.5}}
+    assert wasted(losses, PLAN, 1.0) == (0.0, False)
+    assert wasted(losses, PLAN, 2.0)[0] == pytest.approx(1 - 2**-0.25)
+    assert mean_regret(losses, PLAN).middle == pytest.approx(0.125)
+
+
+def test_a_share_of_flops_is_that_of_the_means_and_its_interval_that_of_resampled_runs():
+    fixed = {1.0: {0: 3.0, 1: 3.2}, 4.0: {0: 2.0, 1: 2.2}}
+    ahead = {1.0: {0: 3.0, 1: 3.2}, 4.0: {0: 1.0, 1: 1.2}}
+    behind = {1.0: {0: 3.0, 1: 3.2}, 4.0: {0: 2.5, 1: 2.2}}
+    losses = {"fixed 1": fixed, PLAN: ahead, "plan 1-2": behind}
+    found = shares_to_best(losses, PLAN)
+    assert found[4.0].middle == pytest.approx(0.5)  # half of the way down is half of the logarithm
+    assert found[4.0].low == pytest.approx(found[4.0].high)  # both runs say the same
+    assert math.isnan(shares_to_best(losses, "plan 1-2")[4.0].middle)
+    assert ahead_of_all(losses, PLAN) == [4.0]
+    assert ahead_of_all(losses, "plan 1-2") == []
+
+
+def test_the_long_form_leaves_remedies_out_and_they_take_the_rate_of_another_arm():
+    assert REMEDIES
+    assert not set(REMEDIES) & set(LONG.arms)
+    form = replace(LONG, settings=("cnn-12", "transformer-16"), arms=("later 1-2", "in front"), seeds=1)
+    cells = [item.cell for item in plan(form) if not item.is_tuned]
+    assert {c.arm for c in cells if c.benchmark == "transformer-16"} == {"fixed 1"}
+    assert {c.arm for c in cells if c.benchmark == "cnn-12"} == {"fixed 1", PLAN}
+    assert not any(i.cell.arm == "in front" and i.cell.benchmark != "cnn-12" for i in plan(form))
+
+
+def test_remedies_and_the_price_of_safety_are_differences_from_the_plan():
+    form = replace(LONG, settings=("cnn-12",))
+    done = {}
+    for seed in (0, 1):
+        for arm, more in ((PLAN, 0.0), ("fresh moments", -0.02), ("safe 1-2-4", 0.01 + 0.01 * seed)):
+            record = fake(Cell("cnn-12", PLAN, seed, 8e-3), form) | {"arm": arm, "key": f"{arm}/{seed}"}
+            ends = [{"budget": e["budget"], "loss": e["loss"] + more} for e in record["result"]["ends"]]
+            done[record["key"]] = record | {"result": record["result"] | {"ends": ends}}
+    everything = replace(form, arms=tuple(ARMS))
+    remedies = against_plan(everything, done, REMEDIES).splitlines()
+    assert remedies[1].startswith("cnn-12   fresh moments  2     -0.020 [-0.020, -0.020]")
+    assert len(remedies) == 2
+    assert "+0.015 [+0.010, +0.020]" in against_plan(form, done, ("safe 1-2-4", "plateau"))
+    assert against_plan(form, done, REMEDIES) == ""  # this form leaves them out
 
 
 def test_a_curve_is_read_in_the_logarithm_of_the_budget_and_not_beyond_its_ends():
@@ -127,6 +195,11 @@ def test_a_tiny_run_of_every_kind_ends_at_its_budgets_and_is_the_same_again(tmp_
     assert all(abs(e["flops"] / e["budget"] - 1) < 0.25 for e in found[PLAN]["result"]["ends"])
     assert found[PLAN]["result"]["seeds"]
     assert work(cells[0], TINY)["result"] == found[PLAN]["result"]
+    for arm in REMEDIES:
+        changed = work(Cell("cnn-12", arm, 0, 8e-3), TINY)
+        assert "error" not in changed, changed["error"]
+        is_same = changed["result"]["ends"] == found[PLAN]["result"]["ends"]
+        assert is_same == (arm == "last size's rate")  # at one rate, as here
     out, picture = tmp_path / "tiny.jsonl", tmp_path / "tiny.png"
     arguments = ["--tiny", "--jobs", "1", "--setting", "cnn-12", "--arm", "fixed 1", "--arm", PLAN]
     command.main([*arguments, "--out", str(out), "--picture", str(picture)])
