@@ -36,3 +36,5 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = f"Kasmina {release}"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
