@@ -133,7 +133,7 @@ class _Examination:
             built = self._build_all(chosen)
             self._check_options(built)
             self._check_size(built)
-            check_independence(self.bench, built)
+            second = check_independence(self.bench, built)
             check_positions(self.bench, built)
             used = [
                 name
@@ -142,7 +142,8 @@ class _Examination:
             ]
             if self.runnable:
                 forms = {made.causal: made for made in reversed(built)}  # of each form the first width
-                check_samples(self.bench, built if self.full else [*forms.values()], self.runnable[0])
+                chosen_forms = built if self.full else [*forms.values()]
+                check_samples(self.bench, chosen_forms, second, self.runnable[0])
             for name, why in self.absent.items():
                 names = device_check_names(self.spec.topology, self.full)
                 self.bench.none_ran(names, why, device=name, needed=_kind(name) in self.asked)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 from kasmina_core.blueprints.foreign import contained, described
-from kasmina_core.checks.global_state import STREAMS, read_settings, restore_settings
+from kasmina_core.checks.global_state import STREAMS, Settings
 from kasmina_core.checks.reports import CheckResult, CheckStatus
 from kasmina_core.errors import PluginError
 
@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, spec: BlueprintSpec) -> None:
         self.spec = spec
         self.results: list[CheckResult] = []
-        self._settings = read_settings()
+        self._settings = Settings()
         self._changed: dict[str, Any] = {}
 
     def passed(self, name: str, **facts: Any) -> None:
@@ -67,7 +67,7 @@ class Bench:
 
     def note_settings(self) -> None:
         """Put back settings that were changed since, and remember them."""
-        for name, value in restore_settings(self._settings).items():
+        for name, value in self._settings.put_back().items():
             self._changed.setdefault(name, value)
 
     def call(self, module: nn.Module, x: Tensor, *context: Any) -> Any:
@@ -85,7 +85,7 @@ class Bench:
             self.not_run("global_state", "no module was built")
             return
 
-        def shown(values: Mapping[str, Any], stream: str) -> dict[str, str]:
+        def shown(values: Any, stream: str) -> dict[str, str]:
             return {name: stream if name in STREAMS else str(values[name]) for name in self._changed}
 
         self.judge(

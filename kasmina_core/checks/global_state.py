@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ def preserved_global_state() -> Iterator[None]:
     been imported is not touched, and CUDA is not initialised.
     """
     torch = sys.modules.get("torch")
-    settings = read_settings()
+    settings = Settings()
     torch_state = torch.get_rng_state() if torch is not None else None
     cuda_states = (
         torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
@@ -35,7 +35,7 @@ def preserved_global_state() -> Iterator[None]:
     try:
         yield
     finally:
-        restore_settings(settings)
+        settings.put_back()
         if torch is not None:
             torch.set_rng_state(torch_state)
             if cuda_states is not None:
@@ -53,9 +53,13 @@ def _settings() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
 
         def numpy_state() -> tuple[Any, ...]:
             kind, keys, *rest = numpy_random.get_state()
-            return (kind, tuple(keys.tolist()), *rest)
+            return (kind, keys.tobytes(), *rest)
 
-        streams[STREAMS[1]] = (numpy_state, numpy_random.set_state)
+        def set_numpy_state(state: tuple[Any, ...]) -> None:
+            kind, keys, *rest = state
+            numpy_random.set_state((kind, sys.modules["numpy"].frombuffer(keys, "uint32"), *rest))
+
+        streams[STREAMS[1]] = (numpy_state, set_numpy_state)
     if "torch" not in sys.modules:
         return streams
     import torch
@@ -87,20 +91,27 @@ def _settings() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
     }
 
 
-def read_settings() -> dict[str, Any]:
-    """Return by name the random numbers of Python and numpy, and torch's settings of the whole program if it is imported."""
-    return {name: read() for name, (read, _) in _settings().items()}
+@final
+class Settings:
+    """The random numbers of Python and numpy, and torch's settings of the whole program if it is imported, as they are.
 
+    A generator that is imported later is not among them: it has no state to be put back.
+    """
 
-def restore_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the settings back and return those that had been changed, with the values found."""
-    changed = {}
-    for name, (read, put_back) in _settings().items():
-        # A generator that was imported since then has no state to be put back.
-        if name in settings and (found := read()) != settings[name]:
-            changed[name] = found
-            put_back(settings[name])
-    return changed
+    def __init__(self) -> None:
+        self._kept = [(name, read, put_back, read()) for name, (read, put_back) in _settings().items()]
+
+    def __getitem__(self, name: str) -> Any:
+        return next(value for kept, _, _, value in self._kept if kept == name)
+
+    def put_back(self) -> dict[str, Any]:
+        """Put back those that were changed since, and return them with the values found."""
+        changed = {}
+        for name, read, put_back, value in self._kept:
+            if (found := read()) != value:
+                changed[name] = found
+                put_back(value)
+        return changed
 
 
 class SharedParts:

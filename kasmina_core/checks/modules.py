@@ -35,12 +35,12 @@ _GRID: Final = ((2, 1), (1, 5), (1, 7, 3, 2), (2, 13, 9, 5), (3, 4, 6, 3), (3, 3
 _TOLERANCE: Final = f"{MODE_TOLERANCE:g} of the output's RMS"
 
 
-def check_independence(bench: Bench, built: Sequence[Built]) -> None:
-    """Build a second module and see whether any two hold one parameter."""
+def check_independence(bench: Bench, built: Sequence[Built]) -> Built | None:
+    """Build a second module, see whether any two hold one parameter, and return it."""
     name = "independent_builds"
     if not built:
         bench.not_run(name, "no module was built")
-        return
+        return None
     second = bench.build(built[0].width, built[0].causal)
     if isinstance(second, CheckResult):
         bench.failed(
@@ -52,7 +52,7 @@ def check_independence(bench: Bench, built: Sequence[Built]) -> None:
             hint="Every germination builds a module of its own with the same factory.",
             error=second.error,
         )
-        return
+        return None
     owners: dict[tuple[Any, ...], int] = {}
     shared: set[str] = set()
     for number, made in enumerate([*built, second]):
@@ -68,6 +68,7 @@ def check_independence(bench: Bench, built: Sequence[Built]) -> None:
         expected="0 shared parameters",
         measured=", ".join(sorted(shared)) or 0,
     )
+    return second
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
