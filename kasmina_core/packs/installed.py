@@ -21,6 +21,7 @@ _FIND: Final = (
 )  # whoever puts another in its place is asked instead of the folders
 _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SUFFIXES: Final = (".dist-info", ".egg-info")
+_SEPARATORS: Final = re.compile(r"[-_.]+")
 _PLAIN_FOLDER: Final = re.compile(r"[A-Za-z0-9][^-]*(-.*)?\.dist-info", re.ASCII | re.DOTALL)
 _PLAIN_HEADER: Final = re.compile(r"(?:(?!(?i:content-))[!-9;-~]+:[^\n\r]*\n)+(?=\n|\Z)")
 _FIELD: Final = re.compile(
@@ -173,4 +174,4 @@ def read_entry_points(raw: bytes, groups: Sequence[str]) -> list[importlib_metad
 
 def _normalized(name: str) -> str:
     """Return a name in the form that importlib_metadata compares."""
-    return re.sub(r"[-_.]+", "_", name).lower()
+    return _SEPARATORS.sub("_", name).lower()

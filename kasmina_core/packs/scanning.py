@@ -140,14 +140,10 @@ class PackRecord(Record):
     error: Annotated[BaseException | None, Mark.UNWRITTEN] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "name",
-            "module",
-            "distribution",
-            "version",
-        ):  # metadata may hold anything, and is printed
-            object.__setattr__(self, name, cleaned(getattr(self, name)))
-        object.__setattr__(self, "cause", cleaned(self.cause, 4000, lines=True))
+        for name in ("name", "module", "distribution", "version", "cause"):  # metadata may hold anything
+            text = getattr(self, name)
+            if (clean := cleaned(text, 4000, lines=True) if name == "cause" else cleaned(text)) != text:
+                object.__setattr__(self, name, clean)
 
     def refused(self, reason: PackReason, cause: str, error: BaseException | None = None) -> PackRecord:
         """Return the record of this pack when it is not taken."""
@@ -218,10 +214,15 @@ def scan_packs(switches: Switches) -> list[Found]:
         for record, entry in _claims(facts, switches, environment):
             found.setdefault(record, (record, entry))
     by_name: dict[str, list[Found]] = {}
-    for key in sorted(found, key=lambda r: (r.name, r.distribution, r.version, r.module)):
-        by_name.setdefault(key.name, []).append(found[key])
+    for claim in sorted(found.values(), key=_order):
+        by_name.setdefault(claim[0].name, []).append(claim)
     settled = [claim for claims in by_name.values() for claim in _settle(claims, switches)]
     return settled if switches.autoload else [_kept_waiting(record, entry) for record, entry in settled]
+
+
+def _order(claim: Found) -> tuple[str, str, str, str]:
+    record = claim[0]
+    return record.name, record.distribution, record.version, record.module
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +432,8 @@ def _settle(claims: list[Found], switches: Switches) -> list[Found]:
 
     A bundled name is held also where the bundled pack itself is blocked or damaged.
     """
+    if len(claims) == 1:
+        return claims
     bundled = [record for record, _ in claims if record.is_bundled]
     live = [record for record, _ in claims if record.state is PackState.DISCOVERED]
     intruders = [record for record in live if bundled and record not in bundled]
