@@ -62,10 +62,15 @@ class RunStarted(TelemetryEvent):
     """A run began with these settings, plain data. `kasmina grow` sends it; a loop of your own may.
 
     ``telemetry.emit(RunStarted(settings={"lr": 3e-3}))``: trackers show them as hyperparameters.
+
+    Attributes:
+        settings: What decides the run.
+        made_with: The command, versions, and what the settings came to, such as the names of all slots.
     """
 
     type: ClassVar[TelemetryEventType] = TelemetryEventType.RUN_STARTED
     settings: Mapping[str, Any]
+    made_with: Annotated[Mapping[str, Any], Mark.LATER] = field(default_factory=dict)
 
 
 @final

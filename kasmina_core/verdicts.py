@@ -117,6 +117,19 @@ class GateCheck(Record):
         return f"{text}: {self.detail}" if self.detail else text
 
 
+def interval_in_words(share: float, low: float, high: float) -> str:
+    """Return an interval that holds the true value in such a share of cases, or that nothing bounds it.
+
+    >>> interval_in_words(0.95, -0.1, 0.2)
+    '95 % interval -0.1 to +0.2'
+    >>> interval_in_words(0.95, -math.inf, math.inf)
+    'too few samples differ to bound it'
+    """
+    if math.isinf(low) and math.isinf(high):
+        return "too few samples differ to bound it"
+    return f"{100 * share:.4g} % interval {low:+.4g} to {high:+.4g}"
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Finding(Record):
@@ -150,10 +163,8 @@ class Finding(Record):
     error_rate: float
 
     def __str__(self) -> str:
-        return (
-            f"gain {self.effect:+.4g} ({100 * (1 - self.error_rate):.4g} % interval {self.low:+.4g} to "
-            f"{self.high:+.4g}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
-        )
+        interval = interval_in_words(1 - self.error_rate, self.low, self.high)
+        return f"gain {self.effect:+.4g} ({interval}, n = {self.samples}, alpha {self.alpha:g}, look {self.look})"
 
 
 @final

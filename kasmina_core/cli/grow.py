@@ -45,6 +45,7 @@ class _Request(NamedTuple):
     data_dir: Path | None
     sinks: tuple[str, ...]
     as_json: bool
+    command: str
 
 
 @click.command(short_help="Train a host and grow it with seeds.")
@@ -163,7 +164,7 @@ def grow(
         "host_options": dict(_option("--host-option", text) for text in host_options),
         "policy_options": dict(_option("--policy-option", text) for text in policy_options),
     }
-    request = _Request(data_dir, sinks, as_json)
+    request = _Request(data_dir, sinks, as_json, _typed(context))
     if resume is not None:
         settings, repeats, began = _saved_settings(resume)
         typed = {
@@ -244,7 +245,7 @@ def _run_one(
     ):
         plugins = default_registry()
         with options.reading_request():
-            run = GrowthRun(settings, data, plugins, display, progress)
+            run = GrowthRun(settings, data, plugins, display, progress, request.command)
             known = {"task": data.name, "seed": settings.seed, "folder": str(folder)}
             named = [_sink(plugins, name, known) for name in request.sinks]
             run.go_on()
@@ -478,6 +479,21 @@ def _growing_table(record: RunRecord, path: Path) -> Callable[[str, EpochRecord]
                 table = wider
 
     return add
+
+
+def _typed(context: click.Context) -> str:
+    """Return the command as it was typed, its options in the order of the help."""
+    words = ["kasmina", "grow"]
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0], str(one)]
+    return shlex.join(words)
 
 
 def _option(flag: str, text: str) -> tuple[str, Any]:

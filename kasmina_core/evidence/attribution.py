@@ -16,6 +16,7 @@ from kasmina_core.gates.paired import require_paired
 from kasmina_core.gates.sequential import PairedGain
 from kasmina_core.records import Record
 from kasmina_core.slots.forward import ForwardMode
+from kasmina_core.verdicts import interval_in_words
 
 if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import GateSamples, Processes
@@ -214,5 +215,4 @@ def _drawn(
 
 
 def _said(gain: PairedGain) -> str:
-    low, high = gain.interval()
-    return f"{gain.gain:+.4g} (95 % interval {low:+.4g} to {high:+.4g})"
+    return f"{gain.gain:+.4g} ({interval_in_words(0.95, *gain.interval())})"

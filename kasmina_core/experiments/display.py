@@ -305,9 +305,11 @@ def _seeds(record: RunRecord, width: int) -> Iterator[RenderableType]:
         return
     yield Text(table.title, style="bold")
     for life, row in zip(record.seeds, table.rows, strict=True):
-        seed, slot, blueprint, outcome, epochs, parameters, contribution, why = row
+        seed, slot, blueprint, outcome, epochs, parameters, at_gate, contribution, why = row
         yield Text(clean(f"{seed}: {outcome}"), style="bold")
         yield Text(f"  {clean(blueprint)} in {clean(slot)}, epochs {epochs}, {parameters} parameters")
+        if at_gate:
+            yield Text(f"  gain at its gate {at_gate}")
         yield Text(f"  contribution {contribution}", style=HARM if life.does_harm else "")
         if why:
             yield Padding(Text(clean(why)), (0, 0, 0, 2))

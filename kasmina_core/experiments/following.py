@@ -108,6 +108,7 @@ class FollowedRun:
         self._log = SeedLog()
         self._epochs: dict[int, EpochRecord] = {}
         self._config: dict[str, Any] = {}
+        self._made_with: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
         self._gains: dict[str, float | None] = {}
         self._last_gate = ""
@@ -178,7 +179,7 @@ class FollowedRun:
             return  # not ours, of another version, or cut short
         if isinstance(event, RunStarted):
             self._begin()
-            self._config = dict(event.settings)
+            self._config, self._made_with = dict(event.settings), dict(event.made_with)
         elif isinstance(event, EpochEnded):
             self._take_epoch(event)
         elif isinstance(event, GateEvaluated):
@@ -214,13 +215,15 @@ class FollowedRun:
             self._head[4].removeprefix("val_").replace("_", " ") if len(self._head) > 4 else "metric",
             host if isinstance(host, str) else "",
             self._config,
+            made_with=self._made_with,
         )
         for number, epoch in sorted(self._epochs.items()):
             row = self._losses.get((GROWN, number))
             record.epochs.append(epoch if row is None else _with_losses(epoch, row))
         for (arm, number), row in sorted(self._losses.items()):
-            if arm == HOST_ALONE:
-                record.baseline.append(_with_losses(EpochRecord(number, 0.0, 0.0, 0.0, 0, 0.0), row))
+            if arm != GROWN:
+                epochs = record.baseline if arm == HOST_ALONE else record.sizes.setdefault(arm, [])
+                epochs.append(_with_losses(EpochRecord(number, 0.0, 0.0, 0.0, 0, 0.0), row))
         record.seeds.extend(self._log.records(self._reasons, self._gains))
         return record
 

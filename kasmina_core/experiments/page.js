@@ -27,10 +27,12 @@ function ticks(low, high, wanted) {
 
 // One chart: its frame, its axes, and what the pointer reads. Returns functions from data to pixels.
 function frame(box, data, options) {
-  const width = Math.max(280, box.clientWidth), left = 52, right = 12, top = 24, bottom = options.axis ? 36 : 10;
+  const width = Math.max(280, box.clientWidth), left = 52, right = 12, top = 6, bottom = options.axis ? 36 : 10;
   const height = top + options.height + bottom;
   const svg = node(null, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.title });
-  node(svg, "text", { x: 0, y: 14, class: "title" }, options.title);
+  const title = box.appendChild(document.createElement("div"));
+  title.className = "title";
+  title.textContent = options.title;
   const [x0, x1] = data.range, span = x1 - x0 || 1;
   const x = (value) => left + ((value - x0) / span) * (width - left - right);
   for (const at of ticks(x0, x1, (width - left) / 70)) {
@@ -177,6 +179,7 @@ function draw(data) {
   charts.replaceChildren();
   if (data.sizes) lineChart(panel(charts), data.sizes, data.sizes.lines, { title: data.sizes.title, height: 230, log: true, kept: data.sizes.kept, axis: data.sizes.axis });
   if (data.lines.length) lineChart(panel(charts), data, data.lines, { title: data.title, height: 230, log: true, kept: data.kept, axis: data.axis });
+  if (data.parameters) lineChart(panel(charts), data, data.parameters.lines, { title: data.parameters.title, height: 90, kept: data.kept, low: 0, axis: data.axis });
   const alphas = (data.slots || []).map((slot, i) => ({ name: slot.name, x: data.epochs, y: slot.alpha, colour: COLOURS[i % COLOURS.length] }));
   if (alphas.length) {
     lineChart(panel(charts), data, alphas, { title: "Alpha: the share of each slot's seed", height: 80, low: -0.04, high: 1.04 });

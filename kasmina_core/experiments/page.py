@@ -15,6 +15,9 @@ from kasmina_core.experiments import wording
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, RunRecord
 from kasmina_core.experiments.wording import STAGES, TextTable, clean, short_blueprint
 
+SIZE_COLOURS: Final = 4
+"""Colours of fixed sizes; readers who are colour-blind can tell them from each other and from those of the two arms."""
+
 _PAGE: Final = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -78,9 +81,10 @@ def html_table(table: TextTable) -> str:
             for i, (cell, extra) in enumerate(zip(row, beside, strict=True))
         )
 
+    title = f"<h2>{as_text(table.title)}</h2>" if table.title else ""
     rows = "\n".join(f"<tr>{cells('td', row, heads)}</tr>" for row in table.rows)
     return (
-        f'<h2>{as_text(table.title)}</h2><div class="wide"><table><thead><tr>{cells("th", table.header, [""] * len(heads))}</tr></thead>'
+        f'{title}<div class="wide"><table><thead><tr>{cells("th", table.header, [""] * len(heads))}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -113,7 +117,29 @@ def charts_of(record: RunRecord) -> dict[str, Any]:
         "slots": [_slot(record, name) for name in slots],
         "stages": {stage: [look.colour, stage.lower()] for stage, look in STAGES.items()},
         "sizes": sizes_chart(record),
+        "parameters": _parameters_chart(record),
     }
+
+
+def _parameters_chart(record: RunRecord) -> dict[str, Any] | None:
+    """Return how the grown model's size went, beside that of the host alone; ``None`` if no size is known."""
+    if not any(epoch.parameters for epoch in record.epochs):
+        return None
+    arms = (
+        (GROWN, "--grown", [epoch.epoch for epoch in record.epochs], record.epochs),
+        (HOST_ALONE, "--alone", epoch_of_equal_flops(record), record.baseline),
+    )
+    lines = [
+        {
+            "name": name if record.host else "model",
+            "x": at,
+            "y": [epoch.parameters for epoch in epochs],
+            "colour": colour,
+        }
+        for name, colour, at, epochs in arms
+        if epochs
+    ]
+    return {"title": "Parameters", "lines": lines}
 
 
 def sizes_chart(record: RunRecord) -> dict[str, Any] | None:
@@ -130,10 +156,10 @@ def sizes_chart(record: RunRecord) -> dict[str, Any] | None:
             "name": name,
             "x": [epoch.flops for epoch in epochs],
             "y": _numbers(epoch.val_loss for epoch in epochs),
-            "colour": {GROWN: "--grown", HOST_ALONE: "--alone"}.get(name, f"--slot{i % 6}"),
+            "colour": {GROWN: "--grown", HOST_ALONE: "--alone"}.get(name, f"--size{i % SIZE_COLOURS}"),
             "thin": name != GROWN,
         }
-        for i, (name, epochs) in enumerate(arms)
+        for i, (name, epochs) in enumerate(arms, -2)
     ]
     born = {seed.germinated_epoch for seed in record.seeds}
     return {

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, final
 
 from kasmina_core.checkpoints.atomic import write_atomically
 from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.lifecycle import CONTRIBUTING
 from kasmina_core.records import Mark, Record, read
 from kasmina_core.telemetry.sinks import for_json
 
@@ -130,8 +131,12 @@ class SeedRecord(Record):
 
     @property
     def does_harm(self) -> bool:
-        """Whether the model has the seed and is worse with it: the whole interval of its gain is below 0."""
-        return self.outcome != "culled" and self.gain_high is not None and self.gain_high < 0.0
+        """Whether the model computes with the seed and is worse for it: the whole interval of its gain is below 0."""
+        stage = self.stages[-1][0] if self.stages else ""
+        contributes = self.outcome == "fossilized" or (
+            self.outcome == "unfinished" and stage in {member.name for member in CONTRIBUTING}
+        )
+        return contributes and self.gain_high is not None and self.gain_high < 0.0
 
 
 @final
@@ -208,6 +213,7 @@ class RunRecord(Record):
         notes: Sentences for the reader, for instance what did not run.
         higher_is_better: Whether a larger metric is better; False for bits per character.
         verdict: Why growth ended as it did; see `GrowthVerdict`.
+        made_with: The command, versions, and what the settings came to: slots and `GrowthConfig`; plain data.
         sizes: By name of the arm, the host with the kept seeds of the first waves from the start, epoch by epoch.
     """
 
@@ -226,6 +232,7 @@ class RunRecord(Record):
     higher_is_better: bool = True
     verdict: Annotated[str, Mark.LATER] = ""
     sizes: Annotated[dict[str, list[EpochRecord]], Mark.LATER] = field(default_factory=dict)
+    made_with: Annotated[dict[str, Any], Mark.LATER] = field(default_factory=dict)
 
     @property
     def regrets(self) -> list[Regret]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO, final
 
@@ -28,6 +28,7 @@ from kasmina_core.experiments.page import (
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, EpochRecord, RunRecord
 from kasmina_core.experiments.wording import STAGES, TextTable, clean, short_blueprint
 from kasmina_core.telemetry.sinks import for_json
+from kasmina_core.telemetry.trackers import flat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +36,14 @@ if TYPE_CHECKING:
 
 _GROWN_COLOUR: Final = "#14664f"
 _ALONE_COLOUR: Final = "#c8641b"
+_SIZES_COLOURS: Final = {
+    "--grown": _GROWN_COLOUR, "--alone": _ALONE_COLOUR,
+    "--size0": "#0072b2", "--size1": "#b0408c", "--size2": "#56b4e9", "--size3": "#1f252b",
+}  # fmt: skip
+"""Those of page.css by day; after Okabe and Ito, https://jfly.uni-koeln.de/color/"""
+
 _SLOT_COLOURS: Final = (
-    "#1f6fb4", "#d1495b", "#8a6d1d", "#6b4c9a", "#2a9d8f", "#555555", "#b15a9e", "#7a8b2b",
+    "#0072b2", "#c75200", "#008a64", "#b0408c", "#56b4e9", "#59636d", "#e69f00", "#1f252b",
 )  # fmt: skip
 
 _ENDS: Final = {"fossilized": ("*", "#0b3d2e", "kept for good"), "culled": ("X", "#7d1128", "removed")}
@@ -178,7 +185,7 @@ def render_png(record: RunRecord) -> bytes:
         ImportError: If matplotlib is missing.
     """
     slots = wording.every_slot(record)
-    stages_height = 0.42 * max(1, len(slots)) + 0.3
+    stages_height = 0.5 * max(1, len(slots)) + 0.3
     chart = sizes_chart(record)
     ratios = [3.4, 1.5, stages_height]
     if chart is None:
@@ -274,10 +281,8 @@ def _draw_losses(axes: Axes, record: RunRecord) -> None:
 
 
 def _draw_sizes(axes: Axes, chart: dict[str, Any]) -> None:
-    for i, line in enumerate(chart["lines"]):
-        colour = {"--grown": _GROWN_COLOUR, "--alone": _ALONE_COLOUR}.get(
-            line["colour"], _SLOT_COLOURS[i % 8]
-        )
+    for line in chart["lines"]:
+        colour = _SIZES_COLOURS[line["colour"]]
         width = 1.2 if line["thin"] else 2.6
         axes.plot(line["x"], _finite(v if v is not None else math.nan for v in line["y"]), color=colour,
                   linewidth=width, marker="o" if len(line["x"]) == 1 else None, label=line["name"])  # fmt: skip
@@ -327,17 +332,17 @@ def _draw_stages(axes: Axes, record: RunRecord, slots: Sequence[str]) -> None:
         for start, end, stage in stage_spans(record, name):
             seen.add(stage)
             colour = STAGES[stage].colour if stage in STAGES else "#bbbbbb"
-            axes.broken_barh([(start - 0.5, end - start + 1)], (row - 0.36, 0.72), facecolors=colour)
+            axes.broken_barh([(start - 0.5, end - start + 1)], (row - 0.14, 0.5), facecolors=colour)
     for seed in record.seeds:
         if seed.slot not in slots:
             continue
         row = slots.index(seed.slot)
         label = _literal(short_blueprint(seed.blueprint))
-        axes.text(seed.germinated_epoch - 0.35, row, label, fontsize=7.5, va="center", clip_on=True)
+        axes.text(seed.germinated_epoch - 0.5, row - 0.29, label, fontsize=7.5, va="center", clip_on=True)
         if seed.ended_epoch is not None and seed.outcome in _ENDS:
             marker, colour, _ = _ENDS[seed.outcome]
             edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6}
-            axes.plot([seed.ended_epoch], [row], marker=marker, markersize=9, color=colour, **edge)
+            axes.plot([seed.ended_epoch], [row + 0.11], marker=marker, markersize=9, color=colour, **edge)
     axes.set_ylim(max(len(slots), 1) - 0.45, -0.55)
     axes.set_yticks(range(len(slots)), [_literal(name) for name in slots])
     axes.set_title("Stages: the life of the seed in each slot", loc="left", fontsize=10)
@@ -417,11 +422,11 @@ def body_of(record: RunRecord, picture: str = "") -> str:
         for stage, look in STAGES.items()
     )
     words = "".join(f"<dt>{as_text(word)}</dt><dd>{as_text(meaning)}</dd>" for word, meaning in _WORDS)
-    rows = tuple(
-        (key, value if isinstance(value, str) else json.dumps(for_json(value)))
-        for key, value in record.config.items()
-    )
-    config = TextTable("Settings", ("setting", "value"), rows, frozenset())
+    made = record.made_with
+    used = {"host": record.host, "slots": made.get("slots")}
+    config = record.config | {name: value for name, value in used.items() if value and name in record.config}
+    plain = {name: value for name, value in made.items() if name not in ("slots", "growth")}
+    growth = made.get("growth")
     seeds = "<h2>Seeds</h2><p>No seed germinated.</p>"
     if record.seeds:
         seeds = f"{html_table(wording.seeds_table(record))}<p>{as_text(wording.CONTRIBUTION)}</p>"
@@ -440,9 +445,21 @@ def body_of(record: RunRecord, picture: str = "") -> str:
         f"<p>{_LOSS_WORDS if record.host else _METRIC_WORDS}{_PICTURE_WORDS}</p>",
         seeds,
         f"<h2>Words</h2><dl>{words}</dl><h2>Stages</h2><dl>{stages}</dl>",
-        html_table(config) if record.config else "",
+        html_table(_settings("Made with", plain)) if plain else "",
+        html_table(_settings("Settings", config)) if config else "",
+        f"<details><summary>How seeds were treated (GrowthConfig)</summary>{html_table(_settings('', flat(growth)))}</details>"
+        if isinstance(growth, Mapping)
+        else "",
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _settings(title: str, values: Mapping[str, Any]) -> TextTable:
+    rows = tuple(
+        (name, value if isinstance(value, str) else json.dumps(for_json(value)))
+        for name, value in values.items()
+    )
+    return TextTable(title, ("setting", "value"), rows, frozenset())
 
 
 _LOSS_WORDS: Final = """The parts share the epochs of the grown run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from kasmina_core._version import __version__
 from kasmina_core.blueprints.declarations import import_factory
 from kasmina_core.checkpoints.growth_state import growth_of, rebuild_growth
 from kasmina_core.errors import BlueprintError, CheckpointError, UnknownNameError, did_you_mean
@@ -58,6 +60,7 @@ from kasmina_core.quiet import derived_seed, kept_buffers, private_rng, quiet_ev
 from kasmina_core.readers import EveryPosition
 from kasmina_core.records import Count, Mark, Record
 from kasmina_core.telemetry import Telemetry
+from kasmina_core.telemetry.sinks import for_json
 from kasmina_core.topology import Topology
 from kasmina_core.verdicts import Finding, GateResult
 
@@ -200,9 +203,6 @@ class SeedLog:
             if seed_id in self._findings:
                 gate, finding = self._findings[seed_id]
                 known["finding"] = {"gate": gate} | finding.to_dict()
-                reason = known["reason"]
-                found = f"{finding}" if reason == f"{gate} passed" else f"{gate} found {finding}"
-                known["reason"] = f"{reason}: {found}" if reason else found
             if (evidence := self.evidence.get(seed_id)) is not None:
                 low, high = evidence.interval
                 known |= {
@@ -547,6 +547,7 @@ class GrowthRun:
         plugins: Where hosts, blueprints and policies come from.
         display: Shows how it goes on.
         progress: Keeps what is needed to go on after each epoch; what it holds is gone on from.
+        command: What was typed, for the record.
     """
 
     def __init__(
@@ -556,6 +557,7 @@ class GrowthRun:
         plugins: PluginRegistry,
         display: Display,
         progress: ProgressFolder | None = None,
+        command: str = "",
     ) -> None:
         self.settings = settings
         self.task = task
@@ -587,6 +589,12 @@ class GrowthRun:
             host=host_id,
             config=settings.to_dict(),
             higher_is_better=task.higher_is_better,
+            made_with={
+                "command": command,
+                **_versions(),
+                "slots": list(self.model.slots),
+                "growth": for_json(config.to_dict()),
+            },
         )
 
     def interrupt(self) -> None:
@@ -604,6 +612,9 @@ class GrowthRun:
             return
         self._since = since = self._progress.load(self._grown, self._policy, self._alone, self._began)
         found = RunRecord.from_dict(since.record)
+        now, then = _versions(), {name: found.made_with.get(name) for name in _versions()}
+        if then != now and found.made_with:
+            found.notes.append(f"The run began with {_listed(then)} and went on with {_listed(now)}.")
         for field_ in fields(RunRecord):
             setattr(self.record, field_.name, getattr(found, field_.name))
         self._log.load_state_dict(since.log)
@@ -622,7 +633,8 @@ class GrowthRun:
         self._log.onward = telemetry
         self._telemetry, self._each_epoch = telemetry, each_epoch
         if telemetry is not None:
-            telemetry.emit(RunStarted(settings=self.settings.to_dict() | {"host": self.record.host}))
+            settings = self.settings.to_dict() | {"host": self.record.host}
+            telemetry.emit(RunStarted(settings=settings, made_with=self.record.made_with))
         for arm in chain((self._grow, self._train_alone), self._sizes()):
             with private_rng(
                 derived_seed(self.settings.seed, "training"), torch.device(self.settings.device)
@@ -795,6 +807,14 @@ class GrowthRun:
         blueprint = slot.state.blueprint_id if slot.state is not None and slot.seed is not None else ""
         gain = evidence.gain if evidence is not None else None
         return EpochSlot(name, slot.stage.name, blueprint, slot.alpha, gain)
+
+
+def _versions() -> dict[str, str]:
+    return {"kasmina": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _listed(versions: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def test_figures_note(record: RunRecord) -> str:

@@ -27,10 +27,11 @@ EQUAL_LOSS: Final = 0.01
 NEVER_MEASURED: Final = "never measured"
 
 CONTRIBUTION: Final = (
-    "Contribution: the held-out loss without the seed minus that with it, and its 95 % interval; "
-    "above zero the model needs it; of a seed that has not blended in yet, what putting it in whole would do. "
-    "The rest has adapted to a kept seed, so contributions do not add up. "
-    "The intervals that gates found hold over all the looks they took."
+    "Both gains are the loss without the seed minus that with it; above zero the model needs it. The gate's is what the last "
+    "gate that decided on evidence found on its own samples, with an interval that holds over all the looks it took; "
+    "the contribution is measured at the end on the test samples, which decided nothing (of a culled seed it is the last that "
+    "a gate's samples gave), with a 95 % interval. Of a seed that has not blended in yet, they are what putting it in whole "
+    "would do. The rest has adapted to a kept seed, so contributions do not add up."
 )
 
 
@@ -130,9 +131,26 @@ def gain(seed: SeedRecord) -> str:
         return NEVER_MEASURED
     if seed.gain_low is None or seed.gain_high is None:
         return f"{seed.gain:+.4f}"
-    doubt = " may be 0" if seed.gain_low <= 0 <= seed.gain_high else ""
     samples = f", n = {seed.samples}" if seed.samples is not None else ""
-    return f"{seed.gain:+.4f} [{seed.gain_low:.4f}, {seed.gain_high:.4f}]{samples}{doubt}"
+    return f"{seed.gain:+.4f}{_bounds(seed.gain_low, seed.gain_high, samples)}"
+
+
+def gate_gain(seed: SeedRecord) -> str:
+    """Return what the last gate that decided on evidence found of a seed; empty if none did."""
+    if seed.finding is None:
+        return ""
+    # An infinity that was written comes back as text.
+    effect, low, high, alpha = (float(seed.finding[name]) for name in ("effect", "low", "high", "alpha"))
+    where = f" at alpha {alpha:g}" if alpha != 1 else ""
+    samples = f", n = {seed.finding['samples']}{where}"
+    return f"{seed.finding['gate']}: {effect:+.4f}{_bounds(low, high, samples)}"
+
+
+def _bounds(low: float, high: float, samples: str) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return f"{samples}; too few differ to bound it"
+    doubt = " may be 0" if low <= 0 <= high else ""
+    return f" [{low:.4f}, {high:.4f}]{samples}{doubt}"
 
 
 def arms_table(record: RunRecord) -> TextTable:
@@ -155,7 +173,9 @@ def arms_table(record: RunRecord) -> TextTable:
 
 def seeds_table(record: RunRecord) -> TextTable:
     """Return the outcome of each seed."""
-    header = ("seed", "slot", "blueprint", "outcome", "epochs", "parameters", "contribution", "why")
+    header = (
+        "seed", "slot", "blueprint", "outcome", "epochs", "parameters", "gain at its gate", "contribution", "why",
+    )  # fmt: skip
     rows = tuple(
         (
             seed.seed_id,
@@ -164,6 +184,7 @@ def seeds_table(record: RunRecord) -> TextTable:
             seed.outcome,
             f"{seed.germinated_epoch}–{'' if seed.ended_epoch is None else seed.ended_epoch}",  # noqa: RUF001  a range
             count(seed.parameters),
+            gate_gain(seed),
             gain(seed),
             f"{', '.join(seed.unasked)} not asked; {seed.reason}" if seed.unasked else seed.reason,
         )

@@ -60,6 +60,9 @@ class TrackerSink(ABC):
             self._epoch = max(self._epoch, event.epoch)
             if isinstance(event, RunStarted):
                 self._settings |= event.settings
+                # The rest of it is long, and follows from these.
+                made = {name: text for name, text in event.made_with.items() if isinstance(text, str)}
+                self._settings |= {"made_with": made} if made else {}
                 self._settings_are_new = True
             elif (row := _row(event)) is not None:
                 self._rows.append((event.epoch, event.slot, event.seed_id, *row))

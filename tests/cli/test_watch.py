@@ -8,10 +8,11 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import torch
 from click.testing import CliRunner
 from kasmina_cnn import CNNHost
 
-from kasmina_core import JsonLinesSink, MorphogeneticModel, Telemetry
+from kasmina_core import JsonLinesSink, MorphogeneticModel, Telemetry, __version__
 from kasmina_core.cli import main
 from kasmina_core.cli.watch import Board, make_server
 from kasmina_core.experiments.following import FollowedRun
@@ -94,7 +95,33 @@ def test_a_run_that_goes_on_has_the_losses_of_its_table(run, tmp_path):
         whole = json.loads(get("/data?run=0").read())
     assert shown["charts"]["lines"] == whole["charts"]["lines"]
     assert shown["charts"]["slots"] == whole["charts"]["slots"]
+    assert shown["charts"]["parameters"] == whole["charts"]["parameters"]
+    assert [line["name"] for line in shown["charts"]["parameters"]["lines"]] == ["grown", "host alone"]
     assert "the page follows" in shown["state"]
+    made_with = f"kasmina grow --epochs 2 --out {run}"
+    for html in (shown["html"], whole["html"]):
+        for said in (
+            made_with,
+            torch.__version__,
+            __version__,
+            "cnn:cnn",
+            "block2",
+            "gates.thresholds.min_samples",
+        ):
+            assert said in html
+
+
+def test_fixed_sizes_of_a_run_that_goes_on_are_drawn_as_they_are_trained(run, tmp_path):
+    (tmp_path / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
+    rows = (run / "metrics.csv").read_text().splitlines()
+    alone = [row for row in rows if row.startswith("host alone,")]
+    size = alone[0].replace("host alone", "900 parameters", 1)
+    (tmp_path / "metrics.csv").write_text("\n".join([*rows, size, ""]))
+    with served(tmp_path) as (_, get):
+        sizes = json.loads(get("/data?run=0").read())["charts"]["sizes"]
+    assert [line["name"] for line in sizes["lines"]] == ["grown", "host alone", "900 parameters"]
+    assert sizes["lines"][2]["y"] == sizes["lines"][1]["y"][:1]
+    assert len({line["colour"] for line in sizes["lines"]}) == 3
 
 
 def test_several_runs_are_compared(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import re
 
@@ -18,6 +19,7 @@ from kasmina_core.experiments import wording
 from kasmina_core.experiments.display import RunDisplay, epoch_parts, folded, print_final
 from kasmina_core.experiments.record import GROWN, HOST_ALONE, ArmResult, EpochRecord, EpochSlot, RunRecord
 from kasmina_core.experiments.report import render_html
+from kasmina_core.verdicts import Finding
 
 HOSTILE = "[bold red]x[/]\x1b]52;c;x\x07\r\n$y_"
 
@@ -217,6 +219,32 @@ def test_print_final_has_the_notes():
     assert "Note: The gates decided on 200 samples." in shown(out)
 
 
+def test_both_gains_of_a_seed_are_shown_that_of_its_gate_first():
+    run = fake_run()
+    finding = Finding(1.0, 0.2, 0.1, 0.12, 0.28, 200, 0.001, 3, 0.01, 0.02, 0.05)
+    run.seeds[0] = dataclasses.replace(run.seeds[0], finding={"gate": "G5"} | finding.to_dict())
+    unbounded = dataclasses.replace(finding, low=-math.inf, high=math.inf)
+    run.seeds[1] = dataclasses.replace(
+        run.seeds[1],
+        gain_low=-math.inf,
+        gain_high=math.inf,
+        samples=12,
+        finding={"gate": "G2"} | unbounded.to_dict(),
+    )
+    again = RunRecord.from_dict(json.loads(run.to_json()))
+    for width in (80, 300):
+        out = console(width=width)
+        print_final(again, out)
+        flat = " ".join(shown(out).split())
+        before, after = flat.index("G5: +0.2000 [0.1200, 0.2800], n = 200"), flat.index("+0.1210 [0.0940")
+        assert before < after
+        assert "G2: +0.2000, n = 200; too few differ to bound it" in flat
+        assert "-0.0040, n = 12; too few differ to bound it" in flat
+        assert "inf" not in flat
+        assert "on its own samples" in flat
+        assert "on the test samples" in flat
+
+
 def test_a_seed_that_makes_the_model_worse_is_told_in_red():
     run = fake_run()
     run.verdict = "Of 4 seeds 2 stayed."
@@ -224,6 +252,10 @@ def test_a_seed_that_makes_the_model_worse_is_told_in_red():
     run.seeds[0] = dataclasses.replace(run.seeds[0], gain=-0.2, gain_low=-0.3, gain_high=-0.1)
     culled = dataclasses.replace(run.seeds[1], gain=-0.2, gain_low=-0.3, gain_high=-0.1)
     run.seeds[1] = culled
+    apart = dataclasses.replace(run.seeds[3], stages=[("GERMINATED", 31), ("TRAINING", 32)])
+    run.seeds[3] = dataclasses.replace(
+        apart, gain=-0.2, gain_low=-0.3, gain_high=-0.1
+    )  # not in the output yet
     said = (
         "seed-1 (kasmina-cnn:conv_small) is in the model and makes its test loss worse: "
         "contribution -0.2000 [-0.3000, -0.1000]."
