@@ -348,6 +348,7 @@ VALUES = {
     "float | None": None,
     "tuple[str, ...]": ("a", "b"),
     "Mapping[str, Any]": {"lr": 0.5},
+    "Annotated[Mapping[str, Any], Mark.LATER]": {"torch": "2"},
     "tuple[SlotReading, ...]": (events.SlotReading("a", "DORMANT"),),
     "tuple[Mapping[str, Any], ...]": ({"name": "gain", "value": None},),
 }
