@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
@@ -94,7 +95,7 @@ class _BoundedSeedGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(host: Tensor, seed: Tensor, host_square: Tensor, square: Tensor, bound: float) -> Tensor:
+    def forward(host: Tensor, seed: Tensor, whole: Tensor, part: Tensor, bound: float) -> Tensor:
         return seed.new_full((), -0.0).expand_as(seed)
 
     @staticmethod
@@ -104,14 +105,14 @@ class _BoundedSeedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
-        host, seed, host_square, square = ctx.saved_tensors
+        host, seed, whole, part = ctx.saved_tensors
         # Only where asking does not wait for a device, and is not part of a graph.
         can_ask = not (torch.compiler.is_compiling() or host.is_cuda) and _is_eager()
-        if torch.is_grad_enabled():  # the sums of the forward pass have no derivative
-            host_square, square = _squares(host, seed)
+        if torch.is_grad_enabled():  # the norms of the forward pass have no derivative
+            whole, part = _norms(host, seed)
         eps = DEVIATION_EPS * math.prod(host.shape[1:])
-        square = square + eps
-        scale = ((host_square + eps) / square).sqrt() * ctx.bound
+        square = part.square() + eps
+        scale = ((whole.square() + eps) / square).sqrt() * ctx.bound
         if can_ask and bool((scale >= 1.0).all()):
             return None, grad_output, None, None, None
         dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
@@ -126,13 +127,17 @@ class _BoundedSeedGradient(torch.autograd.Function):
         return None, bounded.to(grad_output.dtype), None, None, None
 
 
-def _squares(host: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of squares over a sample, of the host and of the seed's deviation from it: ``(b, 1, ...)``."""
+# torch binds the arguments of every call to the signature, and looks here before it works one out.
+_BoundedSeedGradient.forward.__signature__ = inspect.signature(_BoundedSeedGradient.forward)  # type: ignore[attr-defined]
+
+
+def _norms(host: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the L2 norm of each sample, of the host and of the seed's deviation from it: ``(b, 1, ...)``."""
     dims, wide = tuple(range(1, host.dim())), _wide(host.dtype)
-    host_norm, norm = (
+    whole, part = (
         torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide) for x in (host, seed - host)
     )
-    return host_norm.square(), norm.square()
+    return whole, part
 
 
 def _is_eager() -> bool:
@@ -165,9 +170,9 @@ def isolated(host: Tensor, seed: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     if seed.shape != host.shape:
         raise SeedShapeError(host.shape, seed.shape)
     fixed, seed = host.detach(), seed.to(host.dtype)
-    squares = _squares(fixed, seed.detach())
-    routed = _BoundedSeedGradient.apply(fixed, seed, *squares, bound)  # type: ignore[no-untyped-call]  # torch
-    whole, part = (square.sum().sqrt().float() for square in squares)
+    norms = _norms(fixed, seed.detach())
+    routed = _BoundedSeedGradient.apply(fixed, seed, *norms, bound)  # type: ignore[no-untyped-call]  # torch
+    whole, part = (torch.linalg.vector_norm(norm).float() for norm in norms)
     return host + cast("Tensor", routed), _ratio(whole, part, host.numel())
 
 
