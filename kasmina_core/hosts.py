@@ -153,12 +153,18 @@ class SlotHook:
         slot: The slot.
         keys: What leads to the features, see `split_path`.
         origin: The same in every copy of the hook, and of the host that it hangs on.
+        is_copied: Whether there may be a copy: it was copied or pickled, or is the result of that.
     """
 
     def __init__(self, slot: nn.Module, path: str = "") -> None:
         self.slot = slot
         self.keys = split_path(path)[1]
         self.origin = uuid.uuid4().hex
+        self.is_copied = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.is_copied = True
+        return vars(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         slot = self.slot

@@ -178,6 +178,9 @@ def pairs_by_position(average: object, model: MorphogeneticModel) -> bool:
 
 def warn_of_averages(model: MorphogeneticModel) -> None:
     """Warn if torch's own average of a model that is about to grow is alive."""
+    # An average holds a copy of the model. To look at every object for one is slow.
+    if not any(hook.is_copied for hook in _hooks(model)):
+        return
     if any(pairs_by_position(average, model) for average in living(AveragedModel)):
         warnings.warn(
             "torch's AveragedModel holds an average of this model, and the model grows: parameters are paired by "
@@ -189,8 +192,12 @@ def warn_of_averages(model: MorphogeneticModel) -> None:
 
 
 def _origins(module: nn.Module) -> set[str]:
+    return {hook.origin for hook in _hooks(module)}
+
+
+def _hooks(module: nn.Module) -> list[SlotHook]:
     hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
-    return {hook.origin for hook in hooks if isinstance(hook, SlotHook)}
+    return [hook for hook in hooks if isinstance(hook, SlotHook)]
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

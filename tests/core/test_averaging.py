@@ -274,6 +274,15 @@ def test_an_average_of_torch_is_warned_of_when_the_model_grows(of):
     assert average.n_averaged == 0
 
 
+def test_an_average_of_torch_is_warned_of_where_model_and_average_are_copies():
+    model, _ = make_model()
+    model, average = copy.deepcopy((model, AveragedModel(model)))
+    tie_optimizer(model, SGD(model.host_parameters(), 0.1))
+    with pytest.warns(MisuseWarning, match="paired by position"):
+        model.germinate(FIRST, "scale")
+    assert average.n_averaged == 0
+
+
 def test_averages_that_grow_and_those_of_other_models_are_not_warned_of():
     model, _ = make_model()
     averages = GrowingAveragedModel(model), AveragedModel(make_model()[0])
