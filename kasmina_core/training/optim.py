@@ -9,11 +9,14 @@ from typing import Any, final
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from kasmina_core.errors import GerminationError
 from kasmina_core.growth.arguments import require_model
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import KeptOptimizerState
+from kasmina_core.growth.watching.living import one_look
 from kasmina_core.slotted import held_weakly
 from kasmina_core.training.averaging import warn_of_averages
 from kasmina_core.training.schedulers import FollowingSchedulers, follow, group_settings, unfound, unwrapped
@@ -53,8 +56,9 @@ class _TiedOptimizer:
             return
         groups = self.optimizer.param_groups
         _refuse_what_muon_refuses(slot, self.optimizer, own)
-        warn_of_averages(self._model())
-        schedulers = self._schedulers.now(slot)
+        with one_look(AveragedModel, LRScheduler):
+            warn_of_averages(self._model())
+            schedulers = self._schedulers.now(slot)
         before = list(groups)
         factor = self._value("lr_factor", self._lr_factor, slot)
         shared = {name: groups[0][name] for name in self.optimizer.defaults if name in groups[0]}

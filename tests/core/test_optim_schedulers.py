@@ -464,12 +464,22 @@ def test_a_load_of_many_seeds_looks_for_schedulers_once_and_all_seeds_follow_the
     looks, look = [], gc.get_referrers
     monkeypatch.setattr(gc, "get_referrers", lambda *kinds: looks.append(kinds[0]) or look(*kinds))
     model.load_state_dict(saved.state_dict())
-    assert looks
-    assert len(looks) == 2  # averages and schedulers, for two seeds
+    assert len(looks) == 1  # averages and schedulers together, for two seeds
     assert scheduler.base_lrs == [RATE, RATE * FACTOR, RATE * FACTOR]
     later = lr_scheduler.StepLR(optimizer, 1)
     model.load_state_dict(make_model()[0].state_dict())
     assert later.base_lrs == scheduler.base_lrs == [RATE]
+
+
+def test_a_germination_looks_through_the_heap_once_and_a_cull_once(monkeypatch):
+    model, optimizer, scheduler = grown(lambda_lr)
+    looks, look = [], gc.get_referrers
+    monkeypatch.setattr(gc, "get_referrers", lambda *kinds: looks.append(kinds) or look(*kinds))
+    model.germinate(FIRST, "scale")
+    assert len(looks) == 1
+    model.cull(FIRST)
+    assert len(looks) == 2
+    assert len(scheduler.base_lrs) == len(optimizer.param_groups) == 1
 
 
 def test_a_scheduler_made_between_two_seeds_follows_the_second():
