@@ -16,6 +16,7 @@ NAMES = {
     "compilation": ("benchmarks.compilation", "how many graphs a whole life compiles"),
     "handover": ("benchmarks.handover", "what it costs an optimiser that seeds come and go"),
     "processes": ("benchmarks.processes", "what growth costs two processes that train one model"),
+    "environment": ("benchmarks.environment", "what a step of kasmina-rl costs over an epoch of the host"),
     "compare": ("benchmarks.compare", "what became slower between two results, OLD.json NEW.json"),
     "joint": ("benchmarks.joint", "what seeds learn that share a counterfactual pass, at equal FLOPs"),
     "discovery": ("benchmarks.discovery", "what installed packs cost"),
