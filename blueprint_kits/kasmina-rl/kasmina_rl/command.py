@@ -6,8 +6,9 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import kasmina_rl
 
 FIRST_UNSEEN = 1_000_000
 """Number of the first episode of an evaluation; training draws from those below."""
+
+
+FIXED_TUNING = 30
+"""Episodes to play, at most, to choose among the five fixed times."""
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:
@@ -45,6 +50,15 @@ option_option = click.option(
 )
 
 
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that share the episodes; the figures do not depend on it.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kasmina-rl")
 def cli() -> None:
@@ -54,7 +68,7 @@ def cli() -> None:
 @cli.command()
 @env_option
 @option_option
-@click.option("--algo", type=click.Choice(["es", "maskable-ppo"]), default="es", show_default=True)
+@click.option("--algo", type=click.Choice(["es", "ppo", "maskable-ppo"]), default="es", show_default=True)
 @click.option(
     "--steps",
     type=click.IntRange(1),
@@ -89,9 +103,10 @@ def train(
     resume: bool,
 ) -> None:
     """Train a controller."""
-    from kasmina_rl.training import Settings
+    from kasmina_rl.training import Settings, load_packages
     from kasmina_rl.training import train as run
 
+    load_packages(algo)
     options = {"episodes": episodes} | _options(texts)
     settings = Settings(_id(env_name), options, algo, steps, seed, out, resume)
     with _small_heap():
@@ -103,9 +118,10 @@ def train(
 @click.argument("model", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("out", type=click.Path(path_type=Path))
 def export(model: Path, out: Path) -> None:
-    """Write the controller of MODEL, a zip file of stable-baselines3 in its training's folder, to OUT."""
+    """Write the controller of MODEL, a zip file of stable-baselines3 in its training's folder, to OUT, a new file."""
     from kasmina_rl.training import export_model
 
+    _demand_new(out)
     export_model(model).save(out)
     click.echo(str(out))
 
@@ -114,17 +130,19 @@ def export(model: Path, out: Path) -> None:
 @env_option
 @option_option
 @click.option("--episodes", type=click.IntRange(2), default=12, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
-def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | None) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON to a new file, too.")
+@workers_option
+def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | None, workers: int) -> None:
     """Compare fixed policies with waiting: is there anything to learn?"""
     from kasmina_rl import playing
 
-    env = _make(env_name, texts)
+    _demand_new(out)
+    make = _maker(env_name, texts, workers)
     players = (
         {"wait": playing.waiting()} | _fixed() | {"plateau": playing.plateau(), "bandit": playing.bandit()}
     )
     with _small_heap():
-        found = playing.play_all(env, players, _unseen(episodes), _progress, report=False)
+        found = playing.play_all(make, players, _unseen(episodes), _progress, workers=workers)
     rows = _table(found)
     best, spreads = playing.headroom(found)
     verdict = "enough to learn" if spreads >= 3 else "too little to learn from: below 3"
@@ -151,7 +169,8 @@ def headroom(env_name: str, texts: tuple[str, ...], episodes: int, out: Path | N
     help="Episodes to play, at least, to tune the plateau policy. A controller is called better only if these are as many "
     "as it learned from.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures as JSON to a new file, too.")
+@workers_option
 def evaluate(
     env_name: str,
     texts: tuple[str, ...],
@@ -159,17 +178,19 @@ def evaluate(
     episodes: int,
     tuning: int,
     out: Path | None,
+    workers: int,
 ) -> None:
     """Compare controllers with all other ways to decide, on the same unseen episodes."""
     from kasmina_rl import playing
     from kasmina_rl.learned import Controller
     from kasmina_rl.training import ControllerPlayer
 
+    _demand_new(out)
     controllers = {f"controller {path}": ControllerPlayer(Controller.load(path)) for path in paths}
-    env = _make(env_name, texts)
+    make = _maker(env_name, texts, workers)
     with _small_heap():
-        tuned = _best(env, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning)
-        fixed = _best(env, _fixed(), tuning)
+        tuned = _best(make, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning, workers)
+        fixed = _best(make, _fixed(), min(tuning, FIXED_TUNING), workers)
     click.echo(f"tuned on {tuned[2]} episodes: plateau (patience, least improvement) {tuned[0]}")
     click.echo(f"chosen on {fixed[2]} episodes: {fixed[0]}")
     players = {
@@ -182,7 +203,7 @@ def evaluate(
         **controllers,
     }
     with _small_heap():
-        found = playing.play_all(env, players, _unseen(episodes), _progress, report=True)
+        found = playing.play_all(make, players, _unseen(episodes), _progress, report=True, workers=workers)
     rows = _table(found)
     click.echo("\nless the tuned plateau policy, in pairs")
     click.echo(playing.HEAD)
@@ -254,6 +275,7 @@ def _small_heap() -> Iterator[None]:
     The search, at each germination and cull, is half of what a step costs. Nothing that is older than an episode belongs
     to its model; only the command may say so, as a program around the environment may hold other models.
     """
+    gc.collect()
     gc.freeze()
     try:
         yield
@@ -265,6 +287,12 @@ def _make(env_name: str, texts: Sequence[str]) -> Any:
     import gymnasium
 
     return gymnasium.make(_id(env_name), disable_env_checker=True, **_options(texts)).unwrapped
+
+
+def _maker(env_name: str, texts: Sequence[str], workers: int) -> Callable[[], Any]:
+    """Return what makes the environment; one that cannot be made is an error here, not in each process."""
+    env = _make(env_name, texts)
+    return partial(_make, env_name, texts) if workers > 1 else lambda: env
 
 
 def _fixed() -> dict[str, Any]:
@@ -290,7 +318,9 @@ def _claim(pair: Any, learned_from: object, tuned_on: int) -> str:
     return f"{'better' if better else 'not shown to be better'} than the tuned plateau policy"
 
 
-def _best(env: Any, players: dict[str, Any], episodes: int) -> tuple[str, Any, int]:
+def _best(
+    make: Callable[[], Any], players: dict[str, Any], episodes: int, workers: int
+) -> tuple[str, Any, int]:
     """Return the best of several players, and how many episodes they played in all: at least so many.
 
     All play the same ones, the first of training.
@@ -298,7 +328,7 @@ def _best(env: Any, players: dict[str, Any], episodes: int) -> tuple[str, Any, i
     from kasmina_rl import playing
 
     each = math.ceil(episodes / len(players))
-    found = playing.play_all(env, players, range(each), _progress)
+    found = playing.play_all(make, players, range(each), _progress, workers=workers)
     best = max(found, key=lambda name: sum(played.value for played in found[name]))
     return best, players[best], each * len(players)
 
@@ -320,6 +350,13 @@ def _plain(row: Any) -> dict[str, Any]:
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(f"\r{text}   ", nl=False, err=True)
+
+
+def _demand_new(out: Path | None) -> None:
+    if out is not None and out.exists():
+        from kasmina_rl.training import RequestError
+
+        raise RequestError(f"'{out}' is there already: nothing was written. Give another name.")
 
 
 def _write(out: Path | None, data: dict[str, Any]) -> None:

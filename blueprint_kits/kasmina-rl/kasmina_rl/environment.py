@@ -161,6 +161,7 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
 
     # -- Gymnasium -------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Numbers], dict[str, Any]]:
@@ -189,6 +190,7 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         self.seen = self._look(self.alone.val[0])
         return self._encoded(), self._info()
 
+    @torch.enable_grad()
     def step(self, action: Any) -> tuple[dict[str, Numbers], float, bool, bool, dict[str, Any]]:
         """Carry out an action, then train one epoch. An action that is not legal is refused, and costs nothing more."""
         if self._done:

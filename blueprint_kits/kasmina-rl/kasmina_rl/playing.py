@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from statistics import fmean, stdev
 from typing import Any, Final, Protocol, final
 
 import numpy as np
+import torch
 from kasmina_core import BanditPolicy, FixedTimesPolicy, NoGrowthPolicy, PlateauPolicy, Policy
 
 from kasmina_rl.environment import GrowEnv
@@ -57,13 +62,14 @@ class PolicyPlayer:
 
 @final
 class RandomPlayer:
-    """Draws among the legal actions, and waits with probability ``wait``."""
+    """Draws among the legal actions, and waits with probability ``wait``; in an episode always the same."""
 
     def __init__(self, seed: int, wait: float = 0.5) -> None:
-        self.dice, self.wait = np.random.default_rng(seed), wait
+        self.seed, self.wait = seed, wait
 
     def begin(self, env: GrowEnv) -> None:
-        """Do nothing."""
+        """Begin to draw."""
+        self.dice = np.random.default_rng([self.seed, env.episode])
 
     def act(self, env: GrowEnv, mask: Any) -> int:
         """Draw."""
@@ -107,27 +113,39 @@ def _blueprints(env: GrowEnv) -> Callable[[Any], Sequence[str]]:
 
 def fixed_times(share: float) -> PolicyPlayer:
     """Return a player that grows a first seed at a share of the budget, and others when that one is decided."""
+    return PolicyPlayer(partial(_fixed_times, share))
 
-    def make(env: GrowEnv) -> Policy:
-        first = max(1, round(share * env.epochs))
-        return FixedTimesPolicy(_blueprints(env), epochs=range(first, env.epochs + 1))
 
-    return PolicyPlayer(make)
+def _fixed_times(share: float, env: GrowEnv) -> Policy:
+    first = max(1, round(share * env.epochs))
+    return FixedTimesPolicy(_blueprints(env), epochs=range(first, env.epochs + 1))
 
 
 def plateau(patience: int = 3, min_delta: float = 0.01) -> PolicyPlayer:
     """Return a player that grows on plateaus."""
-    return PolicyPlayer(lambda env: PlateauPolicy(_blueprints(env), patience=patience, min_delta=min_delta))
+    return PolicyPlayer(partial(_plateau, patience, min_delta))
+
+
+def _plateau(patience: int, min_delta: float, env: GrowEnv) -> Policy:
+    return PlateauPolicy(_blueprints(env), patience=patience, min_delta=min_delta)
 
 
 def waiting() -> PolicyPlayer:
     """Return a player that never grows."""
-    return PolicyPlayer(lambda env: NoGrowthPolicy())
+    return PolicyPlayer(_waiting)
+
+
+def _waiting(env: GrowEnv) -> Policy:
+    return NoGrowthPolicy()
 
 
 def bandit() -> PolicyPlayer:
     """Return a player that draws what to grow by what was gained."""
-    return PolicyPlayer(lambda env: BanditPolicy(_blueprints(env), seed=env.episode))
+    return PolicyPlayer(_bandit)
+
+
+def _bandit(env: GrowEnv) -> Policy:
+    return BanditPolicy(_blueprints(env), seed=env.episode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +189,55 @@ def _student(n: int) -> float:
 
 
 def play_all(
-    env: GrowEnv,
+    make: Callable[[], GrowEnv],
     players: Mapping[str, Player],
     episodes: Sequence[int],
     say: Callable[[str], object] = lambda text: None,
     *,
     report: bool = False,
+    workers: int = 1,
 ) -> dict[str, list[Played]]:
-    """Play all players on the same episodes, episode by episode."""
+    """Play all players on the same episodes, episode by episode.
+
+    Args:
+        make: Makes the environment.
+        players: By name.
+        episodes: Their numbers.
+        say: Called with the progress.
+        report: Whether to play on samples of reports, too.
+        workers: Processes that share the episodes; what is played does not depend on it. Above 1, ``make`` and the
+            players are pickled.
+    """
     found: dict[str, list[Played]] = {name: [] for name in players}
-    for done, episode in enumerate(episodes, 1):
-        for name, player in players.items():
-            found[name].append(play(env, player, episode, report=report))
-        say(f"episode {done} of {len(episodes)}")
+    with ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(get_context("spawn").Pool(workers, _begin, (make, players, report)))
+            rounds: Iterable[dict[str, Played]] = pool.imap(_play_episode, episodes)
+        else:
+            env = make()
+            rounds = (_play_round(env, players, report, episode) for episode in episodes)
+        for done, played in enumerate(rounds, 1):
+            for name, one in played.items():
+                found[name].append(one)
+            say(f"episode {done} of {len(episodes)}")
     return found
+
+
+def _play_round(env: GrowEnv, players: Mapping[str, Player], report: bool, episode: int) -> dict[str, Played]:
+    return {name: play(env, player, episode, report=report) for name, player in players.items()}
+
+
+_ROUND: list[Callable[[int], dict[str, Played]]] = []
+
+
+def _begin(make: Callable[[], GrowEnv], players: Mapping[str, Player], report: bool) -> None:
+    torch.set_num_threads(1)
+    _ROUND[:] = [partial(_play_round, make(), players, report)]
+    gc.freeze()  # the process plays these episodes, and ends
+
+
+def _play_episode(episode: int) -> dict[str, Played]:
+    return _ROUND[0](episode)
 
 
 def headroom(found: Mapping[str, Sequence[Played]], wait: str = "wait") -> tuple[str, float]:

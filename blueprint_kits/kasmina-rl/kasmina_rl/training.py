@@ -1,8 +1,9 @@
-"""Training of controllers: an evolution strategy on linear ones, MaskablePPO on networks."""
+"""Training of controllers: an evolution strategy and PPO on linear ones, MaskablePPO on networks."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -50,12 +51,13 @@ class Settings:
     Attributes:
         env: Id of the environment.
         options: Keywords of the environment.
-        algo: ``es`` or ``maskable-ppo``.
-        steps: Steps in the environment, all together: at most so many. Evolution ends with its last generation that is
-            sure to fit, MaskablePPO with its last rollout.
+        algo: ``es``, ``ppo`` or ``maskable-ppo``.
+        steps: Steps in the environment, all together: at most so many. ``es`` and ``ppo`` end with their last generation
+            that is sure to fit, MaskablePPO with its last rollout.
         seed: For episodes, and what the algorithm draws.
         out: Folder for what comes of it, new or empty.
-        resume: Whether to go on from what lies there, of a training that was asked for the same.
+        resume: Whether to go on from what lies there, of a training that was asked for the same. One that was stopped
+            before anything was saved begins anew.
     """
 
     env: str
@@ -92,25 +94,35 @@ def train(settings: Settings, say: Callable[[str], object]) -> Controller:
         RequestError: If the folder holds something, or a training that was asked for something else; or the steps are too
             few.
     """
-    algorithms = {"es": _evolve, "maskable-ppo": _maskable_ppo}
+    algorithms = {"es": _evolve, "ppo": _ppo, "maskable-ppo": _maskable_ppo}
     if settings.algo not in algorithms:
         raise ControllerError(f"There is no algorithm '{settings.algo}'. Known: {', '.join(algorithms)}.")
-    if settings.algo == "maskable-ppo":
-        _demand_packages()
+    load_packages(settings.algo)
     env = make_env(settings)
+    if env.actions.kinds != "basic" or env.per_slot:
+        raise RequestError(
+            "Controllers choose one of the basic actions: leave out --option actions=… and per_slot=…"
+        )
     about = settings.about(env)
     _check_folder(settings, about)
     least, why = _least_steps(settings, env)
     if settings.steps < least:
         raise RequestError(f"{settings.steps:,} steps are too few: {why}. Ask for {least:,} at least.")
     settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    replace(settings.out / ABOUT, json.dumps(about, indent=2) + "\n")
     began = time.perf_counter()
     found = algorithms[settings.algo](settings, env, about, say)
     record = {**about, **found.record, "seconds": round(time.perf_counter() - began, 1)}
     controller = Controller(found.kind, found.weights, found.slots, found.candidates, record)
     controller.save(settings.out / "controller.safetensors")
     return controller
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file whole: whoever reads it, or stops this, finds what was there or what comes, never a part."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.replace(path)
 
 
 def _check_folder(settings: Settings, about: Mapping[str, Any]) -> None:
@@ -134,9 +146,9 @@ def _check_folder(settings: Settings, about: Mapping[str, Any]) -> None:
 
 
 def _least_steps(settings: Settings, env: GrowEnv) -> tuple[int, str]:
-    if settings.algo == "es":
+    if settings.algo != "maskable-ppo":
         most = _most_steps(env)
-        return most, f"a generation is {2 * PAIRS} episodes of up to {env.epochs} steps"
+        return most, f"a generation is {GENERATION} episodes of up to {env.epochs} steps"
     return ROLLOUT, "the shortest rollout is longer"
 
 
@@ -165,7 +177,10 @@ class Scalars:
 
 # -- evolution -----------------------------------------------------------------------------------------------------
 
-PAIRS: Final = 4
+GENERATION: Final = 8
+"""Episodes between two updates of a linear controller."""
+
+PAIRS: Final = GENERATION // 2
 """Directions of a generation; each is tried forward and backward on the same episode."""
 
 ROLLOUT: Final = 32
@@ -184,7 +199,7 @@ def start_weights() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def _most_steps(env: GrowEnv) -> int:
     """Return how many steps a generation may take: no epoch costs less than one of the host alone."""
-    return 2 * PAIRS * env.epochs
+    return GENERATION * env.epochs
 
 
 def _weights(vector: Any) -> dict[str, Any]:
@@ -198,7 +213,7 @@ def _evolve(
     """Evolve a linear controller (OpenAI's evolution strategy, https://arxiv.org/abs/1703.03864)."""
     path = settings.out / "evolution.json"
     vector, steps, episodes, generation = start_weights(), 0, 0, 0
-    if settings.resume:
+    if settings.resume and path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             vector = np.array(saved["vector"], np.float32).reshape(vector.shape)
@@ -221,7 +236,7 @@ def _evolve(
                 values[i, side], steps, episodes = played.value, steps + played.steps, episodes + 1
             tried_so_far = values[: i + 1]
             say(
-                f"step {steps:,} of {settings.steps:,}: generation {generation + 1}, {2 * i + 2} of {2 * PAIRS} episodes, "
+                f"step {steps:,} of {settings.steps:,}: generation {generation + 1}, {2 * i + 2} of {GENERATION} episodes, "
                 f"value {tried_so_far.mean():+.4f}, best {tried_so_far.max():+.4f}"
             )
         # Ranks, so that one lucky episode moves no more than another.
@@ -229,7 +244,7 @@ def _evolve(
         vector = (vector + RATE * ((ranks[:, 0] - ranks[:, 1]) @ noise) / PAIRS).astype(np.float32)
         generation += 1
         state = {"vector": vector.tolist(), "steps": steps, "episodes": episodes, "generation": generation}
-        path.write_text(json.dumps(state), encoding="utf-8")
+        replace(path, json.dumps(state))
         scalars.add(steps, value=float(values.mean()), best=float(values.max()))
     say(f"ended after {steps:,} steps: another generation could take {_most_steps(env):,}")
     scalars.close()
@@ -237,36 +252,97 @@ def _evolve(
     return Controller("linear", _weights(vector), len(env.actions.slots), env.candidates, record)
 
 
+# -- PPO -----------------------------------------------------------------------------------------------------------
+
+
+def _ppo(
+    settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
+) -> Controller:
+    """Train a linear controller with `Ppo`, by generations of whole episodes."""
+    import io
+
+    import torch
+
+    from kasmina_rl.ppo import Ppo
+
+    path, numbers = settings.out / "ppo.pt", flat(env).observation_space.shape
+    assert numbers is not None
+    learner, steps, episodes, generation = Ppo(_weights(start_weights()), numbers[0], settings.seed), 0, 0, 0
+    if settings.resume and path.exists():
+        try:
+            saved = torch.load(path, "cpu", weights_only=True)
+            learner.load_state_dict(saved["learner"])
+            steps, episodes, generation = (int(saved[name]) for name in ("steps", "episodes", "generation"))
+        except Exception as error:
+            raise ControllerError(f"There is no PPO to resume in {settings.out}: {error!r:.200}") from error
+    scalars, n = Scalars(settings.out), env.episodes or 100_000
+    while steps + _most_steps(env) <= settings.steps:
+        dice = np.random.default_rng([settings.seed, generation])
+        played = []
+        for i in range(GENERATION):
+            played.append(learner.play(env, int(dice.integers(n)), dice))
+            steps, episodes = steps + len(played[-1].rewards), episodes + 1
+            values = [sum(episode.rewards) for episode in played]
+            say(
+                f"step {steps:,} of {settings.steps:,}: generation {generation + 1}, {i + 1} of {GENERATION} episodes, "
+                f"value {np.mean(values):+.4f}, best {max(values):+.4f}"
+            )
+        shown = learner.learn(played, dice)
+        generation += 1
+        content = io.BytesIO()
+        state = {"steps": steps, "episodes": episodes, "generation": generation}
+        torch.save({"learner": learner.state_dict(), **state}, content)
+        replace(path, content.getvalue())
+        scalars.add(steps, value=float(np.mean(values)), best=max(values), **shown)
+    say(f"ended after {steps:,} steps: another generation could take {_most_steps(env):,}")
+    scalars.close()
+    record = {"steps": steps, "episodes": episodes, "generations": generation}
+    return Controller("linear", learner.actor.weights(), len(env.actions.slots), env.candidates, record)
+
+
 # -- MaskablePPO ---------------------------------------------------------------------------------------------------
 
 
-def _demand_packages() -> None:
-    try:
-        import sb3_contrib  # noqa: F401
-        import stable_baselines3  # noqa: F401
-    except ImportError as error:
-        raise ControllerError(
-            f"maskable-ppo needs stable-baselines3 and sb3-contrib: {error}\n"
-            "Install them with: pip install 'stable-baselines3>=2.7' 'sb3-contrib>=2.7'"
-        ) from error
+def load_packages(algo: str) -> None:
+    """Import what an algorithm needs besides torch.
+
+    Raises:
+        ControllerError: If it is not installed.
+    """
+    if find_spec("tensorboard") is not None:
+        import torch.utils.tensorboard  # noqa: F401
+    if algo == "maskable-ppo":
+        try:
+            import sb3_contrib  # noqa: F401
+            import stable_baselines3  # noqa: F401
+        except ImportError as error:
+            raise ControllerError(
+                f"maskable-ppo needs stable-baselines3 and sb3-contrib: {error}\n"
+                "Install them with: pip install 'stable-baselines3>=2.7' 'sb3-contrib>=2.7'"
+            ) from error
 
 
 def _maskable_ppo(
     settings: Settings, env: GrowEnv, about: Mapping[str, Any], say: Callable[[str], object]
 ) -> Controller:
     """Train a network with sb3-contrib's MaskablePPO."""
+    import io
+
     from sb3_contrib import MaskablePPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.monitor import Monitor
 
-    zipped = settings.out / "model.zip"
-    monitored, episodes = Monitor(flat(env)), 0
-    if settings.resume:
-        if not zipped.is_file():
-            raise ControllerError(f"There is no model to resume in {settings.out}: {zipped.name} is missing.")
-        model = MaskablePPO.load(zipped, env=monitored)  # pickled data of our own training
-        record = Controller.load(settings.out / "controller.safetensors").record
-        episodes = int(record.get("episodes", model.num_timesteps))  # no episode is shorter than a step
+    zipped, counted = settings.out / "model.zip", settings.out / "episodes.json"
+    monitored, before = Monitor(flat(env)), 0
+    resumes = settings.resume and zipped.exists()
+    if resumes:
+        try:
+            model = MaskablePPO.load(zipped, env=monitored)  # pickled data of our own training
+            before = int(json.loads(counted.read_text(encoding="utf-8")))
+        except Exception as error:
+            raise ControllerError(
+                f"There is no model to resume in {settings.out}: {type(error).__name__}: {error!s:.200}"
+            ) from error
     else:
         model = MaskablePPO(
             "MlpPolicy",
@@ -280,22 +356,34 @@ def _maskable_ppo(
             tensorboard_log=str(settings.out / "tensorboard") if find_spec("tensorboard") else None,
         )
 
+    def episodes() -> int:
+        return before + len(monitored.get_episode_rewards()) + 1  # the last one was not played to its end
+
+    def save() -> None:
+        content = io.BytesIO()
+        model.save(content)
+        replace(counted, f"{episodes()}\n")
+        replace(zipped, content.getvalue())
+
     class Say(BaseCallback):
         def _on_step(self) -> bool:
             return True
+
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps > begun:
+                save()
 
         def _on_rollout_end(self) -> None:
             ended = [episode["r"] for episode in self.model.ep_info_buffer or ()]
             mean = f"{np.mean(ended):+.4f} over {len(ended)} episodes" if ended else "no episode has ended"
             say(f"step {self.num_timesteps:,} of {settings.steps:,}: value {mean}")
 
-    left = settings.steps - model.num_timesteps if settings.resume else settings.steps
-    if rollouts := max(left, 0) // model.n_steps:
-        model.learn(rollouts * model.n_steps, callback=Say(), reset_num_timesteps=not settings.resume)
-        episodes += len(monitored.get_episode_rewards()) + 1  # the last one was not played to its end
+    begun = model.num_timesteps
+    if rollouts := max(settings.steps - begun, 0) // model.n_steps:
+        model.learn(rollouts * model.n_steps, callback=Say(), reset_num_timesteps=not resumes)
+        save()
     say(f"ended after {model.num_timesteps:,} steps: another rollout takes {model.n_steps:,}")
-    model.save(zipped)
-    return export_model(zipped, {"steps": int(model.num_timesteps), "episodes": episodes})
+    return export_model(zipped, {"steps": int(model.num_timesteps), "episodes": episodes()})
 
 
 def export_model(path: Path, record: Mapping[str, Any] | None = None) -> Controller:

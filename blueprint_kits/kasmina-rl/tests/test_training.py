@@ -22,33 +22,84 @@ TEXTS = [f"--option={name}={json.dumps(value)}" for name, value in OPTIONS.items
 
 
 def settings(out, steps, **changes):
-    return Settings(
-        "Kasmina/Toy-v0", OPTIONS, **({"algo": "es", "steps": steps, "seed": 1, "out": out} | changes)
-    )
+    asked = {"options": OPTIONS, "algo": "es", "steps": steps, "seed": 1, "out": out}
+    return Settings("Kasmina/Toy-v0", **(asked | changes))
 
 
 # TensorBoard's own, where it is installed.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_evolution_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(("algo", "saved"), [("es", "evolution.json"), ("ppo", "ppo.pt")])
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(algo, saved, tmp_path):
     assert kasmina_rl.__all__
     said = []
-    whole = train(settings(tmp_path / "a", 48), said.append)
-    train(settings(tmp_path / "b", 24), said.append)
-    parts = train(settings(tmp_path / "b", 48, resume=True), said.append)
+    whole = train(settings(tmp_path / "a", 48, algo=algo), said.append)
+    train(settings(tmp_path / "b", 24, algo=algo), said.append)
+    parts = train(settings(tmp_path / "b", 48, algo=algo, resume=True), said.append)
     assert all(np.array_equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
     assert whole.record["generations"] == parts.record["generations"] >= 2
     assert whole.record["steps"] <= 48
-    assert [line.split(",")[1] for line in said[:4]] == [f" {n} of 8 episodes" for n in (2, 4, 6, 8)]
+    episodes = (2, 4, 6, 8) if algo == "es" else range(1, 9)
+    assert [line.split(",")[1] for line in said[: len(episodes)]] == [f" {n} of 8 episodes" for n in episodes]
     assert said[-1] == f"ended after {parts.record['steps']} steps: another generation could take 24"
     assert Controller.load(tmp_path / "a" / "controller.safetensors").record["env"] == "Kasmina/Toy-v0"
     with pytest.raises(ControllerError, match="no training to resume"):
-        train(settings(tmp_path / "c", 48, resume=True), said.append)
+        train(settings(tmp_path / "c", 48, algo=algo, resume=True), said.append)
     assert not (tmp_path / "c").exists()
-    (tmp_path / "a" / "evolution.json").write_text("{}")
-    with pytest.raises(ControllerError, match="no evolution to resume"):
-        train(settings(tmp_path / "a", 96, resume=True), said.append)
+    (tmp_path / "a" / saved).write_text("{}")
+    with pytest.raises(ControllerError, match=r"There is no .* to resume in"):
+        train(settings(tmp_path / "a", 96, algo=algo, resume=True), said.append)
     with pytest.raises(RequestError, match=r"something else:\n  seed: 1 there, 2 asked for"):
-        train(settings(tmp_path / "b", 96, resume=True, seed=2), said.append)
+        train(settings(tmp_path / "b", 96, algo=algo, resume=True, seed=2), said.append)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(lines):
+    said = []
+
+    def say(text):
+        said.append(text)
+        if len(said) == lines:
+            raise StoppedError
+
+    return say
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("algo", ["es", "ppo", "maskable-ppo"])
+def test_a_training_that_was_stopped_before_anything_was_saved_begins_anew(algo, tmp_path):
+    if algo == "maskable-ppo":
+        pytest.importorskip("sb3_contrib")
+    out = tmp_path / "a"
+    with pytest.raises(StoppedError):
+        train(settings(out, 32, algo=algo), stop_after(1))
+    assert {path.name for path in out.iterdir() if path.is_file()} == {"training.json"}
+    resumed = train(settings(out, 32, algo=algo, resume=True), print)
+    whole = train(settings(tmp_path / "b", 32, algo=algo), print)
+    assert all(np.array_equal(whole.weights[name], resumed.weights[name]) for name in whole.weights)
+    assert whole.record["episodes"] == resumed.record["episodes"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_s_training_that_was_stopped_goes_on_from_its_last_rollout(tmp_path):
+    pytest.importorskip("sb3_contrib")
+    with pytest.raises(StoppedError):
+        train(settings(tmp_path, 128, algo="maskable-ppo"), stop_after(3))
+    said = []
+    resumed = train(settings(tmp_path, 128, algo="maskable-ppo", resume=True), said.append)
+    assert [line.split(" of ")[0] for line in said[:-1]] == ["step 96", "step 128"]
+    assert resumed.record["steps"] == 128
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("option", [{"actions": "full"}, {"per_slot": True}])
+def test_actions_that_no_controller_chooses_among_are_refused(option, tmp_path):
+    asked = settings(tmp_path / "out", 24, options=OPTIONS | option)
+    with pytest.raises(RequestError, match="one of the basic actions"):
+        train(asked, print)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -179,3 +230,19 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
         main()
     assert left.value.code == 1
     assert capsys.readouterr().err.startswith(f"Error: {bad} is no model")
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.safetensors"
+    kept.write_bytes(b"before")
+    for command in (
+        ["export", "model.zip", str(kept)],
+        ["headroom", f"--out={kept}"],
+        ["evaluate", f"--out={kept}"],
+    ):
+        monkeypatch.setattr("sys.argv", ["kasmina-rl", *command])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        assert "is there already: nothing was written" in capsys.readouterr().err
+    assert kept.read_bytes() == b"before"
