@@ -128,7 +128,7 @@ class GrowEnv(gymnasium.Env[dict[str, Numbers], Any]):
         self.task: Task = chosen if ramp_epochs is None else replace(chosen, ramp_epochs=ramp_epochs)
         self.epochs = int(epochs or defaults.get("epochs") or chosen.epochs)
         self.episodes, self.per_slot, self.render_mode = episodes, per_slot, render_mode
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "host": host,
             "slots": tuple(slots),
             "host_options": dict(host_options or {}),

@@ -122,7 +122,7 @@ class Ppo:
         with torch.no_grad():
             guessed = self.values(flat)[:, 0]
             before = self.logs(seen, masks).gather(1, actions[:, None])[:, 0]
-        parts = guessed.split([len(played.rewards) for played in episodes])
+        parts = torch.split(guessed, [len(played.rewards) for played in episodes])
         gains = torch.cat([advantages(p.rewards, part) for p, part in zip(episodes, parts, strict=True)])
         returns = gains + guessed
         gains = (gains - gains.mean()) / (gains.std() + 1e-8)
@@ -136,14 +136,15 @@ class Ppo:
                 entropy = -(logs.exp() * logs.clamp(min=-1e3)).sum(1).mean()
                 error = (self.values(flat[at])[:, 0] - returns[at]).square().mean()
                 self.optimizer.zero_grad()
-                (0.5 * error - surrogate - ENTROPY * entropy).backward()  # type: ignore[no-untyped-call]  # torch
+                (0.5 * error - surrogate - ENTROPY * entropy).backward()
                 nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 0.5)
                 self.optimizer.step()
         return {"entropy": float(entropy.detach()), "value_error": float((guessed - returns).square().mean())}
 
     def logs(self, seen: list[Tensor], masks: Tensor) -> Tensor:
         """Return the logarithms of the odds of all actions, ``-inf`` for those that are masked, ``(n, a)``."""
-        return self.actor(*seen).masked_fill(~masks, -torch.inf).log_softmax(1)
+        scores: Tensor = self.actor(*seen)
+        return scores.masked_fill(~masks, -torch.inf).log_softmax(1)
 
 
 @dataclass

@@ -160,7 +160,7 @@ class Scalars:
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, step: int, **values: float) -> None:
         """Write values at a step."""

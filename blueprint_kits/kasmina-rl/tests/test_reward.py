@@ -7,8 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from kasmina_core import Advance, Germinate, Pause, SetAlpha
+from kasmina_core import (
+    Advance,
+    BlueprintSpec,
+    Germinate,
+    Pause,
+    SetAlpha,
+    TelemetryEventType,
+    Topology,
+    default_registry,
+)
 from rl_cases import MLP, NORM, grow, legal, loop, play, toy
+from torch import nn
 
 from kasmina_rl import GateShaping
 from kasmina_rl.environment import LAST
@@ -64,6 +74,50 @@ def test_no_attack_earns_more_than_its_honest_worth(wanted):
     losses = env.report()
     worth = losses["alone"] - losses["kept"]  # on samples that decided nothing
     assert sum(rewards) <= worth + 3 * (info["half_width"] + 0.01)
+
+
+class Noise(nn.Module):
+    """A seed that learns nothing: noise of fixed weights, as large as a parameter says."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.full((), 0.5))
+        self.register_buffer("turn", torch.randn(dim, dim))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.size * torch.sin(20 * features @ self.turn)
+
+
+@pytest.fixture
+def noise():
+    blueprints = default_registry().blueprints
+    spec = BlueprintSpec("noise", Topology.VECTOR, Noise, lambda dim: 1, "Noise of fixed weights")
+    entry = blueprints.register(spec, pack="attack")
+    yield entry.id
+    blueprints.unregister(entry.id)
+
+
+def test_seeds_of_noise_earn_nothing(noise):
+    env = toy(epochs=60, blueprints=(noise,), actions="full")
+
+    def wanted(env, mask):
+        whole = [SetAlpha(slot, 1.0) for slot in ("first", "second")]
+        return legal(
+            env,
+            mask,
+            Advance("first"),
+            Advance("second"),
+            *whole,
+            Germinate("first", noise),
+            Germinate("second", noise),
+        )
+
+    rewards, info, infos = play(env, wanted)
+    kinds = [event.type for each in infos for event in each["events"]]
+    assert kinds.count(TelemetryEventType.SEED_GERMINATED) >= 2
+    losses = env.report()
+    assert sum(rewards) <= max(0.0, losses["alone"] - losses["kept"]) + 3 * (info["half_width"] + 0.01)
+    assert sum(rewards) < 0.1
 
 
 def test_a_seed_on_trial_counts_nothing():
