@@ -266,7 +266,7 @@ def _test_check(
             return _judged(name, _bounded(best.t), minimum=t.min_t)
         if best.is_sparse and t.error_rate < 1.0:
             return GateCheck(name, None, CheckVerdict.NEVER_MEASURED, 0.0, detail=_too_few(best))
-        detail = f"p = {finding.p_value:.2g}, look {finding.look} at level {finding.level:.2g}"
+        detail = f"p = {finding.p_value:.2g} at look {finding.look} (needs <= {finding.level:.2g})"
         if len(gains) > 1:
             detail = f"alpha {finding.alpha:g}, {detail}"
         value = best.t if best.is_sparse else best.statistic
@@ -307,7 +307,7 @@ def _start_check(t: GateThresholds) -> GateCheckSpec:
 
 
 def _screen_check() -> GateCheckSpec:
-    name = "first-order gain over its error"
+    name = "first-order gain in standard errors"
 
     def measure(context: GateContext) -> GateCheck:
         found = context.screen()
@@ -393,9 +393,9 @@ def evidence_checks(t: GateThresholds) -> list[GateCheckSpec]:
     for gate in (GateLevel.G2, GateLevel.G5) if t.prove_before_blending else (GateLevel.G5,):
         if t.min_gain > -math.inf:
             checks.append(_gain_check(gate, t))
-        checks.append(_test_check("gain over its error", gate, t, partial(_weighed, gate)))
-    checks.append(_harm_check("harm at alpha 1 over its error", GateLevel.G2, t))
-    checks.append(_harm_check("gain over its error", GateLevel.G4, t))
+        checks.append(_test_check("gain in standard errors", gate, t, partial(_weighed, gate)))
+    checks.append(_harm_check("gain at alpha 1 in standard errors", GateLevel.G2, t))
+    checks.append(_harm_check("gain in standard errors", GateLevel.G4, t))
     if t.against_start is not StartComparison.NOT_ASKED:
         checks.append(_start_check(t))
     most = t.max_output_deviation

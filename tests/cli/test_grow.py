@@ -112,8 +112,8 @@ def test_the_proof_is_asked_for_where_the_user_wants_it(tmp_path: Path, proof: s
         event["checks"] for event in events if event["type"] == "gate_evaluated" and event["gate"] == "G2"
     ]
     names = {check["name"] for checks in asked for check in checks}
-    assert "harm at alpha 1 over its error" in names
-    assert ("gain over its error" in names) == (proof == "training")
+    assert "gain at alpha 1 in standard errors" in names
+    assert ("gain in standard errors" in names) == (proof == "training")
 
 
 def test_both_arms_spend_the_same_training_flops(run: tuple[Path, dict[str, Any]]) -> None:

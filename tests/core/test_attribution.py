@@ -278,7 +278,7 @@ def test_a_hopeless_seed_is_refused_by_the_screen_without_a_full_measurement() -
     model.growth.epoch += 1
     for name in CNN_SLOTS[:2]:
         result = model.slots[name].check_gate(2)
-        assert result.reason.startswith("first-order gain over its error failed")
+        assert result.reason.startswith("first-order gain in standard errors failed")
         assert result.finding is None
     assert (counting.screens, counting.passes) == (1, 0)  # one for both of them
 
@@ -299,6 +299,6 @@ def test_an_evaluator_that_cannot_be_screened_is_measured_in_full() -> None:
     model.evaluate_with(counting)
     result = model.slots["norm"].check_gate(2)
     assert result, str(result)
-    (screened,) = [c for c in result.checks if c.name == "first-order gain over its error"]
+    (screened,) = [c for c in result.checks if c.name == "first-order gain in standard errors"]
     assert "not required" in str(screened)
     assert "never measured" in str(screened)

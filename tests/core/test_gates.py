@@ -128,15 +128,15 @@ def test_the_checks_of_the_evidence_gates_are_these():
             "stopped in incubation",
             "held-out samples",
             "gain",
-            "gain over its error",
-            "harm at alpha 1 over its error",
+            "gain in standard errors",
+            "gain at alpha 1 in standard errors",
         ],
         "G3": ["finite parameters", "alpha", "ramp progress"],
         "G4": [
             "epochs in shadowing",
             "finite parameters",
             "held-out samples",
-            "gain over its error",
+            "gain in standard errors",
             "output deviation",
         ],
         "G5": [
@@ -145,7 +145,7 @@ def test_the_checks_of_the_evidence_gates_are_these():
             "isolation violations",
             "held-out samples",
             "gain",
-            "gain over its error",
+            "gain in standard errors",
             "gain over the host at blending",
             "smallest gain in probation",
         ],
@@ -160,7 +160,7 @@ def test_the_checks_of_the_evidence_gates_are_these():
         (G.G2, "isolation violations", {"isolation_violations": 1}, 1.0, "<= 0"),
         (G.G2, "held-out samples", {"measured": evidence(samples=99)}, 99.0, ">= 100"),
         (G.G2, "gain", {"measured": evidence(gain=-0.1)}, -0.1, ">= 0"),
-        (G.G4, "gain over its error", {"measured": evidence(gain=-0.021)}, -2.1, ">= -2"),
+        (G.G4, "gain in standard errors", {"measured": evidence(gain=-0.021)}, -2.1, ">= -2"),
         (G.G4, "output deviation", {"measured": evidence(deviation=10.5)}, 10.5, "<= 10"),
         (G.G5, "smallest gain in probation", {"gains": (0.2, -0.3, 0.1)}, -0.3, ">= 0"),
     ],
@@ -220,16 +220,16 @@ def test_a_seed_with_a_parameter_that_is_not_finite_passes_no_gate(gate):
     ("gate", "name", "measured"),
     [
         (G.G2, "held-out samples", None),
-        (G.G2, "gain over its error", evidence(skewness=math.nan)),
-        (G.G2, "gain over its error", evidence(smaller=((0.3, PairedGain(100, math.nan, 0.1)),))),
+        (G.G2, "gain in standard errors", evidence(skewness=math.nan)),
+        (G.G2, "gain in standard errors", evidence(smaller=((0.3, PairedGain(100, math.nan, 0.1)),))),
         (G.G5, "gain over the host at blending", evidence(since_blending=PairedGain(100, 0.1, math.inf))),
         (G.G2, "gain", evidence(gain=math.nan)),
         (G.G2, "gain", evidence(gain=math.inf)),
-        (G.G2, "gain over its error", evidence(standard_error=math.nan)),
-        (G.G2, "gain over its error", evidence(standard_error=math.inf)),
+        (G.G2, "gain in standard errors", evidence(standard_error=math.nan)),
+        (G.G2, "gain in standard errors", evidence(standard_error=math.inf)),
         (G.G4, "output deviation", evidence(deviation=math.nan)),
         (G.G4, "output deviation", evidence(deviation=math.inf)),
-        (G.G4, "gain over its error", evidence(gain=-math.inf)),
+        (G.G4, "gain in standard errors", evidence(gain=-math.inf)),
         (G.G5, "gain", None),
         (G.G5, "smallest gain in probation", None),
     ],
@@ -275,7 +275,7 @@ def test_the_gain_must_be_significant_at_what_the_look_may_spend(number, share, 
     for gain, passes in ((needed * 0.99, False), (needed * 1.01, True)):
         measured = evidence(gain=gain * 0.01)
         result = QualityGates().check(G.G2, at_look(number, share, measured=measured))
-        found = check(result, "gain over its error")
+        found = check(result, "gain in standard errors")
         assert found.minimum == pytest.approx(needed, rel=1e-3)  # quantiles of scipy.stats.t with 99 degrees
         assert found.verdict is (CheckVerdict.PASSED if passes else CheckVerdict.FAILED)
         assert f"look {number}" in found.detail
@@ -298,7 +298,7 @@ def test_a_seed_is_accepted_on_its_best_alpha_with_a_correction_for_asking_twice
 def test_a_seed_that_does_harm_at_alpha_1_is_refused_whatever_it_does_at_less():
     measured = replace(evidence(gain=-0.03), smaller=((0.3, PairedGain(100, 0.1, 0.01)),))
     result = QualityGates().check(G.G2, at_look(1, measured=measured))
-    assert [c.name for c in result.failed_checks] == ["harm at alpha 1 over its error"]
+    assert [c.name for c in result.failed_checks] == ["gain at alpha 1 in standard errors"]
 
 
 @pytest.mark.parametrize(("gain", "passes"), [(0.0, True), (-0.015, True), (-0.03, False)])
@@ -308,14 +308,14 @@ def test_proof_can_be_left_to_g5_and_g2_then_asks_for_no_harm(gain, passes):
     assert gates.check(G.G2, at_look(1, measured=measured)).passed is passes
     assert not QualityGates().check(G.G2, at_look(1, measured=measured))
     probation = {check.name for check in gates.check(G.G5, at_look(1, measured=measured)).checks}
-    assert {"gain", "gain over its error", "gain over the host at blending"} <= probation
+    assert {"gain", "gain in standard errors", "gain over the host at blending"} <= probation
 
 
 def test_probation_is_decided_on_the_model_as_it_is():
     measured = replace(evidence(gain=0.01), smaller=((0.3, PairedGain(100, 0.1, 0.01)),))
     result = QualityGates().check(G.G5, at_look(1, measured=measured))
     assert result.finding.alpha == 1.0
-    assert check(result, "gain over its error").verdict is CheckVerdict.FAILED
+    assert check(result, "gain in standard errors").verdict is CheckVerdict.FAILED
 
 
 def test_without_a_smallest_gain_the_test_alone_decides():
@@ -379,7 +379,7 @@ def test_a_fixed_threshold_can_stand_in_for_the_test():
     for gain, passes in ((0.029, False), (0.031, True)):
         result = gates.check(G.G2, at_look(50, measured=evidence(gain=gain)))
         assert result.passed == passes
-        assert check(result, "gain over its error").threshold == ">= 3"
+        assert check(result, "gain in standard errors").threshold == ">= 3"
 
 
 def test_the_finding_of_a_gate_survives_as_plain_data():
@@ -809,7 +809,7 @@ def test_a_gain_on_few_samples_was_never_measured() -> None:
     result = QualityGates().check(
         GateLevel.G2, context(measured=SeedEvidence.from_losses(with_seed, without, 0.5))
     )
-    check = next(c for c in result.checks if c.name == "gain over its error")
+    check = next(c for c in result.checks if c.name == "gain in standard errors")
     assert not result.passed
     assert check.verdict is CheckVerdict.NEVER_MEASURED
     assert "only 18 samples differ, of 300, and 100 must" in str(result)

@@ -122,7 +122,7 @@ def test_an_evaluator_that_fails_runs_once_an_epoch_and_each_check_says_why():
     loop = Loop(evaluator=fails)
     loop.epochs(6)
     result = loop.model.slots[FIRST].last_gate
-    waiting = [check for check in result.checks if check.name in ("gain", "gain over its error")]
+    waiting = [check for check in result.checks if check.name in ("gain", "gain in standard errors")]
     assert len(waiting) == 2
     assert all("no such file" in check.detail for check in waiting)
     before = len(calls)

@@ -160,7 +160,7 @@ def test_g5_waits_for_the_lag_and_then_asks_the_trend_and_not_the_host_without_t
     assert g5(run).passed
     found = verdicts(g5(run))
     assert found["gain over the host's trend"] is CheckVerdict.PASSED
-    assert found["gain over its error"] is CheckVerdict.NOT_ASKED
+    assert found["gain in standard errors"] is CheckVerdict.NOT_ASKED
     assert found["epochs in probation"] is CheckVerdict.NOT_ASKED
     assert found["finite parameters"] is CheckVerdict.PASSED
     assert "not asked" in g5(run).reason
