@@ -11,7 +11,7 @@ from typing import Final, final
 
 from kasmina_core.gates.sequential import samples_needed
 from kasmina_core.growth.journal import Journal, SeedLife
-from kasmina_core.lifecycle import SeedStage
+from kasmina_core.lifecycle import CONTRIBUTING, SeedStage
 from kasmina_core.verdicts import CheckVerdict
 
 UNPROVED_EPOCHS: Final = 5
@@ -75,7 +75,12 @@ class GrowthVerdict:
 
 
 def closing_verdict(
-    journal: Journal, epochs: int, held_out: float | None, training: float | None, higher_is_better: bool
+    journal: Journal,
+    epochs: int,
+    held_out: float | None,
+    training: float | None,
+    higher_is_better: bool,
+    lost_epochs: int = 0,
 ) -> GrowthVerdict:
     """Return why growth ended as it did.
 
@@ -85,17 +90,23 @@ def closing_verdict(
         held_out: Its last metric on held-out data.
         training: The same metric on training data; ``None`` if not known.
         higher_is_better: Whether the metric grows with quality.
+        lost_epochs: Epochs of the host's training that culls gave up.
     """
+    lost = (
+        f"; undoing culls gave up {_counted(lost_epochs, 'epoch')} of the host's training"
+        if lost_epochs
+        else ""
+    )
     lives = list(journal.seeds.values())
     if not lives:
         return _none_germinated(journal, epochs, held_out, higher_is_better)
     if any(life.stage is SeedStage.FOSSILIZED for life in lives):
-        return _some_kept(journal, epochs, held_out, higher_is_better)
+        return _some_kept(journal, epochs, held_out, higher_is_better, lost)
     culled = sum(life.stage is SeedStage.CULLED for life in lives)
     still = f", and {len(lives) - culled} not finished" if culled < len(lives) else ""
     first = (
         f"Of {_counted(len(lives), 'seed')} none stayed: within {_counted(epochs, 'epoch')} "
-        f"{culled} {'was' if culled == 1 else 'were'} culled{still}."
+        f"{culled} {'was' if culled == 1 else 'were'} culled{still}{lost}."
     )
     cause, why, todo, needed = _why_none_stayed(journal, epochs, held_out, training, higher_is_better)
     return GrowthVerdict(cause, (first, why, todo), len(lives), samples_needed=needed)
@@ -156,7 +167,7 @@ def _none_germinated(
 
 
 def _some_kept(
-    journal: Journal, epochs: int, held_out: float | None, higher_is_better: bool
+    journal: Journal, epochs: int, held_out: float | None, higher_is_better: bool, lost: str
 ) -> GrowthVerdict:
     lives = list(journal.seeds.values())
     kept = [life for life in lives if life.stage is SeedStage.FOSSILIZED]
@@ -166,6 +177,7 @@ def _some_kept(
     taken = f"; taken back: {_by_birth(gone)}" if gone else ""
     if gone and gone[-1].reason:
         taken += f", the last one at {gone[-1].gate}, {_one_line(gone[-1].reason)}"
+    taken += lost
     rest = [life for life in lives if life not in kept and life not in gone]
     still = f"; not finished: {_where(rest)}" if rest else ""
     adds = "it adds" if len(kept) == 1 else "they add"
@@ -201,7 +213,10 @@ def _by_birth(lives: Sequence[SeedLife]) -> str:
 
 
 def _where(lives: Sequence[SeedLife]) -> str:
-    return ", ".join(f"{life.seed_id} in {life.stage.name}{_reason(life)}" for life in lives)
+    return ", ".join(
+        f"{life.seed_id} in {life.stage.name}{' and in the output' * (life.stage in CONTRIBUTING)}{_reason(life)}"
+        for life in lives
+    )
 
 
 def _reason(life: SeedLife) -> str:
@@ -259,7 +274,9 @@ def _why_none_stayed(
         return (
             GrowthCause.UNFINISHED,
             f"The run ended before they were judged: {_where(lives)}.",
-            "Train for more epochs, or let seeds germinate earlier.",
+            "Train for more epochs, let seeds germinate earlier, or cull what is not proved (model.cull)."
+            if any(life.stage in CONTRIBUTING for life in lives)
+            else "Train for more epochs, or let seeds germinate earlier.",
             None,
         )
     if not judged:

@@ -507,6 +507,7 @@ class MorphogeneticModel(SlottedModel):
             growth.last_metric,
             training_metric,
             self.growth_config.higher_is_better,
+            growth.lost_epochs,
         )
 
     # -- persistence -----------------------------------------------------------------------------------------------

@@ -326,7 +326,9 @@ def test_a_seed_that_was_put_in_straight_is_where_it_is():
     model.germinate(FIRST, "scale", straight=True)
     train_once(model, tied(model))
     model.step_epoch(1.0)
-    assert "judged: 2-1 in PROBATIONARY (lag since insertion: 1 so far" in str(model.verdict())
+    assert "judged: 2-1 in PROBATIONARY and in the output (lag since insertion: 1 so far" in str(
+        model.verdict()
+    )
 
 
 def test_a_straight_seed_that_is_culled_before_its_lag_was_not_judged():
@@ -368,7 +370,8 @@ def test_what_a_gate_waited_for_is_forgotten_once_it_lets_the_seed_pass():
     while model.slots[FIRST].stage is not S.BLENDING:
         train_once(model, optimizer)
         model.step_epoch(1.0)
-    assert "judged: 2-1 in BLENDING." in str(model.verdict())
+    assert "judged: 2-1 in BLENDING and in the output." in str(model.verdict())
+    assert "or cull what is not proved" in str(model.verdict())
 
 
 def test_a_seed_that_was_kept_in_the_last_epochs_is_unproved_until_more_have_passed():
@@ -394,6 +397,19 @@ def test_the_verdict_says_where_seeds_were_kept_and_where_they_were_taken_back()
     first = sentences(model.verdict())[0]
     assert first.startswith("Of 2 seeds 1 stayed; it adds 8 parameters: ")
     assert f": {SECOND} (after epoch {born}); taken back: {FIRST} (after epoch {epoch})" in first
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_epochs_of_the_host_that_culls_gave_up_are_told(kept):
+    model, _ = make_model(open_config(gates=open_thresholds(), keep_snapshot=True))
+    if kept:
+        bring_to(model, S.FOSSILIZED, SECOND)
+    bring_to(model, S.SHADOWING)
+    lost = model.lost_epochs
+    model.cull(FIRST, "asked to", revert=True)
+    assert model.lost_epochs > lost
+    told = f"; undoing culls gave up {model.lost_epochs} epoch"
+    assert told in sentences(model.verdict())[0]
 
 
 def test_a_checkpoint_and_a_copy_remember_what_became_of_the_seeds(tmp_path):
