@@ -195,7 +195,7 @@ class GrowingPolicy(Remembering):
             f"{type(self).__name__} will never germinate a seed: {why}.\n{slots}"
             "Give it blueprints that fit these slots (kasmina plugins lists those that are installed).",
             MisuseWarning,
-            stacklevel=4,
+            stacklevel=8,  # the caller of model.follow
         )
 
     def _note_refusals(self, observation: Observation) -> bool:
@@ -218,7 +218,7 @@ class GrowingPolicy(Remembering):
                 f"{type(self).__name__} has seen {what}, for {self._silent} epochs. "
                 "It germinates nothing on a plateau until there is a finite one.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=7,  # the caller of model.follow
             )
         return metric is not None and self._silent >= self.silence
 

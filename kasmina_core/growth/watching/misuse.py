@@ -235,8 +235,8 @@ class Misuse:
                 pending["no evaluator"] = (
                     "A gate needs evidence, and the model has no evaluator: no seed will get past it.\n"
                     f"{_listed(waiting, results)}"
-                    "Call model.evaluate_with(evaluator) with a function that returns the loss of every held-out sample, or "
-                    "use QualityGates(GateProfile.REPORT), which decides on the metric of step_epoch."
+                    "Call model.evaluate_with(evaluator) with a function that returns the loss of every held-out sample. (Gates "
+                    "of GateProfile.REPORT go by the metric of step_epoch instead, which tells little of a seed.)"
                 )
         for kind, message in pending.items():
             self._warn(kind, message)
