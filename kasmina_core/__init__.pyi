@@ -58,6 +58,7 @@ from .events import RunStarted as RunStarted
 from .events import SeedCulled as SeedCulled
 from .events import SeedFossilized as SeedFossilized
 from .events import SeedGerminated as SeedGerminated
+from .events import SeedSaved as SeedSaved
 from .events import SlotReading as SlotReading
 from .events import StageChanged as StageChanged
 from .events import TelemetryEvent as TelemetryEvent

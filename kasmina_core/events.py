@@ -29,6 +29,7 @@ class TelemetryEventType(Enum):
     EPOCH_ENDED = "epoch_ended"
     SEED_FOSSILIZED = "seed_fossilized"
     SEED_CULLED = "seed_culled"
+    SEED_SAVED = "seed_saved"
 
     @property
     def is_terminal(self) -> bool:
@@ -295,3 +296,20 @@ class SeedCulled(TelemetryEvent):
     total_improvement: float | None = None
     reverted: bool = False
     lost_epochs: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedSaved(TelemetryEvent):
+    """A seed that was kept or culled was written to a file, because a sink asked for it.
+
+    Attributes:
+        blueprint_id: What it was made from.
+        outcome: ``fossilized`` or ``culled``.
+        file: What `save_seeds` wrote; that of a culled seed holds it as it was before.
+    """
+
+    type: ClassVar[TelemetryEventType] = TelemetryEventType.SEED_SAVED
+    blueprint_id: str
+    outcome: str
+    file: str

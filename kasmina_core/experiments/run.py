@@ -161,6 +161,11 @@ class SeedLog:
             seed: (gate, Finding.from_dict(found)) for seed, (gate, found) in state["findings"].items()
         }
 
+    @property
+    def seed_folders(self) -> tuple[str, ...]:
+        """See `Telemetry.seed_folders`."""
+        return tuple(getattr(self.onward, "seed_folders", ()))
+
     def emit(self, event: TelemetryEvent) -> None:
         """Record an event."""
         if self.onward is not None:

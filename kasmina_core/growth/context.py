@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_core.errors import GerminationError, TransitionError
-from kasmina_core.events import AlphaChanged, StageChanged, TelemetryEvent
+from kasmina_core.errors import GerminationError, KasminaError, TransitionError
+from kasmina_core.events import (
+    AlphaChanged,
+    SeedCulled,
+    SeedFossilized,
+    SeedSaved,
+    StageChanged,
+    TelemetryEvent,
+)
 from kasmina_core.evidence.examiner import Examiner
 from kasmina_core.evidence.measuring import Evaluator, GateSamples
 from kasmina_core.gates.paired import SeedEvidence
@@ -114,6 +124,7 @@ class Growth:
         self.misuse = Misuse()
         self._before: ModelBefore | None = None
         self._unsent: list[TelemetryEvent] | None = None
+        self._saved: dict[str, list[str]] = {}
 
     def in_a_copy(self) -> dict[str, Any]:
         """Return what a copy of the model has too; what points at the outside (sinks, loaders, optimisers) stays behind."""
@@ -227,6 +238,20 @@ class Growth:
             self._unsent.append(placed)
         else:
             self._send(placed)
+        if isinstance(event, SeedFossilized):
+            self._save_seed(self._model().slots[event.slot])
+        if isinstance(event, SeedFossilized | SeedCulled):
+            outcome = "fossilized" if isinstance(event, SeedFossilized) else "culled"
+            for file in self._saved.pop(event.slot, ()):
+                self.emit(
+                    SeedSaved(
+                        slot=event.slot,
+                        seed_id=event.seed_id,
+                        blueprint_id=event.blueprint_id,
+                        outcome=outcome,
+                        file=file,
+                    )
+                )
         if isinstance(event, StageChanged | AlphaChanged):
             self.graphs.look(self._model().slots.values())
 
@@ -234,6 +259,26 @@ class Growth:
         self.journal.note(event)
         if self.telemetry is not None:
             self.telemetry.emit(event)
+
+    def _save_seed(self, slot: SeedSlot) -> None:
+        """Write a seed to the folders that sinks ask for; one that cannot be written is warned of."""
+        folders = getattr(self.telemetry, "seed_folders", ())
+        if not folders or slot.state is None:
+            return
+        from kasmina_core import save_seeds  # through the door: checkpoints lie above this room
+
+        model: Any = self._model()
+        name = re.sub(r"[^\w.-]", "_", slot.state.seed_id)
+        for folder in map(Path, folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = save_seeds(folder / f"{name}.safetensors", model, [slot.name])
+            except (OSError, KasminaError) as error:
+                warnings.warn(
+                    f"Seed '{slot.state.seed_id}' was not saved: {error}", RuntimeWarning, stacklevel=2
+                )
+            else:
+                self._saved.setdefault(slot.name, []).append(str(file))
 
     def measure(
         self, slot: SeedSlot, host_losses: Tensor | None
@@ -292,6 +337,9 @@ class Growth:
 
     def before_move(self, slot: SeedSlot, target: SeedStage) -> None:
         """Keep, or forget, what `MorphogeneticModel.cull` needs to revert the host."""
+        if target is SeedStage.CULLED:
+            self._saved.pop(slot.name, None)
+            self._save_seed(slot)
         is_kept = slot.state is not None and slot.state.is_straight
         if target is SeedStage.BLENDING and self._config.keep_snapshot and not is_kept:
             self._keep_host(slot)

@@ -139,6 +139,14 @@ class Telemetry:
         return tuple(line.sink for line in self._lines)
 
     @property
+    def seed_folders(self) -> tuple[str, ...]:
+        """Folders in which sinks want a file of each seed that is kept or culled."""
+        if self.fast_mode:
+            return ()
+        folders = (getattr(sink, "seeds", None) for sink in self.sinks)
+        return tuple(dict.fromkeys(folder for folder in folders if isinstance(folder, str)))
+
+    @property
     def status(self) -> tuple[SinkStatus, ...]:
         """Status of each sink, in the order of `sinks`."""
         return tuple(line.status() for line in self._lines)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
+from kasmina_core.events import SeedSaved
 from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink, markdown
 
 
@@ -19,6 +21,7 @@ class MlflowSink(TrackerSink):
     Args:
         run_id: The run to join; ``None`` for the active one, or a new one.
         settings: What the run is to be found by, plain data; params are named ``growth.<setting>``.
+        seeds: Folder for files of the seeds that are kept or culled; each is logged as the artefact ``growth/seeds/<seed>.safetensors``. ``None`` for none.
         experiment: Experiment of a new run; made if it does not exist.
         run_name: Name of a new run; ``None`` for one that MLflow makes up.
         client: An ``MlflowClient``; ``None`` for one of ``mlflow.get_tracking_uri()``.
@@ -35,11 +38,12 @@ class MlflowSink(TrackerSink):
         run_id: str | None = None,
         settings: Mapping[str, Any] | None = None,
         *,
+        seeds: str | os.PathLike[str] | None = None,
         experiment: str = "kasmina",
         run_name: str | None = None,
         client: Any = None,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, seeds)
         try:
             import mlflow
             from mlflow.entities import Metric, Param
@@ -68,6 +72,10 @@ class MlflowSink(TrackerSink):
     def show_log(self, rows: Sequence[tuple[int, str, str, str, str]], epoch: int) -> None:
         """Write the artefact ``growth/log.md``."""
         self._client.log_text(self.run_id, markdown(LOG_COLUMNS, rows) + "\n", "growth/log.md")
+
+    def show_seed(self, saved: SeedSaved) -> None:
+        """Log the file as an artefact."""
+        self._client.log_artifact(self.run_id, saved.file, "growth/seeds")
 
     def show_settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Log params."""

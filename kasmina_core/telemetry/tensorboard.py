@@ -14,7 +14,8 @@ class TensorBoardSink(TrackerSink):
     """Show growth in TensorBoard: scalars by epoch, the log and the settings as text. See `TrackerSink`.
 
     A folder becomes a run of its own, in which the settings are hyperparameters too. A ``SummaryWriter`` (of torch or
-    tensorboardX) is joined: it keeps its own hyperparameters, its steps are not touched, and it stays open.
+    tensorboardX) is joined: it keeps its own hyperparameters, its steps are not touched, and it stays open. TensorBoard
+    takes no files, so seeds are no artefacts there.
 
     Args:
         target: Folder of a new run, made when the first event comes; or a ``SummaryWriter``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from kasmina_core.events import (
     SeedCulled,
     SeedFossilized,
     SeedGerminated,
+    SeedSaved,
     StageChanged,
     TelemetryEvent,
 )
@@ -41,12 +43,20 @@ class TrackerSink(ABC):
     - The log: one row per germination, change of stage, gate, command and end, the last `LOG_ROWS` of them. It is
       written at the end of an epoch in which something else than a gate was told, and when the sink is closed.
     - Settings: those given here, and those of a `RunStarted` event.
+    - Seeds, where a folder is given: the file of each seed that is kept or culled, as an artefact.
 
     Args:
         settings: What the run is to be found by, plain data.
+        seeds: Folder for files of seeds, as `save_seeds` writes them; ``None`` for none. Give each sink its own.
+
+    Attributes:
+        seeds: The folder, ``None`` for none.
     """
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any] | None = None, seeds: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.seeds = os.path.abspath(seeds) if seeds is not None else None
         self._settings = dict(settings or {})
         self._settings_are_new = bool(settings)
         self._rows: deque[tuple[int, str, str, str, str]] = deque(maxlen=LOG_ROWS)
@@ -69,6 +79,8 @@ class TrackerSink(ABC):
                 self._unwritten_rows = True
                 self._log_is_due |= not isinstance(event, GateEvaluated)
             self._show_settings()
+            if isinstance(event, SeedSaved) and os.path.dirname(event.file) == self.seeds:
+                self.show_seed(event)
             if isinstance(event, EpochEnded):
                 self.show_numbers(_numbers(event), event.epoch)
                 if self._log_is_due:
@@ -104,6 +116,9 @@ class TrackerSink(ABC):
     @abstractmethod
     def show_settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Show the settings."""
+
+    def show_seed(self, saved: SeedSaved) -> None:  # noqa: B027  # not every tracker takes files
+        """Upload the file of a seed; called for those in ``seeds``."""
 
     def flush(self) -> None:  # noqa: B027  # many have nothing to do
         """Let others see what was shown; called after each batch."""
@@ -173,6 +188,8 @@ def _row(event: TelemetryEvent) -> tuple[str, str] | None:
         case SeedCulled():
             lost = f"; the host lost {event.lost_epochs} epochs with it" if event.reverted else ""
             what = f"{event.blueprint_id} in {event.stage}: {event.reason}{lost}, {_gain(event.gain)}"
+        case SeedSaved():
+            what = f"{event.blueprint_id}, {event.outcome}: {os.path.basename(event.file)}"
         case _:
             return None
     return event.type.value.removeprefix("seed_"), what

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
+from kasmina_core.events import SeedSaved
 from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink, markdown
 
 
@@ -18,14 +21,22 @@ class TrackioSink(TrackerSink):
     Args:
         run: The run to join; ``None`` for the active one, or a new one.
         settings: What the run is to be found by, plain data; config of a new run.
+        seeds: Folder for files of the seeds that are kept or culled; each is logged as an artefact of type ``seed``, named ``seed-<seed>``. ``None`` for none.
         **init: Keywords for ``trackio.init`` of a new run; ``project`` is ``kasmina`` by default.
 
     Raises:
         ImportError: If trackio is missing.
     """
 
-    def __init__(self, run: Any = None, settings: Mapping[str, Any] | None = None, **init: Any) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        run: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        seeds: str | os.PathLike[str] | None = None,
+        **init: Any,
+    ) -> None:
+        super().__init__(settings, seeds)
         try:
             import trackio
             from trackio import context_vars
@@ -50,6 +61,18 @@ class TrackioSink(TrackerSink):
     def show_log(self, rows: Sequence[tuple[int, str, str, str, str]], epoch: int) -> None:
         """Log the table ``growth/log``."""
         self.run.log({"growth/log": self._trackio.Markdown(markdown(LOG_COLUMNS, rows))}, step=epoch)
+
+    def show_seed(self, saved: SeedSaved) -> None:
+        """Log the file as an artefact."""
+        facts = {
+            "slot": saved.slot,
+            "blueprint": saved.blueprint_id,
+            "outcome": saved.outcome,
+            "epoch": saved.epoch,
+        }
+        artifact = self._trackio.Artifact(f"seed-{Path(saved.file).stem}", "seed", metadata=facts)
+        artifact.add_file(saved.file)
+        self.run.log_artifact(artifact)
 
     def show_settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Put the settings into a new run's config, and show them."""

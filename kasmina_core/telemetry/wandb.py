@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
+from kasmina_core.events import SeedSaved
 from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink
 
 
@@ -19,6 +22,7 @@ class WandbSink(TrackerSink):
     Args:
         run: The run to join; ``None`` for the active one, or a new one.
         settings: What the run is to be found by, plain data.
+        seeds: Folder for files of the seeds that are kept or culled; each is logged as an artefact of type ``seed``, named ``seed-<seed>``. ``None`` for none.
         **init: Keywords for ``wandb.init`` of a new run; ``project`` is ``kasmina`` by default.
 
     Raises:
@@ -28,8 +32,15 @@ class WandbSink(TrackerSink):
         run: The run.
     """
 
-    def __init__(self, run: Any = None, settings: Mapping[str, Any] | None = None, **init: Any) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        run: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        seeds: str | os.PathLike[str] | None = None,
+        **init: Any,
+    ) -> None:
+        super().__init__(settings, seeds)
         try:
             import wandb
         except ImportError as error:
@@ -39,7 +50,7 @@ class WandbSink(TrackerSink):
         self.run: Any = (
             joined if joined is not None else wandb.init(reinit="create_new", **{"project": "kasmina"} | init)
         )
-        self._table = wandb.Table
+        self._table, self._artifact = wandb.Table, wandb.Artifact
         self._open_step: int | None = None
         self.run.define_metric("growth/epoch")
         self.run.define_metric("growth/*", step_metric="growth/epoch")
@@ -59,6 +70,19 @@ class WandbSink(TrackerSink):
     def show_log(self, rows: Sequence[tuple[int, str, str, str, str]], epoch: int) -> None:
         """Log the table ``growth/log``."""
         self.run.log({"growth/log": self._table(columns=list(LOG_COLUMNS), data=rows)}, commit=False)
+
+    def show_seed(self, saved: SeedSaved) -> None:
+        """Log the file as an artefact."""
+        name = f"seed-{Path(saved.file).stem}"
+        facts = {
+            "slot": saved.slot,
+            "blueprint": saved.blueprint_id,
+            "outcome": saved.outcome,
+            "epoch": saved.epoch,
+        }
+        artifact = self._artifact(name, "seed", metadata=facts)
+        artifact.add_file(saved.file)
+        self.run.log_artifact(artifact)
 
     def show_settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Put the settings into the run's config."""

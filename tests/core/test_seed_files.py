@@ -32,7 +32,9 @@ from kasmina_core import (
     InjectionPoint,
     MorphogeneticModel,
     OtherBlueprintVersion,
+    SeedSaved,
     SeedStage,
+    Telemetry,
     Topology,
     UnknownNameError,
     graft_seeds,
@@ -250,3 +252,53 @@ def test_a_place_that_cannot_be_written_is_said_by_the_name_that_was_given(place
     assert f"The file of seeds {tmp_path / place} cannot be written: " in str(caught.value)
     assert ".writing" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+class TakesSeeds:
+    """A sink that wants files of seeds."""
+
+    def __init__(self, folder):
+        self.seeds = str(folder)
+        self.events = []
+
+    def write(self, batch):
+        self.events += batch
+
+    def close(self):
+        pass
+
+
+def test_a_sink_that_asks_gets_the_file_of_each_seed_that_is_kept_or_culled(tmp_path):
+    sink = TakesSeeds(tmp_path / "seeds")
+    model, _ = make_model()
+    with Telemetry([sink]) as telemetry:
+        model.emit_to(telemetry)
+        bring_to(model, SeedStage.FOSSILIZED, SECOND)
+        bring_to(model, SeedStage.BLENDING)
+        weight = model.slots[FIRST].seed.weight.detach().clone()
+        model.cull(FIRST)
+    saved = [event for event in sink.events if isinstance(event, SeedSaved)]
+    assert [(e.slot, e.outcome, e.blueprint_id) for e in saved] == [
+        (SECOND, "fossilized", "mine:scale"),
+        (FIRST, "culled", "mine:scale"),
+    ]
+    assert sorted(str(file) for file in (tmp_path / "seeds").iterdir()) == sorted(e.file for e in saved)
+    fresh, _ = make_model()
+    for event in saved:
+        graft_seeds(event.file, fresh)
+    assert fresh.slots[SECOND].stage is SeedStage.FOSSILIZED
+    assert fresh.slots[FIRST].stage is SeedStage.BLENDING
+    assert torch.equal(fresh.slots[FIRST].seed.weight, weight)
+
+
+def test_a_seed_that_cannot_be_saved_for_a_sink_stops_nothing(tmp_path):
+    (tmp_path / "seeds").write_text("a file where the folder should be")
+    sink = TakesSeeds(tmp_path / "seeds")
+    model, _ = make_model()
+    with Telemetry([sink]) as telemetry:
+        model.emit_to(telemetry)
+        model.germinate(FIRST, "scale")
+        with pytest.warns(RuntimeWarning, match=f"Seed '{FIRST}-1' was not saved"):
+            model.cull(FIRST)
+    assert model.slots[FIRST].seed is None
+    assert not any(isinstance(event, SeedSaved) for event in sink.events)

@@ -32,6 +32,7 @@ from kasmina_core import (
     TrackioSink,
     UnknownNameError,
     WandbSink,
+    graft_seeds,
 )
 from kasmina_core.telemetry.trackers import flat, markdown
 
@@ -90,6 +91,40 @@ def cells(text: str) -> list[list[str]]:
 
 def log_of(text: str) -> list[list[str]]:
     return [[cell.replace("\0", "\\|") for cell in row] for row in cells(text)]
+
+
+def small_model(telemetry: Telemetry | None = None) -> MorphogeneticModel:
+    registry = BlueprintRegistry()
+    registry.register(
+        BlueprintSpec(
+            "conv", Topology.CNN, lambda dim: torch.nn.Conv2d(dim, dim, 1), lambda dim: dim * (dim + 1)
+        ),
+        pack="p",
+    )
+    return MorphogeneticModel(
+        torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU()),
+        [InjectionPoint("first", "0", 2, Topology.CNN)],
+        example=torch.zeros(2, 1, 4, 4),
+        registry=registry,
+        telemetry=telemetry,
+    )
+
+
+def send_a_seed(sink: object) -> torch.Tensor:
+    """Cull a seed while a sink looks on; return its weight."""
+    with Telemetry([sink]) as telemetry:
+        model = small_model(telemetry)
+        model.germinate("first", "conv")
+        weight = model.slots["first"].seed.weight.detach().clone()
+        model.cull("first")
+    assert telemetry.errors == (0,), telemetry.status
+    return weight
+
+
+def check_seed(file: Path, weight: torch.Tensor) -> None:
+    model = small_model()
+    assert graft_seeds(file, model) == ["first"]
+    assert torch.equal(model.slots["first"].seed.weight, weight)
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
@@ -253,22 +288,8 @@ def test_a_logger_of_lightning_is_joined(tmp_path):
 
 def test_a_model_that_grows_is_seen_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    registry = BlueprintRegistry()
-    registry.register(
-        BlueprintSpec(
-            "conv", Topology.CNN, lambda dim: torch.nn.Conv2d(dim, dim, 1), lambda dim: dim * (dim + 1)
-        ),
-        pack="p",
-    )
-    host = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU())
     with Telemetry([TensorBoardSink(tmp_path / "run")]) as telemetry:
-        model = MorphogeneticModel(
-            host,
-            [InjectionPoint("first", "0", 2, Topology.CNN)],
-            example=torch.zeros(2, 1, 4, 4),
-            registry=registry,
-            telemetry=telemetry,
-        )
+        model = small_model(telemetry)
         model.germinate("first", "conv")
         stages = {}
         for metric in (3.0, 2.0):
@@ -385,6 +406,30 @@ def test_a_logger_of_lightning_around_a_run_of_wandb_is_joined(offline, tmp_path
     check_wandb(tmp_path)
 
 
+def test_a_seed_is_an_artefact_of_wandb(offline, tmp_path):
+    weight = send_a_seed(WandbSink(seeds=tmp_path / "seeds"))
+    offline.teardown()
+    manifests = [
+        record.request.log_artifact.artifact
+        if record.WhichOneof("record_type") == "request"
+        else record.artifact
+        for record in wandb_records(tmp_path)
+        if record.WhichOneof("record_type") == "artifact"
+        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
+    ]
+    (artifact,) = [one for one in manifests if one.type == "seed"]
+    assert artifact.name == "seed-first-1"
+    assert json.loads(artifact.metadata) == {
+        "slot": "first",
+        "blueprint": "p:conv",
+        "outcome": "culled",
+        "epoch": 0,
+    }
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "first-1.safetensors"
+    check_seed(Path(entry.local_path), weight)
+
+
 # -- MLflow ------------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +485,14 @@ def test_a_logger_of_lightning_around_a_run_of_mlflow_is_joined(store):
     logger = loggers.MLFlowLogger("mine", tracking_uri=store.get_tracking_uri())
     send(logger)
     assert check_mlflow(store, logger.run_id).info.status == "RUNNING"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own libraries
+def test_a_seed_is_an_artefact_of_mlflow(store, tmp_path):
+    with store.start_run() as run:
+        weight = send_a_seed(MlflowSink(seeds=tmp_path / "seeds"))
+    shown = f"runs:/{run.info.run_id}/growth/seeds/first-1.safetensors"
+    check_seed(Path(store.artifacts.download_artifacts(shown, dst_path=str(tmp_path / "got"))), weight)
 
 
 # -- Trackio -----------------------------------------------------------------------------------------------------------
@@ -498,3 +551,11 @@ def test_an_active_run_of_trackio_is_joined(local):
     local.finish()
     check_trackio(local, "again")
     assert run is not send_again
+
+
+def test_a_seed_is_an_artefact_of_trackio(local, tmp_path):
+    weight = send_a_seed(TrackioSink(seeds=tmp_path / "seeds"))
+    run = local.init("kasmina", auto_log_cpu=False, auto_log_gpu=False)
+    folder = Path(run.use_artifact("seed-first-1:latest").download(tmp_path / "got"))
+    local.finish()
+    check_seed(folder / "first-1.safetensors", weight)
