@@ -200,6 +200,7 @@ def grow(
             **given,
         )
         folder, repeats = options.choose_folder(out, data.name), repeat
+    click.echo(f"Run in {folder}: making the host and looking at its slots", err=True)
     if repeats is not None:
         _run_several(settings, data, folder, repeats, request)
         return

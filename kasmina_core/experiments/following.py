@@ -95,7 +95,9 @@ class FollowedRun:
         elif self.path.is_file():
             self._events = self.path
         else:
-            raise FollowError(f"{self.path}: there is no such folder or file.")
+            raise FollowError(
+                f"{self.path}: there is no such folder or file. `kasmina grow` makes the folder as its first epoch begins."
+            )
         self._lines = _Lines(self._events)
         self._rows = _Lines(self.path / "metrics.csv") if self.path.is_dir() else None
         self._known = False
