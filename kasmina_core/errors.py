@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import traceback
+import warnings
 from collections.abc import Iterable
+from typing import Final
+
+_NOT_THE_CALLER: Final = {"kasmina_core", "torch", "contextlib"}
 
 
 class KasminaError(Exception):
@@ -102,6 +108,23 @@ class ExportError(KasminaError):
 
 class MisuseWarning(UserWarning):
     """A call was forgotten, or an argument cannot work, so that growth stands still; warned once for each."""
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the program that called the library, however deep in the library the reason was found."""
+    stack = [frame for frame, _ in traceback.walk_stack(inspect.currentframe())]
+    outside = (
+        one for one in stack if one.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_CALLER
+    )
+    frame = next(outside, stack[-1])
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.carried import refusal_of
 from kasmina_core.causality import demand_towers, with_causality
-from kasmina_core.errors import HostError, KasminaError, MisuseWarning
+from kasmina_core.errors import HostError, KasminaError, MisuseWarning, warn_caller
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import split_path
@@ -416,12 +415,11 @@ class SlottedModel(nn.Module):
         for slot, module in moved:
             self._attach(slot)
             way_out = "" if slot.stage is SeedStage.FOSSILIZED else ", or cull the seed"
-            warnings.warn(
+            warn_caller(
                 f"The module of slot '{slot.name}' was replaced: its seed ({slot.stage.name}) now follows the "
                 f"{type(module).__name__} that stands at '{slot.point.path}'. If it does not belong there, put the former "
                 f"module back{way_out}. Give new parameters to the optimiser, and compile a compiled model again.",
                 MisuseWarning,
-                stacklevel=2,
             )
 
     def _module_of(self, slot: SeedSlot) -> nn.Module:
@@ -567,11 +565,10 @@ def _take_off_lost_slots(host: nn.Module) -> None:
                 host.unregister_slot(slot.name)
             module._forward_hooks.pop(key, None)
             if slot.is_active and not slot.is_apart:
-                warnings.warn(
+                warn_caller(
                     f"The model that held this {type(host).__name__} is gone, and with it the seed in slot "
                     f"'{slot.name}' ({slot.stage.name}): the host computes without it now.",
                     MisuseWarning,
-                    stacklevel=3,
                 )
 
 

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from kasmina_core.checkpoints.atomic import flush
 from kasmina_core.checkpoints.migrations import upgraded
-from kasmina_core.errors import CheckpointError
+from kasmina_core.errors import CheckpointError, warn_caller
 from kasmina_core.growth.plain_data import FORMAT_VERSION, LARGEST_TEXT, parse
 
 fcntl: Any
@@ -621,10 +620,9 @@ def present(folder: Path) -> Path:
         time.sleep(0.002)
     if target.exists():
         return folder
-    warnings.warn(
+    warn_caller(
         f"{folder} was being replaced when the process ended; {previous}, the checkpoint before it, is loaded.",
         InterruptedSave,
-        stacklevel=4,
     )
     return previous
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from kasmina_core.blueprints.declarations import RegisteredBlueprint
 from kasmina_core.checkpoints.migrations import part, upgraded
-from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean
+from kasmina_core.errors import CheckpointError, KasminaError, did_you_mean, warn_caller
 from kasmina_core.growth.journal import Journal
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION
@@ -165,13 +164,13 @@ def rebuild_growth(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
 
 def topology_of(model: MorphogeneticModel) -> dict[str, Any]:
     """Return what `growth_of` does; deprecated."""
-    warnings.warn("topology_of is now called growth_of.", DeprecationWarning, stacklevel=2)
+    warn_caller("topology_of is now called growth_of.", DeprecationWarning)
     return growth_of(model)
 
 
 def rebuild_topology(model: MorphogeneticModel, data: Mapping[str, Any]) -> None:
     """Do what `rebuild_growth` does; deprecated."""
-    warnings.warn("rebuild_topology is now called rebuild_growth.", DeprecationWarning, stacklevel=2)
+    warn_caller("rebuild_topology is now called rebuild_growth.", DeprecationWarning)
     rebuild_growth(model, data)
 
 
@@ -208,7 +207,7 @@ def rebuilding(
     finally:
         handle.remove()
     for text in others:
-        warnings.warn(text, OtherBlueprintVersion, stacklevel=4)
+        warn_caller(text, OtherBlueprintVersion)
     set_counters(model, counters)  # last: a warning may be an error
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
-from kasmina_core.errors import CheckpointError
+from kasmina_core.errors import CheckpointError, warn_caller
 
 SOURCES: Final = ("torch", "python", "numpy")
 """Whose global generators can be taken. ``torch`` is the CPU's and the accelerator's."""
@@ -92,12 +91,11 @@ def _restore_accelerator(saved: Mapping[str, Any]) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     here = (accelerator.type, torch.accelerator.device_count()) if accelerator is not None else ("none", 0)
     if here != (kind, len(states)):
-        warnings.warn(
+        warn_caller(
             "The accelerators' random numbers go on otherwise than in the saved run.\n"
             f"  saved: {len(states)} x {kind!s:.20}\n"
             f"  here:  {here[1]} x {here[0]}",
             InexactResume,
-            stacklevel=4,
         )
         return
     module = torch.get_device_module(kind)

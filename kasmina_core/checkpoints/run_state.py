@@ -7,7 +7,6 @@ tensors in its own way.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from kasmina_core.checkpoints.migrations import part
 from kasmina_core.checkpoints.optimizer_names import load_named_optimizer_state, named_optimizer_state
 from kasmina_core.checkpoints.random_states import InexactResume, random_states, restore_random_states
 from kasmina_core.checkpoints.scheduler_states import load_scheduler_states, scheduler_states
-from kasmina_core.errors import CheckpointError
+from kasmina_core.errors import CheckpointError, warn_caller
 from kasmina_core.growth.agreement import no_inference_mode
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.reverting import HostSnapshot, KeptSeed, contributing_tensors
@@ -268,12 +267,11 @@ def _snapshots_of(run: Run) -> dict[str, Any]:
         if (saved := snapshot.to_dict(tensors, run.optimizers)) is not None:
             found[name] = saved
         elif model.can_revert(name):
-            warnings.warn(
+            warn_caller(
                 f"What is kept to cull the seed of slot '{name}' with revert=True is not saved: a listener of the model "
                 "that is no tied optimiser keeps something for it, which no file can hold.\n"
                 "A resumed run culls this seed without putting the host back; can_revert says so.",
                 InexactResume,
-                stacklevel=4,
             )
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +29,7 @@ from kasmina_core.checkpoints.growth_state import (
     slot_data,
 )
 from kasmina_core.checkpoints.migrations import upgraded
-from kasmina_core.errors import CheckpointError, KasminaError
+from kasmina_core.errors import CheckpointError, KasminaError, warn_caller
 from kasmina_core.growth.agreement import no_inference_mode
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import FORMAT_VERSION, from_json, to_json
@@ -129,7 +128,7 @@ def graft_seeds(
                 if slot.seed is not None:
                     slot.seed.load_state_dict(own)
             for text in others:
-                warnings.warn(text, OtherBlueprintVersion, stacklevel=2)
+                warn_caller(text, OtherBlueprintVersion)
             model.growth.offer_slots()
         except BaseException as error:
             for slot in grafted:
@@ -157,10 +156,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if (text := metadata.get(_KEY)) is None:
         raise CheckpointError(f"{file} holds no seeds: save_seeds did not write it.")
     if metadata.keys() == {_KEY}:
-        warnings.warn(
+        warn_caller(
             f"{file} was written before files of seeds had a checksum: a bit that turned in it is not noticed. "
             "save_seeds writes one.",
-            stacklevel=5,
         )
     else:
         with as_checkpoint_error(f"The file of seeds {file}", "read"):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, field
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from kasmina_core.errors import MisuseWarning
+from kasmina_core.errors import MisuseWarning, warn_caller
 from kasmina_core.evidence.replay import ReplayDiverged, ReplayTape
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.sharding import sharded_modules
@@ -21,6 +20,12 @@ from kasmina_core.slotted import SlottedModel, held_weakly
 
 Evaluator = Callable[[], Tensor]
 """Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
+
+
+BOOLEANS: Final = (
+    "The evaluator returns booleans, which count as losses: True is bad. If True means right, say higher_is_better=True; if "
+    "it means wrong, return numbers: wrong.float()."
+)
 
 
 @final
@@ -38,6 +43,7 @@ class GateSamples:
     evaluator: Evaluator
     higher_is_better: bool = False
     is_fixed: bool = True
+    _said: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.evaluator):
@@ -53,7 +59,7 @@ class GateSamples:
             TypeError: If it returns no tensor.
 
         Warns:
-            MisuseWarning: If it returns booleans, and a larger number is not said to be better.
+            MisuseWarning: If it returns booleans, and a larger number is not said to be better; once.
         """
         found: object = self.evaluator()
         if not isinstance(found, Tensor):
@@ -65,13 +71,9 @@ class GateSamples:
             raise TypeError(
                 f"An evaluator must return real numbers or booleans, one per held-out sample, not {found.dtype}."
             )
-        if found.dtype is torch.bool and not self.higher_is_better:
-            warnings.warn(
-                "The evaluator returns booleans, which count as losses: True is bad. If True means right, say "
-                "higher_is_better=True; if it means wrong, return numbers: wrong.float().",
-                MisuseWarning,
-                stacklevel=2,
-            )
+        if found.dtype is torch.bool and not self.higher_is_better and not self._said:
+            self._said.append(BOOLEANS)
+            warn_caller(BOOLEANS, MisuseWarning)
         return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from kasmina_core.errors import GerminationError
+from kasmina_core.errors import GerminationError, warn_caller
 from kasmina_core.evidence.measuring import Processes
 from kasmina_core.growth.watching.living import living
 from kasmina_core.isolation import IsolationReading
@@ -62,12 +61,11 @@ class Agreement(Processes):
                 "Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps the model, "
                 "distribute(model, wrap='outside') before that. See docs/distributed.md."
             )
-        warnings.warn(
+        warn_caller(
             f"A seed germinates in one of {size} processes, and they do not decide together: "
             "their seeds, gates and stages will differ, and a DistributedDataParallel that is there already does not "
             "know the seed. Use net = distribute(model) and call net(x) instead of model(x); if somebody else wraps "
             "the model, distribute(model, wrap='outside'). See docs/distributed.md.",
-            stacklevel=2,
         )
 
     def seed_accepted(self, slot: SeedSlot) -> None:
@@ -106,7 +104,6 @@ def verb(method: _Method) -> _Method:
 
     @wraps(method)
     def told(model: MorphogeneticModel, *args: Any, **kwargs: Any) -> Any:
-        # One frame, not two: warnings find the caller of the method by counting frames.
         with no_inference_mode(), model.growth.agreement.refusals(method.__name__):
             return method(model, *args, **kwargs)
 

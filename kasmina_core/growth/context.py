@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any, Protocol, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_core.errors import GerminationError, KasminaError, TransitionError
+from kasmina_core.errors import GerminationError, KasminaError, TransitionError, warn_caller
 from kasmina_core.events import (
     AlphaChanged,
     SeedCulled,
@@ -274,9 +273,7 @@ class Growth:
                 folder.mkdir(parents=True, exist_ok=True)
                 file = save_seeds(folder / f"{name}.safetensors", model, [slot.name])
             except (OSError, KasminaError) as error:
-                warnings.warn(
-                    f"Seed '{slot.state.seed_id}' was not saved: {error}", RuntimeWarning, stacklevel=2
-                )
+                warn_caller(f"Seed '{slot.state.seed_id}' was not saved: {error}", RuntimeWarning)
             else:
                 self._saved.setdefault(slot.name, []).append(str(file))
 

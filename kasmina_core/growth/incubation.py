@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -12,7 +11,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from kasmina_core.errors import HostError, MisuseWarning
+from kasmina_core.errors import HostError, MisuseWarning, warn_caller
 from kasmina_core.growth.config import GrowthConfig
 from kasmina_core.quiet import devices_of, kept_buffers, private_rng
 from kasmina_core.sharding import reshard, sharded_modules
@@ -33,7 +32,6 @@ _COUPLED: Final = (
 )
 _NOT_ASKED, _UNCOUPLED, _UNDECIDED, _COUPLES = -1.0, 0.0, 1.0, 2.0
 _TOLERANCE: Final = 1e-3
-_LEVEL_OF_CALLER: Final = 5
 
 
 def incubate(
@@ -140,7 +138,7 @@ class _Passes:
                 found = False
             elif worst == _COUPLES:
                 slot.notes.is_coupled, found = True, False
-                warnings.warn(_COUPLED.format(slot=slot.name), MisuseWarning, stacklevel=_LEVEL_OF_CALLER)
+                warn_caller(_COUPLED.format(slot=slot.name), MisuseWarning)
         if not found:
             self._forget_gradients(slots)
             losses.clear()

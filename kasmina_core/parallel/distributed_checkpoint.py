@@ -38,7 +38,7 @@ from kasmina_core.checkpoints.run_state import (
     collect,
     unwrapped,
 )
-from kasmina_core.errors import CheckpointError, DistributedError
+from kasmina_core.errors import CheckpointError, DistributedError, warn_caller
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.plain_data import from_json, meaning, to_json
 from kasmina_core.growth.reverting import contributing_tensors
@@ -292,10 +292,9 @@ def _of_this_rank(
                 "Leave generators= out, and seed them anew."
             )
         if rng:
-            warnings.warn(
+            warn_caller(
                 f"The random numbers of each process go on otherwise than in the saved run.\n{numbers}",
                 InexactResume,
-                stacklevel=3,
             )
         return {name: {} for name in _PER_RANK}
     own = from_json(ranks[rank], f"ranks[{rank}]", fetch) if ranks and isinstance(ranks[rank], str) else {}

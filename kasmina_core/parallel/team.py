@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kasmina_core.errors import DistributedError, GerminationError, KasminaError, MisuseWarning
+from kasmina_core.errors import DistributedError, GerminationError, KasminaError, MisuseWarning, warn_caller
 from kasmina_core.growth.agreement import Agreement
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.isolation import IsolationReading
@@ -241,12 +240,11 @@ class Team(Agreement):
         if first != list(range(len(found))) and not self._same_samples:
             self._same_samples = True
             repeated = next(rank for rank, earlier in enumerate(first) if rank != earlier)
-            warnings.warn(
+            warn_caller(
                 f"Ranks {first[repeated]} and {repeated} return the same held-out losses, bit for bit: the same samples "
                 "count once.\nLet the evaluator of each rank return its own part of the samples; if it gathers them from "
                 "all ranks itself, all is well.",
                 MisuseWarning,
-                stacklevel=2,
             )
         return first[self.rank] == self.rank
 

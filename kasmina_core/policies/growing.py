@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from kasmina_core.errors import MisuseWarning
+from kasmina_core.errors import MisuseWarning, warn_caller
 from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.policies.memory import Remembering, remembered
 from kasmina_core.policies.protocol import Advance, Command, Cull, Germinate, Observation, SlotObservation
@@ -191,11 +190,10 @@ class GrowingPolicy(Remembering):
         slots = "".join(
             f"  slot '{slot.slot}': {slot.topology.value}, width {slot.dim}\n" for slot in observation.slots
         )
-        warnings.warn(
+        warn_caller(
             f"{type(self).__name__} will never germinate a seed: {why}.\n{slots}"
             "Give it blueprints that fit these slots (kasmina plugins lists those that are installed).",
             MisuseWarning,
-            stacklevel=8,  # the caller of model.follow
         )
 
     def _note_refusals(self, observation: Observation) -> bool:
@@ -214,11 +212,10 @@ class GrowingPolicy(Remembering):
         self._silent += 1
         if self._silent == self.silence:
             what = "no metric: give step_epoch(metric) one" if metric is None else f"a metric of {metric}"
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__} has seen {what}, for {self._silent} epochs. "
                 "It germinates nothing on a plateau until there is a finite one.",
                 RuntimeWarning,
-                stacklevel=7,  # the caller of model.follow
             )
         return metric is not None and self._silent >= self.silence
 

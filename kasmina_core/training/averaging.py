@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, final
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
-from kasmina_core.errors import HostError, MisuseWarning
+from kasmina_core.errors import HostError, MisuseWarning, warn_caller
 from kasmina_core.growth.model import MorphogeneticModel
 from kasmina_core.growth.slot import SeedSlot
 from kasmina_core.growth.watching.living import living
@@ -182,12 +181,11 @@ def warn_of_averages(model: MorphogeneticModel) -> None:
     if not any(hook.is_copied for hook in _hooks(model)):
         return
     if any(pairs_by_position(average, model) for average in living(AveragedModel)):
-        warnings.warn(
+        warn_caller(
             "torch's AveragedModel holds an average of this model, and the model grows: parameters are paired by "
             "position, so that wrong pairs are averaged or seeds are left out.\n"
             "Use GrowingAveragedModel, which takes the same arguments and follows.",
             MisuseWarning,
-            stacklevel=2,
         )
 
 

@@ -188,6 +188,12 @@ def test_right_and_wrong_answers_are_numbers():
         loop.model.measure(FIRST, lambda: loop.model(X)[:, 0].to(torch.complex64))
 
 
+def test_booleans_are_told_once_and_where_the_program_called():
+    loop = Loop(evaluator=lambda model: model(X).argmax(1) == Y)
+    (said,) = loop.epochs(8)
+    assert "True is bad" in said
+
+
 def test_some_losses_that_are_nan_are_no_broken_evaluator():
     def one_nan(model):
         losses = F.cross_entropy(model(X), Y, reduction="none")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Final, final
 
+from kasmina_core.errors import warn_caller
 from kasmina_core.growth import slot as growth
 from kasmina_core.lifecycle import SeedStage, is_active_stage
 from kasmina_core.slots.slot import SeedSlot
@@ -74,7 +74,7 @@ class GraphForesight:
         settings = f"torch._dynamo.config.recompile_limit = {enough}"
         if enough > config.accumulated_recompile_limit:
             settings += f"\ntorch._dynamo.config.accumulated_recompile_limit = {enough}"
-        warnings.warn(
+        warn_caller(
             "torch.compile may refuse the next graph of this model.\n"
             f"  graphs made:     {made}\n"
             f"  expected next:   {each}\n"
@@ -82,7 +82,6 @@ class GraphForesight:
             "Beyond the limit the model runs uncompiled from then on, or raises under fullgraph=True. "
             f"Before its next forward:\n{settings}",
             RecompileLimitWarning,
-            stacklevel=2,
         )
 
 

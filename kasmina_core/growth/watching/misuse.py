@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 from torch import nn
 from torch.optim import Optimizer
 
-from kasmina_core.errors import DistributedError, MisuseWarning
+from kasmina_core.errors import DistributedError, MisuseWarning, warn_caller
 from kasmina_core.gates.thresholds import GateProfile
 from kasmina_core.lifecycle import LIVING, SeedStage
 from kasmina_core.sharding import local_part
@@ -22,12 +21,6 @@ from kasmina_core.verdicts import GateResult
 if TYPE_CHECKING:
     from kasmina_core.evidence.measuring import Measurement
     from kasmina_core.growth.model import MorphogeneticModel
-
-LEVEL_OF_CALLER: Final = 5
-"""Of `Misuse._warn`, from where a warning is raised: the caller of the model's method."""
-
-_LEVEL_OF_LOAD: Final = 9
-"""The same from where a hook of ``load_state_dict`` warns."""
 
 
 @final
@@ -77,7 +70,6 @@ class Misuse:
                 f"are gone.\n  slots: {fossils}\n"
                 "To load the host alone and keep them: model.host.load_state_dict(...). To go on with a grown model, "
                 "load what model.state_dict() returned.",
-                _LEVEL_OF_LOAD,
             )
 
     def note_step(self, model: MorphogeneticModel) -> None:
@@ -122,7 +114,7 @@ class Misuse:
         """Take a command of a policy that was refused, and by no gate."""
         name = type(command).__name__
         message = f"A policy's {name} was refused; its other commands go on.\n  slot '{slot}': {reason}"
-        self._warn(f"{name} {slot}", message, LEVEL_OF_CALLER + 2)
+        self._warn(f"{name} {slot}", message)
 
     def epoch_ends(self, model: MorphogeneticModel) -> None:
         """Look at the epoch that is over, before the slots forget it."""
@@ -241,10 +233,10 @@ class Misuse:
         for kind, message in pending.items():
             self._warn(kind, message)
 
-    def _warn(self, kind: str, message: str, level: int = LEVEL_OF_CALLER) -> None:
+    def _warn(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(message, MisuseWarning, stacklevel=level)
+            warn_caller(message, MisuseWarning)
 
 
 def _seed_of(slot: SeedSlot) -> str:

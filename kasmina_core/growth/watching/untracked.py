@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final, final
+from typing import final
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from kasmina_core.errors import warn_caller
 from kasmina_core.growth.watching.living import living
 from kasmina_core.slotted import SlottedModel
-
-LEVEL_OF_CALLER: Final = 4
-"""Of `UntrackedSeeds.look`, from where a warning is raised: the caller of the model's method."""
 
 
 class UntrackedSeedWarning(UserWarning):
@@ -84,13 +81,12 @@ class UntrackedSeeds:
             lines = "".join(
                 f"  slot '{slot}': {n} of {all_} parameters\n" for slot, (n, all_) in forgotten.items()
             )
-            warnings.warn(
+            warn_caller(
                 "An optimiser of this model has stepped, and no optimiser holds what seeds have to learn.\n"
                 f"{lines}"
                 "Use tie_optimizer(model, optimizer), which adds and removes the groups of seeds, or add them yourself: "
                 "optimizer.add_param_group({'params': model.seed_parameters(slot)}).",
                 UntrackedSeedWarning,
-                stacklevel=LEVEL_OF_CALLER,
             )
 
     def _watch(self, wanted: bool) -> None:
