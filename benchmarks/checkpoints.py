@@ -2,7 +2,8 @@
 
 A Transformer of twelve layers with a fossil in three of them, and AdamW's moments. `save_checkpoint` also writes a
 manifest, flushes everything to the disk, renames, and keeps the checkpoint before: each is compared with and without
-the flush. It is the wall clock's time: a disk is waited for.
+the flush. It is the wall clock's time: a disk is waited for. Where other programs keep every core busy, a load waits for
+the thread that computes its checksum: a row of its own leaves that thread out.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -95,6 +96,16 @@ class Saving:
         """Load with `load_checkpoint`."""
         load_checkpoint(self.folder / "kasmina", self.model, optimizer=self.optimizer)
 
+    def empty(self) -> tuple[MorphogeneticModel, torch.optim.Optimizer]:
+        """Return a model of the same host and slots without seeds, and its optimiser."""
+        model = self.work.model(3)
+        return model, tie_optimizer(model, torch.optim.AdamW(model.host_parameters(), 1e-4))
+
+    def resume(self) -> None:
+        """Load with `load_checkpoint` into a model without seeds, as a new process does."""
+        model, optimizer = self.empty()
+        load_checkpoint(self.folder / "kasmina", model, optimizer=optimizer)
+
     def torch_load(self) -> None:
         """Load with ``torch.load`` and ``load_state_dict``, of the model and of the optimiser."""
         weights, moments = torch.load(
@@ -126,8 +137,8 @@ class Saving:
         return twin, optimizer
 
 
-def measure(saving: Saving, clock: Clock) -> list[Row]:
-    """Return the rows."""
+def measure(saving: Saving, clock: Clock, own: Clock) -> list[Row]:
+    """Return the rows; ``own`` counts the calling thread alone."""
     saving.kasmina()
     saving.torch()
     saving.safetensors()
@@ -142,15 +153,32 @@ def measure(saving: Saving, clock: Clock) -> list[Row]:
         clock.row("saving", "save_checkpoint", over, saving.kasmina, [save], GOAL, of)
         for over, save in saves.items()
     ]
-    loads: dict[str, Callable[[], Any]] = {
-        "torch.load of the grown model": saving.torch_load,
-        "torch.load of the same by hand": saving.host_load(*saving.by_hand()),
-    }
-    rows += [
-        clock.row("loading", "load_checkpoint", over, saving.kasmina_load, [load], GOAL, of)
-        for over, load in loads.items()
+    by_hand = saving.host_load(*saving.by_hand())
+    over = "torch.load of the same by hand"
+    case = "load_checkpoint into a model without seeds"
+    return [
+        *rows,
+        clock.row(
+            "loading",
+            "load_checkpoint",
+            "torch.load of the grown model",
+            saving.kasmina_load,
+            [saving.torch_load],
+            GOAL,
+            of,
+        ),
+        clock.row("loading", "load_checkpoint", over, saving.kasmina_load, [by_hand], GOAL, of),
+        own.row("loading", "load_checkpoint, its own thread", over, saving.kasmina_load, [by_hand], GOAL, of),
+        own.row(
+            "loading",
+            f"{case}, its own thread",
+            f"{over}, and making the model",
+            saving.resume,
+            [by_hand, saving.empty],
+            GOAL,
+            of,
+        ),
     ]
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -164,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         saving = Saving(SIZES["tiny"] if options.fast else WIDE, device, folder)
-        rows = measure(saving, Clock(device, options.rounds, options.budget, waits=True))
+        clock = Clock(device, options.rounds, options.budget, waits=True)
+        own = Clock(device, options.rounds, options.budget, thread=True)
+        rows = measure(saving, clock, own)
     finally:
         shutil.rmtree(folder)
     report(command_line("benchmarks.checkpoints", arguments), device, options, rows)

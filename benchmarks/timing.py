@@ -77,16 +77,23 @@ class Clock:
         rounds: Ratios taken; each is of the fastest of three turns.
         budget: Seconds after which no new comparison is begun.
         waits: Whether steps wait for something else (a disk, a process): it is the wall clock's time then.
+        thread: Whether only what the calling thread computes counts, and nothing that runs beside it.
     """
 
     def __init__(
-        self, device: torch.device, rounds: int, budget: float = float("inf"), waits: bool = False
+        self,
+        device: torch.device,
+        rounds: int,
+        budget: float = float("inf"),
+        waits: bool = False,
+        thread: bool = False,
     ) -> None:
         self.device, self.rounds = device, max(2, rounds)
         self._end = time.monotonic() + budget
         # One launch is too short to be timed from the host, so that a turn on CUDA is several steps.
         self._steps = 3 if device.type == "cuda" and not waits else 1
-        self._now = time.perf_counter if device.type == "cuda" or waits else time.process_time
+        is_wall = device.type == "cuda" or waits
+        self._now = time.thread_time if thread else time.perf_counter if is_wall else time.process_time
 
     @property
     def is_over(self) -> bool:
