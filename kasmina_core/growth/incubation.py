@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kasmina_core.errors import HostError, MisuseWarning, warn_caller
 from kasmina_core.growth.config import GrowthConfig
-from kasmina_core.quiet import devices_of, kept_buffers, private_rng
+from kasmina_core.quiet import devices_of, kept_buffers, parameters_by_id, private_rng
 from kasmina_core.sharding import reshard, sharded_modules
 from kasmina_core.slots.forward import ForwardMode, Part, PartTooSmall
 from kasmina_core.slots.settings import Incubation
@@ -40,15 +40,19 @@ def incubate(
     """Let each incubating seed learn from the loss its own output would give. See `MorphogeneticModel.incubate`."""
     losses: dict[str, Tensor] = {}
     kept: dict[nn.Parameter, Tensor | None] = {}
+    if config.incubation is not Incubation.COUNTERFACTUAL:
+        return losses
+    incubating = [slot for slot in model.slots.values() if slot.is_incubating]
+    if not incubating:
+        return losses
+    passes = _Passes(model, closure, scaler)
     with ExitStack() as undo:
         learning: list[SeedSlot] = []
-        for name, slot in model.slots.items():
-            if config.incubation is not Incubation.COUNTERFACTUAL or not slot.is_incubating:
-                continue
+        for slot in incubating:
             undo.callback(setattr, slot.notes, "incubations", slot.notes.incubations)
             learns = slot.notes.incubations % slot.config.incubate_every == 0
             slot.notes.incubations += 1
-            if not learns or not any(p.requires_grad for p in model.seed_parameters(name)):
+            if not learns or not passes.trainable(slot):
                 for parameter in slot.seed_parameters():
                     if parameter.grad is not None and not parameter.grad.any():
                         parameter.grad = None  # on a gradient of zeros an optimiser still makes a step
@@ -58,10 +62,9 @@ def incubate(
             learning.append(slot)
         if learning:
             for slot in learning:
-                _set_gradients_aside(model.seed_parameters(slot.name), kept, undo)
+                _set_gradients_aside(passes.own(slot), kept, undo)
             with model.evaluation():  # modes are switched once for all passes
-                passes = _Passes(model, closure, scaler)
-                shared = _to_share(model, learning) if config.joint_incubation else []
+                shared = passes.to_share(learning) if config.joint_incubation else []
                 if shared and passes.learn_jointly(shared, losses):
                     learning = [slot for slot in learning if slot not in shared]
                 for slot in learning:
@@ -85,18 +88,29 @@ def _set_gradients_aside(
             parameter.grad = None
 
 
-def _to_share(model: SlottedModel, slots: Sequence[SeedSlot]) -> list[SeedSlot]:
-    """Return the slots whose seeds may share a pass; empty if fewer than two may."""
-    may = [slot for slot in slots if slot.has_proved_layout and slot.notes.is_coupled is not True]
-    return may if len(may) > 1 and not sharded_modules(model) else []
-
-
 class _Passes:
     """Passes of one call of `incubate`: over whole batches for one seed, or shared by several."""
 
     def __init__(self, model: SlottedModel, closure: Callable[[], Tensor], scaler: Any) -> None:
         self._model, self._closure, self._scaler = model, closure, scaler
         self._devices = devices_of(model)
+        self._is_sharded = bool(sharded_modules(model))
+        self._host = parameters_by_id(model.host)
+
+    def own(self, slot: SeedSlot) -> list[nn.Parameter]:
+        """Return the parameters that the seed of a slot added."""
+        if self._is_sharded:  # a forward puts others in their place, in the host too
+            return self._model.seed_parameters(slot.name)
+        return [p for p in slot.seed_parameters() if id(p) not in self._host]
+
+    def trainable(self, slot: SeedSlot) -> list[nn.Parameter]:
+        """Return those that learn."""
+        return [p for p in self.own(slot) if p.requires_grad]
+
+    def to_share(self, slots: Sequence[SeedSlot]) -> list[SeedSlot]:
+        """Return the slots whose seeds may share a pass; empty if fewer than two may."""
+        may = [slot for slot in slots if slot.has_proved_layout and slot.notes.is_coupled is not True]
+        return may if len(may) > 1 and not self._is_sharded else []
 
     def learn(self, slots: Sequence[SeedSlot], mode: ForwardMode) -> Tensor:
         """Add the gradient of one pass, with the seeds of these slots in place, to their parameters; return the loss."""
@@ -116,9 +130,10 @@ class _Passes:
                 loss = self._closure()
                 scaled = self._scaler.scale(loss) if self._scaler is not None else loss
                 # Asked after the forward, which puts whole parameters in the place of shards.
-                give_gradient(scaled, [p for slot in slots for p in self._trainable(slot)])
+                give_gradient(scaled, [p for slot in slots for p in self.trainable(slot)])
             finally:
-                reshard(model)
+                if self._is_sharded:
+                    reshard(model)
         return loss.detach()
 
     def learn_jointly(self, slots: Sequence[SeedSlot], losses: dict[str, Tensor]) -> bool:
@@ -171,14 +186,14 @@ class _Passes:
             slot.part = Part((number + first) % len(group), len(group), least, slot is disturbed)
         loss = self.learn(group, ForwardMode.PART)
         for slot in group:
-            for parameter in self._trainable(slot):
+            for parameter in self.trainable(slot):
                 if parameter.grad is not None and slot.part.mine:
                     parameter.grad.mul_(slot.part.samples / slot.part.mine)  # of a mean over its own samples
         return loss
 
     def _dependence(self, slot: SeedSlot, group: Sequence[SeedSlot], loss: Tensor) -> float:
         """Return whether what a seed learned changes with the other samples, by a pass that disturbs them."""
-        parameters = [p for other in group for p in self._trainable(other)]
+        parameters = [p for other in group for p in self.trainable(other)]
         learned = {p: p.grad for p in parameters}
         with ExitStack() as undo:
             for parameter, gradient in learned.items():
@@ -187,7 +202,7 @@ class _Passes:
             for other in group:
                 undo.enter_context(kept_buffers(other))
             disturbed = self._learn_together(group, slot)
-            now = {p: p.grad for p in self._trainable(slot)}
+            now = {p: p.grad for p in self.trainable(slot)}
         pairs = [(g, now[p]) for p, g in learned.items() if p in now and g is not None]
         norm = math.hypot(*(float(g.float().norm()) for g, _ in pairs))
         apart = math.hypot(*(float((g - n).float().norm()) if n is not None else norm for g, n in pairs))
@@ -195,12 +210,9 @@ class _Passes:
             return _UNDECIDED
         return _UNCOUPLED if apart <= _TOLERANCE * norm else _COUPLES
 
-    def _trainable(self, slot: SeedSlot) -> list[nn.Parameter]:
-        return [p for p in self._model.seed_parameters(slot.name) if p.requires_grad]
-
     def _forget_gradients(self, slots: Sequence[SeedSlot]) -> None:
         for slot in slots:
-            for parameter in self._trainable(slot):
+            for parameter in self.trainable(slot):
                 parameter.grad = None
 
 
