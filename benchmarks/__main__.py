@@ -14,6 +14,7 @@ NAMES = {
     ),
     "checkpoints": ("benchmarks.checkpoints", "what saving and loading a run costs"),
     "compilation": ("benchmarks.compilation", "how many graphs a whole life compiles"),
+    "slots": ("benchmarks.slots", "what many slots, seeds and host tensors cost outside of a step"),
     "handover": ("benchmarks.handover", "what it costs an optimiser that seeds come and go"),
     "processes": ("benchmarks.processes", "what growth costs two processes that train one model"),
     "environment": ("benchmarks.environment", "what a step of kasmina-rl costs over an epoch of the host"),

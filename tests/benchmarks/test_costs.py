@@ -40,6 +40,7 @@ def run(module: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> dict
             {"1 slot, dormant", "1 seed in BLENDING", "1 seed in FOSSILIZED"},
         ),
         ("handover", "", {"germination and cull, optimiser tied"}),
+        ("slots", "", {"observe(), 20 slots", "step_epoch(), 5 seeds"}),
         ("checkpoints", "", {"save_checkpoint", "load_checkpoint"}),
         ("processes", "", {"germination and its step", "cull and its step"}),
     ],
