@@ -403,11 +403,14 @@ class _Runs:
             return
         for name, after in self._run(self.example, seed=1).items():
             before = self.before[name]
+            if after.shape != before.shape:  # sizes that are drawn follow no cut
+                self.cuts[name] = {}
+                continue
             apart = (
                 (after - before).float().nan_to_num().square().mean().sqrt() if not before.is_meta else 0.0
             )
             size = before.float().nan_to_num().square().mean().sqrt() if not before.is_meta else 0.0
-            if after.shape == before.shape and apart > self.tolerance[name] * size:
+            if apart > self.tolerance[name] * size:
                 for axis, seen in self.cuts[name].items():
                     self.cuts[name][axis] = replace(seen, apart=dict.fromkeys(seen.apart), moves=False)
 

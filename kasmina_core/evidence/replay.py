@@ -85,8 +85,8 @@ class ReplayTape:
         """Run the block, another pass over the same samples, without what was kept.
 
         Raises:
-            ReplayDiverged: At its end, if the block did not do the same as the recording one. What it computed is
-                then of no use.
+            ReplayDiverged: At its end, if the block failed or did not do the same as the recording one. What it
+                computed is then of no use.
         """
         self._next = dict.fromkeys(self._calls, 0)
         before, self._forwards = self._forwards, 0
@@ -94,9 +94,10 @@ class ReplayTape:
             with self._in_place_of_forwards(self._play):
                 yield
         except Exception as error:
-            if self.fault:  # the evaluator made another error of it
-                raise ReplayDiverged(self.fault) from error
-            raise
+            # A module that did not run may have filled what a later one reads, as a cache; or the evaluator made another
+            # error of a divergence. One that fails by itself does so in the full pass that follows, too.
+            self.fault = self.fault or f"a pass from the tape failed with {type(error).__name__}: {error}"
+            raise ReplayDiverged(self.fault) from error
         if not self.fault and self._forwards != before:
             self.fault = f"the host ran {self._forwards} times instead of {before}"
         if self.fault:

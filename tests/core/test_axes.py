@@ -337,6 +337,28 @@ def test_where_values_tell_nothing_a_module_says_which_axis_is_its_batch(
     model.germinate("body", "transformer:attention")
 
 
+class OfAnyLength(nn.Module):
+    """Draws how many positions there are: no run on other inputs tells what an axis follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = int(torch.randint(2, 20, ()))
+        return self.body(x[:, None] + torch.randn(x.shape[0], t, 1)).mean(1)
+
+
+def test_a_host_that_draws_its_lengths_takes_seeds_that_do_not_mix_positions() -> None:
+    torch.manual_seed(0)
+    model = MorphogeneticModel(
+        OfAnyLength(), ["body"], example=torch.randn(5, WIDTH), context=EveryPosition(), causal=False
+    )
+    with pytest.raises(GerminationError, match="proved"):
+        model.germinate("body", "transformer:attention")
+    model.germinate("body", "transformer:mlp")
+
+
 class Packed(nn.Module):
     """Puts the positions of all samples in one row, where they attend to each other."""
 

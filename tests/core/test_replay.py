@@ -263,6 +263,38 @@ def test_a_host_with_a_memory_is_measured_in_full() -> None:
     assert model.measure("point", evaluate) == expected
 
 
+class Filling(Remembering):
+    """Fills a cache before the slot and reads it behind: a pass in which the former does not run finds it empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: list[Tensor] = []
+        self.keep = Keeping(self.cache)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.clear()
+        return self.head((self.point(self.keep(self.stem(x))) + self.cache[0]).mean((2, 3)))
+
+
+class Keeping(nn.Module):
+    def __init__(self, cache: list[Tensor]) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.append(x.detach())
+        return 1.0 * x
+
+
+def test_a_host_that_fails_where_a_cache_was_not_filled_is_measured_in_full() -> None:
+    torch.manual_seed(0)
+    model = model_of(Filling(), "point")
+    expected = in_full(model, lambda: losses(model))
+    for _ in range(2):
+        assert model.measure("point", lambda: losses(model)) == expected
+        assert "failed with IndexError" in model.replay_faults["point"]
+
+
 def test_inputs_that_depend_on_the_slot_are_noticed() -> None:
     model = model_of(cnn_host(), "norm2")
     model.measure("norm2", lambda: losses(model))
