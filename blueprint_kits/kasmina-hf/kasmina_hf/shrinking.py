@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -43,6 +44,36 @@ _RANK: Final = r"_rank$|state_size$|d_state$"
 _INNER: Final = r"intermediate_size|ffn_dim$|^d_ff$|^(mlp|ffn|feedforward)_.*|dim_feedforward|feedforward_dim$|^d_inner$|linear_units$|^n_inner$"
 _WIDTH: Final = r"hidden_size|^d_(model|latents)$|adapter_input_size$|^n_embd$|(^|_)dim$|_size_global$|embedding_size$|pooler_output_size|projection_size|proj_size$|_units$|channels$|_num_filters$|feature_size$"
 _WIDTHS: Final = r"channels|hidden_sizes$|^embed_dims?$|dim_per_stage|_dims$|_channels_list$|heads"
+
+
+GIVEN: Final[dict[str, dict[str, Any]]] = {
+    "hunyuan_vl": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]},
+    },
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "pp_ocrv6_small_det": {
+        "backbone_config": {
+            "model_type": "pp_lcnet_v4",
+            "block_configs": [[[3, 96, c, stride, False]] for c, stride in ((96, 1), (96, 2))]
+            + [[[3, c // 2, c, 2, False]] for c in (192, 384)],
+            "out_indices": [1, 2, 3, 4],
+        },
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
+    "reformer": {"axial_pos_shape": [2, 4]},
+    "sam3_tracker": {
+        "vision_config": {
+            "model_type": "sam3_vision_model",
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        }
+    },
+    "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}},
+}
+"""By model type, fields without which no model of its default config runs, or none of another size of images.
+
+Checkpoints bring them in their configs.
+"""
 
 
 @final
@@ -90,7 +121,7 @@ def shrunken(kind: type[PreTrainedConfig], recipe: Recipe = RECIPES[0]) -> PreTr
 
     Fields that are ``None`` by default stay so, since configs derive them from others. Parts are shrunk too.
     """
-    return _shrunken(kind(), recipe)
+    return _shrunken(kind(**copy.deepcopy(GIVEN.get(kind.model_type, {}))), recipe)
 
 
 def _shrunken(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:

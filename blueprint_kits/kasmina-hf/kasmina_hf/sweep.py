@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
@@ -29,7 +30,7 @@ from typing import Any, Final
 import numpy
 import torch
 import transformers
-from kasmina_core import __version__
+from kasmina_core import HostError, InjectionPoint, Topology, __version__
 from kasmina_core.testing.sweeps import first_that_attaches, globs_of, live, run, said, shares
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,6 +44,9 @@ from kasmina_hf.structure import points
 
 MOST_PARAMETERS: Final = 100_000_000
 SECONDS: Final = 60.0
+_DECLARATION: Final = (
+    r'InjectionPoint\("([^"]+)", "([^"]+)", (\d+), Topology\("(\w+)"\)(?:, layout="(\w+)")?\)'
+)
 
 
 @dataclasses.dataclass
@@ -58,6 +62,7 @@ class Row:
         points: Number of points derived.
         towers: Where they are: path, number, layout and whether causal.
         glob: A glob that holds slots, or else a path.
+        stated: Where neither does, the path of a point that holds one declared as the refusal says.
         life: ``"whole"``, or where the life of a seed ended.
         blueprint: Of the seed.
         reason: Why something did not work.
@@ -71,6 +76,7 @@ class Row:
     points: int = 0
     towers: list[str] = dataclasses.field(default_factory=list)
     glob: str = ""
+    stated: str = ""
     life: str = ""
     blueprint: str = ""
     reason: str = ""
@@ -103,6 +109,8 @@ def examine(row: Row) -> None:
         except Exception as error:
             row.reason = said(error)
         row.glob = _glob(model, example, [tower.split()[0] for tower in row.towers])
+        if not row.glob:
+            row.stated = _stated(model, example)
         if row.points:
             _live(row, model, example)
 
@@ -164,6 +172,20 @@ def _glob(model: PreTrainedModel, example: dict[str, Tensor], known: list[str]) 
     )
 
 
+def _stated(model: PreTrainedModel, example: dict[str, Tensor]) -> str:
+    """Return the path of a point that holds a slot if it is declared as the refusal of a glob says."""
+    for pattern in globs_of(model)[0]:
+        try:
+            grow(model, pattern, example=example)
+        except HostError as error:
+            for name, path, dim, topology, layout in re.findall(_DECLARATION, str(error)):
+                point = InjectionPoint(name, path, int(dim), Topology(topology), layout=layout or None)
+                with suppress(HostError):
+                    grow(model, [point], example=example).detach_slots()
+                    return path
+    return ""
+
+
 def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
     """Let one seed live its life in the first tower."""
 
@@ -172,7 +194,10 @@ def _live(row: Row, host: PreTrainedModel, example: dict[str, Tensor]) -> None:
         return module(**example)
 
     def heard(bare: nn.Module, paths: list[str]) -> set[str]:
-        run(bare, call)
+        try:
+            run(bare, call)
+        except Exception:  # Reformer has gradients in training alone
+            run(bare.train(), call)
         return {path for path in paths if _learns(bare, path)}
 
     life = live(host, partial(grow, example=example), call, heard)
@@ -279,9 +304,8 @@ def table(rows: list[Row]) -> str:
         if not built:
             lines.append(f"| {row.name} | not {'run' if row.recipe else 'built'} |{reason} | | |")
         else:
-            lines.append(
-                f"| {row.name} | {row.points or 'none'} | {where} | {f'`{row.glob}`' if row.glob else 'no'} | {life}{reason} |"
-            )
+            hand = f"`{row.glob}`" if row.glob else f"`{row.stated}`, declared" if row.stated else "no"
+            lines.append(f"| {row.name} | {row.points or 'none'} | {where} | {hand} | {life}{reason} |")
     return "\n".join(lines)
 
 
@@ -298,6 +322,7 @@ def summary(rows: list[Row]) -> str:
             lines.append(
                 f"{what}: {len(chosen)}, built {len(built)}, run with derived inputs {len(ran)}; of these "
                 + shares(ran)
+                + f", by a declared point alone {sum(bool(row.stated) for row in ran)}"
             )
     return "\n".join(lines)
 

@@ -88,6 +88,21 @@ def test_an_architecture_that_offers_no_points_says_why() -> None:
     assert "do not run once each" in row.reason
 
 
+@pytest.mark.parametrize("name", ["uvdoc", "lw_detr"])
+def test_fields_that_a_default_config_lacks_are_given(name: str) -> None:
+    row = sweep.Row(name)
+    sweep.examine(row)
+    assert (row.recipe, row.life) == ("width 32", "whole"), row.reason
+
+
+def test_a_point_that_must_be_declared_is_named() -> None:
+    """Rows of samples and positions in one axis: the refusal says the declaration under which a slot holds."""
+    row = sweep.Row("qwen3_asr_encoder")
+    sweep.examine(row)
+    assert (row.points, row.glob, row.stated) == (0, "", "layers.0")
+    assert "| `layers.0`, declared |" in sweep.table([row])
+
+
 def test_an_architecture_that_takes_too_long_is_given_up() -> None:
     (row,) = sweep.sweep([sweep.Row("bert")], seconds=0.01)
     assert row.reason == "not done after 0 s"
@@ -97,8 +112,8 @@ def test_an_architecture_that_takes_too_long_is_given_up() -> None:
 def few_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """All configs take long to import."""
     few = (
-        "albert", "clip", "clip_text_model", "decision_transformer", "deepseek_v4", "llama", "marian", "openai-gpt",
-        "sam_vision_model", "segformer", "siglip2", "xlnet",
+        "albert", "clip", "clip_text_model", "decision_transformer", "deepseek_v4", "llama", "lw_detr", "marian", "openai-gpt",
+        "qwen3_asr_encoder", "sam_vision_model", "segformer", "siglip2", "uvdoc", "xlnet",
     )  # fmt: skip
     monkeypatch.setattr(sweep, "MODEL_MAPPING_NAMES", {name: sweep.MODEL_MAPPING_NAMES[name] for name in few})
 
