@@ -85,6 +85,10 @@ def _print(diagnosis: Diagnosis, checks: bool) -> None:
         click.echo(f"  What to do: {finding.todo}")
     problems = sum(finding.severity is Severity.PROBLEM for finding in diagnosis.findings)
     advice = len(diagnosis.findings) - problems
-    click.echo(f"\n{options.counted(problems, 'problem')}, {options.counted(advice, 'piece')} of advice.")
-    if not checks:
-        click.echo("The registration checks did not run: kasmina doctor --checks runs them.")
+    found = f"{options.counted(problems, 'problem')}, {options.counted(advice, 'piece')} of advice"
+    if checks:
+        click.echo(f"\n{found}.")
+    else:
+        click.echo(
+            f"\n{found} without the registration checks, which did not run: kasmina doctor --checks runs them."
+        )

@@ -20,12 +20,16 @@ from kasmina_core.errors import KasminaError
 
 if TYPE_CHECKING:
     from kasmina_core.experiments.following import FollowedRun
+    from kasmina_core.experiments.record import RunRecord
 
 _PAUSE: Final = 0.5
 """Seconds between two looks at the files."""
 
 _ALIVE: Final = 15.0
 """Seconds after which a silent connection gets a sign of life, so that a closed page is noticed."""
+
+_QUIET: Final = 120.0
+"""Seconds without news after which the page says so: the run may have been killed."""
 
 _TYPES: Final = {
     ".json": "application/json",
@@ -84,13 +88,15 @@ class Board:
     def __init__(self, runs: list[FollowedRun]) -> None:
         self.runs = runs
         self.version = 0
+        self._quiet: list[float | None] = []
         self._lock = threading.Condition()
 
     def look(self) -> None:
         """Read what is new in each run."""
         with self._lock:
             news = [run.update() for run in self.runs]  # all of them
-            if any(news):
+            before, self._quiet = self._quiet, [_quiet_since(run) for run in self.runs]
+            if any(news) or before != self._quiet:
                 self.version += 1
                 self._lock.notify_all()
 
@@ -129,12 +135,15 @@ class Board:
         with self._lock:
             records = [run.record() for run in shown]
             done = [run.is_done for run in shown]
+            quiet = [_quiet_since(run) for run in shown]
         if number is not None:
             run, record = shown[0], records[0]
             there = [name for name in DOWNLOADS if run.path.is_dir() and (run.path / name).exists()]
             links = " · ".join(f'<a href="/file?run={number}&amp;name={name}">{name}</a>' for name in there)
             last = record.epochs[-1].epoch if record.epochs else 0
-            state = "The run has ended." if done[0] else f"After epoch {last}; the page follows."
+            state = "The run has ended." if done[0] else f"After epoch {last}; {_news(quiet[0])}."
+            if quiet[0] is not None and run.path.is_dir() and not done[0]:
+                state += f" If it was stopped or killed: kasmina grow --resume {run.path}"
             files = f"<h2>Files</h2><p>{links}</p>" if links else ""
             return {
                 "title": title_of(record),
@@ -143,19 +152,22 @@ class Board:
                 "state": state,
             }
         names = [f"{i + 1}: {run.name}" for i, run in enumerate(self.runs)]
+        known = list(dict.fromkeys(key for record in records for key in record.config))
+        differing = [key for key in known if len({_setting(record, key) for record in records}) > 1]
         rows = tuple(
             (
                 name,
-                "ended" if ended else "followed",
-                count(len(record.epochs)),
+                "ended" if ended else _news(since),
+                *(_setting(record, key) for key in differing),
+                _epochs(record),
                 loss(record.epochs[-1].val_loss) if record.epochs else "",
                 count(record.epochs[-1].parameters) if record.epochs else "",
                 f"{sum(seed.outcome == 'fossilized' for seed in record.seeds)} of {len(record.seeds)}",
             )
-            for name, record, ended in zip(names, records, done, strict=True)
+            for name, record, ended, since in zip(names, records, done, quiet, strict=True)
         )
-        head = ("run", "state", "epochs", "last loss or metric", "parameters", "seeds kept")
-        table = html_table(TextTable("Runs", head, rows, frozenset(range(2, 6))))
+        head = ("run", "state", *differing, "epochs", "last loss or metric", "parameters", "seeds kept")
+        table = html_table(TextTable("Runs", head, rows, frozenset(range(len(differing) + 2, len(head)))))
         links = "".join(f'<li><a href="/?run={i}">{as_text(name)}</a></li>' for i, name in enumerate(names))
         return {
             "title": f"{len(names)} runs",
@@ -163,6 +175,28 @@ class Board:
             "charts": several_charts(list(zip(names, records, strict=True))),
             "state": f"{sum(done)} of {len(done)} have ended; the page follows.",
         }
+
+
+def _quiet_since(run: FollowedRun) -> float | None:
+    """Return when the last news of a run came, if that is long ago and it has not ended."""
+    last = run.last_news
+    return last if not run.is_done and 0.0 < last < time.time() - _QUIET else None
+
+
+def _news(quiet_since: float | None) -> str:
+    if quiet_since is None:
+        return "the page follows"
+    return f"no news since {time.strftime('%H:%M', time.localtime(quiet_since))}"
+
+
+def _setting(record: RunRecord, key: str) -> str:
+    value = record.host if key == "host" and record.host else record.config.get(key, "")
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _epochs(record: RunRecord) -> str:
+    planned = record.config.get("epochs")
+    return f"{len(record.epochs):,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
 
 
 def make_server(board: Board, port: int) -> ThreadingHTTPServer:

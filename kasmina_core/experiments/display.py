@@ -274,10 +274,10 @@ def print_final(record: RunRecord, console: Console | None = None) -> None:
         parts.append(_turned(wording.regret_table(record), console.width))
         parts.append(Text(f"{wording.regret(record)}\n"))
     if record.seeds:
-        parts += [*_seeds(record, console.width), Text(f"{wording.CONTRIBUTION}\n", style="dim")]
+        parts += [*_seeds(record, console.width), Text(f"{wording.about_gains(record)}\n", style="dim")]
     parts.append(Text(wording.summary(record), style=HARM if wording.is_worse(record) else ""))
     if record.verdict:
-        parts.append(Text(f"Growth: {clean(record.verdict)}"))
+        parts.append(Text(f"Growth: {clean(wording.growth(record))}"))
     parts += [Text(clean(sentence), style=HARM) for sentence in wording.harms(record)]
     for part in (*parts, *(Text(f"Note: {clean(note)}") for note in record.notes)):
         console.print(part)

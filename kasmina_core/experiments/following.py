@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -61,7 +62,7 @@ class _Lines:
         except OSError:
             return False, []
         whole = text.rfind(b"\n") + 1
-        if whole == 0 and len(text) > _LONGEST_LINE:
+        if whole == 0 and (len(text) > _LONGEST_LINE or (at == 0 and text and not text.startswith(b"{"))):
             raise FollowError(f"{self.path} holds no lines of events.")
         self._seen = (found.st_ino, at + whole)
         return anew, text[:whole].decode("utf-8", errors="replace").splitlines()
@@ -152,6 +153,15 @@ class FollowedRun:
                     self._losses[row[0], int(row[1])] = row
             changed = changed or bool(rows)
         return self._read_record() or changed
+
+    @property
+    def last_news(self) -> float:
+        """When something was last written, in seconds since the epoch of `time.time`; 0 if nothing was."""
+        times = [0.0]
+        for lines in (self._lines, self._rows):
+            with suppress(OSError):
+                times += [lines.path.stat().st_mtime] if lines is not None else []
+        return max(times)
 
     def _read_record(self) -> bool:
         """Read run.json, which is written when a run has ended."""

@@ -16,10 +16,11 @@ function shown(value) {
   return Math.abs(value) >= 1000 || (value !== 0 && Math.abs(value) < 0.001) ? value.toExponential(2) : value.toPrecision(4);
 }
 
-function ticks(low, high, wanted) {
+function ticks(low, high, wanted, whole) {
   const raw = (high - low) / Math.max(1, wanted) || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  let step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  if (whole) step = Math.max(1, step);
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) found.push(Number(at.toPrecision(12)));
   return found;
@@ -35,7 +36,7 @@ function frame(box, data, options) {
   title.textContent = options.title;
   const [x0, x1] = data.range, span = x1 - x0 || 1;
   const x = (value) => left + ((value - x0) / span) * (width - left - right);
-  for (const at of ticks(x0, x1, (width - left) / 70)) {
+  for (const at of ticks(x0, x1, (width - left) / 70, data.whole)) {
     node(svg, "line", { x1: x(at), x2: x(at), y1: top, y2: top + options.height, class: "grid" });
     if (options.axis) node(svg, "text", { x: x(at), y: top + options.height + 15, class: "tick", "text-anchor": "middle" }, shownTick(at));
   }

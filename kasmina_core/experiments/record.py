@@ -132,11 +132,15 @@ class SeedRecord(Record):
     @property
     def does_harm(self) -> bool:
         """Whether the model computes with the seed and is worse for it: the whole interval of its gain is below 0."""
+        return self.contributes and self.gain_high is not None and self.gain_high < 0.0
+
+    @property
+    def contributes(self) -> bool:
+        """Whether the model computes with the seed at the end of the run."""
         stage = self.stages[-1][0] if self.stages else ""
-        contributes = self.outcome == "fossilized" or (
+        return self.outcome == "fossilized" or (
             self.outcome == "unfinished" and stage in {member.name for member in CONTRIBUTING}
         )
-        return contributes and self.gain_high is not None and self.gain_high < 0.0
 
 
 @final

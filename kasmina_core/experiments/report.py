@@ -65,6 +65,9 @@ _WORDS: Final = (
 )  # fmt: skip
 
 
+_OF_THE_COMMAND: Final = ("loss", "training FLOPs", "host alone", "fixed size")
+"""Words that a page of one's own loop does not use."""
+
 DOWNLOADS: Final = ("run.json", "config.json", "metrics.csv", "events.jsonl", "report.png")
 """Files of a run's folder that its page offers."""
 
@@ -421,7 +424,11 @@ def body_of(record: RunRecord, picture: str = "") -> str:
         f"<dd>{as_text(look.meaning)}</dd>"
         for stage, look in STAGES.items()
     )
-    words = "".join(f"<dt>{as_text(word)}</dt><dd>{as_text(meaning)}</dd>" for word, meaning in _WORDS)
+    words = "".join(
+        f"<dt>{as_text(word)}</dt><dd>{as_text(meaning)}</dd>"
+        for word, meaning in _WORDS
+        if record.host or word not in _OF_THE_COMMAND
+    )
     made = record.made_with
     used = {"host": record.host, "slots": made.get("slots")}
     config = record.config | {name: value for name, value in used.items() if value and name in record.config}
@@ -429,12 +436,12 @@ def body_of(record: RunRecord, picture: str = "") -> str:
     growth = made.get("growth")
     seeds = "<h2>Seeds</h2><p>No seed germinated.</p>"
     if record.seeds:
-        seeds = f"{html_table(wording.seeds_table(record))}<p>{as_text(wording.CONTRIBUTION)}</p>"
+        seeds = f"{html_table(wording.seeds_table(record))}<p>{as_text(wording.about_gains(record))}</p>"
     sections = [
         f'<p class="summary{" harm" * wording.is_worse(record)}">{as_text(wording.summary(record))}</p>'
         if record.arms or record.interrupted
         else "",
-        f"<p><b>Growth.</b> {as_text(record.verdict)}</p>" if record.verdict else "",
+        f"<p><b>Growth.</b> {as_text(wording.growth(record))}</p>" if record.verdict else "",
         *(f'<p class="harm">{as_text(sentence)}</p>' for sentence in wording.harms(record)),
         f"<ul>{notes}</ul>" if notes else "",
         html_table(wording.arms_table(record)) if record.arms else "",

@@ -153,6 +153,29 @@ def _bounds(low: float, high: float, samples: str) -> str:
     return f" [{low:.4f}, {high:.4f}]{samples}{doubt}"
 
 
+def about_gains(record: RunRecord) -> str:
+    """Return what the gains of `seeds_table` are measured on; while a run goes on there are no intervals."""
+    if all(seed.gain_low is None for seed in record.seeds) and not record.arms:
+        return (
+            "Contribution: the loss without the seed minus that with it on the gate's samples, as last measured; above zero "
+            "the model needs it."
+        )
+    return CONTRIBUTION
+
+
+def growth(record: RunRecord) -> str:
+    """Return the verdict on growth; beside seeds that stayed it says if the host alone does better all the same."""
+    grown, alone = record.arm(GROWN), record.arm(HOST_ALONE)
+    if not (record.verdict and grown is not None and alone is not None and is_worse(record)):
+        return record.verdict
+    if not any(seed.contributes for seed in record.seeds):
+        return record.verdict
+    return (
+        f"{record.verdict} All the same growth was a loss here: for the same training FLOPs the host alone has a test loss "
+        f"that is {grown.test_loss - alone.test_loss:.3g} lower. A model can need a seed that it grew with and be worse for it."
+    )
+
+
 def arms_table(record: RunRecord) -> TextTable:
     """Return the comparison of the arms on the test samples."""
     header = ("", "parameters", "training FLOPs", "epochs", "test loss", record.metric_name, "seconds")
@@ -320,8 +343,12 @@ def _caveat(record: RunRecord, grown: ArmResult, alone: ArmResult | None) -> str
         return f"{seeds}, so the grown model has the size of the host, and what the trials cost came out of its training."
     size = (
         f"the grown model has {grown.parameters / alone.parameters:.3g} times the host's parameters "
-        f"({count(grown.parameters)} against {count(alone.parameters)})"
+        f"({count(grown.parameters)} against {count(alone.parameters)}"
     )
+    idle = sum(
+        seed.parameters for seed in record.seeds if seed.outcome == "unfinished" and not seed.contributes
+    )
+    size += f", {count(idle)} of them of seeds that are not in its output)" if idle else ")"
     if not (math.isfinite(grown.test_loss) and math.isfinite(alone.test_loss)):
         return f"{seeds}, and {size}."
     if len(record.arms) > 2:

@@ -270,6 +270,14 @@ def _why_none_stayed(
         )
     if fit is None and (worse := _got_worse(journal, held_out, higher_is_better)) is not None:
         return *worse, None
+    short = [life for life in judged if life.check == "held-out samples"]
+    if short and len(short) == len(judged):
+        return (
+            GrowthCause.TOO_FEW_SAMPLES,
+            f"The gates have too few held-out samples to judge a seed, however long it trains: {_one_line(short[-1].reason)}.",
+            "Give them as many, or lower GateThresholds(min_samples=...) where fewer tell enough.",
+            None,
+        )
     if all(life.stage is not SeedStage.CULLED for life in lives):
         return (
             GrowthCause.UNFINISHED,

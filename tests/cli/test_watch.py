@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -130,6 +132,8 @@ def test_several_runs_are_compared(run, tmp_path):
         grow_a_little(telemetry, 3)
     with served(run, path) as (_, get):
         shown = json.loads(get("/data").read())
+        assert '<td data-head="policy">plateau</td>' in shown["html"]
+        assert "2 of 2" in shown["html"]
         assert [line["name"] for line in shown["charts"]["lines"]] == ["1: digits", "2: mine.jsonl"]
         assert 'href="/?run=1"' in get("/").read().decode()
         assert "all runs" in get("/?run=1").read().decode()
@@ -199,3 +203,25 @@ def test_what_is_no_run_is_refused(tmp_path, there):
         "file": "none of its 1 lines",
     }
     assert said[there] in result.output
+
+
+def test_a_run_without_news_is_not_said_to_go_on(run, tmp_path):
+    (tmp_path / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
+    with served(tmp_path) as (board, get):
+        assert "the page follows" in json.loads(get("/data?run=0").read())["state"]
+        before = board.version
+        os.utime(tmp_path / "events.jsonl", (time.time() - 600,) * 2)
+        board.look()
+        assert board.version == before + 1
+        state = json.loads(get("/data?run=0").read())["state"]
+        assert "no news since" in state
+        assert f"kasmina grow --resume {tmp_path}" in state
+        board.look()
+        assert board.version == before + 1
+
+
+def test_a_file_of_something_else_is_refused_at_once(tmp_path):
+    (tmp_path / "mine.txt").write_text("hello")
+    result = CliRunner().invoke(main, ["watch", str(tmp_path / "mine.txt")])
+    assert result.exit_code == 2
+    assert "holds no lines of events" in result.output

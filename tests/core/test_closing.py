@@ -139,6 +139,18 @@ def test_a_metric_of_the_wrong_direction_is_told_with_both_figures(higher_is_bet
     assert right.cause is GrowthCause.NO_PLATEAU
 
 
+def test_fewer_samples_than_gates_ask_for_are_told_before_more_epochs_are():
+    model, _ = make_model(GrowthConfig(gates=GateThresholds(min_training_epochs=1)))  # of 8 samples
+    optimizer = tied(model)
+    model.germinate(FIRST, "scale")
+    for _ in range(3):
+        train_once(model, optimizer)
+        model.step_epoch(1.0)
+    verdict = model.verdict()
+    assert verdict.cause is GrowthCause.TOO_FEW_SAMPLES
+    assert "(needs >= 100)" in sentences(verdict)[1]
+
+
 def test_a_host_that_does_not_learn_is_told_apart_from_one_that_gains_nothing_by_seeds():
     thresholds = GateThresholds(min_training_epochs=1, smaller_alphas=(), max_harm_t=1e9)
     model, _ = make_model(GrowthConfig(gates=thresholds))

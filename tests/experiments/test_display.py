@@ -219,6 +219,24 @@ def test_print_final_has_the_notes():
     assert "Note: The gates decided on 200 samples." in shown(out)
 
 
+def test_the_verdict_says_if_the_host_alone_does_better_than_what_grew():
+    run = fake_run()
+    run.verdict = "Of 4 seeds 2 stayed."
+    assert wording.growth(run) == run.verdict
+    run.arms = [dataclasses.replace(run.arms[0], test_loss=0.6), run.arms[1]]
+    assert wording.growth(run).startswith("Of 4 seeds 2 stayed. All the same growth was a loss here")
+    assert "0.076 lower" in wording.growth(run)
+    run.seeds = run.seeds[1:2]
+    assert wording.growth(run) == run.verdict
+
+
+def test_parameters_of_seeds_that_are_not_in_the_output_are_told():
+    run = fake_run()
+    assert "588 of them of seeds that are not in its output" in wording.summary(run)
+    run.seeds.pop()
+    assert "of them" not in wording.summary(run)
+
+
 def test_both_gains_of_a_seed_are_shown_that_of_its_gate_first():
     run = fake_run()
     finding = Finding(1.0, 0.2, 0.1, 0.12, 0.28, 200, 0.001, 3, 0.01, 0.02, 0.05)
