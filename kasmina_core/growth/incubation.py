@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, cast
 
@@ -93,9 +94,18 @@ class _Passes:
 
     def __init__(self, model: SlottedModel, closure: Callable[[], Tensor], scaler: Any) -> None:
         self._model, self._closure, self._scaler = model, closure, scaler
-        self._devices = devices_of(model)
-        self._is_sharded = bool(sharded_modules(model))
-        self._host = parameters_by_id(model.host)
+
+    @cached_property
+    def _devices(self) -> list[torch.device]:
+        return devices_of(self._model)
+
+    @cached_property
+    def _is_sharded(self) -> bool:
+        return bool(sharded_modules(self._model))
+
+    @cached_property
+    def _host(self) -> Mapping[int, nn.Parameter]:
+        return parameters_by_id(self._model.host)
 
     def own(self, slot: SeedSlot) -> list[nn.Parameter]:
         """Return the parameters that the seed of a slot added."""

@@ -153,7 +153,8 @@ def summary(model: SlottedModel) -> list[SlotSummary]:
 def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
     """Return one row per slot, the host's parameters, and the host's share of what is trainable."""
     host, seeds = _parameters(model)
-    learning = _size(p for p in host if p.requires_grad)
+    size = _size(host)
+    learning = size - _size(p for p in host if not p.requires_grad)
     trainable = learning + _size(p for p in _each_once(seeds) if p.requires_grad)
     rows = [
         SlotSummary(
@@ -167,7 +168,7 @@ def _summary(model: SlottedModel) -> tuple[list[SlotSummary], int, float]:
         )
         for slot, added in zip(model.slots.values(), seeds, strict=True)
     ]
-    return rows, _size(host), learning / trainable if trainable else 0.0
+    return rows, size, learning / trainable if trainable else 0.0
 
 
 def summary_table(model: SlottedModel) -> str:
