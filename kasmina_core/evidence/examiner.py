@@ -50,6 +50,7 @@ class Examiner:
         if samples is not None and self.samples is not None:  # others than those that were measured
             for slot in self._model().slots.values():
                 slot.notes.host_losses, slot.notes.epoch.failure = None, ""
+            self.measurer.faults.clear()
         self.samples = samples
 
     def chosen(self, evaluator: Evaluator | None) -> GateSamples:

@@ -22,7 +22,7 @@ Evaluator = Callable[[], Tensor]
 """Returns the loss of every held-out sample, ``(n,)``, the same samples in the same order at every call."""
 
 
-BOOLEANS: Final = (
+_BOOLEANS: Final = (
     "The evaluator returns booleans, which count as losses: True is bad. If True means right, say higher_is_better=True; if "
     "it means wrong, return numbers: wrong.float()."
 )
@@ -38,12 +38,13 @@ class GateSamples:
         higher_is_better: Whether it is a metric that grows with quality.
         is_fixed: Whether the samples are the same in every epoch. With others each time, losses of different epochs
             cannot be paired.
+        warned: Warnings that were given of what the evaluator returns.
     """
 
     evaluator: Evaluator
     higher_is_better: bool = False
     is_fixed: bool = True
-    _said: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    warned: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.evaluator):
@@ -71,9 +72,9 @@ class GateSamples:
             raise TypeError(
                 f"An evaluator must return real numbers or booleans, one per held-out sample, not {found.dtype}."
             )
-        if found.dtype is torch.bool and not self.higher_is_better and not self._said:
-            self._said.append(BOOLEANS)
-            warn_caller(BOOLEANS, MisuseWarning)
+        if found.dtype is torch.bool and not self.higher_is_better and not self.warned:
+            self.warned.append(_BOOLEANS)
+            warn_caller(_BOOLEANS, MisuseWarning)
         return found
 
 
@@ -114,11 +115,16 @@ class Measurement:
         without: Per-sample losses with the slot empty, ``(n,)`` on the CPU; ``None`` where the samples are others in
             each epoch.
         differences: What the seed saves at alpha 1 on each sample, ``(n,)`` on the CPU; positive is good.
+        values: What all numbers of the evaluator have in common that a loss seldom has: ``0 or less``, ``0 or 1``, or
+            nothing.
+        is_of_other_samples: Whether the evaluator gave the host other samples in one pass than in another.
     """
 
     evidence: SeedEvidence
     without: Tensor | None
     differences: Tensor
+    values: str = ""
+    is_of_other_samples: bool = False
 
 
 @final
@@ -178,7 +184,7 @@ class SeedMeasurer:
     ) -> Measurement:
         evaluator = samples.losses
         slot.begin_measurement()
-        tape = self._tape(slot)
+        tape = recorded = self._tape(slot)
         if tape is not None and slot.name in self.trusted:
             with self._pass(slot, ForwardMode.MEASURE), tape.recording():
                 with_seed = evaluator()
@@ -212,10 +218,11 @@ class SeedMeasurer:
             before_blending=before_blending if samples.is_fixed else None,
             higher_is_better=samples.higher_is_better,
         )
+        has_other_samples = recorded is not None and recorded.is_of_other_samples
         kept = without.detach().float().cpu() if samples.is_fixed else None
         sign = -1.0 if samples.higher_is_better else 1.0
         differences = sign * (without.double() - with_seed.double()).detach().float().cpu()
-        return Measurement(evidence, kept, differences)
+        return Measurement(evidence, kept, differences, _what_all_are(without), has_other_samples)
 
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:
@@ -276,6 +283,12 @@ class SeedMeasurer:
     def _all_agree(self, answer: bool) -> bool:
         """Say whether every process found so; they must go on alike, since an evaluator may wait for the others."""
         return self.processes.largest("measuring from a tape", float(not answer)) == 0.0
+
+
+def _what_all_are(losses: Tensor) -> str:
+    if bool(((losses == 0) | (losses == 1)).all()):
+        return "0 or 1"
+    return "0 or less" if bool((losses <= 0).all()) else ""
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

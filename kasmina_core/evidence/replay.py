@@ -55,10 +55,12 @@ class ReplayTape:
 
     Attributes:
         fault: Why nothing can be replayed; empty if it can.
+        is_of_other_samples: Whether the first inputs of a later pass were others, which nothing after the slot can explain.
     """
 
     def __init__(self, host: nn.Module, slot: nn.Module, max_bytes: int = MAX_BYTES) -> None:
         self.fault = ""
+        self.is_of_other_samples = False
         self._host = host
         self._slot = slot
         self._free = max_bytes
@@ -180,6 +182,7 @@ class ReplayTape:
         if module is self._host:
             self._is_past_slot = False
             if self._forwards >= len(self._inputs) or not _same(self._inputs[self._forwards], (args, kwargs)):
+                self.is_of_other_samples = self._forwards == 0
                 self._diverge("the host was given other inputs than in the first pass")
             self._forwards += 1
         at = self._next.get(module, 0)
@@ -238,7 +241,7 @@ def _nbytes(value: Any) -> int:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         is_like = isinstance(b, Tensor) and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        return is_like and torch.equal(a, b)
+        return is_like and (torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()))
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):

@@ -40,6 +40,7 @@ class GrowthCause(Enum):
     NOT_GERMINATED = "every germination was refused"
     NO_GRADIENT = "the seeds had no gradient"
     NO_OPTIMIZER = "no optimiser held the seeds"
+    DOUBTFUL_EVALUATOR = "what the evaluator returns cannot be what the gates take it for"
     NEVER_MEASURED = "the seeds were never measured"
     UNFINISHED = "the run ended first"
     NOT_REFUSED = "seeds were culled that no gate had refused"
@@ -189,6 +190,8 @@ def _some_kept(
     if fault is not None:
         _, why, todo = fault
         sentences.append(f"{why} {todo}")
+    elif journal.doubts:
+        sentences.append(f"{_sentence(journal.doubts[0])} {_DOUBT}")
     elif measured:
         sentences.append(f"Gain per sample when last measured for a gate: {', '.join(measured)}.")
     late = [life for life in kept if life.ended is not None and life.ended > epochs - UNPROVED_EPOCHS]
@@ -253,6 +256,8 @@ def _why_none_stayed(
             None,
         )
     judged = [life for life in lives if life.verdict not in (None, CheckVerdict.WAITING)]
+    if journal.doubts:
+        return GrowthCause.DOUBTFUL_EVALUATOR, _sentence(journal.doubts[0]), _DOUBT, None
     fit = _fit(held_out, training, higher_is_better)
     had_samples = any(life.samples for life in lives)
     if (
@@ -337,6 +342,8 @@ def _why_none_stayed(
     )
 
 
+_DOUBT: Final = "What the gates said of seeds proves nothing; mend the evaluator, and run again."
+
 _NOT_STEPPED: Final = (
     GrowthCause.NOT_STEPPED,
     "Nobody called model.step_epoch, so gates and policies saw no epoch.",
@@ -397,6 +404,10 @@ def _fit(held_out: float | None, training: float | None, higher_is_better: bool)
 
 def _gain_or_nothing(life: SeedLife) -> float:
     return life.gain if life.gain is not None and math.isfinite(life.gain) else -math.inf
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).rstrip(".") + "."
 
 
 def _one_line(text: str) -> str:

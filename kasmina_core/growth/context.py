@@ -293,7 +293,7 @@ class Growth:
         except Exception as error:
             self.misuse.note_failure(slot, error)
             raise
-        self.misuse.note_measurement(model.host, slot, measured)
+        self.misuse.note_measurement(model.host, slot, measured, self.last_metric, self.epoch)
         return measured.evidence, measured.without
 
     def screen(self, slot: SeedSlot) -> PairedGain | None:

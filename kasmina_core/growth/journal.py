@@ -99,6 +99,7 @@ class Journal(Record):
         first_metric: First finite metric.
         best_metric: Best finite metric.
         worst_metric: Worst finite metric.
+        doubts: Warnings that tell against the evaluator, as of the last epoch in which it was asked.
     """
 
     seeds: dict[str, SeedLife] = field(default_factory=dict)
@@ -113,6 +114,7 @@ class Journal(Record):
     first_metric: Annotated[float | None, Mark.LATER] = None
     best_metric: Annotated[float | None, Mark.LATER] = None
     worst_metric: Annotated[float | None, Mark.LATER] = None
+    doubts: Annotated[list[str], Mark.LATER] = field(default_factory=list)
 
     def note(self, event: TelemetryEvent) -> None:
         """Record the beginning, the stages and the end of seeds, and refused germinations."""

@@ -231,7 +231,7 @@ class MorphogeneticModel(SlottedModel):
         growth.untracked.look(self, growth.tied_optimizers)
         growth.agreement.gradients(is_step=True)
         growth.steps += 1
-        if growth.misuse.awaits_step:
+        if growth.misuse.awaits_step or (self.training and not growth.misuse.was_in_training):
             growth.misuse.note_step(self)
         for slot in self.slots.values():
             if slot.seed is not None:
@@ -377,6 +377,8 @@ class MorphogeneticModel(SlottedModel):
         """
         given = GateSamples(evaluator, higher_is_better, fixed_samples) if evaluator is not None else None
         self.growth.examiner.use(given)
+        self.growth.misuse.forget_evaluator()
+        self.growth.journal.doubts.clear()
 
     @property
     def replay_faults(self) -> dict[str, str]:

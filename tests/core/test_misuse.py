@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from contextlib import nullcontext
 
@@ -18,6 +19,7 @@ from kasmina_core import (
     Continue,
     GateProfile,
     GateThresholds,
+    GrowthCause,
     MisuseWarning,
     MorphogeneticModel,
     NoGrowthPolicy,
@@ -192,6 +194,7 @@ def test_booleans_are_told_once_and_where_the_program_called():
     loop = Loop(evaluator=lambda model: model(X).argmax(1) == Y)
     (said,) = loop.epochs(8)
     assert "True is bad" in said
+    assert loop.model.verdict().cause is GrowthCause.DOUBTFUL_EVALUATOR
 
 
 def test_some_losses_that_are_nan_are_no_broken_evaluator():
@@ -519,3 +522,93 @@ def test_a_seed_that_no_gradient_reaches_is_told_after_its_first_epoch(incubatio
 
 def test_a_seed_that_learns_every_few_calls_of_incubate_is_not_told_to_learn_nothing():
     assert Loop(incubation="counterfactual", incubate_every=5).epochs(8) == []
+
+
+ROWS = len(X)
+
+
+ORDER = random.Random(0)
+
+
+def shuffled(model):
+    chosen = ORDER.sample(range(ROWS), ROWS)
+    return F.cross_entropy(model(X[chosen]), Y[chosen], reduction="none")
+
+
+def test_an_evaluator_that_shuffles_is_told_and_the_verdict_says_so():
+    loop = Loop(evaluator=shuffled)
+    (said,) = loop.epochs(8)
+    assert "other samples in one pass" in said
+    assert f"slot '{FIRST}'" in said
+    assert loop.model.verdict().cause is GrowthCause.DOUBTFUL_EVALUATOR
+    loop.model.evaluate_with(lambda: F.cross_entropy(loop.model(X), Y, reduction="none"))
+    assert loop.epochs(2) == []
+    assert not loop.model.replay_faults
+    assert loop.model.verdict().cause is not GrowthCause.DOUBTFUL_EVALUATOR
+
+
+def test_samples_with_missing_values_are_the_same_samples():
+    def missing(model):
+        x = torch.where(torch.arange(X.shape[-1]) == 0, torch.nan, X)
+        return F.cross_entropy(model(x), Y, reduction="none").nan_to_num(1.0)
+
+    loop = Loop(evaluator=missing)
+    loop.epochs(8)
+    assert not loop.model.replay_faults
+
+
+TURNED_ROUND = {
+    "negative": (lambda losses: -losses, False),
+    "likelihood": (lambda losses: losses.neg().exp(), False),
+    "loss called a score": (lambda losses: losses, True),
+}
+
+
+@pytest.mark.parametrize(("turned", "higher_is_better"), TURNED_ROUND.values(), ids=TURNED_ROUND.keys())
+def test_an_evaluator_that_goes_the_other_way_than_the_metric_is_told_once(turned, higher_is_better):
+    loop = Loop(evaluator=None, make=lambda parameters, lr: AdamW(parameters, 0.02))
+    model = loop.model
+    model.evaluate_with(
+        lambda: turned(F.cross_entropy(model(X), Y, reduction="none")), higher_is_better=higher_is_better
+    )
+    (said,) = loop.epochs(16)
+    assert f"higher_is_better={not higher_is_better}" in said
+    assert ("0 or less" in said) == (turned(torch.ones(1)).item() < 0)
+    assert model.verdict().cause is GrowthCause.DOUBTFUL_EVALUATOR
+
+
+def test_a_loss_that_may_be_negative_and_a_share_of_errors_are_told_nothing():
+    for right in (
+        lambda model: F.cross_entropy(model(X), Y, reduction="none") - 10.0,
+        lambda model: (model(X).argmax(1) != Y).float(),
+    ):
+        loop = Loop(evaluator=right, make=lambda parameters, lr: AdamW(parameters, 0.02))
+        assert loop.epochs(12) == []
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(make_host()[0].out_channels), nn.Dropout(0.5), nn.Identity()]
+)
+def test_training_in_eval_mode_is_told_where_it_makes_a_difference(layer):
+    host = nn.Sequential(make_host()[0], copy.deepcopy(layer), *make_host()[2:])
+    model = MorphogeneticModel(host, ["0"], example=X, registry=make_registry())
+    optimizer = SGD(model.parameters(), 0.1)
+
+    def epoch(modes):
+        for train in modes:
+            model.train(train)
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            model.step()
+            optimizer.step()
+        model.eval()
+        model.step_epoch(1.0)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        epoch([True, True])
+        epoch([False, True])
+        assert said == []
+        for _ in range(2):
+            epoch([False, False])
+    assert ["eval mode" in str(one.message) for one in said] == [True] * (not isinstance(layer, nn.Identity))

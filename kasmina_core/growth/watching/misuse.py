@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, final
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Final, final
 
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from kasmina_core.growth.model import MorphogeneticModel
 
 
+_LOOKED_AT: Final = 12
+"""Last epochs in which metric and evaluator are compared."""
+
+_SIGNS: Final = {"0 or less": (3, 0.0), "0 or 1": (5, -0.6), "": (6, -0.8)}
+"""By what all numbers are: the epochs it takes, and the largest `_agreement` at which their direction is doubted."""
+
+_MOVES: Final = 0.1
+"""Share by which metric and evaluator must have moved, where the numbers themselves tell nothing."""
+
+
 @final
 class Misuse:
     """Watches one model from epoch to epoch, and warns of each kind of misuse once.
@@ -32,11 +43,13 @@ class Misuse:
 
     Attributes:
         awaits_step: Whether `MorphogeneticModel.step` was not called yet in this epoch.
+        was_in_training: Whether the model was in training mode in a step of this epoch.
         awaits_memory: Whether a ``state_dict`` with seeds was loaded, and no policy was loaded or followed since.
     """
 
     def __init__(self) -> None:
         self.awaits_step = True
+        self.was_in_training = False
         self.awaits_memory = False
         self._said: set[str] = set()
         self._had_gradients = False
@@ -47,6 +60,7 @@ class Misuse:
         self._trained = False
         self._fault = ""
         self._fossils: list[str] = []
+        self.forget_evaluator()
 
     def restart(self) -> None:
         """Say nothing of this epoch: parameters change for another reason than an optimiser's step."""
@@ -73,9 +87,18 @@ class Misuse:
             )
 
     def note_step(self, model: MorphogeneticModel) -> None:
-        """Take the first step of an epoch."""
-        self.awaits_step = False
-        self._had_gradients = any(p.grad is not None for p in model.parameters())
+        """Take the first step of an epoch, and the first in training mode."""
+        self.was_in_training = model.training
+        if self.awaits_step:
+            self.awaits_step = False
+            self._had_gradients = any(p.grad is not None for p in model.parameters())
+
+    def forget_evaluator(self) -> None:
+        """Forget what the evaluator returned: there is another one."""
+        self._readings: dict[int, tuple[float, float]] = {}
+        self._values: set[str] = set()
+        self._shuffled: set[str] = set()
+        self._was_asked = False
 
     def note_dropped(self, slots: Collection[str]) -> None:
         """Take the slots whose seeds had a gradient that was not finite, and was dropped."""
@@ -86,8 +109,25 @@ class Misuse:
         if not isinstance(error, DistributedError):  # another process says why
             self._fault = f"  slot '{slot.name}': {type(error).__name__}: {error}\n"
 
-    def note_measurement(self, host: nn.Module, slot: SeedSlot, measured: Measurement) -> None:
-        """Take what was measured for a gate. A host that has diverged is not the evaluator's fault."""
+    def note_measurement(
+        self, host: nn.Module, slot: SeedSlot, measured: Measurement, metric: float | None, epoch: int
+    ) -> None:
+        """Take what was measured for a gate. A host that has diverged is not the evaluator's fault.
+
+        Args:
+            host: The host.
+            slot: The slot that was measured.
+            measured: What was found.
+            metric: Metric of the epoch.
+            epoch: Epochs the model has stepped.
+        """
+        evidence = measured.evidence
+        self._was_asked = True
+        self._values.add(measured.values)
+        if measured.is_of_other_samples:
+            self._shuffled.add(slot.name)
+        if metric is not None and math.isfinite(metric):
+            self._readings[epoch] = metric, evidence.loss_without if slot.is_apart else evidence.loss_with
         if (
             math.isnan(measured.evidence.loss_without)
             and bool(measured.differences.isnan().all())
@@ -193,7 +233,8 @@ class Misuse:
     ) -> None:
         """Warn of what the epoch has shown, and begin the next one."""
         pending, trained = self._pending, self._trained
-        self._pending, self.awaits_step, self._had_gradients = {}, True, False
+        stepped, in_training = not self.awaits_step, self.was_in_training
+        self._pending, self.awaits_step, self._had_gradients, self.was_in_training = {}, True, False, False
         self._dropped = set()
         self._living = {
             name: (seed, slot.notes.incubations)
@@ -230,13 +271,82 @@ class Misuse:
                     "Call model.evaluate_with(evaluator) with a function that returns the loss of every held-out sample. (Gates "
                     "of GateProfile.REPORT go by the metric of step_epoch instead, which tells little of a seed.)"
                 )
+        if self._shuffled:
+            pending["other samples"] = (
+                "The evaluator gave the host other samples in one pass of a measurement than in another: losses of different "
+                "samples are compared, and a seed's gain drowns in that.\n"
+                f"{_listed(sorted(self._shuffled))}"
+                "Draw and shuffle the samples once, outside of the evaluator. (torch's generators give it the same numbers in "
+                "each pass; those of numpy and random do not.)"
+            )
+        samples = model.growth.examiner.samples
+        if samples is not None and (against := self._direction(samples.higher_is_better, model)):
+            pending["direction"] = against
+        if samples is not None and (self._fault or self._was_asked):
+            kinds = "evaluator", "other samples", "direction"
+            model.growth.journal.doubts = samples.warned + [pending[one] for one in kinds if one in pending]
+        self._was_asked = False
+        if stepped and not in_training and _varies_by_mode(model):
+            pending["eval"] = (
+                "model.step() was called for a whole epoch in which the model was in eval mode: its batch normalisation keeps "
+                "the statistics it has, and its dropout does nothing.\n"
+                "Call model.train() before the batches of an epoch: model.eval() for the validation stays until then."
+            )
         for kind, message in pending.items():
             self._warn(kind, message)
+
+    def _direction(self, higher_is_better: bool, model: MorphogeneticModel) -> str:
+        """Return a warning if the evaluator's numbers most likely go another way than the gates take them."""
+        readings = [self._readings[epoch] for epoch in sorted(self._readings)][-_LOOKED_AT:]
+        values = next(iter(self._values)) if len(self._values) == 1 and not higher_is_better else ""
+        least, most = _SIGNS[values]
+        metric_grows = model.growth_config.higher_is_better
+        agreement = _agreement(readings, metric_grows == higher_is_better)
+        if len(readings) < least or agreement > most or not (values or _moves(readings)):
+            return ""
+        (metric_first, first), (metric_last, last) = readings[0], readings[-1]
+        return (
+            "The numbers of the evaluator seem to go another way than the gates take them.\n"
+            f"  evaluator:            {first:.4g} to {last:.4g}, mean of the samples; {_better(higher_is_better)}\n"
+            f"  metric of step_epoch: {metric_first:.4g} to {metric_last:.4g} in {len(readings)} epochs; "
+            f"{_better(metric_grows)}\n"
+            + (f"  every number of the evaluator: {values}\n" if values else "")
+            + f"If the evaluator is of the other kind: model.evaluate_with(evaluator, higher_is_better={not higher_is_better})"
+            f"{'' if higher_is_better else ', or return the loss itself'}. If the metric is: "
+            f"GrowthConfig(higher_is_better={not metric_grows}). A loss that may be negative, or a cross entropy that rises "
+            "while accuracy does too, is no mistake."
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
             warn_caller(message, MisuseWarning)
+
+
+def _agreement(readings: Sequence[tuple[float, float]], same_sense: bool) -> float:
+    """Return Kendall's tau of metric and evaluator, in [-1, 1]: 1 if both always got better or worse together."""
+    pairs = list(combinations(readings, 2))
+    signs = sum(math.copysign(1.0, x) if (x := (a - c) * (b - d)) else 0.0 for (a, b), (c, d) in pairs)
+    return (signs if same_sense else -signs) / len(pairs) if pairs else 0.0
+
+
+def _moves(readings: Sequence[tuple[float, float]]) -> bool:
+    """Whether metric and evaluator both moved by more than noise does."""
+    return all(
+        abs(last - first) >= _MOVES * max(abs(first), abs(last))
+        for first, last in zip(readings[0], readings[-1], strict=True)
+    )
+
+
+def _better(higher: bool) -> str:
+    return f"{'higher' if higher else 'lower'} counts as better"
+
+
+def _varies_by_mode(model: MorphogeneticModel) -> bool:
+    """Whether the host learns, and has layers that do something else in training mode."""
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+    learns = any(p.requires_grad for p in model.host.parameters())
+    return learns and any(isinstance(m, kinds) and getattr(m, "p", 1.0) > 0 for m in model.host.modules())
 
 
 def _seed_of(slot: SeedSlot) -> str:
