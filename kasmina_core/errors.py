@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Final
 
+_NAMED: Final = 40
 _NOT_THE_CALLER: Final = {"kasmina_core", "torch", "contextlib"}
 
 
@@ -128,7 +129,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known name, else the known names, else ``""``.
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, else the first 40 known names, else ``""``.
 
     >>> did_you_mean("atention", ["attention", "norm"])
     " Did you mean 'attention'?"
@@ -138,4 +139,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     if near := difflib.get_close_matches(name, names, n=1):
         return f" Did you mean '{near[0]}'?"
-    return f" Known: {', '.join(names)}." if names else ""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f" Known: {', '.join(names[:_NAMED])}{more}." if names else ""

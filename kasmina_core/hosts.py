@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
@@ -194,13 +194,8 @@ def submodule(host: nn.Module, path: str) -> nn.Module:
         return found
     named = dict(host.named_modules(remove_duplicate=False))
     raise HostError(
-        f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, short_list(named))}"
+        f"{type(host).__name__} has no submodule '{path}'.{did_you_mean(path, filter(None, named))}"
     )
-
-
-def short_list(named: Mapping[str, object], limit: int = 40) -> list[str]:
-    """Return the first ``limit`` names for an error message, the empty one left out."""
-    return [name for name in named if name][:limit]
 
 
 def demand_openness(host: nn.Module) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from kasmina_core.errors import HostError, UnknownNameError, did_you_mean
-from kasmina_core.hosts import HostProtocol, InjectionPoint, demand_open_path, short_list, submodule
+from kasmina_core.hosts import HostProtocol, InjectionPoint, demand_open_path, submodule
 from kasmina_core.isolation import straight_through
 from kasmina_core.layouts import (
     Evidence,
@@ -53,6 +53,9 @@ from kasmina_core.quiet import (
 )
 from kasmina_core.topology import Topology
 
+_NAMED: Final = 12
+"""Submodules that an error message names."""
+
 
 def matching_paths(host: nn.Module, pattern: str) -> list[str]:
     """Return the paths that a pattern names, in module order.
@@ -74,8 +77,11 @@ def matching_paths(host: nn.Module, pattern: str) -> list[str]:
         if path and len(parts := path.split(".")) == len(wanted) and all(map(fnmatchcase, parts, wanted))
     ]
     if not found:
-        names = ", ".join(short_list(dict(host.named_modules()), 12))
-        raise HostError(f"No submodule of {type(host).__name__} matches '{pattern}'. There are: {names}.")
+        paths = [path for path, _ in host.named_modules() if path]
+        more = f" and {len(paths) - _NAMED:,} more (host.named_modules())" if len(paths) > _NAMED else ""
+        raise HostError(
+            f"No submodule of {type(host).__name__} matches '{pattern}'. There are: {', '.join(paths[:_NAMED])}{more}."
+        )
     return found
 
 

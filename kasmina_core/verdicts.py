@@ -67,7 +67,7 @@ class GateCheck(Record):
     Attributes:
         name: What was checked.
         value: What was measured; ``None``, NaN or infinite where nothing usable was.
-        minimum: Smallest value that passes, if there is one.
+        minimum: Smallest value that passes, if there is one. A check that is answered by yes or no has neither.
         maximum: Largest value that passes, if there is one.
         verdict: Passed, failed, waiting, never measured, not required or not asked.
         detail: More for people, such as the reason a width was refused.
@@ -110,7 +110,9 @@ class GateCheck(Record):
 
     def __str__(self) -> str:
         value = "nothing" if self.value is None else f"{self.value:.4g}"
-        if self.verdict is CheckVerdict.WAITING:
+        if not self.threshold:
+            text = f"{self.name} {self.verdict.value}"
+        elif self.verdict is CheckVerdict.WAITING:
             text = f"{self.name}: {value} so far (needs {self.threshold})"
         else:
             text = f"{self.name} {self.verdict.value}: {value} (needs {self.threshold})"

@@ -214,6 +214,8 @@ def open_tensors(file: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not os.path.lexists(file):
+        raise CheckpointError(f"There is no file {file}.")
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
@@ -645,6 +647,10 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
     file = folder / MANIFEST
     with as_checkpoint_error(f"The checkpoint {folder}", "read"):
         if not folder.is_dir():
+            if folder.exists():
+                raise CheckpointError(
+                    f"{folder} is a file, and a checkpoint is the folder that save_checkpoint wrote."
+                )
             raise CheckpointError(f"There is no checkpoint at {folder}.")
         if not os.path.lexists(file):
             raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.")

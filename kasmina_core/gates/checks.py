@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, final
 
-from kasmina_core.blueprints.foreign import shown
+from kasmina_core.blueprints.foreign import described
 from kasmina_core.errors import BlueprintError
 from kasmina_core.gates.paired import SeedEvidence
 from kasmina_core.gates.sequential import LEAST_INFORMATIVE, Look, PairedGain, judge, student_t_quantile
@@ -124,15 +124,15 @@ class GateCheckSpec:
                 return raw
             value = None if raw is None else float(raw)
         except Exception as error:
-            why = f"the check raised {shown(error, 1000)}"
+            why = f"the check raised {' '.join(described(error).split())}"
             return GateCheck(self.name, None, CheckVerdict.FAILED, self.minimum, self.maximum, why)
         if value is None:
             advice = "; give the model held-out samples with evaluate_with" if self.needs_evidence else ""
             return self.not_measured(f"no measurement{advice}")
         check = _judged(self.name, value, self.minimum, self.maximum)
         if self.waits and check.verdict is CheckVerdict.FAILED:
-            return replace(check, verdict=CheckVerdict.WAITING)
-        return check
+            check = replace(check, verdict=CheckVerdict.WAITING)
+        return replace(check, minimum=None, maximum=None) if isinstance(raw, bool) else check
 
     @property
     def not_asked(self) -> GateCheck:

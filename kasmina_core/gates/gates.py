@@ -77,7 +77,7 @@ class QualityGates:
             level = GateLevel(gate)
         except ValueError:
             detail = f"{gate!r} is none of {', '.join(member.name for member in GateLevel)}"
-            unknown = GateCheck("gate exists", 0.0, CheckVerdict.FAILED, minimum=1.0, detail=detail)
+            unknown = GateCheck("gate exists", 0.0, CheckVerdict.FAILED, detail=detail)
             return GateResult(None, (unknown,), epoch)
         asked, spared = self._asked(level, context, pack_checks)
         done = {id(spec): spec.not_asked for spec in spared}

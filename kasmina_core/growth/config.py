@@ -101,6 +101,8 @@ class GrowthConfig:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")
         if odd := [key for key in self.gradient_policies if not isinstance(key, Topology)]:
             raise ValueError(f"gradient_policies must map topologies, such as Topology.CNN, not {odd[0]!r}.")
+        if type(self.ramp_steps) is not int or self.ramp_steps < 1:
+            raise ValueError(f"ramp_steps must be a whole number of at least 1, not {self.ramp_steps!r}.")
         self.make_schedule()
 
     def make_schedule(self) -> AlphaSchedule:
@@ -167,10 +169,17 @@ class GrowthConfig:
             ramp_epochs: Length of the alpha ramp.
             changes: Fields to set otherwise.
 
+        Raises:
+            ValueError: If ``steps_per_epoch`` is no whole number of at least 1, or a field is out of range.
+
         >>> GrowthConfig.recommended(steps_per_epoch=38, seed=1).ramp_steps
         152
         """
         by_step = steps_per_epoch is not None
+        if by_step and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
+            raise ValueError(
+                f"steps_per_epoch must be a whole number of at least 1, not {steps_per_epoch!r}."
+            )
         settings: dict[str, Any] = {
             "incubation": Incubation.COUNTERFACTUAL,
             "ramp_unit": RampUnit.STEP if by_step else RampUnit.EPOCH,

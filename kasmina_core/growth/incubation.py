@@ -39,6 +39,12 @@ def incubate(
     model: SlottedModel, config: GrowthConfig, closure: Callable[[], Tensor], scaler: Any
 ) -> dict[str, Tensor]:
     """Let each incubating seed learn from the loss its own output would give. See `MorphogeneticModel.incubate`."""
+    if not callable(closure):
+        raise TypeError(
+            "incubate takes a function that returns the loss of this model on a batch: it runs once more for each seed.\n"
+            f"  given: {closure!r:.200}\n"
+            "Write model.incubate(lambda: loss_of(model(x), y))."
+        )
     losses: dict[str, Tensor] = {}
     kept: dict[nn.Parameter, Tensor | None] = {}
     if config.incubation is not Incubation.COUNTERFACTUAL:

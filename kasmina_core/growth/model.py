@@ -353,6 +353,7 @@ class MorphogeneticModel(SlottedModel):
         Raises:
             HostError: If the host uses reentrant gradient checkpointing, which cannot give the gradient to chosen
                 parameters; use ``use_reentrant=False``.
+            TypeError: If the closure cannot be called.
         """
         return incubation.incubate(self, self.growth_config, closure, scaler)
 

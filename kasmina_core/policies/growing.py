@@ -213,7 +213,7 @@ class GrowingPolicy(Remembering):
         if self._silent == self.silence:
             what = "no metric: give step_epoch(metric) one" if metric is None else f"a metric of {metric}"
             warn_caller(
-                f"{type(self).__name__} has seen {what}, for {self._silent} epochs. "
+                f"{type(self).__name__} has seen {what}, for {self._silent} epoch{'s' * (self._silent > 1)}. "
                 "It germinates nothing on a plateau until there is a finite one.",
                 RuntimeWarning,
             )

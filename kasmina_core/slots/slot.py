@@ -699,7 +699,7 @@ class SeedSlot(Slot):
         try:
             return self.measure()
         except Exception as error:
-            self.notes.epoch.failure = f"{error!r:.1000}"
+            self.notes.epoch.failure = f"{type(error).__name__}: {error!s:.1000}"
             raise
 
     def _begin_notes(self) -> None:

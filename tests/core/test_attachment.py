@@ -606,3 +606,11 @@ def test_hooked_host_that_declares_nothing_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match="Silent must return its injection points"):
         attach(Silent(), example=images(2))
+
+
+def test_a_list_of_submodules_that_is_cut_says_how_many_it_leaves_out() -> None:
+    host = nn.Sequential(*(nn.Linear(2, 2) for _ in range(45)))
+    with pytest.raises(HostError, match=r"11 and 33 more \(host.named_modules\(\)\)\.$"):
+        MorphogeneticModel(host, ["blocks.*"], example=torch.ones(1, 2))
+    with pytest.raises(HostError, match="and 5 more"):
+        MorphogeneticModel(host, ["zzz"], example=torch.ones(1, 2))

@@ -888,6 +888,8 @@ def test_a_file_that_is_missing_cut_off_or_a_link_is_refused(file, saved, target
 
 def test_no_checkpoint_at_all_is_said(target, tmp_path):
     refused(tmp_path / "nothing", target, "There is no checkpoint at")
+    (tmp_path / "model.pt").write_text("weights")
+    refused(tmp_path / "model.pt", target, "model.pt is a file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", target, r"is no checkpoint: it has no manifest\.json")
 

@@ -259,8 +259,7 @@ class Misuse:
             pending["evaluator"] = (
                 "The evaluator failed, and no gate that needs evidence can pass until it works.\n"
                 f"{self._fault}"
-                "evaluate_with takes a function that returns the loss of every held-out sample, a vector (n,): "
-                "reduction='none'."
+                "evaluate_with takes a function that returns the loss of every held-out sample, a vector (n,)."
             )
         if trained and model.growth.evaluator is None and "no evaluator" not in self._said:
             waiting = [name for name, result in results.items() if _waits(model.slots[name], result)]
