@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any, Final, final
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class SharedParts:
         changed = []
         for name, holder, own in self._members:
             now = dict(vars(holder))
+            if now.keys() == own.keys() and all(map(is_, now.values(), own.values())):
+                continue
             for key in [key for key, value in own.items() if callable(value) and now.get(key) is not value]:
                 setattr(holder, key, own[key])
                 changed.append(f"{name}.{key}")
