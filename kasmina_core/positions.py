@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kasmina_core.errors import HostError
 from kasmina_core.hosts import InjectionPoint
@@ -196,8 +197,10 @@ class ContextReader(Protocol):
     """Says what the positions mean in one call of the host.
 
     It may have an attribute ``module``, the path of the submodule whose call is to be read instead of the host's; it
-    then says nothing about slots elsewhere. And a method ``ended(context, output)``, which is called with what it
-    returned and what the host did, to tie a store to a cache.
+    then says nothing about slots elsewhere. A method ``ended(context, output)``, which is called with what it
+    returned and what the host did, to tie a store to a cache. And a method ``entries(host)``, which returns the paths of
+    submodules that are called outside of the host's forward too, as ``generate`` calls an encoder: such a call is read
+    with the submodule in the place of the host.
     """
 
     def __call__(
@@ -238,6 +241,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         # Not attributes of the class: a compiled graph guards on whether the thread has some of its own.
         self.call: HostCall | None = None
+        self.is_entry = False
         self.fired: tuple[str, ...] | None = None
 
 
@@ -281,6 +285,19 @@ class HostCalls:
                 # The graph keeps the call, so that gradient checkpointing runs the seed again with its context.
                 cast("dict[str, Any]", tensor.grad_fn.metadata)[_METADATA] = call
                 self._differentiable.add(call)
+
+    def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Read a call of a part of the host, unless it is in a call of the host, or runs again in a backward."""
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self._here.call is None and not again:
+            self.begin(part, args, kwargs)
+            self._here.is_entry = True
+
+    def leave(self, output: object = None) -> None:
+        """Forget the call of a part, if it was read."""
+        if self._here.is_entry:
+            self._here.is_entry = False
+            self.end(output)
 
     def begin_forward(self) -> None:
         """Begin a forward of this thread in which each slot may fire once."""
@@ -373,16 +390,21 @@ class CallBegins:
     Args:
         calls: The host's calls.
         slots: The slots (`kasmina_core.slots.forward.Slot`) in the host.
+        is_entry: Whether it is the hook of a part that is called outside of the host's forward too.
     """
 
-    def __init__(self, calls: HostCalls, slots: Sequence[Any]) -> None:
+    def __init__(self, calls: HostCalls, slots: Sequence[Any], is_entry: bool = False) -> None:
         self.calls = calls
         self.slots = slots
+        self.is_entry = is_entry
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for slot in self.slots:
             if slot.takes_context and slot.mode:
-                self.calls.begin(module, args, kwargs)
+                if self.is_entry:
+                    self.calls.enter(module, args, kwargs)
+                else:
+                    self.calls.begin(module, args, kwargs)
                 return
 
 
@@ -390,12 +412,35 @@ class CallBegins:
 class CallEnds:
     """A forward hook of a host that forgets its call. Its arguments are those of `CallBegins`."""
 
-    def __init__(self, calls: HostCalls, slots: Sequence[Any]) -> None:
+    def __init__(self, calls: HostCalls, slots: Sequence[Any], is_entry: bool = False) -> None:
         self.calls = calls
         self.slots = slots
+        self.is_entry = is_entry
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.calls.end(output)
+        if self.is_entry:
+            self.calls.leave(output)
+        else:
+            self.calls.end(output)
+
+
+def read_calls(calls: HostCalls, host: nn.Module, slots: Sequence[Any]) -> list[RemovableHandle]:
+    """Have the calls of a host read, and those of its parts that come without one, and return the hooks' handles.
+
+    Args:
+        calls: Those of the host, with a reader.
+        host: The host.
+        slots: The slots in it.
+    """
+    entries = getattr(calls.reader, "entries", None)
+    paths = [getattr(calls.reader, "module", ""), *(entries(host) if callable(entries) else ())]
+    handles: list[RemovableHandle] = []
+    for i, path in enumerate(paths):
+        module = host.get_submodule(path)
+        begins, ends = CallBegins(calls, slots, i > 0), CallEnds(calls, slots, i > 0)
+        handles.append(module.register_forward_pre_hook(begins, with_kwargs=True))
+        handles.append(module.register_forward_hook(ends, always_call=True))
+    return handles
 
 
 @final
@@ -438,9 +483,7 @@ def follow_calls(host: nn.Module, reader: ContextReader, seeds: Mapping[nn.Modul
         seeds: The seeds that mix positions, each with the point at which it is.
     """
     calls = HostCalls(reader)
-    read = host.get_submodule(getattr(reader, "module", ""))
-    read.register_forward_pre_hook(CallBegins(calls, [_Standing()]), with_kwargs=True)
-    read.register_forward_hook(CallEnds(calls, [_Standing()]), always_call=True)
+    read_calls(calls, host, [_Standing()])
     for seed, point in seeds.items():
         seed.register_forward_pre_hook(_GivesContext(calls, point))
         seed.register_forward_hook(_KeepsPadding(point))

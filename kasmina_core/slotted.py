@@ -23,7 +23,7 @@ from kasmina_core.errors import HostError, KasminaError, MisuseWarning, warn_cal
 from kasmina_core.hosts import HostProtocol, InjectionPoint, SlotHook, demand_openness, submodule
 from kasmina_core.lifecycle import SeedStage
 from kasmina_core.outputs import split_path
-from kasmina_core.positions import CallBegins, CallEnds, ContextReader, HostCalls
+from kasmina_core.positions import CallBegins, CallEnds, ContextReader, HostCalls, read_calls
 from kasmina_core.probing import (
     ProbedPoint,
     example_of,
@@ -133,7 +133,7 @@ class SlottedModel(nn.Module):
             context = offered()
         if context is not None and not callable(context):
             raise TypeError(f"context must read a call, as EveryPosition() does, not {context!r:.200}.")
-        read = submodule(host, getattr(context, "module", ""))
+        submodule(host, getattr(context, "module", ""))
         _take_off_lost_slots(host)
         demand_openness(host)
         if example is None:
@@ -174,10 +174,7 @@ class SlottedModel(nn.Module):
         self._taking = taking
         self._reading: list[RemovableHandle] = []
         if context is not None:
-            self._reading = [
-                read.register_forward_pre_hook(CallBegins(self._calls, taking), with_kwargs=True),
-                read.register_forward_hook(CallEnds(self._calls, taking), always_call=True),
-            ]
+            self._reading = read_calls(self._calls, host, taking)
         self.training = host.training
         self._hang_together()
         self.register_state_dict_post_hook(_strip_host_prefix)  # type: ignore[no-untyped-call]  # torch

@@ -420,6 +420,49 @@ def test_a_part_of_the_host_outside_of_its_forward_has_no_context() -> None:
         model.host.layers[0](rows())
 
 
+class Translating(nn.Module):
+    """Has an encoder that others call before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.last = Documents(), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.last(self.encoder(x, lengths))
+
+
+class ReadsTheEncoder:
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SeedContext:
+        return own_reader(host, args, kwargs)
+
+    def entries(self, host: nn.Module) -> list[str]:
+        return ["encoder"]
+
+
+@torch.no_grad()
+def test_a_part_that_its_reader_names_is_read_where_it_is_called_alone() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        host = Translating()
+    points = [InjectionPoint("first", "encoder.first", DIM, Topology.TRANSFORMER)]
+    model = MorphogeneticModel(
+        host, points, example=rows(2), context=ReadsTheEncoder(), config=open_config(), causal=False
+    )
+    live(model, SeedStage.FOSSILIZED, "transformer:attention", rows(2))
+    x, lengths = rows(2), torch.tensor([6, 3])
+    for module in (host, export_model(model, rows(2))):
+        inside, whole = module.encoder(x, lengths), module(x, lengths)
+        torch.testing.assert_close(module.last(inside), whole)
+        torch.testing.assert_close(inside[1:, :3], module.encoder(x[1:, :3]))
+        with pytest.raises(HostError, match="does not fit"):
+            module.encoder(x, torch.tensor([6]))
+        torch.testing.assert_close(module(x, lengths), whole)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for given in (lengths, lengths.flip(0)):
+        torch.testing.assert_close(compiled(x, given), model(x, given))
+
+
 def with_failing_end(model: MorphogeneticModel) -> None:
     handle = model.host.layers[1].register_forward_hook(lambda *_: 1 / 0)
     try:

@@ -59,7 +59,8 @@ class TransformersCall:
 
     - A mask of the samples of sound becomes that of the steps which the model makes of them, as in the model itself.
 
-    Of an encoder-decoder model encoder and decoder have masks of their own. Of a model with towers the language model is
+    Of an encoder-decoder model encoder and decoder have masks of their own; the encoder's is read too where ``generate``
+    calls it alone. Of a model with towers the language model is
     read; images have no padding, unless the call has masks or sizes of their parts. In another tower a seed that mixes
     positions is refused. Where a model pads sequences itself, to a multiple of its window, such a seed is too: give
     inputs of such a length, or leave the window as long as they are.
@@ -91,6 +92,8 @@ class TransformersCall:
         pads = config.model_type in _PAD_THEMSELVES
         if pads and given["attention_mask"] is None:
             given["attention_mask"] = torch.ones(_tokens(given), device=host.device)  # type: ignore[arg-type]  # of torch's modules
+        if _is_an_encoder(host):
+            return self._read({"attention_mask": given["attention_mask"]}, pads=pads)
         if getattr(config, "is_encoder_decoder", False):
             decoder = {
                 "attention_mask": given.get("decoder_attention_mask"),
@@ -110,6 +113,13 @@ class TransformersCall:
                 contexts |= dict.fromkeys(_VISION, WHOLE_SEQUENCES)
             return {path: context for path, context in contexts.items() if _has(host, path)}
         return read
+
+    def entries(self, host: nn.Module) -> list[str]:
+        """Return the path of the encoder of an encoder-decoder model, which ``generate`` calls before the model."""
+        if not getattr(host.config, "is_encoder_decoder", False):
+            return []
+        encoder = host.get_encoder()  # type: ignore[operator]  # of transformers
+        return [path for path, module in host.named_modules() if module is encoder and path]
 
     def ended(self, context: SeedContext | Mapping[str, SeedContext], output: Any) -> None:
         """Tie what seeds kept of a call to the cache that the model returned."""
@@ -180,6 +190,11 @@ def _keeps(host: Any, given: Mapping[str, Any]) -> bool:
     """Return whether the host keeps keys and values in this call."""
     asked = given.get("use_cache")
     return bool(getattr(host.config, "use_cache", False) if asked is None else asked)
+
+
+def _is_an_encoder(host: Any) -> bool:
+    """Return whether a module is the encoder of an encoder-decoder model, called without it."""
+    return getattr(host.config, "is_encoder_decoder", False) and host.get_encoder() is host
 
 
 def _length(cache: Any) -> int:

@@ -286,8 +286,8 @@ def whisper() -> PreTrainedModel:
     return WhisperForConditionalGeneration(config)
 
 
-def translator(build: Any) -> tuple[GrowingModel, dict[str, Tensor]]:
-    """A model with a fossil that mixes positions in its decoder, and what its encoder takes."""
+def translator(build: Any, side: str = "decoder") -> tuple[GrowingModel, dict[str, Tensor]]:
+    """A model with a fossil that mixes positions in its decoder or encoder, and what its encoder takes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         host = build().eval()
@@ -301,7 +301,7 @@ def translator(build: Any) -> tuple[GrowingModel, dict[str, Tensor]]:
         written = torch.randint(3, 48, (2, 5))
     model = grow(host, config=open_config())
     model.evaluate_with(lambda: model(**read, decoder_input_ids=written).logits.square().mean((1, 2)))
-    bring_to(model, SeedStage.FOSSILIZED, "decoder_layer1", ATTENTION)
+    bring_to(model, SeedStage.FOSSILIZED, f"{side}_layer1", ATTENTION)
     shake(model)
     return model.eval(), read
 
@@ -325,6 +325,51 @@ def test_an_encoder_decoder_generates_with_its_cache_what_it_does_without(build:
         assert not torch.equal(model.generate(**read, **options).scores[-1], whole.scores[-1])
     beams = {"num_beams": 2, "max_new_tokens": 5}
     assert torch.equal(model.generate(**read, **beams), model.generate(**read, use_cache=False, **beams))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("build", [t5, bart, whisper])
+def test_an_encoder_whose_seed_mixes_positions_generates_what_each_sample_gives_alone(
+    build: Any, beams: int
+) -> None:
+    model, read = translator(build, "encoder")
+    options = {
+        "max_new_tokens": 4,
+        "num_beams": beams,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    for owner in (model, model.host):
+        options["use_cache"] = (
+            beams == 1
+        )  # else model.generate leaves it out, and model.host's is to be told so
+        together = owner.generate(**read, **options)
+        for i, tokens in enumerate(together.sequences):
+            alone = {name: tensor[i : i + 1] for name, tensor in read.items()}
+            if "attention_mask" in alone:
+                n = int(alone.pop("attention_mask").sum())
+                alone = {name: tensor[:, :n] for name, tensor in alone.items()}
+            found = owner.generate(**alone, **options)
+            assert torch.equal(found.sequences[0], tokens)
+            if build is not whisper:  # which gives scores of the best beam
+                scores = together.scores[0][i * beams : (i + 1) * beams]
+                torch.testing.assert_close(found.scores[0], scores, atol=1e-4, rtol=1e-4)
+    with model.bypassed("encoder_layer1"):
+        bare = model.generate(**read, **options)
+    assert not torch.allclose(bare.scores[0], together.scores[0], atol=1e-3)
+
+
+def test_a_call_of_the_encoder_alone_is_read_and_the_next_of_the_model_too() -> None:
+    model, read = translator(bart, "encoder")
+    encoder, written = model.host.get_encoder(), torch.tensor([[2, 7, 9], [2, 8, 4]])
+    whole = model(**read, decoder_input_ids=written)
+    inside = encoder(**read).last_hidden_state
+    torch.testing.assert_close(inside[0], whole.encoder_last_hidden_state[0])
+    torch.testing.assert_close(inside[1, :4], whole.encoder_last_hidden_state[1, :4])
+    with pytest.raises(HostError, match="of shape"):
+        encoder(input_ids=read["input_ids"], attention_mask=torch.ones(2, 2, 6, 6))
+    torch.testing.assert_close(model(**read, decoder_input_ids=written).logits, whole.logits)
 
 
 def test_a_cache_of_a_decoder_that_was_reordered_or_that_a_seed_has_not_seen_is_refused() -> None:
