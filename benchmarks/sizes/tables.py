@@ -19,6 +19,9 @@ from benchmarks.sizes.training import unit
 MOST_WASTED: Final = 0.05
 """Goal: share of the FLOPs that a plan wastes on average."""
 
+LEAST_RUNS: Final = 4
+"""Pairs that an interval needs to show that an arm is ahead."""
+
 SHARE_RESAMPLES: Final = 400
 """Bootstrap samples of a share of FLOPs."""
 
@@ -77,8 +80,8 @@ def regrets(losses: Losses) -> dict[str, dict[float, Interval]]:
 
 
 def with_fixed(losses: Losses, arm: str) -> Losses:
-    """Return an arm and the fixed sizes, each with the seeds that all of them have."""
-    names = [*(name for name in losses if name in _FIXED_ARMS), arm]
+    """Return an arm and the fixed sizes that are the best at some budget, each with the seeds that all of them have."""
+    names = [*dict.fromkeys([*best_fixed(losses).values(), arm])]
     seeds = set.intersection(*(set(by_seed) for name in names for by_seed in losses[name].values()))
     return {
         name: {
@@ -266,16 +269,17 @@ def goals_table(form: Form, done: Done) -> str:
 
 
 def ahead_of_all(losses: Losses, plan: str) -> list[float]:
-    """Return the budgets at which a plan is ahead of every fixed size, with intervals that exclude 0."""
-    return [
-        b
-        for b in losses[plan]
-        if all(
-            b in losses[arm] and bootstrap(paired(losses[plan][b], losses[arm][b])).high < 0
-            for arm in losses
-            if arm in _FIXED_ARMS
-        )
-    ]
+    """Return the budgets at which a plan is ahead of every fixed size, with intervals that exclude 0.
+
+    Intervals of fewer than `LEAST_RUNS` pairs say nothing.
+    """
+    fixed = [losses[arm] for arm in losses if arm in _FIXED_ARMS]
+
+    def is_ahead(budget: float) -> bool:
+        gaps = [bootstrap(paired(losses[plan][budget], one.get(budget, {}))) for one in fixed]
+        return bool(gaps) and all(gap.n >= LEAST_RUNS and gap.high < 0 for gap in gaps)
+
+    return [budget for budget in losses[plan] if is_ahead(budget)]
 
 
 def plans(form: Form) -> str:
