@@ -126,7 +126,7 @@ ARMS: Final = {
         Arm("at once 1-4", "straight: three blocks more at .2", at=(0.2,), copies=3),
         Arm("safe 1-2-4", "the plan's times, the whole lifecycle", at=(0.1, 0.4), is_straight=False),
         Arm("plateau", "the whole lifecycle on plateaus", is_straight=False, plateau=True),
-        # Up to the last budget that rates are tuned on, these three are the host alone.
+        # Up to the last budget that rates are tuned on, these four are the host alone.
         _remedy("later 1-2-4", "the plan, four times later: .4 and 1.6", at=(0.4, 1.6), rate_of="fixed 1"),
         _remedy("later 1-2", "one block more at .4", at=(0.4,), rate_of="fixed 1"),
         _remedy(
@@ -135,6 +135,13 @@ ARMS: Final = {
             at=(0.4, 1.6),
             rate_of="fixed 1",
             fresh_moments=True,
+        ),
+        _remedy(
+            "later, in front",
+            "later 1-2-4; new blocks come before the others",
+            at=(0.4, 1.6),
+            rate_of="fixed 1",
+            is_first=True,
         ),
         _remedy("fresh moments", "the plan; Adam forgets its moments at each wave", fresh_moments=True),
         _remedy("twice the rate", "the plan; seeds learn at twice the host's rate", seed_rate=2.0),
