@@ -22,7 +22,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS_APART = {"trainers.md", "trackers.md"}
 """Documents whose sections are for different readers: the code of each runs alone."""
 
-SECTIONS_NEED = {"## TensorBoard": "tensorboard", "## Weights & Biases": "wandb", "## MLflow": "mlflow"}
+SECTIONS_NEED = {
+    "## TensorBoard": "tensorboard",
+    "## Weights & Biases": "wandb",
+    "## MLflow": "mlflow",
+    "## Seeds as artefacts": "mlflow",
+}
 """What a section needs to be installed; its code runs where that is."""
 
 
