@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -18,10 +20,12 @@ from kasmina_core import (
     BlueprintSpec,
     GerminationError,
     HostError,
+    InjectionPoint,
     MorphogeneticModel,
     SeedStage,
     Topology,
 )
+from kasmina_core.testing.lives import bring_to, shake
 from tests.core.state_helpers import PerToken, open_config
 
 DIM = 4
@@ -45,6 +49,60 @@ def attach(host: nn.Module, path: str, x: Any = None) -> MorphogeneticModel:
 
 
 # -- those that work -----------------------------------------------------------------------------------------------
+
+
+class Detector(nn.Module):
+    """Takes a list of images of any sizes; returns losses in training, where it takes a list of targets, else detections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        batch = images[0].new_zeros(len(images), 3, 16, 16)
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        scores = self.head(self.body(batch))
+        if not self.training:
+            return [{"scores": one.flatten()} for one in scores]
+        assert targets is not None
+        labels = torch.stack([target["label"] for target in targets])
+        return {"loss": nn.functional.cross_entropy(scores.mean((2, 3)), labels)}
+
+
+def images(*sizes: tuple[int, int]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(7)
+    return [torch.rand(3, h, w, generator=draw) for h, w in sizes]
+
+
+def test_a_host_of_lists_of_images_holds_slots_where_they_are_declared_as_the_refusal_says() -> None:
+    torch.manual_seed(0)
+    host, seen = Detector(), images((9, 12), (16, 7))
+    with pytest.raises(HostError, match="no axis is proved to be the batch") as refusal:
+        MorphogeneticModel(host, ["body"], example=(seen,))
+    declared = re.search(r"InjectionPoint\(.*\)", str(refusal.value))
+    assert declared is not None
+    assert declared.group() == 'InjectionPoint("body", "body", 8, Topology("cnn"))'
+    point = InjectionPoint("body", "body", 8, Topology("cnn"))
+    bare = copy.deepcopy(host)
+
+    def grown(stage: SeedStage) -> MorphogeneticModel:
+        model = MorphogeneticModel(copy.deepcopy(host), [point], example=(seen,), config=open_config())
+        model.evaluate_with(lambda: torch.stack([one["scores"].sum() for one in model(seen)]))
+        bring_to(model, stage, "body", "cnn:conv_light")
+        shake(model)
+        return model
+
+    model = grown(SeedStage.TRAINING)
+    targets = [{"label": torch.tensor(0)}, {"label": torch.tensor(1)}]
+    for module in (model.train(), bare.train()):
+        module(seen, targets)["loss"].backward()
+    for mine, its in zip(model.host_parameters(), bare.parameters(), strict=True):
+        assert torch.equal(mine.grad, its.grad)
+    assert any(bool(parameter.grad.any()) for parameter in model.seed_parameters())
+    model = grown(SeedStage.FOSSILIZED).eval()
+    for image, found in zip(seen, model(seen), strict=True):
+        torch.testing.assert_close(model([image])[0], found)
 
 
 class Checkpointed(nn.Module):
