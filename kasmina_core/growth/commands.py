@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -114,8 +114,9 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
         commands = growth.agreement.commands(decided(policy, model.observe()))
         growth.journal.note_policy(policy)
         for command in commands:
+            before = growth.lost_epochs
             try:
-                growth.outcomes += (CommandOutcome(command, _refusal(model, command)),)
+                refusal = _refusal(model, command)
             except BaseException as error:
                 done, left = len(growth.outcomes), len(commands) - len(growth.outcomes) - 1
                 error.add_note(
@@ -123,6 +124,10 @@ def follow(model: MorphogeneticModel, policy: Policy) -> list[Command]:
                     f"{left} after it were not."
                 )
                 raise
+            if isinstance(command, Cull) and (lost := growth.lost_epochs - before):
+                gone = f"{lost} epoch{'s' * (lost > 1)} of the host's training given up"
+                command = replace(command, reason=f"{command.reason}; {gone}")
+            growth.outcomes += (CommandOutcome(command, refusal),)
     return [outcome.command for outcome in growth.outcomes if outcome.done]
 
 

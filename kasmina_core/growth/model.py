@@ -303,7 +303,7 @@ class MorphogeneticModel(SlottedModel):
         nothing then, and the next one is carried out. `outcomes` and a `CommandRefused` event say why.
 
         Returns:
-            The commands that were carried out.
+            The commands that were carried out; the reason of one that put the host back says by how many epochs.
 
         Raises:
             TypeError: If it is no policy, or decides on something else than a list of commands; nothing is carried out.

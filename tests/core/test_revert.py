@@ -24,6 +24,7 @@ from kasmina_core import (
     CheckpointError,
     Cull,
     InexactResume,
+    MisuseWarning,
     NoGrowthPolicy,
     SeedStage,
     TransitionError,
@@ -123,6 +124,22 @@ def test_without_revert_a_late_cull_leaves_what_the_host_learned():
     assert same_tensors(learned, run.host())
     event = run.events[-1] if run.events[-1].type.value == "seed_culled" else run.events[-2]
     assert (event.reverted, event.lost_epochs, run.model.lost_epochs) == (False, 0, 0)
+
+
+class Culls:
+    def decide(self, observation):
+        return [Cull("norm", "harmful", revert=True), Cull("norm", "harmful", revert=True)]
+
+
+def test_the_command_that_put_the_host_back_says_by_how_many_epochs():
+    run = Training(ramp_steps=3)
+    grow_to(run.model, "norm", S.BLENDING, "conv")
+    for _ in range(4):
+        run.epoch()
+    with pytest.warns(MisuseWarning, match="refused"):  # the second: there is no seed any more
+        (done,) = run.model.follow(Culls())
+    assert done == Cull("norm", "harmful; 4 epochs of the host's training given up", revert=True)
+    assert run.model.lost_epochs == 4
 
 
 def test_the_lost_epochs_are_told():
