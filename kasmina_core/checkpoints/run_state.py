@@ -184,6 +184,9 @@ def apply(
         confirm()
     growth = run.model.growth
     growth.kept_seeds, growth.snapshots = kept  # last: a load forgets those that were here
+    parts = {"optimizer": saved, "schedulers": data.get("schedulers"), "scaler": data.get("scaler")}
+    here = {"optimizer": run.optimizers, "schedulers": run.schedulers, "scaler": run.scaler}
+    growth.misuse.left_out = [name for name, state in parts.items() if state and not here[name]]
     return data
 
 

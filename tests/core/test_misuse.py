@@ -617,3 +617,23 @@ def test_training_in_eval_mode_is_told_where_it_makes_a_difference(layer):
         for _ in range(2):
             epoch([False, False])
     assert ["eval mode" in str(one.message) for one in said] == [True] * (not isinstance(layer, nn.Identity))
+
+
+def test_what_a_checkpoint_holds_and_nobody_loaded_is_told_at_the_next_step(tmp_path):
+    loop = Loop()
+    schedule = torch.optim.lr_scheduler.StepLR(loop.optimizer, 3)
+    loop.epochs(2)
+    save_checkpoint(tmp_path / "point", loop.model, optimizer=loop.optimizer, schedulers=schedule)
+    for given, missing in (
+        ({}, "optimizer=..., schedulers=..."),
+        ({"optimizer": True}, "model, schedulers=..."),
+        ({"optimizer": True, "schedulers": True}, None),
+    ):
+        again = Loop()
+        here = {
+            "optimizer": again.optimizer,
+            "schedulers": torch.optim.lr_scheduler.StepLR(again.optimizer, 3),
+        }
+        load_checkpoint(tmp_path / "point", again.model, **{name: here[name] for name in given})
+        said = again.epochs(2)
+        assert [missing in one for one in said] == ([True] if missing else [])

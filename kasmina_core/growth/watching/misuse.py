@@ -44,6 +44,7 @@ class Misuse:
     Attributes:
         awaits_step: Whether `MorphogeneticModel.step` was not called yet in this epoch.
         was_in_training: Whether the model was in training mode in a step of this epoch.
+        left_out: What a loaded checkpoint holds and was not loaded, by the names of ``load_checkpoint``'s arguments.
         awaits_memory: Whether a ``state_dict`` with seeds was loaded, and no policy was loaded or followed since.
     """
 
@@ -51,6 +52,7 @@ class Misuse:
         self.awaits_step = True
         self.was_in_training = False
         self.awaits_memory = False
+        self.left_out: list[str] = []
         self._said: set[str] = set()
         self._had_gradients = False
         self._dropped: set[str] = set()
@@ -92,6 +94,14 @@ class Misuse:
         if self.awaits_step:
             self.awaits_step = False
             self._had_gradients = any(p.grad is not None for p in model.parameters())
+        if left_out := ", ".join(f"{name}=..." for name in self.left_out):
+            self.left_out = []
+            self._warn(
+                "left out",
+                "The model was loaded from a checkpoint that holds more than was loaded, and is trained on: momenta are gone, "
+                "or a schedule begins anew.\n"
+                f"To go on with a run: load_checkpoint(folder, model, {left_out}). In a new run nothing is missing.",
+            )
 
     def forget_evaluator(self) -> None:
         """Forget what the evaluator returned: there is another one."""
