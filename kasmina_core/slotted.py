@@ -210,6 +210,11 @@ class SlottedModel(nn.Module):
             if name in _parts_of(self.__dict__):
                 return getattr(self.host, name)
             kind = _own_of_host(self.__dict__, name)
+            if kind is None and name in _SAVES_THE_HOST and hasattr(self.host, name):
+                raise AttributeError(
+                    f"'{type(self).__name__}' object has no attribute '{name}': it would take the host without its seeds. save_checkpoint and "
+                    f"load_checkpoint keep both, export_model makes a plain module; model.host.{name} is the host's own."
+                ) from None
             if kind is None:
                 raise
             found = getattr(self.host, name)
@@ -574,14 +579,12 @@ def _parts_of(attributes: Mapping[str, Any]) -> set[str]:
     return set() if host is None else {*host._modules, *host._parameters, *host._buffers}
 
 
-_NOT_TAKEN_OVER: Final = {
+_SAVES_THE_HOST: Final = {"from_pretrained", "push_to_hub", "save_pretrained"}
+_NOT_TAKEN_OVER: Final = _SAVES_THE_HOST | {
     "context_reader",
     "example_inputs",
-    "from_pretrained",
     "injection_points",
-    "push_to_hub",
     "register_slot",
-    "save_pretrained",
     "unregister_slot",
 }
 

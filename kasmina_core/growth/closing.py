@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, final
 
@@ -93,6 +93,21 @@ def closing_verdict(
         higher_is_better: Whether the metric grows with quality.
         lost_epochs: Epochs of the host's training that culls gave up.
     """
+    verdict = _verdict_of_seeds(journal, epochs, held_out, training, higher_is_better, lost_epochs)
+    if not journal.warned or verdict.cause in (GrowthCause.NO_GRADIENT, GrowthCause.NO_OPTIMIZER):
+        return verdict
+    *others, last = verdict.sentences
+    return replace(verdict, sentences=(*others, f"{last} This run was warned: {' '.join(journal.warned)}"))
+
+
+def _verdict_of_seeds(
+    journal: Journal,
+    epochs: int,
+    held_out: float | None,
+    training: float | None,
+    higher_is_better: bool,
+    lost_epochs: int,
+) -> GrowthVerdict:
     lost = (
         f"; undoing culls gave up {_counted(lost_epochs, 'epoch')} of the host's training"
         if lost_epochs

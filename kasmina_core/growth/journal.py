@@ -99,6 +99,7 @@ class Journal(Record):
         first_metric: First finite metric.
         best_metric: Best finite metric.
         worst_metric: Worst finite metric.
+        warned: First lines of the warnings of calls that were forgotten.
         doubts: Warnings that tell against the evaluator, as of the last epoch in which it was asked.
     """
 
@@ -115,6 +116,7 @@ class Journal(Record):
     best_metric: Annotated[float | None, Mark.LATER] = None
     worst_metric: Annotated[float | None, Mark.LATER] = None
     doubts: Annotated[list[str], Mark.LATER] = field(default_factory=list)
+    warned: Annotated[list[str], Mark.LATER] = field(default_factory=list)
 
     def note(self, event: TelemetryEvent) -> None:
         """Record the beginning, the stages and the end of seeds, and refused germinations."""

@@ -264,6 +264,13 @@ def test_a_step_behind_zero_grad_is_told():
     assert f"slot '{FIRST}'" in said
 
 
+def test_the_verdict_says_what_was_forgotten():
+    loop = Loop("incubate", incubation="counterfactual")
+    assert "warned" not in str(loop.model.verdict())
+    loop.epochs(6)
+    assert str(loop.model.verdict()).count("incubate() was never called") == 1
+
+
 def test_a_forgotten_incubate_is_told():
     (said,) = Loop("incubate", incubation="counterfactual").epochs(2)
     assert "incubate() was never called" in said

@@ -652,8 +652,11 @@ def test_methods_and_properties_of_the_host_work_on_the_model_with_its_seeds() -
 def test_what_would_pass_by_the_seeds_is_at_the_host_alone(name: str) -> None:
     model = MorphogeneticModel(Speaker(), registry=registry())
     assert hasattr(model.host, name) is (name != "nothing")
-    with pytest.raises(AttributeError, match=f"'MorphogeneticModel' object has no attribute '{name}'"):
+    with pytest.raises(
+        AttributeError, match=f"'MorphogeneticModel' object has no attribute '{name}'"
+    ) as said:
         getattr(model, name)
+    assert ("model.host." in str(said.value)) is name.endswith("_pretrained")
     assert not isinstance(model, HostProtocol)
 
 

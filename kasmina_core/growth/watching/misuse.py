@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kasmina_core.growth.model import MorphogeneticModel
 
 
+_FORGOTTEN: Final = {"incubate", "step", "eval"}
+"""Kinds of warnings that the closing verdict repeats."""
+
 _LOOKED_AT: Final = 12
 """Last epochs in which metric and evaluator are compared."""
 
@@ -302,6 +305,8 @@ class Misuse:
                 "Call model.train() before the batches of an epoch: model.eval() for the validation stays until then."
             )
         for kind, message in pending.items():
+            if kind in _FORGOTTEN and kind not in self._said:
+                model.growth.journal.warned.append(message.partition("\n")[0])
             self._warn(kind, message)
 
     def _direction(self, higher_is_better: bool, model: MorphogeneticModel) -> str:
