@@ -41,10 +41,11 @@ class Life:
     Args:
         work: The host and its batch.
         module: What is compiled.
+        backend: What compiles the graphs.
     """
 
-    def __init__(self, work: Workload, module: nn.Module) -> None:
-        self._counter = CompileCounterWithBackend("inductor")
+    def __init__(self, work: Workload, module: nn.Module, backend: str) -> None:
+        self._counter = CompileCounterWithBackend(backend)
         self._step = work.step(module, torch.compile(module, fullgraph=True, backend=self._counter))
         self.seconds: dict[str, float] = {}
         self.graphs: dict[str, int] = {}
@@ -56,17 +57,17 @@ class Life:
         self.graphs[stage] = self.graphs.get(stage, 0) + self._counter.frame_count - before
 
 
-def measure(work: Workload, slots: int) -> Iterator[Row]:
+def measure(work: Workload, slots: int, backend: str) -> Iterator[Row]:
     """Yield the rows of one host: a life in each of ``slots`` slots, one after the other."""
     part = f"{work.kind}, compiling"
     progress(f"{part}: bare host")
     torch._dynamo.reset()
-    bare = Life(work, work.host())
+    bare = Life(work, work.host(), backend)
     bare.note("bare")
     model = work.model(slots)
     # The gates' evaluator runs the model as it is, not compiled: what is counted is the training step.
     model.evaluate_with(lambda: work.losses(model(work.inputs)))
-    life = Life(work, model)
+    life = Life(work, model, backend)
     life.note("DORMANT")
     for number, name in enumerate(model.slots):
         before = sum(life.graphs.values()), sum(life.seconds.values())
@@ -100,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--slots", type=int, default=1, help="lives, one after the other (default: %(default)s)"
     )
+    parser.add_argument(
+        "--backend",
+        default="inductor",
+        help="what compiles; eager counts graphs alone (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     device = device_of(options)
     size = SIZES["tiny" if options.fast else "small"]
@@ -108,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row
         for kind in options.hosts.split(",")
         if time.monotonic() < end
-        for row in measure(Workload(kind, size, device), options.slots)
+        for row in measure(Workload(kind, size, device), options.slots, options.backend)
     )
     with (
         torch._dynamo.config.patch(recompile_limit=10**3, accumulated_recompile_limit=10**3),

@@ -7,6 +7,7 @@ but the disk; each ratio is taken between neighbours in one round.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -101,6 +102,20 @@ def _step(name: str, folder: str) -> dict[str, Any]:
     found = STEPS[name]()
     seconds = time.process_time() - begun
     return {"seconds": seconds, "packs": found, "torch": "torch" in sys.modules}
+
+
+def _import_after_torch() -> dict[str, float]:
+    """Return CPU seconds of importing torch, and then the library, without the garbage collection that is due between."""
+    begun = time.process_time()
+    import torch
+
+    assert torch
+    imported = time.process_time()
+    gc.disable()
+    from kasmina_core import MorphogeneticModel
+
+    assert MorphogeneticModel
+    return {"torch": imported - begun, "library": time.process_time() - imported}
 
 
 def _germinate_first(folder: str) -> dict[str, float]:
@@ -208,6 +223,8 @@ def measure_discovery(count: int, rounds: int) -> dict[str, Any]:
 def measure(sizes: Sequence[int], rounds: int, blueprints: int) -> dict[str, Any]:
     """Return every figure as plain data."""
     sizes_measured = [measure_discovery(count, rounds) for count in sizes]
+    _progress("import")
+    imports = [_child("import") for _ in range(rounds)]
     _progress("registration")
     registration = {
         kind: _quartiles(seconds)
@@ -226,6 +243,7 @@ def measure(sizes: Sequence[int], rounds: int, blueprints: int) -> dict[str, Any
         },
         "rounds": rounds,
         "discovery": sizes_measured,
+        "import_over_importing_torch": _quartiles([told["library"] / told["torch"] for told in imports]),
         "registration_per_blueprint": registration,
     }
 
@@ -254,6 +272,8 @@ def _print(result: dict[str, Any]) -> None:
     )
     print("germination: the first one in a process, of a bundled blueprint by its short name")
     print("load: PluginRegistry(checks=False).load_installed, listing included; a pack: load less list")
+    imported = _spread(result["import_over_importing_torch"], 1, 3)
+    print(f"\nfrom kasmina_core import MorphogeneticModel, over importing torch: {imported}")
     print(f"\n{'registration, a blueprint':<36}{'ms':>28}")
     for kind, seconds in result["registration_per_blueprint"].items():
         print(f"{kind:<36}{_spread(seconds, 1e3, 3):>28}")
@@ -281,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, *rest = options.child
         if name == "register":
             told = _register(*map(int, rest))
+        elif name == "import":
+            told = _import_after_torch()
         else:
             told = _germinate_first(rest[0]) if name == "germinate" else _step(name, rest[0])
         print(json.dumps(told))
