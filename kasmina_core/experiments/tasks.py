@@ -560,7 +560,7 @@ def _load_code(seed: int, data_dir: Path) -> dict[str, Any]:
             f"once. The model predicts the next byte. SHA-256 of the bytes begins with {digest}."
         ),
         "host_options": {"dim": 16, "n_layers": 2, "n_heads": 2, "expansion": 1},
-        "epochs": 16,
+        "epochs": 13,
         "lr": 1e-2,
         "policy": "plan",
     }
