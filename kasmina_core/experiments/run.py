@@ -668,11 +668,6 @@ class GrowthRun:
         if model.epoch:
             self.record.verdict = str(model.verdict(arm.evaluate("train")[0]))
         self.record.seeds = self._log.records()
-        if self.record.seeds:
-            self.record.notes.append(
-                "Contributions of seeds that are still there were measured on the test samples, which decided "
-                "nothing; those of culled seeds are the last that a gate saw, on samples of its own."
-            )
         if model.lost_epochs:
             self.record.notes.append(
                 f"{model.lost_epochs} epochs of the host's training were given up to undo what seeds did that were "

@@ -26,12 +26,16 @@ EQUAL_LOSS: Final = 0.01
 
 NEVER_MEASURED: Final = "never measured"
 
+AT_GATE: Final = (
+    "The gain at its gate is what the last gate that decided on evidence found on its own samples, and its interval holds over "
+    "all the looks it took. "
+)
+
 CONTRIBUTION: Final = (
-    "Both gains are the loss without the seed minus that with it; above zero the model needs it. The gate's is what the last "
-    "gate that decided on evidence found on its own samples, with an interval that holds over all the looks it took; "
-    "the contribution is measured at the end on the test samples, which decided nothing (of a culled seed it is the last that "
-    "a gate's samples gave), with a 95 % interval. Of a seed that has not blended in yet, they are what putting it in whole "
-    "would do. The rest has adapted to a kept seed, so contributions do not add up."
+    "The contribution is the loss without the seed minus that with it, at the end on the test samples, which decided nothing "
+    "(of a culled seed the last that a gate's samples gave), with a 95 % interval. Above zero the model needs the seed; of one "
+    "that has not blended in yet, it is what putting it in whole would do. The rest has adapted to a kept seed, so "
+    "contributions do not add up."
 )
 
 
@@ -160,7 +164,7 @@ def about_gains(record: RunRecord) -> str:
             "Contribution: the loss without the seed minus that with it on the gate's samples, as last measured; above zero "
             "the model needs it."
         )
-    return CONTRIBUTION
+    return AT_GATE * any(seed.finding is not None for seed in record.seeds) + CONTRIBUTION
 
 
 def growth(record: RunRecord) -> str:
