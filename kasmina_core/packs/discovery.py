@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kasmina_core.policies.protocol import Policy
 
 
-SLOW_LOAD: Final = 5.0
+SLOW_LOAD: Final = 15.0
 """Seconds after which a pack that is still being loaded is named on stderr."""
 
 
