@@ -22,10 +22,7 @@ def test_blueprint(blueprint: BlueprintSpec, check) -> None:
 def test_installed_pack() -> None:
     report = check_pack("template-transformer-pack")
     report.raise_if_failed()
-    assert sorted(report.blueprints) == [
-        "template-transformer-pack:context",
-        "template-transformer-pack:waist",
-    ]
+    assert sorted(report.blueprints) == sorted(f"template-transformer-pack:{spec.name}" for spec in SPECS)
 
 
 def trained(seed: nn.Module) -> tuple[Tensor, Tensor, nn.Module]:
