@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, final
@@ -11,7 +11,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from kasmina_core.checkpoints.growth_state import counters_of
 from kasmina_core.checkpoints.migrations import part, upgraded
@@ -75,6 +83,35 @@ def check_held_out(held_out: object) -> None:
             "held_out shuffles. Seeds are judged by the same samples in the same order with and without them: "
             "give a DataLoader with shuffle=False."
         )
+
+
+def refuse_trained_on(training: object, held_out: object) -> None:
+    """Raise a ValueError if held-out samples are certainly among those of the training, datasets or loaders of them."""
+    trained, judged = _samples_of(training), _samples_of(held_out)
+    if trained is None or judged is None or trained[0] is not judged[0]:
+        return
+    if common := set(trained[1]).intersection(judged[1]):
+        raise ValueError(
+            "Seeds are judged by samples that nothing else learns from, and held_out has samples of the training data.\n"
+            f"  held_out: {len(set(judged[1])):,} samples of a {type(judged[0]).__name__}, "
+            f"{len(common):,} of which are trained on\n"
+            "Divide the dataset before: training, held_out = torch.utils.data.random_split(dataset, [0.9, 0.1])."
+        )
+
+
+def _samples_of(data: Any) -> tuple[object, Sequence[int]] | None:
+    """Return the dataset below all subsets and samplers, and which samples of it are used, if that can be told."""
+    if isinstance(data, DataLoader):
+        sampler, below = data.sampler, _samples_of(data.dataset)
+        if below is None or isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler):
+            return below
+        chosen = sampler.indices if isinstance(sampler, SubsetRandomSampler) else None
+    elif isinstance(data, Subset):
+        chosen, below = data.indices, _samples_of(data.dataset)
+    else:
+        is_dataset = isinstance(data, Sized) and hasattr(data, "__getitem__")
+        return (data, range(len(data))) if is_dataset and not isinstance(data, IterableDataset) else None
+    return None if chosen is None or below is None else (below[0], [below[1][int(i)] for i in chosen])
 
 
 def part_of_process(batches: Iterable[Any], rank: int, processes: int) -> Iterable[Any]:

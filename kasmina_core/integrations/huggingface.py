@@ -28,6 +28,7 @@ from kasmina_core.integrations.growing import (
     part_of_process,
     readings,
     refuse_averages,
+    refuse_trained_on,
     surroundings_at_rest,
 )
 from kasmina_core.parallel.distributed import leave_out_seeds
@@ -83,7 +84,7 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
 
     Raises:
         TypeError: If ``policy`` is no policy.
-        ValueError: If ``held_out`` shuffles.
+        ValueError: If ``held_out`` shuffles. At the start of ``train``: if samples of it are trained on.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class GrowthCallback(GrowthUnderTrainer, TrainerCallback):
             raise ValueError("Attach it instead of listing it: GrowthCallback(...).attach(trainer).")
         model = self._required_model()
         refuse_averages(self._trainer.callback_handler.callbacks, self._trainer.model, model)
+        refuse_trained_on(self._trainer.train_dataset, self._held_out)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             saved = self._with_tensors(saved)
         self._clock.check_memory()

@@ -24,6 +24,7 @@ from kasmina_core.integrations.growing import (
     part_of_process,
     readings,
     refuse_averages,
+    refuse_trained_on,
     surroundings_at_rest,
 )
 from kasmina_core.parallel.distributed import leave_out_seeds
@@ -76,8 +77,8 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         TypeError: If ``policy`` is no policy, or ``held_out`` can be iterated only once. At the start of ``fit``: if
             what the policy remembers is no plain data.
         ValueError: If ``held_out`` shuffles. At the start of ``fit``: if there is no model or no validation, if the
-            optimiser is not clear, if the strategy is another than of one device or DDP, or if another callback averages
-            weights. After a validation: if it did not log ``monitor``.
+            optimiser is not clear, if samples of ``held_out`` are trained on, if the strategy is another than of one device
+            or DDP, or if another callback averages weights. After a validation: if it did not log ``monitor``.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class GrowthCallback(GrowthUnderTrainer, Callback):
         self._refuse_averages(trainer, pl_module, self._required_model())  # others may have been made since
         if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             raise self._no_validation()
+        refuse_trained_on(trainer.train_dataloader, self._held_out)
         with self._required_model().evaluation():
             self._evaluate(trainer, pl_module, batches=1)
 

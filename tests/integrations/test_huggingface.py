@@ -478,6 +478,13 @@ def test_wrong_arguments_are_refused_at_once() -> None:
         grower(held_out=DataLoader(texts(8, 1), shuffle=True))
 
 
+def test_held_out_samples_that_are_trained_on_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(growing_gpt2(), tmp_path, 1)
+    grower(held_out=DataLoader(trainer.train_dataset)).attach(trainer)
+    with pytest.raises(ValueError, match="has samples of the training data"):
+        trainer.train()
+
+
 def test_models_made_anew_and_smoothed_labels_are_refused(tmp_path: Path) -> None:
     made = make_trainer(None, tmp_path, 1, model_init=lambda: growing_gpt2())
     smoothed = make_trainer(growing_gpt2(), tmp_path, 1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from growth_cases import EpochSampler, Returns, Script, image_host, images, labels, same
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from kasmina_core import (
     CheckpointError,
@@ -499,6 +499,25 @@ def test_held_out_batches_that_change_are_refused() -> None:
     with pytest.raises(TypeError, match=r"each time it is gone through.*not generator"):
         grower(held_out=(batch for batch in HELD_OUT))
     assert grower(held_out=DataLoader(data)).monitor == "val_loss"
+
+
+def test_held_out_samples_that_are_trained_on_are_refused(tmp_path: Path) -> None:
+    class Trained(Classifier):
+        data = TensorDataset(images(), labels())
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Subset(self.data, range(16)), batch_size=8, shuffle=True)
+
+    for judged in (Trained.data, Subset(Subset(Trained.data, range(12, 24)), [3, 4])):
+        with pytest.raises(ValueError, match="has samples of the training data") as refused:
+            fit(Trained(), [grower(held_out=DataLoader(judged, batch_size=8))], tmp_path, 1)
+        assert f"{16 if judged is Trained.data else 1} of which are trained on" in str(refused.value)
+    fit(
+        Trained(),
+        [grower(held_out=DataLoader(Subset(Trained.data, range(16, 24)), batch_size=8))],
+        tmp_path,
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
