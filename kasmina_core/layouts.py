@@ -375,7 +375,11 @@ class Evidence:
 
     def batches(self, usable: Collection[int]) -> dict[int, int]:
         """Return the axes along which entries do not touch each other, each with the axis of the inputs that it follows."""
-        first = self.cuts.get(0)
+        first, second = self.cuts.get(0), self.cuts.get(1)
+        # Of an example with one sample of one position an axis may be both, one behind the other.
+        both: frozenset[int] = frozenset()
+        if first and second and first.resized and second.resized:
+            both = first.resized & second.resized
         # Samples that lie in rows of an axis are not those of another one, whose entries may be positions.
         is_folded = first is not None and not first.own and any(rows > 1 for rows in first.rows.values())
         found = {
@@ -383,7 +387,7 @@ class Evidence:
             for a in sorted(self.cuts, reverse=True)
             if a in usable and not (a == 1 and is_folded)
             for k in self.cuts[a].own
-            if self.cuts[a].apart[k]
+            if self.cuts[a].apart[k] and k not in both
         }
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
