@@ -109,8 +109,12 @@ def train(
     load_packages(algo)
     options = {"episodes": episodes} | _options(texts)
     settings = Settings(_id(env_name), options, algo, steps, seed, out, resume)
-    with _small_heap():
-        run(settings, click.echo)
+    try:
+        with _small_heap():
+            run(settings, click.echo)
+    except KeyboardInterrupt:
+        click.echo("Stopped. The same command with --resume goes on from what was saved.", err=True)
+        sys.exit(130)
     click.echo(f"{out / 'controller.safetensors'}")
 
 
@@ -188,6 +192,10 @@ def evaluate(
     _demand_new(out)
     controllers = {f"controller {path}": ControllerPlayer(Controller.load(path)) for path in paths}
     make = _maker(env_name, texts, workers)
+    env = make()
+    _, info = env.reset(options={"episode": FIRST_UNSEEN})
+    for player in controllers.values():
+        player.act(env, info["action_mask"])  # one that does not fit is an error here, not after the tuning
     with _small_heap():
         tuned = _best(make, {f"{s}": playing.plateau(*s) for s in playing.TUNED}, tuning, workers)
         fixed = _best(make, _fixed(), min(tuning, FIXED_TUNING), workers)

@@ -246,3 +246,24 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path, monkeypatch, capsys)
         assert left.value.code == 2
         assert "is there already: nothing was written" in capsys.readouterr().err
     assert kept.read_bytes() == b"before"
+
+
+def test_a_training_stopped_by_hand_says_how_it_goes_on(tmp_path, monkeypatch):
+    def stopped(settings, say):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kasmina_rl.training.train", stopped)
+    result = CliRunner().invoke(cli, ["train", *TEXTS, "--steps=24", f"--out={tmp_path / 'a'}"])
+    assert result.exit_code == 130
+    assert "The same command with --resume goes on" in result.output
+
+
+def test_a_controller_that_does_not_fit_is_refused_before_anything_is_tuned(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    width = len(kasmina_rl.RUN_FIELDS) + 2 * len(kasmina_rl.SLOT_FIELDS) + 10
+    weights = {"0.weight": np.zeros((11, width), np.float32), "0.bias": np.zeros(11, np.float32)}
+    Controller("mlp", weights, 2, ("vector:norm", "vector:mlp"), {}).save(path)
+    monkeypatch.setattr("kasmina_rl.command._best", lambda *_: pytest.fail("tuned"))
+    result = CliRunner().invoke(cli, ["evaluate", *TEXTS, f"--controller={path}"])
+    assert isinstance(result.exception, ControllerError)
+    assert "trained with: 2 slots, candidates vector:norm, vector:mlp" in str(result.exception)
