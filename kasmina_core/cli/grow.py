@@ -371,8 +371,12 @@ def _saved_settings(folder: Path) -> tuple[RunSettings, int | None, Beginning | 
                 else None
             )
             settings = RunSettings.from_dict(saved, f"{path}")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise CheckpointError(f"--resume {folder}: no run can be read there: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"--resume {folder}: {path} is damaged, or no file of ours: {error}"
+            ) from error
     if not isinstance(repeats, int | None):
         raise click.UsageError(f"{path}: {REPEATS} cannot be {repeats!r:.80}.")
     if repeats is None and _is_done(folder):

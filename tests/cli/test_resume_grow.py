@@ -209,6 +209,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     result = _grow("--resume", tmp_path)
     assert result.exit_code == 2
     assert "no run can be read there" in result.stderr
+    (tmp_path / "config.json").write_text('{"task": "digi')
+    result = _grow("--resume", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'config.json'} is damaged" in result.stderr
 
 
 def test_a_folder_never_leads_to_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
