@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -357,7 +358,7 @@ def _why_none_stayed(
     )
 
 
-_DOUBT: Final = "What the gates said of seeds proves nothing; mend the evaluator, and run again."
+_DOUBT: Final = "Until that is settled, what the gates say of seeds proves nothing."
 
 _NOT_STEPPED: Final = (
     GrowthCause.NOT_STEPPED,
@@ -422,7 +423,9 @@ def _gain_or_nothing(life: SeedLife) -> float:
 
 
 def _sentence(text: str) -> str:
-    return " ".join(text.split()).rstrip(".") + "."
+    """Return a warning in one line, its indented lines in brackets."""
+    bracketed = re.sub(r"(?:\n  .*)+", lambda lines: f" ({'; '.join(lines[0].strip().splitlines())})", text)
+    return " ".join(bracketed.split()).rstrip(".") + "."
 
 
 def _one_line(text: str) -> str:

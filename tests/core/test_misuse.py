@@ -587,6 +587,7 @@ def test_an_evaluator_that_goes_the_other_way_than_the_metric_is_told_once(turne
     assert f"higher_is_better={not higher_is_better}" in said
     assert ("0 or less" in said) == (turned(torch.ones(1)).item() < 0)
     assert model.verdict().cause is GrowthCause.DOUBTFUL_EVALUATOR
+    assert "take them. (evaluator: " in str(model.verdict())
 
 
 def test_a_loss_that_may_be_negative_and_a_share_of_errors_are_told_nothing():
