@@ -17,8 +17,8 @@ from kasmina_core import (
 )
 from numpy.typing import NDArray
 
-VERSION: Final = 1
-"""Version of the encoding; a saved controller of another one is refused."""
+VERSION: Final = 2
+"""Version of the numbers that a controller scores; a saved one of another version is refused."""
 
 BOUND: Final = 5.0
 """Every number lies in [-BOUND, BOUND]."""
@@ -76,7 +76,32 @@ SLOT_FIELDS: Final = (
 )
 """Numbers of a slot. What is not known is 0, with 0 in the field that says so."""
 
+TIMING_FIELDS: Final = ("late_undecided", "late_empty", "undecided_for")
+"""Products that a linear score cannot form of the others; see `timing`."""
+
+LATE: Final = 0.3
+"""Share of the budget below which it is late: a seed's life on Toy takes a tenth to three tenths."""
+
 Numbers = NDArray[np.float32]
+
+
+def timing(run: Any, slots: Any) -> tuple[Any, Any, Any]:
+    """Return `TIMING_FIELDS` of each slot, ``(..., s)`` each.
+
+    With ``late = 10 * max(0, LATE - budget_left)``, 0 where the budget is not known: ``late`` where the slot holds a seed
+    that is not decided, ``late`` where it is empty, and ``epochs_in_stage`` where its seed is not decided; else 0.
+
+    Args:
+        run: `RUN_FIELDS`, ``(..., r)``; an array or a tensor.
+        slots: `SLOT_FIELDS`, ``(..., s, f)``, of the same kind.
+    """
+    late = run[..., 1:2] * (10 * (LATE - run[..., 0:1])).clip(0)
+    undecided = slots[..., 1:6].sum(-1)
+    return (
+        undecided * late,
+        slots[..., 0] * late,
+        undecided * slots[..., SLOT_FIELDS.index("epochs_in_stage")],
+    )
 
 
 def describe(blueprint: str, slot: SlotObservation) -> list[float]:

@@ -23,7 +23,17 @@ from kasmina_core import (
 )
 
 from kasmina_rl.actions import Actions
-from kasmina_rl.encoding import BLUEPRINT_FIELDS, RUN_FIELDS, SLOT_FIELDS, VERSION, Encoder, Numbers, flatten
+from kasmina_rl.encoding import (
+    BLUEPRINT_FIELDS,
+    RUN_FIELDS,
+    SLOT_FIELDS,
+    TIMING_FIELDS,
+    VERSION,
+    Encoder,
+    Numbers,
+    flatten,
+    timing,
+)
 
 FORMAT: Final = "kasmina-rl controller"
 """What a file must say that it is."""
@@ -31,7 +41,8 @@ FORMAT: Final = "kasmina-rl controller"
 MOST_BYTES: Final = 16_000_000
 """Size of the largest file that is read."""
 
-_CONTEXT: Final = len(RUN_FIELDS) + len(SLOT_FIELDS)
+_CONTEXT: Final = len(RUN_FIELDS) + len(SLOT_FIELDS) + len(TIMING_FIELDS)
+_FIELDS: Final = [*RUN_FIELDS, *SLOT_FIELDS, *TIMING_FIELDS, *BLUEPRINT_FIELDS]
 SCORES: Final[Mapping[str, int]] = {
     "wait": len(RUN_FIELDS) + 1,
     "germinate": _CONTEXT + len(BLUEPRINT_FIELDS) + 1,
@@ -61,6 +72,7 @@ class Controller:
         slots: Slots that it was trained with.
         candidates: Blueprints that it was trained with.
         record: How it was trained, plain data.
+        draws: Whether it acts as it was trained by drawing by ``softmax(scores)``, and not by taking the best.
     """
 
     kind: Literal["linear", "mlp"]
@@ -68,6 +80,7 @@ class Controller:
     slots: int
     candidates: tuple[str, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
+    draws: bool = False
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(array.shape) for name, array in self.weights.items()}
@@ -127,7 +140,8 @@ class Controller:
             "kind": self.kind,
             "slots": self.slots,
             "candidates": list(self.candidates),
-            "fields": [*RUN_FIELDS, *SLOT_FIELDS, *BLUEPRINT_FIELDS],
+            "draws": self.draws,
+            "fields": _FIELDS,
             "record": dict(self.record),
         }
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in self.weights.items()}
@@ -173,18 +187,20 @@ class Controller:
         if about["format"] != FORMAT or about["version"] != VERSION:
             raise ControllerError(
                 f"{path} holds another format.\n  expected: {FORMAT}, version {VERSION}\n"
-                f"  found:    {about['format']!s:.80}, version {about['version']!s:.20}"
+                f"  found:    {about['format']!s:.80}, version {about['version']!s:.20}\n"
+                "One of an older version must be trained again; a network can be exported again from its model."
             )
-        fields = [*RUN_FIELDS, *SLOT_FIELDS, *BLUEPRINT_FIELDS]
-        if about["fields"] != fields or about["kind"] not in ("linear", "mlp"):
+        if about["fields"] != _FIELDS or about["kind"] not in ("linear", "mlp"):
             raise ControllerError(f"{path} was written for other numbers than those of version {VERSION}.")
         slots, candidates = about["slots"], about["candidates"]
         if not (
             isinstance(slots, int) and 0 < slots < 10_000 and all(isinstance(c, str) for c in candidates)
         ):
             raise ControllerError(f"{path} does not say for which slots and candidates it was made.")
+        if not isinstance(about["draws"], bool):
+            raise ControllerError(f"{path} does not say whether the controller draws.")
         weights = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-        return cls(about["kind"], weights, slots, tuple(candidates), dict(about["record"]))
+        return cls(about["kind"], weights, slots, tuple(candidates), dict(about["record"]), about["draws"])
 
 
 def checksum(text: str, arrays: Mapping[str, Numbers]) -> str:
@@ -199,17 +215,33 @@ def linear_scores(weights: Mapping[str, Numbers], encoded: Mapping[str, Numbers]
     """Return the scores of a linear controller, in the order of `Actions`."""
     run, one = encoded["run"], np.ones(1, np.float32)
     scores = [float(weights["wait"] @ np.concatenate([run, one]))]
-    for slot in encoded["slots"]:
-        about = np.concatenate([run, slot])
+    times = np.stack(timing(run, encoded["slots"]), -1)
+    for slot, time in zip(encoded["slots"], times, strict=True):
+        about = np.concatenate([run, slot, time])
         rows = [np.concatenate([about, candidate, one]) for candidate in encoded["candidates"]]
         scores += [float(weights["germinate"] @ row) for row in rows]
         scores += [float(weights[name] @ np.append(about, 1.0)) for name in ("advance", "cull", "revert")]
     return np.array(scores, np.float32)
 
 
+def choose(scores: Numbers, mask: Any, dice: np.random.Generator | None) -> int:
+    """Return the number of a legal action: the best one's, or one drawn by ``softmax(scores)``.
+
+    Args:
+        scores: Of all actions.
+        mask: Which are legal, booleans.
+        dice: What to draw with; ``None`` takes the best.
+    """
+    scores = np.where(mask, scores, -np.inf)
+    if dice is None:
+        return int(scores.argmax())
+    odds = np.exp(scores - scores.max())
+    return int(dice.choice(len(scores), p=odds / odds.sum()))
+
+
 @final
 class LearnedPolicy:
-    """Decides as a trained controller does: the legal action of the highest score, one per epoch.
+    """Decides as a trained controller does: one legal action per epoch, the best or drawn.
 
     Use it for one run: it remembers the losses. ``kasmina grow --policy rl:learned --policy-option path=FILE``.
 
@@ -217,7 +249,7 @@ class LearnedPolicy:
         blueprints: Candidates by topology, or a function of a slot's observation; those that the controller knows are
             grown. A linear controller grows any.
         path: The controller's file; ``None`` for the one that comes with this package.
-        sample: Whether to draw by ``softmax(scores)`` instead of taking the best.
+        sample: Whether to draw by ``softmax(scores)``, or to take the best; ``None`` for what the file says.
         seed: What to draw with.
 
     Raises:
@@ -229,12 +261,12 @@ class LearnedPolicy:
         blueprints: Any,
         path: str | os.PathLike[str] | None = None,
         *,
-        sample: bool = False,
+        sample: bool | None = None,
         seed: int = 0,
     ) -> None:
         self.controller = Controller.load(path if path is not None else bundled())
         self._candidates = blueprints
-        self.sample = sample
+        self.sample = self.controller.draws if sample is None else sample
         self._dice = np.random.default_rng(seed)
         self._encoder: Encoder | None = None
         self._actions: Actions | None = None
@@ -254,12 +286,7 @@ class LearnedPolicy:
         for number, command in enumerate(self._actions.commands):
             if isinstance(command, Germinate) and command.blueprint not in offered[command.slot]:
                 mask[number] = False
-        scores = np.where(mask, scores, -np.inf)
-        if self.sample:
-            odds = np.exp(scores - scores.max())
-            number = int(self._dice.choice(len(scores), p=odds / odds.sum()))
-        else:
-            number = int(scores.argmax())
+        number = choose(scores, mask, self._dice if self.sample else None)
         command = self._actions.commands[number]
         return () if isinstance(command, Continue) else (command,)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kasmina_rl.encoding import Numbers, flatten
+from kasmina_rl.encoding import Numbers, flatten, timing
 from kasmina_rl.environment import GrowEnv
 from kasmina_rl.learned import SCORES
 
@@ -49,8 +49,9 @@ class LinearActor(nn.Module):
             slots: ``(n, s, f)``.
             candidates: ``(n, k, m)``.
         """
-        parts, width = self.parts, run.shape[1] + slots.shape[2]
-        about = torch.cat([run[:, None].expand(-1, slots.shape[1], -1), slots], 2)  # (n, s, r + f)
+        parts, times = self.parts, torch.stack(timing(run, slots), 2)
+        about = torch.cat([run[:, None].expand(-1, slots.shape[1], -1), slots, times], 2)  # (n, s, r + f + t)
+        width = about.shape[2]
         wait = run @ parts["wait"][:-1] + parts["wait"][-1]
         grow = parts["germinate"]
         germinate = (about @ grow[:width])[:, :, None] + (candidates @ grow[width:-1])[:, None] + grow[-1]

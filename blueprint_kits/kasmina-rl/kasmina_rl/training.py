@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, final
@@ -15,8 +15,9 @@ from typing import Any, Final, final
 import gymnasium
 import numpy as np
 
+from kasmina_rl.encoding import RUN_FIELDS, SLOT_FIELDS, TIMING_FIELDS
 from kasmina_rl.environment import GrowEnv
-from kasmina_rl.learned import SCORES, Controller, ControllerError
+from kasmina_rl.learned import SCORES, Controller, ControllerError, choose
 from kasmina_rl.playing import play
 from kasmina_rl.wrappers import flat
 
@@ -30,21 +31,23 @@ class RequestError(ControllerError):
 
 @final
 class ControllerPlayer:
-    """Plays a controller: the legal action of the highest score."""
+    """Plays a controller: the legal action of the highest score, or drawn, in an episode always the same."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
+        self.dice: np.random.Generator | None = None
 
     def begin(self, env: GrowEnv) -> None:
-        """Do nothing."""
+        """Begin to draw, if the controller does."""
+        self.dice = np.random.default_rng(env.episode) if self.controller.draws else None
 
     def act(self, env: GrowEnv, mask: Any) -> int:
         """Return the action."""
         scores = self.controller.scores(env.encoder.encode(env.seen))
-        return int(np.where(mask.astype(bool), scores, -np.inf).argmax())
+        return choose(scores, mask.astype(bool), self.dice)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What a training is asked for.
 
@@ -113,7 +116,7 @@ def train(settings: Settings, say: Callable[[str], object]) -> Controller:
     began = time.perf_counter()
     found = algorithms[settings.algo](settings, env, about, say)
     record = {**about, **found.record, "seconds": round(time.perf_counter() - began, 1)}
-    controller = Controller(found.kind, found.weights, found.slots, found.candidates, record)
+    controller = dataclasses.replace(found, record=record)
     controller.save(settings.out / "controller.safetensors")
     return controller
 
@@ -190,11 +193,23 @@ SIGMA: Final = 0.3
 RATE: Final = 0.3
 
 
-def start_weights() -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the weights that evolution starts from: advance where the gate allows, cull rarely, nothing else known."""
+_TIMING: Final = len(RUN_FIELDS) + len(SLOT_FIELDS)
+
+
+def start_weights() -> dict[str, Any]:
+    """Return the weights that training starts from.
+
+    Grow at once, and advance where the gate allows. Cull, and revert where that can be, a seed that is undecided for more
+    than eight epochs of its stage or when the budget ends, and germinate nothing then. Nothing else is known.
+    """
     parts = {name: np.zeros(size, np.float32) for name, size in SCORES.items()}
-    parts["advance"][-1], parts["cull"][-1], parts["revert"][-1], parts["wait"][-1] = 2.0, -2.0, -2.0, 0.5
-    return np.concatenate(list(parts.values()))
+    late_undecided, late_empty, undecided_for = range(_TIMING, _TIMING + len(TIMING_FIELDS))
+    parts["wait"][-1], parts["germinate"][-1], parts["advance"][-1] = 0.5, 1.0, 2.0
+    parts["cull"][-1], parts["revert"][-1] = -4.5, -4.0
+    for name in ("cull", "revert"):
+        parts[name][[late_undecided, undecided_for]] = 2.0
+    parts["germinate"][late_empty] = -2.0
+    return parts
 
 
 def _most_steps(env: GrowEnv) -> int:
@@ -212,7 +227,7 @@ def _evolve(
 ) -> Controller:
     """Evolve a linear controller (OpenAI's evolution strategy, https://arxiv.org/abs/1703.03864)."""
     path = settings.out / "evolution.json"
-    vector, steps, episodes, generation = start_weights(), 0, 0, 0
+    vector, steps, episodes, generation = np.concatenate([*start_weights().values()]), 0, 0, 0
     if settings.resume and path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -267,7 +282,7 @@ def _ppo(
 
     path, numbers = settings.out / "ppo.pt", flat(env).observation_space.shape
     assert numbers is not None
-    learner, steps, episodes, generation = Ppo(_weights(start_weights()), numbers[0], settings.seed), 0, 0, 0
+    learner, steps, episodes, generation = Ppo(start_weights(), numbers[0], settings.seed), 0, 0, 0
     if settings.resume and path.exists():
         try:
             saved = torch.load(path, "cpu", weights_only=True)
@@ -297,7 +312,8 @@ def _ppo(
     say(f"ended after {steps:,} steps: another generation could take {_most_steps(env):,}")
     scalars.close()
     record = {"steps": steps, "episodes": episodes, "generations": generation}
-    return Controller("linear", learner.actor.weights(), len(env.actions.slots), env.candidates, record)
+    weights = learner.actor.weights()
+    return Controller("linear", weights, len(env.actions.slots), env.candidates, record, draws=True)
 
 
 # -- MaskablePPO ---------------------------------------------------------------------------------------------------
@@ -419,4 +435,4 @@ def export_model(path: Path, record: Mapping[str, Any] | None = None) -> Control
             f"{path} is no model of a training that can be exported: {type(error).__name__}: {error!s:.300}\n"
             f"It needs the weights of an MlpPolicy (policy.pth), and {ABOUT} beside it."
         ) from error
-    return Controller("mlp", weights, slots, candidates, {**about, **(record or {})})
+    return Controller("mlp", weights, slots, candidates, {**about, **(record or {})}, draws=True)

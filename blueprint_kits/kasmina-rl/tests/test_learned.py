@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -15,11 +16,12 @@ from kasmina_core import CheckpointError, Topology, default_registry, start_arm
 from rl_cases import MLP, NORM, toy
 from safetensors.numpy import load
 
-from kasmina_rl import ControllerError, Encoder, LearnedPolicy
+from kasmina_rl import RUN_FIELDS, SLOT_FIELDS, ControllerError, Encoder, LearnedPolicy
+from kasmina_rl.encoding import timing
 from kasmina_rl.episodes import toy_task
 from kasmina_rl.learned import SCORES, Controller, bundled, checksum
 from kasmina_rl.playing import play
-from kasmina_rl.training import ControllerPlayer
+from kasmina_rl.training import ControllerPlayer, start_weights
 
 CANDIDATES = {Topology.VECTOR: [NORM, MLP]}
 
@@ -71,6 +73,56 @@ def test_a_linear_controller_grows_blueprints_it_never_saw(tmp_path):
     linear(**GREEDY).save(path)
     arm = run(LearnedPolicy({Topology.VECTOR: ["vector:bottleneck"]}, path), 4)
     assert {slot.blueprint for slot in arm.model.observe().slots} == {"vector:bottleneck"}
+
+
+def test_a_file_says_whether_its_controller_draws_and_policy_and_table_keep_to_it(tmp_path):
+    path, env = tmp_path / "c.safetensors", toy(epochs=3)
+    seen = start_arm(toy_task(), seed=0).model.observe()
+    for draws in (False, True):
+        dataclasses.replace(linear(), draws=draws).save(path)
+        player = ControllerPlayer(Controller.load(path))
+        acts = []
+        for _ in range(2):
+            env.reset(options={"episode": 0})
+            player.begin(env)
+            acts.append([player.act(env, env.action_masks()) for _ in range(12)])
+        assert acts[0] == acts[1], "an episode is always played the same way"
+        policy = LearnedPolicy(CANDIDATES, path)
+        decided = {str(policy.decide(seen)) for _ in range(12)}
+        assert (len(set(acts[0])) > 1, len(decided) > 1) == (draws, draws)
+        still = LearnedPolicy(CANDIDATES, path, sample=False)
+        assert len({str(still.decide(seen)) for _ in range(12)}) == 1
+
+
+def test_a_controller_of_an_older_version_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "good"
+    path.write_bytes(hostile(path)["an older version"])
+    with pytest.raises(ControllerError, match=r"found: .* version 1\n.* must be trained again"):
+        Controller.load(path)
+
+
+def test_products_say_what_is_late_and_how_long_a_seed_is_undecided():
+    dormant, training, kept = (np.zeros(len(SLOT_FIELDS), np.float32) for _ in range(3))
+    dormant[0], training[2], kept[6] = 1.0, 1.0, 1.0
+    for slot in (dormant, training, kept):
+        slot[SLOT_FIELDS.index("epochs_in_stage")] = 1.5
+    slots = np.stack([dormant, training, kept])
+    run = np.zeros(len(RUN_FIELDS), np.float32)
+    for left, is_known, late in ((0.1, 1.0, 2.0), (0.5, 1.0, 0.0), (0.0, 0.0, 0.0)):
+        run[:2] = left, is_known
+        late_undecided, late_empty, undecided_for = timing(run, slots)
+        assert late_undecided.tolist() == pytest.approx([0.0, late, 0.0])
+        assert late_empty.tolist() == pytest.approx([late, 0.0, 0.0])
+        assert undecided_for.tolist() == [0.0, 1.5, 0.0]
+
+
+def test_what_training_starts_from_ends_no_episode_with_a_seed_on_trial():
+    """Gates keep nothing that is not asked for, so that each seed is undecided until it is culled."""
+    env = toy(epochs=40)
+    weights = start_weights()
+    weights["advance"][-1] = -9.0
+    play(env, ControllerPlayer(Controller("linear", weights, 2, (NORM, MLP))), 0)
+    assert [slot.blueprint for slot in env.seen.slots] == ["", ""]
 
 
 def test_a_sampled_policy_resumes_as_it_would_have_gone_on(tmp_path):
@@ -142,9 +194,11 @@ def hostile(path: Path) -> dict[str, bytes]:
         "a pickle": pickle.dumps(Boom()),
         "a huge header": struct.pack("<Q", 1 << 60) + b"{}",
         "another version": with_about(version=99),
+        "an older version": with_about(version=1),
         "another format": with_about(format="x"),
         "other fields": with_about(fields=["a"]),
         "slots as text": with_about(slots="2"),
+        "draws as text": with_about(draws="no"),
         "many slots": with_about(kind="mlp", slots=10**9),
         "nested": b"[" * 100_000,
         "not finite": nan_path.read_bytes(),
@@ -152,8 +206,8 @@ def hostile(path: Path) -> dict[str, bytes]:
 
 
 KINDS = (
-    "empty", "truncated", "cut in the header", "a pickle", "a huge header", "another version", "another format",
-    "other fields", "slots as text", "many slots", "nested", "not finite",
+    "empty", "truncated", "cut in the header", "a pickle", "a huge header", "another version", "an older version", "another format",
+    "other fields", "slots as text", "draws as text", "many slots", "nested", "not finite",
 )  # fmt: skip
 
 
