@@ -118,6 +118,7 @@ class Measurement:
         values: What all numbers of the evaluator have in common that a loss seldom has: ``0 or less``, ``0 or 1``, or
             nothing.
         is_of_other_samples: Whether the evaluator gave the host other samples in one pass than in another.
+        is_of_parts: Whether the evaluator returned more losses than there can be samples in what it gave the host.
     """
 
     evidence: SeedEvidence
@@ -125,6 +126,7 @@ class Measurement:
     differences: Tensor
     values: str = ""
     is_of_other_samples: bool = False
+    is_of_parts: bool = False
 
 
 @final
@@ -209,7 +211,7 @@ class SeedMeasurer:
         def gather(losses: Tensor) -> Tensor:
             return self.processes.samples(losses if counts else losses[:0])
 
-        with_seed, without = gather(with_seed), gather(without)
+        own, with_seed, without = with_seed, gather(with_seed), gather(without)
         evidence = SeedEvidence.from_losses(
             with_seed,
             without,
@@ -218,11 +220,15 @@ class SeedMeasurer:
             before_blending=before_blending if samples.is_fixed else None,
             higher_is_better=samples.higher_is_better,
         )
+        most = recorded.most_samples if recorded is not None else None
+        is_of_parts = most is not None and len(own) > most > 0
         has_other_samples = recorded is not None and recorded.is_of_other_samples
         kept = without.detach().float().cpu() if samples.is_fixed else None
         sign = -1.0 if samples.higher_is_better else 1.0
         differences = sign * (without.double() - with_seed.double()).detach().float().cpu()
-        return Measurement(evidence, kept, differences, _what_all_are(without), has_other_samples)
+        return Measurement(
+            evidence, kept, differences, _what_all_are(without), has_other_samples, is_of_parts
+        )
 
     @contextmanager
     def _pass(self, slot: SeedSlot, mode: ForwardMode) -> Iterator[None]:

@@ -72,6 +72,11 @@ class ReplayTape:
         self._next: dict[nn.Module, int] = {}
         self._forwards = 0
 
+    @property
+    def most_samples(self) -> int | None:
+        """How many samples the host was given at most in the recorded pass, whichever axis they are; ``None`` if unknown."""
+        return sum(map(_most_samples, self._inputs)) if len(self._inputs) == self._forwards else None
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Run the block, one pass over the samples, and keep what comes before the slot."""
@@ -236,6 +241,14 @@ def _nbytes(value: Any) -> int:
     if isinstance(value, Mapping):
         value = list(value.values())
     return sum(map(_nbytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def _most_samples(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return max(value.shape[:2], default=1)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_most_samples, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -559,6 +559,14 @@ def test_an_evaluator_that_shuffles_is_told_and_the_verdict_says_so():
     assert loop.model.verdict().cause is not GrowthCause.DOUBTFUL_EVALUATOR
 
 
+def test_losses_of_parts_of_samples_are_told_and_the_verdict_says_so():
+    loop = Loop(evaluator=lambda model: F.cross_entropy(model(X), Y, reduction="none").repeat_interleave(9))
+    (said,) = loop.epochs(8)
+    assert "more losses than the host was given samples" in said
+    assert f"losses: {9 * len(X)}" in said
+    assert loop.model.verdict().cause is GrowthCause.DOUBTFUL_EVALUATOR
+
+
 def test_samples_with_missing_values_are_the_same_samples():
     def missing(model):
         x = torch.where(torch.arange(X.shape[-1]) == 0, torch.nan, X)

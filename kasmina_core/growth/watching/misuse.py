@@ -111,6 +111,7 @@ class Misuse:
         self._readings: dict[int, tuple[float, float]] = {}
         self._values: set[str] = set()
         self._shuffled: set[str] = set()
+        self._in_parts = 0
         self._was_asked = False
 
     def note_dropped(self, slots: Collection[str]) -> None:
@@ -139,6 +140,8 @@ class Misuse:
         self._values.add(measured.values)
         if measured.is_of_other_samples:
             self._shuffled.add(slot.name)
+        if measured.is_of_parts:
+            self._in_parts = evidence.samples
         if metric is not None and math.isfinite(metric):
             self._readings[epoch] = metric, evidence.loss_without if slot.is_apart else evidence.loss_with
         if (
@@ -291,11 +294,19 @@ class Misuse:
                 "Draw and shuffle the samples once, outside of the evaluator. (torch's generators give it the same numbers in "
                 "each pass; those of numpy and random do not.)"
             )
+        if self._in_parts:
+            pending["parts of samples"] = (
+                "The evaluator returned more losses than the host was given samples: losses of one sample's parts, such as the "
+                "tokens of a text, are not independent, and a seed's gain looks surer than it is.\n"
+                f"  losses: {self._in_parts:,}\n"
+                "Return the mean over the parts of each sample: for a text cross_entropy(logits.mT, labels, "
+                "reduction='none').mean(1)."
+            )
         samples = model.growth.examiner.samples
         if samples is not None and (against := self._direction(samples.higher_is_better, model)):
             pending["direction"] = against
         if samples is not None and (self._fault or self._was_asked):
-            kinds = "evaluator", "other samples", "direction"
+            kinds = "evaluator", "other samples", "parts of samples", "direction"
             model.growth.journal.doubts = samples.warned + [pending[one] for one in kinds if one in pending]
         self._was_asked = False
         if stepped and not in_training and _varies_by_mode(model):
