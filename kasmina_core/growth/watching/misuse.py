@@ -30,7 +30,7 @@ _FORGOTTEN: Final = {"incubate", "step", "eval"}
 _LOOKED_AT: Final = 12
 """Last epochs in which metric and evaluator are compared."""
 
-_SIGNS: Final = {"0 or less": (3, 0.0), "0 or 1": (5, -0.6), "": (6, -0.8)}
+_SIGNS: Final = {"0 or less": (3, -0.3), "0 or 1": (5, -0.6), "": (6, -0.8)}
 """By what all numbers are: the epochs it takes, and the largest `_agreement` at which their direction is doubted."""
 
 _MOVES: Final = 0.1
