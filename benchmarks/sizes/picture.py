@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.sizes.cells import Done
 from benchmarks.sizes.settings import ARMS, FIXED, Form
-from benchmarks.sizes.tables import Losses, envelope, losses_of, regrets, seeds_of
+from benchmarks.sizes.tables import Losses, envelope, is_judged, losses_of, regrets, seeds_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,14 +20,16 @@ _GREYS: Final = dict(zip((f"fixed {n}" for n in FIXED), ("0.75", "0.6", "0.4", "
 def draw(form: Form, done: Done, path: Path) -> None:
     """Write the picture, one column per setting: losses with the envelope above, what they are behind it below.
 
-    A vertical line marks where the seeds of an arm came in, in its first run.
+    A vertical line marks where the seeds of an arm came in, in its first run. Remedies are left out, but for those that are
+    judged as plans are.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
-    columns = [(name, losses) for name in form.settings if (losses := losses_of(form, name, done))]
+    drawn = replace(form, arms=tuple(arm for arm in form.arms if is_judged(ARMS[arm]) or arm in _GREYS))
+    columns = [(name, losses) for name in form.settings if (losses := losses_of(drawn, name, done))]
     if not columns:
         return
     figure = Figure(figsize=(5.2 * len(columns), 7.6), layout="constrained")

@@ -79,6 +79,7 @@ class Arm:
         ramp_steps: Steps of the alpha ramp.
         rate_kept: Share of all rates that is kept at each wave.
         is_first: Whether new blocks come before those that are there; convolutions only.
+        chosen_on: Seed whose runs were known when the times were set. Goals are judged on the others.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Arm:
     ramp_steps: int = 1
     rate_kept: float = 1.0
     is_first: bool = False
+    chosen_on: int | None = None
 
     @property
     def grows(self) -> bool:
@@ -127,7 +129,13 @@ ARMS: Final = {
         Arm("safe 1-2-4", "the plan's times, the whole lifecycle", at=(0.1, 0.4), is_straight=False),
         Arm("plateau", "the whole lifecycle on plateaus", is_straight=False, plateau=True),
         # Up to the last budget that rates are tuned on, these four are the host alone.
-        _remedy("later 1-2-4", "the plan, four times later: .4 and 1.6", at=(0.4, 1.6), rate_of="fixed 1"),
+        _remedy(
+            "later 1-2-4",
+            "the plan, four times later: .4 and 1.6",
+            at=(0.4, 1.6),
+            rate_of="fixed 1",
+            chosen_on=0,
+        ),
         _remedy("later 1-2", "one block more at .4", at=(0.4,), rate_of="fixed 1"),
         _remedy(
             "later, fresh",

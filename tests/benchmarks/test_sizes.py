@@ -23,6 +23,7 @@ from benchmarks.sizes.tables import (
     best_fixed,
     budget_at,
     envelope,
+    judged,
     losses_of,
     mean_regret,
     regrets,
@@ -116,7 +117,9 @@ def test_regret_is_taken_against_the_best_fixed_size_at_each_budget():
     text = report(form, done)
     assert "best fixed size in hindsight: x0.25 fixed 1" in text
     assert re.search(
-        r"cnn-12 +plan 1-2-4 +\+0\.010 +\+0\.525 \(fixed 1\) +met +2% +met +none$", text, re.MULTILINE
+        r"cnn-12 +plan 1-2-4 +0 to 7 +\+0\.010 \[.+\] +\+0\.010 \[.+\] at x[0-9.]+ +\+0\.525 \[.+\] at x4 \(fixed 1\) +met +2% +met +none$",
+        text,
+        re.MULTILINE,
     )
 
 
@@ -130,6 +133,24 @@ def test_an_arm_with_fewer_runs_is_compared_on_the_runs_that_all_have():
     assert wasted(losses, PLAN, 1.0) == (0.0, False)
     assert wasted(losses, PLAN, 2.0)[0] == pytest.approx(1 - 2**-0.25)
     assert mean_regret(losses, PLAN).middle == pytest.approx(0.125)
+
+
+def test_a_plan_that_was_chosen_on_a_seed_is_judged_on_the_others_that_all_sizes_have():
+    by_seed = {seed: 1.0 + seed for seed in range(4)}
+    losses = {
+        "fixed 1": {1.0: by_seed},
+        "fixed 2": {1.0: {seed: by_seed[seed] for seed in (0, 1, 2)}},
+        PLAN: {1.0: by_seed},
+        "later 1-2-4": {1.0: by_seed},
+    }
+    assert ARMS["later 1-2-4"].chosen_on == 0
+    found = judged(losses, "later 1-2-4")
+    assert {arm: set(by[1.0]) for arm, by in found.items()} == {
+        "fixed 1": {1, 2},
+        "fixed 2": {1, 2},
+        "later 1-2-4": {1, 2},
+    }
+    assert set(judged(losses, PLAN)[PLAN][1.0]) == {0, 1, 2}
 
 
 def test_a_share_of_flops_is_that_of_the_means_and_its_interval_that_of_resampled_runs():
