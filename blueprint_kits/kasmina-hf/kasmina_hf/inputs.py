@@ -37,7 +37,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     failures: list[str] = []
     for inputs in _candidates(model):
         given: dict[str, Tensor] | None = inputs
-        for _ in range(2):
+        for _ in range(len(inputs) + 1):  # each may be made wider once
             if given is None:
                 break
             error, other = _trial(model, given)
