@@ -101,7 +101,7 @@ def grown(wrap: Callable[[Tensor], Any], stage: SeedStage) -> tuple[Morphogeneti
     registry.register(BlueprintSpec("scale", Topology.TRANSFORMER, PerToken, lambda dim: dim), pack="mine")
     x = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(5))
     model = MorphogeneticModel(Host(wrap), ["layer"], config=open_config(), example=x, registry=registry)
-    model.evaluate_with(lambda: features_of(model(x)).flatten())
+    model.evaluate_with(lambda: features_of(model(x)).flatten(1).mean(1))
     if stage is not SeedStage.DORMANT:
         model.germinate("layer", "scale")
         for _ in range(30):
@@ -234,7 +234,7 @@ def fossilised(
     registry.register(BlueprintSpec("scale", Topology.TRANSFORMER, PerToken, lambda dim: dim), pack="mine")
     expected = features(host(x))
     model = MorphogeneticModel(host, [path], config=open_config(), example=x, registry=registry)
-    model.evaluate_with(lambda: features(model(x)).flatten())
+    model.evaluate_with(lambda: features(model(x)).flatten(1).mean(1))
     model.germinate(path, "scale")
     for _ in range(30):
         model.step_epoch()
@@ -300,7 +300,7 @@ def test_two_elements_of_one_output_hold_a_slot_each() -> None:
     expected = copy.deepcopy(host)(x)[0].detach()
     for factor, name in ((2.0, "layer"), (3.0, "layer:1:b")):
         model.germinate(name, "scale")
-        model.evaluate_with(lambda: model(x)[0].flatten())
+        model.evaluate_with(lambda: model(x)[0].flatten(1).mean(1))
         while model.slots[name].stage is not SeedStage.PROBATIONARY:
             model.step_epoch()
         with torch.no_grad():
