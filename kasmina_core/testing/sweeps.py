@@ -71,7 +71,7 @@ def live(
     stage = "attach"
     try:
         model = grow(host, config=_config())
-        model.evaluate_with(lambda: _loss(call(host)).detach().expand(4))
+        model.evaluate_with(lambda: _loss(call(host)).detach().expand(2))
         paths = heard(bare, [slot.point.path for slot in model.slots.values()])
         fitting = [
             slot

@@ -121,7 +121,7 @@ class Case(LifeCase):
     def losses(self, model: nn.Module) -> Tensor:
         labels, logits = self.batch(12)["labels"], model(**self.inputs(12)).logits
         if self.speaks:
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none").mean(1)
         return F.cross_entropy(logits, labels, reduction="none")
 
 
