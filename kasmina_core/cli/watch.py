@@ -247,11 +247,11 @@ def make_server(board: Board, port: int) -> ThreadingHTTPServer:
             self.wfile.write(content)
 
         def _changes(self) -> None:
+            seen = board.version  # before the page can know that it is connected
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            seen = board.version
             try:
                 while True:
                     version = board.wait(seen)
