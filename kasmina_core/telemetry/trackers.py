@@ -143,6 +143,16 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int 
     return found
 
 
+def facts_of(saved: SeedSaved) -> dict[str, object]:
+    """Return what an artefact says of the seed in its file."""
+    return {
+        "slot": saved.slot,
+        "blueprint": saved.blueprint_id,
+        "outcome": saved.outcome,
+        "epoch": saved.epoch,
+    }
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table in Markdown."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from kasmina_core.events import SeedSaved
-from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink, markdown
+from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink, facts_of, markdown
 
 
 @final
@@ -64,13 +64,7 @@ class TrackioSink(TrackerSink):
 
     def show_seed(self, saved: SeedSaved) -> None:
         """Log the file as an artefact."""
-        facts = {
-            "slot": saved.slot,
-            "blueprint": saved.blueprint_id,
-            "outcome": saved.outcome,
-            "epoch": saved.epoch,
-        }
-        artifact = self._trackio.Artifact(f"seed-{Path(saved.file).stem}", "seed", metadata=facts)
+        artifact = self._trackio.Artifact(f"seed-{Path(saved.file).stem}", "seed", metadata=facts_of(saved))
         artifact.add_file(saved.file)
         self.run.log_artifact(artifact)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from kasmina_core.events import SeedSaved
-from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink
+from kasmina_core.telemetry.trackers import LOG_COLUMNS, TrackerSink, facts_of
 
 
 @final
@@ -74,13 +74,7 @@ class WandbSink(TrackerSink):
     def show_seed(self, saved: SeedSaved) -> None:
         """Log the file as an artefact."""
         name = f"seed-{Path(saved.file).stem}"
-        facts = {
-            "slot": saved.slot,
-            "blueprint": saved.blueprint_id,
-            "outcome": saved.outcome,
-            "epoch": saved.epoch,
-        }
-        artifact = self._artifact(name, "seed", metadata=facts)
+        artifact = self._artifact(name, "seed", metadata=facts_of(saved))
         artifact.add_file(saved.file)
         self.run.log_artifact(artifact)
 
